@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the row kernels take, and the table of them that each instruction set fills in.
+//
+// A tile is (rows, cols) of raw products z = hidden . weight, one contiguous row at a time. The logit of a product is
+//     t = scale * (z + bias),  or with a cap  t = cap * tanh(scale * (z + bias) / cap).
+#pragma once
+
+#include <cstdint>
+
+namespace fastpref::cpu {
+
+enum class Element : int { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
+constexpr int kElements = 4;
+
+// Statistics and bias are double for float64 tiles and float for all others.
+struct LogitMap {
+  const void* bias;  // (cols,) or null
+  double scale;
+  double cap;  // 0: none
+};
+
+struct Tile {
+  void* data;
+  int64_t rows, cols, row_stride;
+  const int64_t* target;  // (rows,), column of the target inside this tile; outside [0, cols): not here
+};
+
+// Per row, all of the statistics' type. `sums` has kRowSums or kRowSumsAll rows of length `rows`.
+constexpr int kRowSums = 3;     // anchor, sum, offset
+constexpr int kRowSumsAll = 7;  // and best, weighted, squares, total
+
+struct ExpRows {
+  Tile tile;
+  LogitMap map;
+  const void* anchor;   // (rows,) first choice of anchor
+  void* sums;           // (kRowSums or kRowSumsAll, rows)
+  int64_t* best_index;  // (rows,), null without statistics
+  bool write;
+};
+
+struct LogitGrad {
+  Tile tile;
+  LogitMap map;
+  const void* anchor;        // (rows,)
+  const void* norm;          // (rows,), p_v = exp(t_v - anchor) / norm
+  const void* logp;          // (rows,)
+  const void* grad_logp;     // (rows,)
+  const void* grad_lse;      // (rows,) or null
+  const void* grad_entropy;  // (rows,) or null
+  const void* entropy;       // (rows,), read with grad_entropy only
+};
+
+struct RowKernels {
+  void (*exp_rows[kElements])(const ExpRows&, int64_t begin, int64_t end);
+  void (*logit_grad[kElements])(const LogitGrad&, int64_t begin, int64_t end);
+};
+
+extern const RowKernels row_kernels_baseline;
+#if defined(__x86_64__)
+extern const RowKernels row_kernels_avx2;
+extern const RowKernels row_kernels_avx512;
+#endif
+
+}  // namespace fastpref::cpu

@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+// The row kernels, written once and compiled once per instruction set: the including file chooses the instructions with
+// a target pragma before its first include and names the table in FASTPREF_ROW_KERNELS. Everything here has internal
+// linkage and the C library is called through builtins: an inline function of a standard header would be emitted in
+// several instruction sets under one name, and the linker would keep any one of them.
+//
+// exp_rows, per row, with anchor a and all columns v but the target's:
+//     e_v = exp(t_v - a),   sum = S = sum_v e_v
+//     weighted = sum_v e_v (t_v - a),   squares = sum_v e_v^2,   total = sum_v t_v,   best = max_v t_v (target included)
+// and, when it writes, the tile becomes e_v (times 1 - tanh^2 under a cap) with 0 at the target. A row in which some
+// t_v - a exceeds kGuard, or whose anchor is not finite, is moved to the anchor max_v t_v. With statistics every row is.
+//
+// logit_grad, per row, from anchor, norm, logp, H and upstream gradients g (logp), h (lse), k (entropy): the tile becomes
+//     dz_v = t'_v p_v ((h - g) - k (log p_v + H)),   and at the target  t'_y (g (1 - p_y) + p_y (h - k (logp + H))),
+// with p_v = exp(t_v - anchor) / norm: a logarithm of norm, rounded at its own magnitude, would cost digits of p.
+
+#include <cstdint>
+#include <type_traits>
+
+#include "row_kernels.h"
+
+namespace fastpref::cpu {
+namespace {
+
+#include "elements.inl"
+#include "exponential.inl"
+
+constexpr int64_t kBlock = 1024;
+// exp(30) per element leaves exp(72) for a sum of squares over 2^18 columns: far from float's limit, exp(88).
+constexpr double kGuard = 30.0;
+constexpr double kInfinity = __builtin_inf();
+constexpr float kLowestAnchor = -1e30f;
+
+template <class A>
+struct Map {
+  const A* bias;
+  A scale, inner, cap;  // inner = scale / cap
+
+  explicit Map(const LogitMap& map)
+      : bias(static_cast<const A*>(map.bias)),
+        scale(static_cast<A>(map.scale)),
+        inner(map.cap == 0 ? A(0) : static_cast<A>(map.scale / map.cap)),
+        cap(static_cast<A>(map.cap)) {}
+
+  // logits[i] and, under a cap, slopes[i] = 1 - tanh^2 of columns [begin, begin + n)
+  template <class T>
+  __attribute__((noinline)) void apply(const T* row, int64_t begin, int64_t n, A* logits, A* slopes) const {
+    const T* z = row + begin;
+    if (bias == nullptr && cap == 0) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) logits[i] = load(z[i]) * scale;
+      return;
+    }
+    if (bias == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) logits[i] = load(z[i]);
+    } else {
+      const A* b = bias + begin;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) logits[i] = load(z[i]) + b[i];
+    }
+    if (cap == 0) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) logits[i] *= scale;
+      return;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const Tangent<A> t = hyperbolic_tangent(logits[i] * inner);
+      logits[i] = cap * t.tanh;
+      slopes[i] = t.slope;
+    }
+  }
+};
+
+template <class A>
+__attribute__((noinline)) A largest(const A* x, int64_t n) {
+  A best = -static_cast<A>(kInfinity);
+#pragma omp simd reduction(max : best)
+  for (int64_t i = 0; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// One row of exp_rows.
+template <class T, bool kStatistics>
+class ExpRow {
+  using A = typename AccumulateType<T>::type;
+
+ public:
+  ExpRow(T* row, int64_t cols, int64_t target, A anchor, const Map<A>& map, bool write)
+      : row_(row), cols_(cols), target_(target), anchor_(anchor), map_(map), write_(write) {}
+
+  void run() {
+    const bool here = target_ >= 0 && target_ < cols_;
+    A logit = 0, slope = 1;
+    if (here) map_.apply(row_, target_, 1, &logit, &slope);
+    // Statistics weigh t - anchor: far above the target's logit they would lose digits to it.
+    if (kStatistics || !(__builtin_fabs(anchor_) < kInfinity)) {
+      anchor_ = largest_from(0);
+      if (here && logit > anchor_) anchor_ = logit;
+      // Nothing but -inf here: any finite anchor below every other part's.
+      if (anchor_ == -static_cast<A>(kInfinity)) anchor_ = kLowestAnchor;
+    }
+    if (here) {
+      run_range(0, target_);
+      run_range(target_ + 1, cols_);
+      if constexpr (kStatistics) {
+        if (logit > best_ || (logit == best_ && target_ < best_index_)) {
+          best_ = logit;
+          best_index_ = target_;
+        }
+      }
+      if (write_) store(row_[target_], A(0));
+    } else {
+      run_range(0, cols_);
+    }
+    // A half holds nothing above 65504: keep probabilities instead, their normaliser is now known.
+    if constexpr (std::is_same_v<T, Float16>) {
+      if (write_) rescale_to_probabilities(here ? logit : -static_cast<A>(kInfinity));
+    }
+  }
+
+  void results(A* sums, int64_t rows, int64_t row, int64_t* best_index) const {
+    sums[row] = anchor_;
+    sums[rows + row] = static_cast<A>(sum_);
+    sums[2 * rows + row] = offset_;
+    if constexpr (kStatistics) {
+      sums[3 * rows + row] = best_;
+      sums[4 * rows + row] = static_cast<A>(weighted_);
+      sums[5 * rows + row] = static_cast<A>(squares_);
+      sums[6 * rows + row] = static_cast<A>(total_);
+      best_index[row] = best_index_;
+    }
+  }
+
+ private:
+  // Halves are written once, at the end.
+  bool writes_now() const { return write_ && !std::is_same_v<T, Float16>; }
+
+  void run_range(int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at += kBlock) {
+      const int64_t n = end - at < kBlock ? end - at : kBlock;
+      map_.apply(row_, at, n, logits_, slopes_);
+      const A block_best = largest(logits_, n);
+      if (block_best - anchor_ > static_cast<A>(kGuard)) move_anchor(at, block_best);
+      if (block_best > best_) {
+        best_ = block_best;
+        if constexpr (kStatistics) {
+          for (best_index_ = at; logits_[best_index_ - at] != block_best;) ++best_index_;
+        }
+      }
+      accumulate(at, n);
+    }
+  }
+
+  __attribute__((noinline)) void accumulate(int64_t at, int64_t n) {
+    const A anchor = anchor_;
+    A sum = 0, weighted = 0, squares = 0, total = 0;
+    if constexpr (kStatistics) {
+#pragma omp simd reduction(+ : sum, weighted, squares, total)
+      for (int64_t i = 0; i < n; ++i) {
+        const A t = logits_[i] - anchor;
+        const A e = exponential(t);
+        total += logits_[i];
+        sum += e;
+        weighted += e > 0 ? e * t : A(0);  // a logit of -inf has no weight
+        squares += e * e;
+        logits_[i] = e;
+      }
+      weighted_ += weighted;
+      squares_ += squares;
+      total_ += total;
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) {
+        const A e = exponential(logits_[i] - anchor);
+        sum += e;
+        logits_[i] = e;
+      }
+    }
+    sum_ += sum;
+    if (!writes_now()) return;
+    T* out = row_ + at;
+    if (map_.cap == 0) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) store(out[i], logits_[i]);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) store(out[i], logits_[i] * slopes_[i]);
+    }
+  }
+
+  // The largest logit at or after column `at`, the target's left out. Works in scratch of its own.
+  A largest_from(int64_t at) const {
+    A best = -static_cast<A>(kInfinity);
+    A logits[kBlock], slopes[kBlock];
+    for (; at < cols_; at += kBlock) {
+      const int64_t n = cols_ - at < kBlock ? cols_ - at : kBlock;
+      map_.apply(row_, at, n, logits, slopes);
+      if (target_ >= at && target_ < at + n) logits[target_ - at] = -static_cast<A>(kInfinity);
+      const A block_best = largest(logits, n);
+      best = block_best > best ? block_best : best;
+    }
+    return best;
+  }
+
+  // Columns before `at` are exponentials already, the rest are products still.
+  void move_anchor(int64_t at, A block_best) {
+    A anchor = largest_from(at);
+    anchor = best_ > anchor ? best_ : anchor;
+    anchor = block_best > anchor ? block_best : anchor;
+    const A shift = anchor_ - anchor;
+    const A factor = exponential(shift);
+    if (writes_now()) {
+#pragma omp simd
+      for (int64_t v = 0; v < at; ++v) {
+        // The target's column may lie among them: its product is no longer needed.
+        store(row_[v], load(row_[v]) * factor);
+      }
+    }
+    weighted_ = sum_ > 0 ? factor * (weighted_ + shift * sum_) : 0;
+    sum_ *= factor;
+    squares_ *= static_cast<double>(factor) * factor;
+    anchor_ = anchor;
+  }
+
+  void rescale_to_probabilities(A target_logit) {
+    offset_ = static_cast<A>(__builtin_log(sum_ + __builtin_exp(target_logit - anchor_)));
+    const A lse = anchor_ + offset_;
+    for (int64_t at = 0; at < cols_; at += kBlock) {
+      const int64_t n = cols_ - at < kBlock ? cols_ - at : kBlock;
+      map_.apply(row_, at, n, logits_, slopes_);
+      if (map_.cap == 0) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) store(row_[at + i], exponential(logits_[i] - lse));
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) store(row_[at + i], exponential(logits_[i] - lse) * slopes_[i]);
+      }
+    }
+    if (target_ >= 0 && target_ < cols_) store(row_[target_], A(0));
+  }
+
+  T* row_;
+  int64_t cols_, target_;
+  A anchor_;
+  const Map<A>& map_;
+  bool write_;
+  A offset_ = 0;
+  A best_ = -static_cast<A>(kInfinity);
+  int64_t best_index_ = -1;
+  // Blocks add up in double: no float sum runs over more than kBlock columns.
+  double sum_ = 0, weighted_ = 0, squares_ = 0, total_ = 0;
+  alignas(64) A logits_[kBlock];
+  alignas(64) A slopes_[kBlock];
+};
+
+template <class T, bool kStatistics>
+void exp_rows_range(const ExpRows& call, int64_t begin, int64_t end) {
+  using A = typename AccumulateType<T>::type;
+  const Tile& tile = call.tile;
+  const Map<A> map(call.map);
+  for (int64_t row = begin; row < end; ++row) {
+    T* data = static_cast<T*>(tile.data) + row * tile.row_stride;
+    const A anchor = static_cast<const A*>(call.anchor)[row];
+    ExpRow<T, kStatistics> one(data, tile.cols, tile.target[row], anchor, map, call.write);
+    one.run();
+    one.results(static_cast<A*>(call.sums), tile.rows, row, call.best_index);
+  }
+}
+
+template <class T>
+void exp_rows(const ExpRows& call, int64_t begin, int64_t end) {
+  if (call.best_index == nullptr) {
+    exp_rows_range<T, false>(call, begin, end);
+  } else {
+    exp_rows_range<T, true>(call, begin, end);
+  }
+}
+
+template <class T>
+void logit_grad_row(T* row, const LogitGrad& call, const Map<typename AccumulateType<T>::type>& map, int64_t i) {
+  using A = typename AccumulateType<T>::type;
+  const auto at_row = [i](const void* values) { return values == nullptr ? A(0) : static_cast<const A*>(values)[i]; };
+  const A anchor = at_row(call.anchor), norm = at_row(call.norm), logp = at_row(call.logp);
+  const A g = at_row(call.grad_logp), h = at_row(call.grad_lse);
+  const A k = at_row(call.grad_entropy), entropy = at_row(call.entropy);
+  const A inverse = 1 / norm, log_norm = static_cast<A>(__builtin_log(norm));
+  const int64_t target = call.tile.target[i];
+  alignas(64) A logits[kBlock];
+  alignas(64) A slopes[kBlock];
+  A target_slope = 1;
+  for (int64_t at = 0; at < call.tile.cols; at += kBlock) {
+    const int64_t n = call.tile.cols - at < kBlock ? call.tile.cols - at : kBlock;
+    map.apply(row, at, n, logits, slopes);
+    if (map.cap == 0) {
+      for (int64_t j = 0; j < n; ++j) slopes[j] = 1;
+    }
+    if (target >= at && target < at + n) target_slope = slopes[target - at];
+    if (k == 0) {
+      const A weight = map.scale * (h - g) * inverse;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) store(row[at + j], weight * slopes[j] * exponential(logits[j] - anchor));
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        const A shifted = logits[j] - anchor;
+        const A p = exponential(shifted) * inverse;
+        const A value = p * ((h - g) - k * (shifted - log_norm + entropy));
+        store(row[at + j], p > 0 || p != p ? map.scale * slopes[j] * value : A(0));
+      }
+    }
+  }
+  if (target >= 0 && target < call.tile.cols) {
+    const A p = exponential(logp);
+    A value = g * static_cast<A>(-__builtin_expm1(logp)) + p * h;
+    if (k != 0 && p > 0) value -= k * p * (logp + entropy);
+    store(row[target], map.scale * target_slope * value);
+  }
+}
+
+template <class T>
+void logit_grad(const LogitGrad& call, int64_t begin, int64_t end) {
+  const Map<typename AccumulateType<T>::type> map(call.map);
+  for (int64_t row = begin; row < end; ++row) {
+    logit_grad_row(static_cast<T*>(call.tile.data) + row * call.tile.row_stride, call, map, row);
+  }
+}
+
+}  // namespace
+
+extern const RowKernels FASTPREF_ROW_KERNELS;
+const RowKernels FASTPREF_ROW_KERNELS = {
+    {exp_rows<double>, exp_rows<float>, exp_rows<BFloat16>, exp_rows<Float16>},
+    {logit_grad<double>, logit_grad<float>, logit_grad<BFloat16>, logit_grad<Float16>},
+};
+
+}  // namespace fastpref::cpu

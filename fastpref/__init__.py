@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused preference losses: hidden states to log-probabilities to losses, without the logits."""
+
+from . import _extension, objectives
+from .scoring import ScoringOptions, TokenScores, explain, linear_logprob
+from .sequences import sequence_logp
+
+__version__ = "0.1.0"
+__all__ = [
+    "ScoringOptions",
+    "TokenScores",
+    "__version__",
+    "explain",
+    "linear_logprob",
+    "objectives",
+    "sequence_logp",
+]
+
+_extension.load()

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an objective's signature says: its log-probabilities, its extras and its hyperparameters.
+
+The signature is the declaration. A parameter annotated with one of the names below tells the caller
+what it is, the engine what to fill in, and the check what to allow:
+
+    chosen_lengths: Filled          an extra shaped like the log-probs, filled in by the engine
+    reward_margin: Extra            an extra shaped like the log-probs, given by the caller
+    beta: Positive = 0.1            a hyperparameter and its domain
+    normalize: Literal["mean", "sum"] = "mean"
+"""
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Annotated, Any, Literal, TypeAlias
+
+from torch import Tensor
+
+Unit: TypeAlias = Literal["pair", "unit", "list", "token"]
+
+# Leading positional parameters of each family: of the policy, and in all.
+POLICY_LOGPS: Mapping[Unit, int] = {"pair": 2, "unit": 1, "list": 1, "token": 1}
+LOGPS: Mapping[Unit, int] = {"pair": 4, "unit": 2, "list": 2, "token": 2}
+
+REQUIRED: Any = inspect.Parameter.empty
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """The interval a hyperparameter lives in; ``meaning`` is the paper's reason for it."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    includes: tuple[float, ...] = ()  # the ends that belong to it
+    meaning: str = ""
+
+    def contains(self, value: Any) -> bool:
+        return bool(self.low < value < self.high) or value in self.includes
+
+    def __str__(self) -> str:
+        if math.inf == self.high == -self.low:
+            return "finite"
+        if self.high == math.inf and self.high not in self.includes:
+            return f"{'>=' if self.low in self.includes else '>'} {self.low:g}"
+        left, right = "[" if self.low in self.includes else "(", "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right if self.high in self.includes else ')'}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraFacts:
+    """What the engine must know about an extra."""
+
+    required: bool = True
+    aligned: bool = False  # shaped like the log-probabilities
+    filled: bool = False  # preference_loss makes it when the caller does not
+    differentiable: bool = False  # otherwise detached
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameter:
+    """One keyword with its default (``REQUIRED`` when there is none) and its domain."""
+
+    default: Any
+    domain: Domain | None = None
+    choices: tuple[Any, ...] | None = None
+    optional: bool = False  # None is allowed
+
+    def check(self, label: str, value: Any) -> None:
+        """Raise TypeError or ValueError, starting with ``label``, unless ``value`` is allowed."""
+        if value is None and self.optional:
+            return
+        if self.choices is not None:
+            if value not in self.choices:
+                options = ", ".join(map(repr, self.choices))
+                raise ValueError(f"{label} must be one of {options}, got {value!r}")
+        elif self.domain is not None:
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{label} must be a number, got {type(value).__name__}")
+            if not self.domain.contains(value):
+                meaning = f" ({self.domain.meaning})" if self.domain.meaning else ""
+                raise ValueError(f"{label} must be {self.domain}{meaning}, got {value!r}")
+
+
+Extra: TypeAlias = Annotated[Tensor, ExtraFacts(aligned=True)]
+Filled: TypeAlias = Annotated[Tensor, ExtraFacts(aligned=True, filled=True)]
+FilledWithGrad: TypeAlias = Annotated[
+    Tensor, ExtraFacts(aligned=True, filled=True, differentiable=True)
+]
+
+Finite: TypeAlias = Annotated[float, Domain()]
+Positive: TypeAlias = Annotated[float, Domain(low=0.0)]
+LabelSmoothing: TypeAlias = Annotated[
+    float,
+    Domain(0.0, 0.5, includes=(0.0,), meaning="the share of flipped labels; at 1/2 none informs"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The parsed parameters of one objective."""
+
+    logps: tuple[str, ...]
+    extras: Mapping[str, ExtraFacts]
+    hyperparameters: Mapping[str, Hyperparameter]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], unit: Unit) -> "Signature":
+        """Read ``function``; a parameter without annotation is judged by its default.
+
+        The leading positional parameters without a default, or with None, are log-probabilities (at
+        most as many as the family has). Of the others, a tensor is an extra and so is an
+        unannotated parameter with no default or None; the rest are hyperparameters.
+        """
+        hints = _hints(function)
+        logps: list[str] = []
+        extras: dict[str, ExtraFacts] = {}
+        hyperparameters: dict[str, Hyperparameter] = {}
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL and not logps:
+                logps = [f"logps[{i}]" for i in range(LOGPS[unit])]
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            nothing = parameter.default is None or parameter.default is REQUIRED
+            leading = not extras and not hyperparameters and len(logps) < LOGPS[unit]
+            if leading and nothing and parameter.kind is not parameter.KEYWORD_ONLY:
+                logps.append(name)
+                continue
+            alternatives = _alternatives(hints.get(name))
+            tensor = next((a for a in alternatives if _bare(a) is Tensor), None)
+            if tensor is not None or (nothing and name not in hints):
+                extras[name] = replace(
+                    _fact(tensor, ExtraFacts) or ExtraFacts(),
+                    required=parameter.default is REQUIRED,
+                )
+            else:
+                hyperparameters[name] = _hyperparameter(parameter.default, alternatives)
+        if len(logps) < POLICY_LOGPS[unit]:
+            raise TypeError(
+                f"an objective with unit={unit!r} takes at least {POLICY_LOGPS[unit]} positional "
+                f"log-probabilities, got ({', '.join(logps)})"
+            )
+        return cls(tuple(logps), extras, hyperparameters)
+
+
+def _hyperparameter(default: Any, alternatives: tuple[Any, ...]) -> Hyperparameter:
+    choices = tuple(
+        value
+        for hint in alternatives
+        if typing.get_origin(hint) is Literal
+        for value in typing.get_args(hint)
+    )
+    domains = [fact for hint in alternatives if (fact := _fact(hint, Domain)) is not None]
+    return Hyperparameter(
+        default, domains[0] if domains else None, choices or None, type(None) in alternatives
+    )
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Resolved annotations; none for what has none to resolve (a partial, a TYPE_CHECKING name)."""
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):
+        return {}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; the hint itself when it is none."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _bare(hint: Any) -> Any:
+    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+
+
+def _fact(hint: Any, kind: type[Any]) -> Any:
+    """The ``kind`` instance in the metadata of an Annotated hint, or None."""
+    return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, kind)), None)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends: who turns a tile of raw products into exponentials or into logit gradients.
+
+A backend is two functions over a (rows, cols) tile of raw products. ``target`` holds columns of the
+tile; a value outside [0, cols) means that the row's target lies elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..rows import RowSums
+from ..types import LogitMap
+
+
+class UpstreamGradient(NamedTuple):
+    """Gradients that arrive at the outputs of each row, (rows,), and the row's own scores."""
+
+    anchor: Tensor
+    norm: Tensor
+    logp: Tensor
+    grad_logp: Tensor
+    grad_lse: Tensor | None
+    grad_entropy: Tensor | None
+    entropy: Tensor | None
+
+
+class RowBackend(Protocol):
+    """The primitive that backends differ in."""
+
+    def exp_rows(
+        self,
+        tile: Tensor,
+        target: Tensor,
+        anchor: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+        write: bool,
+        statistics: bool,
+    ) -> RowSums:
+        """Sums over each row but its target; with ``write`` the tile becomes the exponentials (0 at
+        the target)."""
+
+    def logit_grad(
+        self,
+        tile: Tensor,
+        target: Tensor,
+        upstream: UpstreamGradient,
+        bias: Tensor | None,
+        map: LogitMap,
+    ) -> None:
+        """The tile becomes the gradient with respect to the raw products."""
+
+
+def unavailable_reason(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot serve tensors on ``device_type``, or None when it can."""
+    if name == "torch":
+        return None
+    if name == "cpp":
+        if device_type != "cpu":
+            return f"the cpp backend runs on CPU tensors, got {device_type}; use backend='auto'"
+        from ..._extension import ops_unavailable_reason
+
+        return ops_unavailable_reason()
+    if name in ("triton", "cuda"):
+        return f"this build has no {name} kernels for scoring; use backend='auto'"
+    return f"there is no backend {name!r}"
+
+
+def choose(name: str, device: torch.device) -> str:
+    """The backend that serves ``name`` on ``device``.
+
+    Raises ValueError with the reason when a named one cannot.
+    """
+    if name == "auto":
+        return "cpp" if unavailable_reason("cpp", device.type) is None else "torch"
+    reason = unavailable_reason(name, device.type)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} is not available: {reason}")
+    return name
+
+
+def load(name: str) -> RowBackend:
+    if name == "cpp":
+        from . import cpp
+
+        return cpp
+    from . import plain
+
+    return plain

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plain torch backend: any device, any dtype, several passes over the tile, no host sync.
+
+The statements of csrc/cpu/row_kernels.inl in torch. The tile is worked on in blocks of rows so that
+temporaries in the statistics' dtype stay small.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rows import RowSums
+from ..types import LogitMap, statistics_dtype
+from . import UpstreamGradient
+
+# Elements of one block's temporaries.
+_BLOCK = 1 << 22
+_GUARD = 30.0
+_LOWEST_ANCHOR = -1e30
+
+
+def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:
+    raw = tile.to(statistics_dtype(tile.dtype))
+    return raw if bias is None else raw + bias
+
+
+def _block_rows(tile: Tensor) -> int:
+    return max(1, _BLOCK // max(1, tile.shape[1]))
+
+
+def exp_rows(
+    tile: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    bias: Tensor | None,
+    map: LogitMap,
+    write: bool,
+    statistics: bool,
+) -> RowSums:
+    rows = _block_rows(tile)
+    parts = [
+        _exp_block(tile_, target_, anchor_, bias, map, write, statistics)
+        for tile_, target_, anchor_ in zip(
+            tile.split(rows), target.split(rows), anchor.split(rows), strict=True
+        )
+    ]
+    columns = zip(*parts, strict=True)
+    return RowSums._make(None if one[0] is None else torch.cat(one) for one in columns)
+
+
+def _exp_block(
+    tile: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    bias: Tensor | None,
+    map: LogitMap,
+    write: bool,
+    statistics: bool,
+) -> RowSums:
+    raw = _raw(tile, bias)
+    logits = map.logit(raw)
+    cols = tile.shape[1]
+    here = (target >= 0) & (target < cols)
+    column = target.clamp(0, cols - 1)[:, None]
+    own = torch.where(here, logits.gather(1, column)[:, 0], -torch.inf)
+    total = logits.sum(1) - torch.where(here, own, 0.0) if statistics else None
+    best, best_index = logits.max(1) if statistics else (None, None)
+    # The target's column is left out; a tile without it must not lose its first column.
+    others = logits.scatter(
+        1, column, torch.where(here, -torch.inf, logits.gather(1, column)[:, 0])[:, None]
+    )
+    highest = others.amax(1)
+    keep = anchor.isfinite() & ~(highest - anchor > _GUARD)
+    if statistics:
+        # They weigh t - anchor: far above the target's logit they would lose digits to it.
+        keep, highest = torch.zeros_like(keep), torch.maximum(highest, own)
+    # A row of nothing but -inf takes a finite anchor below every other part's.
+    anchor = torch.where(keep, anchor, torch.where(highest == -torch.inf, _LOWEST_ANCHOR, highest))
+    shifted = others - anchor[:, None]
+    exps = shifted.exp()
+    total_exp = exps.sum(1)
+    weighted = torch.where(exps > 0, exps * shifted, 0.0).sum(1) if statistics else None
+    squares = exps.square().sum(1) if statistics else None
+    offset = torch.zeros_like(anchor)
+    if write:
+        if tile.dtype == torch.float16:
+            # A half holds nothing above 65504: keep probabilities instead.
+            offset = (total_exp + (own - anchor).exp()).log()
+            exps = (shifted - offset[:, None]).exp()
+        tile.copy_(exps if map.cap == 0 else exps * map.slope(raw))
+    return RowSums(anchor, total_exp, offset, best, best_index, weighted, squares, total)
+
+
+def logit_grad(
+    tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
+) -> None:
+    rows = _block_rows(tile)
+    for start in range(0, tile.shape[0], rows):
+        block = slice(start, start + rows)
+        here = UpstreamGradient._make(None if one is None else one[block] for one in upstream)
+        _logit_grad_block(tile[block], target[block], here, bias, map)
+
+
+def _logit_grad_block(
+    tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
+) -> None:
+    anchor, norm, logp, g, h, k, entropy = upstream
+    raw = _raw(tile, bias)
+    shifted = map.logit(raw) - anchor[:, None]
+    p = shifted.exp() / norm[:, None]
+    weight = -g if h is None else h - g
+    grad = p * weight[:, None]
+    own_p = logp.exp()
+    own = -torch.expm1(logp) * g
+    if h is not None:
+        own = own + own_p * h
+    if k is not None and entropy is not None:
+        # p log p is 0 where p is, also at a logit of -inf.
+        grad = (
+            grad
+            - torch.where(p == 0, 0.0, p * (shifted + (entropy - norm.log())[:, None])) * k[:, None]
+        )
+        own = own - torch.where(own_p == 0, 0.0, own_p * (logp + entropy)) * k
+    cols = tile.shape[1]
+    here = (target >= 0) & (target < cols)
+    column = target.clamp(0, cols - 1)[:, None]
+    grad = grad.scatter(1, column, torch.where(here, own, grad.gather(1, column)[:, 0])[:, None])
+    tile.copy_(grad * map.slope(raw) * map.scale)

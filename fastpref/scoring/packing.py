@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scored rows out of a masked batch and their results back into it.
+
+On CPU the scored rows are gathered exactly. On CUDA their number is on the device: it is read once,
+unless ``max_scored`` bounds it, the batch is one-dimensional (packed already), or a graph is being
+captured; then rows beyond the scored ones are dead: zero hidden, target 0, results dropped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    total: int  # positions in the batch
+    scored: int  # rows handed to the engine
+    # (scored,) positions in the batch, ``total`` for dead rows; None when rows are positions
+    positions: Tensor | None
+    valid: Tensor | None  # (scored,) bool; None when no row is dead
+    overflow: Tensor | None  # 0-dim bool: more rows were scored than ``max_scored``
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(total, ...) -> (scored, ...); dead rows hold 0."""
+        if self.positions is not None:
+            rows = rows.index_select(
+                0,
+                self.positions if self.valid is None else self.positions.clamp(max=self.total - 1),
+            )
+        if self.valid is not None:
+            rows = torch.where(self.valid.view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+        return rows
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(scored, ...) -> (total, ...), 0 (False) elsewhere."""
+        if self.valid is not None:
+            values = torch.where(self.valid.view(-1, *[1] * (values.dim() - 1)), values, 0)
+        if self.positions is None:
+            return values
+        # Dead rows all land in one extra slot.
+        out = values.new_zeros(self.total + (self.valid is not None), *values.shape[1:])
+        out.index_copy_(0, self.positions, values)
+        out = out[: self.total]
+        if self.overflow is not None and out.is_floating_point():
+            out = torch.where(self.overflow, torch.nan, out)
+        return out
+
+
+def pack(target: Tensor, ignore_index: int, max_scored: int | None) -> Packing:
+    """How to pack the scored rows of ``target`` (...)."""
+    flat = target.reshape(-1)
+    scored = flat != ignore_index
+    total = flat.shape[0]
+    if not target.is_cuda:
+        return _exact(scored, total, max_scored)
+    bound = total if max_scored is None else min(max_scored, total)
+    packed_already = target.dim() == 1 or torch.cuda.is_current_stream_capturing()
+    if bound == total and (max_scored is not None or packed_already):
+        return Packing(total, total, None, scored, None)
+    if max_scored is None:
+        index = scored.nonzero()[:, 0]
+        return Packing(total, index.shape[0], index, None, None)
+    index = torch.nonzero_static(scored, size=bound, fill_value=total)[:, 0]
+    return Packing(total, bound, index, index < total, scored.sum() > bound)
+
+
+def _exact(scored: Tensor, total: int, max_scored: int | None) -> Packing:
+    index = scored.nonzero()[:, 0]
+    count = index.shape[0]
+    if max_scored is not None and count > max_scored:
+        raise ValueError(
+            f"max_scored must be at least the number of scored tokens: got max_scored={max_scored} "
+            f"and {count} targets other than ignore_index; raise it or leave it None"
+        )
+    return Packing(total, count, None if count == total else index, None, None)

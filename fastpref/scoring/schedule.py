@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which schedule runs, decided from sizes, who needs a gradient, and the memory budget alone.
+
+    score       no gradient: one product, nothing stored
+    1u direct      only hidden needs one: the forward pass multiplies the exponentials with the
+                weight and keeps (N, H); backward scales rows
+                2u
+    keep        the forward pass keeps exponentials (N, V); backward is plain products
+    2u or 3u keep/recompute
+                as many rows kept as the budget holds; the others' products are formed again in
+                backward, one slab of the vocabulary at a time
+                up to 3u or 4u
+
+1u is one product of 2 N H V flop. A gradient that arrives at ``entropy`` or ``lse`` always
+recomputes: +1u at most.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .types import ScoringOptions, statistics_dtype
+
+BUDGET_SHARE = 16  # of the device's total memory
+LEAST_ROWS = 64
+LEAST_COLS = 1024
+# Below about 512 rows a product spends its time packing the weight; above 2048 a chunk only takes
+# memory.
+FEWEST_GOOD_ROWS = 512
+MOST_CHUNK_ROWS = 2048
+
+
+class Tile(NamedTuple):
+    """Rows of one product, and columns: the whole vocabulary unless the budget is small."""
+
+    rows: int
+    cols: int
+
+    def nbytes(self, itemsize: int) -> int:
+        return self.rows * self.cols * itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A schedule with its sizes and cost. What ``explain`` returns."""
+
+    schedule: str  # score | direct | keep | keep/recompute | recompute
+    backend: str
+    scored: int  # N
+    hidden_size: int
+    vocab_size: int
+    dtype: torch.dtype  # of the products
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+    kept_rows: int  # rows whose exponentials live until backward
+    forward_tile: Tile
+    backward_tile: Tile | None  # None where backward reads kept exponentials only
+    forward_units: float
+    backward_units: float
+    memory_budget: int
+    workspace_bytes: int  # largest working memory at any one time, kept exponentials included
+    saved_bytes: int  # of it, held from forward to backward
+
+    @property
+    def units(self) -> float:
+        """Cost in u, one u being a product of 2 N H V flop."""
+        return self.forward_units + self.backward_units
+
+    def __str__(self) -> str:
+        gradients = [
+            name
+            for name, needed in (
+                ("hidden", self.needs_hidden),
+                ("weight", self.needs_weight),
+                ("bias", self.needs_bias),
+            )
+            if needed
+        ]
+        mebibyte = 1 << 20
+        return (
+            f"{self.schedule} on {self.backend}: {self.units:.2f}u "
+            f"({self.forward_units:.2f} forward, {self.backward_units:.2f} backward), "
+            f"workspace {self.workspace_bytes / mebibyte:.1f} MiB "
+            f"(budget {self.memory_budget / mebibyte:.1f} MiB), "
+            f"{self.kept_rows} of {self.scored} rows kept, "
+            f"gradients: {', '.join(gradients) or 'none'}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """All that the choice depends on."""
+
+    scored: int
+    hidden_size: int
+    vocab_size: int  # columns held by this rank
+    dtype: torch.dtype
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+    only_logp: bool  # neither entropy nor lse can receive a gradient
+    backend: str
+    total_memory: int
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.needs_hidden or self.needs_weight or self.needs_bias
+
+    @property
+    def gradient_units(self) -> int:
+        return int(self.needs_hidden) + int(self.needs_weight)
+
+
+def total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def choose(problem: Problem, options: ScoringOptions) -> Plan:
+    """The plan for ``problem``. Raises ValueError where ``options.schedule`` cannot serve it."""
+    budget = options.memory_budget or problem.total_memory // BUDGET_SHARE
+    if not problem.needs_grad:
+        return _plan(problem, budget, "score", 0, _forward_tile(problem, budget, options), None)
+    if options.schedule == "direct" and (
+        problem.needs_weight or problem.needs_bias or not problem.only_logp
+    ):
+        raise ValueError(
+            "schedule='direct' forms d logp / d hidden in the forward pass: it needs a weight and "
+            "bias without gradient and neither entropy nor lse among outputs; use schedule='auto'"
+        )
+    frozen = not (problem.needs_weight or problem.needs_bias)
+    if frozen and problem.only_logp and options.schedule in ("auto", "direct"):
+        tile = _forward_tile(problem, budget, options)
+        if tile.cols == problem.vocab_size:
+            return _plan(problem, budget, "direct", 0, tile, None)
+        if options.schedule == "direct":
+            rows = max(1, budget // max(1, problem.vocab_size * problem.itemsize))
+            return _plan(problem, budget, "direct", 0, Tile(rows, problem.vocab_size), None)
+    row_bytes = max(1, problem.vocab_size * problem.itemsize)
+    # A quarter stays free for a wide tile: rows to recompute, or the kept rows that have a gradient
+    # at all.
+    kept = 0 if options.schedule == "recompute" else max(0, budget - budget // 4) // row_bytes
+    if kept >= problem.scored:
+        whole = Tile(problem.scored, problem.vocab_size)
+        return _plan(problem, budget, "keep", problem.scored, whole, None)
+    kept -= kept % LEAST_ROWS
+    left = budget - kept * row_bytes
+    forward = _forward_tile(problem, left, options)
+    backward = recompute_tile(problem.scored - kept, problem.vocab_size, problem.itemsize, left)
+    return _plan(
+        problem, budget, "keep/recompute" if kept else "recompute", kept, forward, backward
+    )
+
+
+def _forward_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:
+    """Whole rows when the budget holds enough of them, else fewer columns."""
+    vocab, itemsize = max(1, problem.vocab_size), problem.itemsize
+    wanted = min(max(1, problem.scored), options.chunk_rows or MOST_CHUNK_ROWS)
+    enough = min(wanted, FEWEST_GOOD_ROWS)
+    if enough * vocab * itemsize <= budget:
+        return Tile(min(wanted, _even(problem.scored, budget // (vocab * itemsize))), vocab)
+    cols = _multiple(budget // (enough * itemsize), LEAST_COLS)
+    rows = max(min(wanted, LEAST_ROWS), min(enough, budget // (cols * itemsize)))
+    return Tile(rows, min(vocab, cols))
+
+
+def _even(total: int, most: int) -> int:
+    """The size of chunks no larger than ``most`` that split ``total`` most evenly."""
+    most = max(1, min(most, MOST_CHUNK_ROWS))
+    chunks = max(1, math.ceil(total / most))
+    return math.ceil(max(1, total) / chunks)
+
+
+def _multiple(value: int, of: int) -> int:
+    return max(of, value - value % of)
+
+
+def recompute_tile(rows: int, vocab_size: int, itemsize: int, budget: int) -> Tile:
+    """All ``rows`` at once where the budget holds them, so that each slab of dW is one product."""
+    rows, vocab = max(1, rows), max(1, vocab_size)
+    cols = budget // (rows * itemsize)
+    if cols < LEAST_COLS:
+        cols = LEAST_COLS
+        rows = max(min(rows, LEAST_ROWS), min(rows, budget // (cols * itemsize)))
+    return Tile(rows, vocab if cols >= vocab else _multiple(cols, LEAST_COLS))
+
+
+def _plan(
+    problem: Problem, budget: int, schedule: str, kept: int, forward: Tile, backward: Tile | None
+) -> Plan:
+    recomputed = (problem.scored - kept) / max(1, problem.scored) if backward is not None else 0.0
+    forward_units = 2.0 if schedule == "direct" else 1.0
+    backward_units = 0.0 if schedule in ("score", "direct") else problem.gradient_units + recomputed
+    kept_bytes = kept * problem.vocab_size * problem.itemsize
+    accumulate = statistics_dtype(problem.dtype).itemsize
+    # The target's logit takes a (rows, H) gather of the weight and its product, in the statistics'
+    # dtype.
+    gather = 3 * min(GATHER_ROWS, forward.rows) * problem.hidden_size * accumulate
+    saved = problem.scored * 5 * accumulate + kept_bytes
+    if schedule == "direct":
+        saved += problem.scored * problem.hidden_size * problem.itemsize
+    forward_bytes = 0 if schedule == "keep" else forward.nbytes(problem.itemsize)
+    backward_bytes = 0
+    if backward is not None:
+        backward_bytes = backward.nbytes(problem.itemsize)
+        # 16-bit sums over slabs and row groups run in float32.
+        if problem.itemsize < 4:
+            backward_bytes += (
+                problem.scored * problem.hidden_size * 8 + backward.cols * problem.hidden_size * 8
+            )
+    row_scaled = problem.scored * problem.hidden_size * problem.itemsize
+    return Plan(
+        schedule=schedule,
+        backend=problem.backend,
+        scored=problem.scored,
+        hidden_size=problem.hidden_size,
+        vocab_size=problem.vocab_size,
+        dtype=problem.dtype,
+        needs_hidden=problem.needs_hidden,
+        needs_weight=problem.needs_weight,
+        needs_bias=problem.needs_bias,
+        kept_rows=kept,
+        forward_tile=forward,
+        backward_tile=backward,
+        forward_units=forward_units,
+        backward_units=float(backward_units),
+        memory_budget=budget,
+        workspace_bytes=saved + max(forward_bytes + gather, backward_bytes + row_scaled),
+        saved_bytes=saved,
+    )
+
+
+# Rows of the target-logit gather at a time.
+GATHER_ROWS = 512

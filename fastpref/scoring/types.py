@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes in and comes out of scoring: the options, the outputs, and the head as the engine sees
+it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "cpp", "triton", "cuda"]
+Schedule = Literal["auto", "direct", "keep", "recompute"]
+
+BACKENDS: tuple[str, ...] = ("auto", "torch", "cpp", "triton", "cuda")
+SCHEDULES: tuple[str, ...] = ("auto", "direct", "keep", "recompute")
+DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class TokenScores(NamedTuple):
+    """Per-token scores, each shaped like ``target`` and float32 (float64 for float64 ``hidden``),
+    or None.
+
+    With p the softmax of the transformed logits t over the vocabulary and y the target:
+
+    - ``logp``: log p[y]. Differentiable.
+    - ``entropy``: -sum p log p, in nats. Differentiable.
+    - ``log_sum_sq_probs``: log sum p^2.
+    - ``mean_logits``: mean of t over the vocabulary.
+    - ``is_top1``: bool, no logit is strictly greater than the target's. Of equal ones the first
+      counts as greatest.
+    - ``lse``: log sum exp t. Differentiable.
+
+    Positions where ``target == ignore_index`` hold 0 (False).
+    """
+
+    logp: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    lse: Tensor | None = None
+
+
+OUTPUTS: tuple[str, ...] = TokenScores._fields
+DIFFERENTIABLE: tuple[str, ...] = ("logp", "entropy", "lse")
+STATISTICS: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringOptions:
+    """How to score. Every default lets fastpref choose; no option changes a result by more than
+    rounding.
+
+    - ``backend``: "torch" (any device), "cpp" (CPU), "triton", "cuda", or "auto".
+    - ``memory_budget``: workspace in bytes. None takes a sixteenth of the device's total memory, so
+      that the choice of schedule depends on shapes and options alone. Below the least tile, the
+      least tile is used.
+    - ``schedule``: "direct" forms d logp / d hidden in the forward pass; "keep" keeps exponentials
+      of as many rows as the budget holds and recomputes the rest; "recompute" keeps none; or
+      "auto".
+    - ``chunk_rows``: rows of one product. None: as many as the schedule finds best.
+    - ``max_scored``: upper bound on the number of scored tokens. On CUDA it saves the one host read
+      that packing scored rows otherwise needs. More scored tokens than this raise ValueError on CPU
+      and give NaN on CUDA.
+    """
+
+    backend: Backend = "auto"
+    memory_budget: int | None = None
+    schedule: Schedule = "auto"
+    chunk_rows: int | None = None
+    max_scored: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}"
+            )
+        for name in ("memory_budget", "chunk_rows", "max_scored"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
+            if value < (0 if name == "max_scored" else 1):
+                raise ValueError(
+                    f"{name} must be positive; got {value}. Leave it None to let fastpref choose"
+                )
+
+
+class LogitMap(NamedTuple):
+    """t = scale z, with a cap t = cap tanh(scale z / cap), of a raw logit z = product + bias."""
+
+    scale: float  # logit_scale / temperature
+    cap: float  # softcap / temperature, 0 for none
+
+    def logit(self, raw: Tensor) -> Tensor:
+        if self.cap == 0:
+            return raw * self.scale
+        return torch.tanh(raw * (self.scale / self.cap)) * self.cap
+
+    def slope(self, raw: Tensor) -> Tensor:
+        """dt/dz over ``scale``: 1 - tanh^2 = 1 / cosh^2 under a cap, else 1."""
+        if self.cap == 0:
+            return torch.ones_like(raw)
+        return torch.cosh(raw * (self.scale / self.cap)).square().reciprocal()
+
+
+class Head(NamedTuple):
+    """A head in the dtype of its products.
+
+    Columns are vocabulary ids ``start`` to ``start + weight.shape[0]``.
+    """
+
+    weight: Tensor  # (V, H), V the columns held here
+    bias: Tensor | None  # (V,), statistics dtype
+    map: LogitMap
+    start: int = 0
+    vocab_size: int = 0  # columns held by all ranks together
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-probabilities and sums for products in ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

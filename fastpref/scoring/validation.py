@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the arguments of scoring.
+
+Every error names the argument, what came, what was expected, and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .types import DTYPES, OUTPUTS, LogitMap
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        _check_whole(name, tensor)
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
+                "cast it first"
+            )
+    _check_target(target, hidden)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (V, H), got {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden must end in the weight's hidden size: got hidden "
+            f"{tuple(hidden.shape)} and weight (V, H) = {tuple(weight.shape)}; "
+            "pass the weight as nn.Linear stores it, (out, in)"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight must have at least one row, got a vocabulary of 0")
+    if hidden.shape[:-1] != target.shape:
+        raise ValueError(
+            "target must have the shape of hidden without its last dimension: got target "
+            f"{tuple(target.shape)} and hidden {tuple(hidden.shape)}; "
+            "shift both (hidden[:, :-1], labels[:, 1:])"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have shape ({weight.shape[0]},), one per row of weight, "
+            f"got {tuple(bias.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on {hidden.device}, where hidden is; got {tensor.device}. "
+                "Move it there"
+            )
+
+
+def _check_whole(name: str, tensor: Tensor) -> None:
+    """A sharded parameter silently gives wrong gradients in a functional call."""
+    remedy = (
+        "run the loss inside the forward of the module that owns it, or gather it first; "
+        "for a vocabulary-sharded head pass the local shard with tp_group"
+    )
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} must be a plain tensor, got a DTensor (sharded parameter); {remedy}"
+        )
+    if getattr(tensor, "ds_status", None) is not None and tensor.numel() == 0:
+        raise ValueError(
+            f"{name} must be whole, got a partitioned ZeRO-3 parameter without data; {remedy}"
+        )
+
+
+def _check_target(target: Tensor, hidden: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"target must be int64 (or int32) token ids, got {target.dtype}; use target.long()"
+        )
+
+
+def check_outputs(outputs: Any) -> tuple[str, ...]:
+    if isinstance(outputs, str):
+        raise TypeError(
+            f"outputs must be a tuple of names, got the string {outputs!r}; write ({outputs!r},)"
+        )
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(
+            f"outputs must be among {', '.join(OUTPUTS)}; got {', '.join(map(repr, unknown))}"
+        )
+    return tuple(outputs)
+
+
+def check_map(temperature: float, logit_scale: float, softcap: float | None) -> LogitMap:
+    for name, value in (
+        ("temperature", temperature),
+        ("logit_scale", logit_scale),
+        ("softcap", softcap),
+    ):
+        if value is None and name == "softcap":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if temperature <= 0:
+        raise ValueError(
+            f"temperature must be greater than 0, got {temperature}; logits are divided by it"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be greater than 0, got {softcap}; pass None for no cap")
+    return LogitMap(logit_scale / temperature, 0.0 if softcap is None else softcap / temperature)
+
+
+def check_vocab_range(vocab_range: tuple[int, int] | None, rows: int) -> tuple[int, int] | None:
+    if vocab_range is None:
+        return None
+    start, stop = vocab_range
+    if not 0 <= start < stop or stop - start > rows:
+        raise ValueError(
+            "vocab_range must be (start, stop) with 0 <= start < stop and at most "
+            f"{rows} columns, the rows of weight; got ({start}, {stop})"
+        )
+    return int(start), int(stop)

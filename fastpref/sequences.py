@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-token log-probabilities to per-sequence ones: padded rows, packed segments or explicit ids.
+
+    sum:   s[b] = sum over the scored tokens t of b of  token_weights[t] * logp[t]
+    mean:  s[b] / number of scored tokens of b, and 0 for a sequence without any
+
+Accumulation is in fp64 and rounded once, so the layouts agree with each other and a long response
+costs no precision. Nothing here uses atomics, and on CUDA nothing reads a value back to the host.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def sequence_logp(
+    logp: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    token_weights: Tensor | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+) -> Tensor:
+    """Reduce per-token log-probabilities to one number per sequence.
+
+    Args:
+        logp: ``(B, T)`` padded, or ``(N,)`` packed; any floating dtype.
+        mask: ``(B, T)``, bool or integer, nonzero = scored. Padded only; a padded mean needs it.
+        cu_seqlens: ``(B + 1,)`` integer boundaries of packed sequences, from 0 to N: sequence b is
+            ``logp[cu_seqlens[b]:cu_seqlens[b + 1]]``, every token of it scored.
+        sequence_ids: ``(N,)`` integer, the sequence of each packed token in any order; negative =
+            not scored. Needs ``num_sequences``.
+        num_sequences: B, for ``sequence_ids`` only.
+        token_weights: shaped like ``logp``; differentiable.
+        reduction: "sum", or "mean" = weighted sum over the number of scored tokens.
+
+    Returns:
+        ``(B,)``, fp64 if ``logp`` is fp64 and fp32 otherwise; 0 for an empty sequence.
+        Differentiable. A token that is not scored is not read: NaN there reaches nothing.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape or combination of arguments. The values of
+            ``cu_seqlens`` and ``sequence_ids`` are checked on CPU only; elsewhere that would wait
+            for the device.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    _check_per_token(logp, mask, sequence_ids, token_weights)
+    scored: Tensor | None = None
+    total: Callable[[Tensor], Tensor]
+    if logp.dim() == 2:
+        _check_padded(mask, cu_seqlens, sequence_ids, num_sequences, reduction)
+        scored = None if mask is None else mask != 0
+        total = _sum_rows
+    elif cu_seqlens is not None:
+        boundaries = _check_boundaries(logp, cu_seqlens, mask, sequence_ids, num_sequences)
+        total = partial(_sum_segments, boundaries=boundaries)
+    else:
+        ids, count = _check_ids(sequence_ids, mask, num_sequences)
+        scored = ids >= 0
+        total = partial(_sum_by_id, ids=ids.clamp(min=0), num_sequences=count)
+
+    values = _keep(logp, scored)
+    if token_weights is not None:
+        values = values * _keep(token_weights, scored)
+    sums = total(values)
+    if reduction == "mean":
+        ones = torch.ones_like(values, requires_grad=False)
+        sums = sums / total(_keep(ones, scored)).clamp(min=1)
+    return sums if logp.dtype == torch.float64 else sums.float()
+
+
+def _keep(values: Tensor, scored: Tensor | None) -> Tensor:
+    """``values`` in fp64, 0 where not scored; a product with 0 would let NaN through."""
+    return (values if scored is None else torch.where(scored, values, 0)).double()
+
+
+def _sum_rows(values: Tensor) -> Tensor:
+    return values.sum(-1)
+
+
+def _sum_segments(values: Tensor, boundaries: Tensor) -> Tensor:
+    if values.numel() == 0 or boundaries.numel() == 1:
+        # Nothing to launch on a GPU; the sum of nothing keeps the graph connected.
+        return values.new_zeros(boundaries.numel() - 1) + values.sum()
+    # unsafe=True: the checks torch would make read the offsets back to the host.
+    sums: Tensor = torch.segment_reduce(values, "sum", offsets=boundaries, unsafe=True)
+    return sums
+
+
+def _sum_by_id(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
+    if values.device.type == "cpu" and num_sequences > 0:
+        return values.new_zeros(num_sequences).index_add(0, ids, values)
+    return _sum_by_sorted_id(values, ids, num_sequences)
+
+
+def _sum_by_sorted_id(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
+    """As index_add, in a fixed order: on a GPU index_add is atomic and varies run to run."""
+    ids, order = torch.sort(ids, stable=True)
+    firsts = torch.arange(num_sequences + 1, device=ids.device, dtype=ids.dtype)
+    return _sum_segments(values[order], torch.searchsorted(ids, firsts))
+
+
+def _check_per_token(
+    logp: Tensor, mask: Tensor | None, sequence_ids: Tensor | None, token_weights: Tensor | None
+) -> None:
+    if not logp.is_floating_point():
+        raise TypeError(f"logp must be floating point, got {logp.dtype}")
+    if logp.dim() not in (1, 2):
+        raise ValueError(
+            f"logp must be (B, T) padded or (N,) packed, got shape {tuple(logp.shape)}"
+        )
+    per_token = {"mask": mask, "sequence_ids": sequence_ids, "token_weights": token_weights}
+    for name, tensor in per_token.items():
+        if tensor is not None and tensor.shape != logp.shape:
+            raise ValueError(
+                f"{name} must be shaped like logp, {tuple(logp.shape)}, got {tuple(tensor.shape)}"
+            )
+    if mask is not None and mask.is_floating_point():
+        raise TypeError(
+            f"mask must be bool or integer, got {mask.dtype}; weights go into token_weights"
+        )
+
+
+def _check_padded(
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence_ids: Tensor | None,
+    num_sequences: int | None,
+    reduction: str,
+) -> None:
+    if cu_seqlens is not None or sequence_ids is not None or num_sequences is not None:
+        raise ValueError(
+            "cu_seqlens, sequence_ids and num_sequences describe packed logp (N,), got padded "
+            "(B, T); pass mask, or flatten logp"
+        )
+    if reduction == "mean" and mask is None:
+        raise ValueError("reduction='mean' of padded logp needs mask to count the scored tokens")
+
+
+def _check_boundaries(
+    logp: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    sequence_ids: Tensor | None,
+    num_sequences: int | None,
+) -> Tensor:
+    if mask is not None or sequence_ids is not None or num_sequences is not None:
+        raise ValueError(
+            "cu_seqlens stands alone: drop mask, sequence_ids and num_sequences; to leave tokens "
+            "of packed logp unscored pass sequence_ids, negative there, instead of cu_seqlens"
+        )
+    _check_integer("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"cu_seqlens must be (B + 1,), got shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != logp.device:
+        raise ValueError(
+            f"cu_seqlens is on {cu_seqlens.device} and logp on {logp.device}; move it there once, "
+            "when the batch is made"
+        )
+    if _readable(cu_seqlens):
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != logp.numel() or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to N = {logp.numel()}, got {first} to {last}"
+                + (", not rising throughout" if (first, last) == (0, logp.numel()) else "")
+            )
+    return cu_seqlens
+
+
+def _check_ids(
+    sequence_ids: Tensor | None, mask: Tensor | None, num_sequences: int | None
+) -> tuple[Tensor, int]:
+    if sequence_ids is None:
+        raise ValueError(
+            "packed logp (N,) needs cu_seqlens, or sequence_ids with num_sequences; mask belongs "
+            "to padded logp (B, T)"
+        )
+    if mask is not None:
+        raise ValueError("mask belongs to padded logp; make sequence_ids negative there instead")
+    if num_sequences is None:
+        raise ValueError(
+            "sequence_ids needs num_sequences: it fixes the output's shape without reading the ids"
+        )
+    if num_sequences < 0:
+        raise ValueError(f"num_sequences must be >= 0, got {num_sequences}")
+    _check_integer("sequence_ids", sequence_ids)
+    if _readable(sequence_ids) and bool((sequence_ids >= num_sequences).any()):
+        raise ValueError(
+            f"sequence_ids must be below num_sequences = {num_sequences}, "
+            f"got {int(sequence_ids.max())}"
+        )
+    return sequence_ids.long(), num_sequences
+
+
+def _check_integer(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether reading values costs nothing: not on a device, and not while being traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -175,9 +175,9 @@ def _write_target(
     exps: Tensor, own: TargetLogit, rows: RowScores, scale: Tensor, head: Head
 ) -> None:
     value = torch.expm1(rows.logp) / scale * head.map.slope(own.raw)
-    index = own.column.clamp(min=0)[:, None]
-    present = exps.gather(1, index)[:, 0]
-    exps.scatter_(1, index, torch.where(own.column >= 0, value.to(exps.dtype), present)[:, None])
+    # index_put_ touches one element a row; scatter_ on CPU copies the whole matrix.
+    index = (torch.arange(exps.shape[0], device=exps.device), own.column.clamp(min=0))
+    exps.index_put_(index, torch.where(own.column >= 0, value.to(exps.dtype), exps[index]))
 
 
 class Upstream(NamedTuple):

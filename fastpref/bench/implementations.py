@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The implementations that are compared, each called the way its own users call it.
+
+Each gets the work, hidden (B, T, H) and weight (V, H), and returns the DPO loss.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ScoringOptions, linear_logprob
+from ..scoring.backends import unavailable_reason
+from .work import IGNORE, Work
+
+Loss = Callable[[Work, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    name: str
+    loss: Loss
+    unavailable: str | None = None  # the reason
+
+
+def _fastpref(options: ScoringOptions | None = None) -> Loss:
+    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+        scores = linear_logprob(hidden, weight, work.target, options=options)
+        if scores.logp is None:
+            raise RuntimeError("logp was asked for")
+        return work.dpo(scores.logp)
+
+    return loss
+
+
+def _plain(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits at every position, float32 log-softmax, gather."""
+    log_probs = (hidden @ weight.t()).float().log_softmax(-1)
+    logp = log_probs.gather(-1, work.target.clamp(min=0)[..., None])[..., 0]
+    return work.dpo(torch.where(work.scored, logp, 0.0))
+
+
+def _linear_cross_entropy(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+    rows = hidden[work.scored]
+    options = torch.nn.LinearCrossEntropyOptions()  # without options it holds all logits
+    nll = F.linear_cross_entropy(
+        rows, weight, work.target[work.scored], reduction="none", options=options
+    )
+    logp = torch.zeros(work.target.shape, dtype=torch.float32, device=rows.device)
+    return work.dpo(logp.masked_scatter(work.scored, -nll.float()))
+
+
+def _trl(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+    """On CPU TRL scores every position, with masked targets set to 0."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    logp, *_ = ChunkedLogProbFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        None,
+        work.target.clamp(min=0).reshape(-1),
+        1.0,
+        32768,
+        None,
+        1.0,
+        ("log_probs",),
+    )
+    return work.dpo(logp.view(work.target.shape).masked_fill(~work.scored, 0))
+
+
+def _liger(compiled: bool) -> Loss:
+    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+        # It takes no precomputed reference, so its loss is the reference-free one.
+        module = LigerFusedLinearDPOLoss(
+            ignore_index=IGNORE, beta=0.1, use_ref_model=False, compiled=compiled
+        )
+        value: Any = module(weight, hidden, work.target)
+        return value[0] if isinstance(value, tuple) else value
+
+    return loss
+
+
+def _missing(module: str) -> str | None:
+    return None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def implementations() -> list[Implementation]:
+    has_lce = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return [
+        Implementation("fastpref", _fastpref()),
+        Implementation(
+            "fastpref, torch backend",
+            _fastpref(ScoringOptions(backend="torch")),
+            unavailable_reason("torch", "cpu"),
+        ),
+        Implementation("plain torch", _plain),
+        Implementation(
+            "F.linear_cross_entropy",
+            _linear_cross_entropy,
+            None if has_lce else f"torch {torch.__version__} has no chunked F.linear_cross_entropy",
+        ),
+        Implementation("TRL fused head", _trl, _missing("trl")),
+        Implementation("Liger DPO", _liger(compiled=True), _missing("liger_kernel")),
+    ]
+
+
+def bare_products(work: Work, trainable: bool) -> None:
+    """The matrix products of the scored tokens alone, into fresh outputs: the limit."""
+    rows = work.hidden[work.scored]
+    logits = torch.mm(rows, work.weight.t())
+    torch.mm(logits, work.weight)
+    if trainable:
+        torch.mm(logits.t(), rows)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work that every implementation does: score a preference batch, apply DPO, go backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import objectives
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A preference batch as a trainer sees it; the first half of each row is prompt."""
+
+    sequences: int = 8  # B, chosen first
+    length: int = 256  # T
+    hidden_size: int = 1024  # H
+    vocab_size: int = 32000  # V
+
+    @property
+    def positions(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def scored(self) -> int:
+        return self.positions // 2
+
+
+@dataclass(frozen=True)
+class Work:
+    hidden: Tensor  # (B, T, H)
+    weight: Tensor  # (V, H)
+    target: Tensor  # (B, T)
+    ref_logps: Tensor  # (B,)
+
+    @property
+    def scored(self) -> Tensor:
+        return self.target != IGNORE
+
+    def to(self, dtype: torch.dtype) -> Work:
+        return Work(self.hidden.to(dtype), self.weight.to(dtype), self.target, self.ref_logps)
+
+    def leaves(self, trainable: bool) -> tuple[Tensor, Tensor]:
+        """Fresh leaves: hidden, and the weight with or without gradient."""
+        weight = self.weight.detach().requires_grad_(trainable)
+        return self.hidden.detach().requires_grad_(), weight
+
+    def dpo(self, logp: Tensor) -> Tensor:
+        """The loss from per-token log-probabilities (B, T), 0 where not scored."""
+        chosen, rejected = logp.sum(-1).chunk(2)
+        ref_chosen, ref_rejected = self.ref_logps.chunk(2)
+        return objectives.dpo(chosen, rejected, ref_chosen, ref_rejected).losses.mean()
+
+
+def make_work(shape: Shape, dtype: torch.dtype, overflowing: float = 0.0, seed: int = 0) -> Work:
+    """Random rows whose targets are likely tokens, as in a trained model.
+
+    Args:
+        overflowing: share of scored rows whose target lies far more than 88 nats below the
+            largest logit, where a plain exponential would overflow.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, vocab, width = shape.positions, shape.vocab_size, shape.hidden_size
+    weight = torch.randn(vocab, width, generator=generator) * width**-0.5
+    hidden = torch.randn(rows, width, generator=generator)
+    target = torch.randint(0, vocab, (rows,), generator=generator)
+    # Towards the target's row: its logit rises by about 8.
+    hidden += 8 * weight[target]
+    if overflowing:
+        hidden[:: round(1 / overflowing)] -= 200 * weight[target[:: round(1 / overflowing)]]
+    target = target.view(shape.sequences, shape.length)
+    target[:, : shape.length // 2] = IGNORE
+    ref_logps = -torch.rand(shape.sequences, generator=generator) * shape.length
+    return Work(
+        hidden.view(shape.sequences, shape.length, width).to(dtype),
+        weight.to(dtype),
+        target,
+        ref_logps,
+    )

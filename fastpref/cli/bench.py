@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fastpref bench``: forward and backward of the head with DPO.
+
+Against the bare products of the scored tokens and against the alternatives; then peak memory
+against its formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bench.implementations import Implementation, bare_products, implementations
+from ..bench.memory import measure
+from ..bench.timing import Timing, interleave
+from ..bench.work import Shape, Work, make_work
+
+LIMIT = "bare products"
+OVERFLOWING = "fastpref, 1% overflowing"
+DTYPES = ("float32", "bfloat16")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("bench", help="measure fastpref against the alternatives")
+    parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="also write bench.json to this folder"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.rounds < 1:
+        print(f"--rounds must be at least 1, got {args.rounds}", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shape = Shape(4, 64, 256, 8192) if args.quick else Shape()
+    machine = _machine()
+    print(
+        f"fastpref bench: N={shape.scored} scored of {shape.positions} positions, "
+        f"H={shape.hidden_size}, V={shape.vocab_size}, {machine['threads']} threads, "
+        f"torch {machine['torch']}, {machine['processor']}"
+    )
+    cases = [
+        _case(shape, dtype, trainable, args.rounds)
+        for dtype in args.dtype or DTYPES
+        for trainable in (True, False)
+    ]
+    memory = _memory(args.quick)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        report = {"machine": machine, "shape": vars(shape), "cases": cases, "memory": memory}
+        (args.out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(f"\nwritten to {args.out / 'bench.json'}")
+    return 0
+
+
+def _machine() -> dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":", 1)[1].strip() if names else processor
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _progress(text: str) -> None:
+    """One line that rewrites itself on a terminal; nothing into a file."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _case(shape: Shape, dtype: str, trainable: bool, rounds: int) -> dict[str, Any]:
+    head = "trainable" if trainable else "frozen"
+    title = f"{dtype}, {head} head"
+    work = make_work(shape, getattr(torch, dtype))
+    overflowing = make_work(shape, getattr(torch, dtype), overflowing=0.01)
+    errors, candidates = {}, {LIMIT: lambda: bare_products(work, trainable)}
+    skipped = {}
+    exact = _step(_plain_reference(), work.to(torch.float64), trainable)
+    for one in implementations():
+        if one.unavailable is not None:
+            skipped[one.name] = one.unavailable
+            continue
+        _progress(f"{title}: checking {one.name}")
+        # A peer's compiler or kernel may fail on this machine; its row then says why.
+        try:
+            errors[one.name] = _error(_step(one, work, trainable), exact)
+        except Exception as error:
+            skipped[one.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        candidates[one.name] = _runner(one, work, trainable)
+        if one.name == "fastpref":
+            candidates[OVERFLOWING] = _runner(one, overflowing, trainable)
+            candidates[OVERFLOWING]()
+    candidates[LIMIT]()
+    timings = interleave(candidates, LIMIT, rounds, lambda text: _progress(f"{title}: {text}"))
+    _progress("")
+    _print_case(title, timings, errors, skipped)
+    rows = {name: vars(timing) | {"error": errors.get(name)} for name, timing in timings.items()}
+    return {"dtype": dtype, "trainable": trainable, "timings": rows, "skipped": skipped}
+
+
+def _plain_reference() -> Implementation:
+    return next(one for one in implementations() if one.name == "plain torch")
+
+
+def _step(one: Implementation, work: Work, trainable: bool) -> list[Tensor]:
+    """Gradients of hidden (scored rows) and, if trainable, of the weight."""
+    hidden, weight = work.leaves(trainable)
+    one.loss(work, hidden, weight).backward()
+    grads = [hidden.grad] + ([weight.grad] if trainable else [])
+    return [grad for grad in grads if grad is not None]
+
+
+def _runner(one: Implementation, work: Work, trainable: bool) -> Any:
+    def step() -> None:
+        _step(one, work, trainable)
+
+    return step
+
+
+def _error(grads: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest relative root-mean-square error of a gradient."""
+    pairs = zip(grads, exact, strict=True)
+    return max(float((got.double() - want).norm() / want.norm()) for got, want in pairs)
+
+
+def _print_case(
+    title: str, timings: dict[str, Timing], errors: dict[str, float], skipped: dict[str, str]
+) -> None:
+    print(f"\n{title}")
+    print(f"  {'':28}{'time':>10}{'ratio':>8}{'p20':>7}{'p80':>7}{'gradient error':>16}")
+    for name, timing in timings.items():
+        error = f"{errors[name]:.1e}" if name in errors else ""
+        print(
+            f"  {name:28}{timing.seconds * 1e3:8.1f}ms{timing.ratio:7.2f}x"
+            f"{timing.low:6.2f}x{timing.high:6.2f}x{error:>16}"
+        )
+    if OVERFLOWING in timings:
+        share = timings[OVERFLOWING].ratio / timings["fastpref"].ratio
+        print(f"  1% overflowing rows cost {share:.2f}x of the same case without")
+    for name, reason in skipped.items():
+        print(f"  {name}: not measured, {reason}")
+
+
+def _memory(quick: bool) -> list[dict[str, Any]]:
+    length = 128 if quick else 512
+    shape = Shape(8, length, 256, 8192 if quick else 32000)
+    longer = Shape(8, 2 * length, shape.hidden_size, shape.vocab_size)
+    budget = (4 if quick else 32) << 20
+    calls = [(shape, "auto", None), (shape, "recompute", budget), (longer, "recompute", budget)]
+    print("\npeak memory above the inputs, float32, trainable head (MiB)")
+    print(
+        f"  {'':26}{'N':>6}{'measured':>10}{'gradients':>11}{'workspace':>11}{'(N, V) logits':>15}"
+    )
+    rows = []
+    for one, schedule, limit in calls:
+        _progress(f"memory: {schedule}, N={one.scored}")
+        row = measure(one, "float32", schedule, limit)
+        _progress("")
+        rows.append(row)
+        name = row["schedule"] + (f", budget {limit >> 20}" if limit else "")
+        print(
+            f"  {name:26}{row['scored']:6}{row['peak']:10.0f}{row['gradients']:11.0f}"
+            f"{row['workspace']:11.0f}{row['logits']:15.0f}"
+        )
+    return rows

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,12 +77,11 @@ def _liger(compiled: bool) -> Loss:
     def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-        # It takes no precomputed reference, so its loss is the reference-free one.
         module = LigerFusedLinearDPOLoss(
             ignore_index=IGNORE, beta=0.1, use_ref_model=False, compiled=compiled
         )
-        value: Any = module(weight, hidden, work.target)
-        return value[0] if isinstance(value, tuple) else value
+        value: Tensor = module(weight, hidden, work.target)[0]
+        return value
 
     return loss
 

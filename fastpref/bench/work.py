@@ -36,14 +36,13 @@ class Work:
     hidden: Tensor  # (B, T, H)
     weight: Tensor  # (V, H)
     target: Tensor  # (B, T)
-    ref_logps: Tensor  # (B,)
 
     @property
     def scored(self) -> Tensor:
         return self.target != IGNORE
 
     def to(self, dtype: torch.dtype) -> Work:
-        return Work(self.hidden.to(dtype), self.weight.to(dtype), self.target, self.ref_logps)
+        return Work(self.hidden.to(dtype), self.weight.to(dtype), self.target)
 
     def leaves(self, trainable: bool) -> tuple[Tensor, Tensor]:
         """Fresh leaves: hidden, and the weight with or without gradient."""
@@ -51,10 +50,13 @@ class Work:
         return self.hidden.detach().requires_grad_(), weight
 
     def dpo(self, logp: Tensor) -> Tensor:
-        """The loss from per-token log-probabilities (B, T), 0 where not scored."""
+        """The loss from per-token log-probabilities (B, T), 0 where not scored.
+
+        The reference is uniform: Liger takes no precomputed log-probabilities.
+        """
         chosen, rejected = logp.sum(-1).chunk(2)
-        ref_chosen, ref_rejected = self.ref_logps.chunk(2)
-        return objectives.dpo(chosen, rejected, ref_chosen, ref_rejected).losses.mean()
+        reference = torch.zeros_like(chosen)
+        return objectives.dpo(chosen, rejected, reference, reference).losses.mean()
 
 
 def make_work(shape: Shape, dtype: torch.dtype, overflowing: float = 0.0, seed: int = 0) -> Work:
@@ -75,10 +77,8 @@ def make_work(shape: Shape, dtype: torch.dtype, overflowing: float = 0.0, seed: 
         hidden[:: round(1 / overflowing)] -= 200 * weight[target[:: round(1 / overflowing)]]
     target = target.view(shape.sequences, shape.length)
     target[:, : shape.length // 2] = IGNORE
-    ref_logps = -torch.rand(shape.sequences, generator=generator) * shape.length
     return Work(
         hidden.view(shape.sequences, shape.length, width).to(dtype),
         weight.to(dtype),
         target,
-        ref_logps,
     )

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, engine, vocab_parallel
+from . import backends, vocab_parallel
+from .backward import Upstream, backward
+from .forward import Run, forward
 from .packing import Packing
 from .schedule import Plan
 from .types import DIFFERENTIABLE, OUTPUTS, Head, LogitMap, TokenScores, statistics_dtype
@@ -62,9 +64,8 @@ class LinearScores(torch.autograd.Function):
             head = call.head(weight.detach(), None if bias is None else bias.detach())
             rows = _packed_hidden(hidden.detach(), call)
             target = packing.gather(call.target.reshape(-1))
-            scores, kept = engine.forward(
-                rows, target, head, plan, backends.load(plan.backend), call.outputs, call.group
-            )
+            run = Run(head, plan, backends.load(plan.backend), call.group)
+            scores, kept = forward(run, rows, target, call.outputs)
             spread = [
                 None if value is None else packing.spread(value).view(call.target.shape)
                 for value in scores
@@ -95,14 +96,8 @@ class LinearScores(torch.autograd.Function):
         with context, torch.autocast(hidden.device.type, enabled=False):
             head = ctx.cast_head or call.head(weight, bias)
             rows = _packed_hidden(hidden, call)
-            gradients = engine.backward(
-                rows,
-                head,
-                plan,
-                backends.load(plan.backend),
-                ctx.kept,
-                _packed_upstream(upstream, call),
-            )
+            run = Run(head, plan, backends.load(plan.backend), call.group)
+            gradients = backward(run, rows, ctx.kept, _packed_upstream(upstream, call))
             d_hidden = d_weight = d_bias = None
             if gradients.hidden is not None:
                 d_rows = vocab_parallel.sum_over_ranks(gradients.hidden, call.group)
@@ -118,10 +113,10 @@ def _packed_hidden(hidden: Tensor, call: Call) -> Tensor:
     return call.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(call.plan.dtype)
 
 
-def _packed_upstream(upstream: tuple[Tensor | None, ...], call: Call) -> engine.Upstream:
+def _packed_upstream(upstream: tuple[Tensor | None, ...], call: Call) -> Upstream:
     dtype = statistics_dtype(call.plan.dtype)
     by_name = dict(zip(OUTPUTS, upstream, strict=True))
-    return engine.Upstream(
+    return Upstream(
         *(
             None if value is None else call.packing.gather(value.reshape(-1).to(dtype)).contiguous()
             for value in (by_name["logp"], by_name["entropy"], by_name["lse"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..rows import RowSums
 from ..types import LogitMap
-from . import UpstreamGradient
+from . import UpstreamGradient, operators
 
 
 def exp_rows(
@@ -25,8 +25,8 @@ def exp_rows(
     )
     if not statistics:
         return RowSums(*sums)
-    anchor, total_exp, offset, best, weighted, squares, total = sums
-    return RowSums(anchor, total_exp, offset, best, best_index, weighted, squares, total)
+    named = dict(zip(operators.SUMS + operators.STATISTICS, sums, strict=True))
+    return RowSums(**named, best_index=best_index)
 
 
 def logit_grad(

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes of the compiled operators' results, for tracing. Imported once the library is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows of the sums that exp_rows_ returns, as in csrc/cpu/row_kernels.h.
+SUMS = ("anchor", "sum", "offset")
+STATISTICS = ("best", "weighted", "squares", "total")
+
+
+@torch.library.register_fake("fastpref::exp_rows_")  # type: ignore[untyped-decorator]
+def _exp_rows(
+    tile: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    cap: float,
+    write: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = anchor.shape[0]
+    kinds = len(SUMS) + (len(STATISTICS) if statistics else 0)
+    return anchor.new_empty((kinds, rows)), target.new_empty((rows if statistics else 0,))
+
+
+@torch.library.register_fake("fastpref::logit_grad_")  # type: ignore[untyped-decorator]
+def _logit_grad(
+    tile: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    norm: Tensor,
+    logp: Tensor,
+    grad_logp: Tensor,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    cap: float,
+) -> None:
+    return None

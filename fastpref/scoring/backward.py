@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward pass: matrix products over row groups, one slab of the vocabulary at a time.
+
+With E as forward.py keeps it and c = -g scale (dt/dz), g the upstream gradient of logp,
+
+    d hidden = c (E W),   d weight = E^T (c hidden),   d bias = E^T c.
+
+Rows that were not kept, and every row once a gradient arrives at entropy or lse, are projected
+again; a backend then turns the tile into the gradient D of the raw products itself, and
+
+    d hidden = D W,   d weight = D^T hidden,   d bias = D^T 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import UpstreamGradient
+from .forward import Kept, Run
+from .schedule import Tile, recompute_tile
+from .types import statistics_dtype
+from .workspace import Lease
+
+
+class Upstream(NamedTuple):
+    """Gradients at the outputs, (N,) in the statistics' dtype; None where none arrived."""
+
+    logp: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """With respect to hidden (N, H), weight (V, H) and the bias added to raw products, (V,)."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class RowGroup(NamedTuple):
+    """Rows whose tiles come from one place."""
+
+    rows: slice
+    tile: Callable[[slice, Tensor], Tensor]  # (columns, flat workspace) -> (rows, columns)
+    hidden: Tensor  # (rows, H), scaled by c where the tile is not
+    after: Tensor | None  # (rows,), c where the tile is not scaled by it
+
+
+def backward(run: Run, hidden: Tensor, kept: Kept, upstream: Upstream) -> Gradients:
+    """Gradients in the head's dtype (bias: the statistics')."""
+    g = torch.zeros_like(kept.scale) if upstream.logp is None else upstream.logp
+    upstream = upstream._replace(logp=g)
+    # A row without upstream gradient gets none, whatever it holds.
+    c = torch.where(g == 0, 0.0, -run.head.map.scale * g * kept.scale)
+    if kept.direct is not None:
+        return Gradients((kept.direct * c[:, None]).to(hidden.dtype), None, None)
+    active = _active_rows(upstream) if hidden.device.type == "cpu" else None
+    if active is None:
+        return _products(run, hidden, *_row_groups(run, hidden, kept, upstream, c, None))
+    some = hidden[active]
+    gradients = _products(run, some, *_row_groups(run, some, kept, upstream, c, active))
+    if gradients.hidden is None:
+        return gradients
+    d_hidden = torch.zeros_like(hidden).index_copy_(0, active, gradients.hidden)
+    return gradients._replace(hidden=d_hidden)
+
+
+def _active_rows(upstream: Upstream) -> Tensor | None:
+    """Indices of rows with any gradient; None when all have one."""
+    nonzero = torch.stack([value != 0 for value in upstream if value is not None]).any(0)
+    return None if bool(nonzero.all()) else nonzero.nonzero()[:, 0]
+
+
+def _row_groups(
+    run: Run, hidden: Tensor, kept: Kept, upstream: Upstream, c: Tensor, active: Tensor | None
+) -> tuple[list[RowGroup], Tile]:
+    """Groups of the rows in ``hidden``, kept ones first, and the tile they are worked through in.
+
+    ``active`` are their positions in the arguments of all rows; None: they are all rows.
+    """
+    vocab, itemsize = run.head.weight.shape[0], hidden.dtype.itemsize
+    total, kept_rows = hidden.shape[0], run.plan.kept_rows
+    exps = kept.exps if upstream.entropy is None and upstream.lse is None else None
+    inside = 0
+    if exps is not None:
+        inside = kept_rows if active is None else int((active < kept_rows).sum())
+    gathered = 0 if active is None else inside
+    # Kept rows that all have a gradient are read where they lie.
+    tile = Tile(0, vocab)
+    if gathered or inside < total:
+        budget = run.plan.memory_budget - kept_rows * vocab * itemsize
+        tile = recompute_tile(max(gathered, total - inside), vocab, itemsize, budget)
+    groups = []
+    if exps is not None:
+        for rows in _split(0, inside, tile.rows if gathered else inside):
+            chosen = rows if active is None else active[rows]
+            scaled = hidden[rows]
+            if run.plan.needs_weight:
+                scaled = scaled * c[chosen].to(hidden.dtype)[:, None]
+            groups.append(RowGroup(rows, _kept_tile(exps.tensor, chosen), scaled, c[chosen]))
+    for rows in _split(inside, total, tile.rows):
+        chosen = rows if active is None else active[rows]
+        source = _recomputed_tile(run, hidden[rows], kept, upstream, chosen)
+        groups.append(RowGroup(rows, source, hidden[rows], None))
+    return groups, tile
+
+
+def _split(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(at, min(stop, at + size)) for at in range(start, stop, max(1, size))]
+
+
+def _kept_tile(exps: Tensor, chosen: slice | Tensor) -> Callable[[slice, Tensor], Tensor]:
+    def tile(columns: slice, workspace: Tensor) -> Tensor:
+        if isinstance(chosen, slice):
+            return exps[chosen, columns]
+        out = _shaped(workspace, chosen.shape[0], columns)
+        return torch.index_select(exps[:, columns], 0, chosen, out=out)
+
+    return tile
+
+
+def _recomputed_tile(
+    run: Run, hidden: Tensor, kept: Kept, upstream: Upstream, chosen: slice | Tensor
+) -> Callable[[slice, Tensor], Tensor]:
+    head, rows = run.head, kept.rows
+    # The NaN of a target nobody holds reaches its row through norm.
+    values = (
+        rows.anchor,
+        rows.norm,
+        rows.logp,
+        upstream.logp,
+        upstream.lse,
+        upstream.entropy,
+        None if upstream.entropy is None else kept.entropy,
+    )
+    gradient = UpstreamGradient._make(None if one is None else one[chosen] for one in values)
+    column = kept.target[chosen] - head.start
+
+    def tile(columns: slice, workspace: Tensor) -> Tensor:
+        out = _shaped(workspace, hidden.shape[0], columns)
+        torch.mm(hidden, head.weight[columns].t(), out=out)
+        bias = None if head.bias is None else head.bias[columns]
+        run.backend.logit_grad(out, column - columns.start, gradient, bias, head.map)
+        return out
+
+    return tile
+
+
+def _shaped(workspace: Tensor, rows: int, columns: slice) -> Tensor:
+    cols = columns.stop - columns.start
+    return workspace[: rows * cols].view(rows, cols)
+
+
+def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> Gradients:
+    """All products, slab by slab; each slab of d weight is written once."""
+    plan, weight, dtype = run.plan, run.head.weight, hidden.dtype
+    slabs = _split(0, weight.shape[0], tile.cols)
+    exact = statistics_dtype(dtype)
+    d_hidden = d_weight = d_bias = None
+    if plan.needs_hidden:
+        d_hidden = hidden.new_empty(hidden.shape, dtype=dtype if len(slabs) == 1 else exact)
+    if plan.needs_weight:
+        d_weight = torch.empty_like(weight) if groups else torch.zeros_like(weight)
+    if plan.needs_bias:
+        d_bias = hidden.new_zeros(weight.shape[0], dtype=exact)
+    work = Lease((tile.rows * tile.cols,), dtype, hidden.device)
+    for columns in slabs if groups else ():
+        # 16-bit products of several groups add up in float32.
+        slab = None
+        if d_weight is not None:
+            slab = d_weight[columns]
+            if len(groups) > 1 and exact != dtype:
+                slab = torch.empty_like(slab, dtype=exact)
+        for group in groups:
+            matrix = group.tile(columns, work.tensor)
+            if slab is not None:
+                _add_product(slab, matrix.t(), group.hidden, first=group is groups[0])
+            if d_hidden is not None:
+                _add_product(d_hidden[group.rows], matrix, weight[columns], columns is slabs[0])
+            if d_bias is not None:
+                d_bias[columns] += _column_sums(matrix, group.after)
+        if slab is not None and d_weight is not None and slab.dtype != dtype:
+            d_weight[columns] = slab
+    if d_hidden is not None:
+        for group in groups:
+            if group.after is not None:
+                d_hidden[group.rows] *= group.after[:, None]
+        d_hidden = d_hidden.to(dtype)
+    return Gradients(d_hidden, d_weight, d_bias)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a b when ``first``, else total += a b."""
+    if total.dtype != a.dtype:
+        product = torch.mm(a, b)
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(a, b, out=total)
+    else:
+        torch.addmm(total, a, b, out=total)
+
+
+def _column_sums(matrix: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return matrix.sum(0, dtype=statistics_dtype(matrix.dtype))
+    return torch.mm(matrix.t(), weights.to(matrix.dtype)[:, None])[:, 0]

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward pass: tiles of raw products to row scores, and exponentials kept for backward.
+
+With e = exp(t - anchor - offset) (times the map's slope), the matrix E of a row is e with its
+target column set to (p[y] - 1) / scale, where scale = p / e. The gradient of the row's logp is then
+a row of E times one number, -scale (dt/dz), so that any upstream gradient only ever scales rows of
+(N, H) matrices: see backward.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import vocab_parallel
+from .backends import RowBackend
+from .rows import RowScores, merge, row_scores, token_scores
+from .schedule import GATHER_ROWS, Plan
+from .types import STATISTICS, Head, TokenScores, statistics_dtype
+from .workspace import Lease
+
+
+class Run(NamedTuple):
+    """What both passes of one call share."""
+
+    head: Head
+    plan: Plan
+    backend: RowBackend
+    group: dist.ProcessGroup | None
+
+
+@dataclass(slots=True)
+class Kept:
+    """What lives from forward to backward, beside hidden and weight."""
+
+    target: Tensor  # (N,), vocabulary ids
+    rows: RowScores
+    scale: Tensor  # (N,), p / e
+    entropy: Tensor | None
+    exps: Lease | None = None  # E, (kept rows, V)
+    direct: Tensor | None = None  # E W, (N, H)
+
+
+class TargetLogit(NamedTuple):
+    """Of each row: the target's column here (-1: not here), its raw logit, its logit."""
+
+    column: Tensor
+    raw: Tensor
+    logit: Tensor
+
+
+def forward(
+    run: Run, hidden: Tensor, target: Tensor, outputs: tuple[str, ...]
+) -> tuple[TokenScores, Kept]:
+    """Scores of ``hidden`` (N, H) in the head's dtype, and what backward needs."""
+    plan, weight = run.plan, run.head.weight
+    total, kept_rows = hidden.shape[0], plan.kept_rows
+    exps = work = direct = None
+    if kept_rows:
+        exps = Lease((kept_rows, weight.shape[0]), hidden.dtype, hidden.device)
+    if kept_rows < total or total == 0:
+        rows = min(plan.forward_tile.rows, total - kept_rows)
+        work = Lease((rows, plan.forward_tile.cols), hidden.dtype, hidden.device)
+    if plan.schedule == "direct":
+        direct = torch.empty_like(hidden)
+    parts = []
+    for chunk in _chunks(total, kept_rows, plan.forward_tile.rows):
+        lease = exps if chunk.stop <= kept_rows and exps is not None else work
+        if lease is None:
+            raise RuntimeError("the plan has no tile for its rows")
+        buffer = lease.tensor[: chunk.stop - chunk.start]
+        write = lease is exps or direct is not None
+        parts.append(_score_chunk(run, hidden[chunk], target[chunk], buffer, write, outputs))
+        if direct is not None:
+            torch.mm(buffer, weight, out=direct[chunk])
+    scores = TokenScores._make(map(_concatenate, zip(*(part[0] for part in parts), strict=True)))
+    row = RowScores._make(torch.cat(one) for one in zip(*(part[1] for part in parts), strict=True))
+    scale = torch.cat([part[2] for part in parts])
+    return scores, Kept(target, row, scale, scores.entropy, exps, direct)
+
+
+def _chunks(total: int, kept: int, rows: int) -> Iterator[slice]:
+    """Kept rows in one chunk, so that their product is one; the others by the tile."""
+    if kept:
+        yield slice(0, kept)
+    # No rows at all still make one chunk, empty, for its dtypes.
+    for start in range(kept, max(total, 1) if kept == 0 else total, max(1, rows)):
+        yield slice(start, min(total, start + rows))
+
+
+def _concatenate(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def _score_chunk(
+    run: Run,
+    hidden: Tensor,
+    target: Tensor,
+    buffer: Tensor,
+    write: bool,
+    outputs: tuple[str, ...],
+) -> tuple[TokenScores, RowScores, Tensor]:
+    """Scores, row scores and scale of some rows. With ``write``, ``buffer`` (rows, V) ends as E."""
+    head = run.head
+    own = target_logit(run, hidden, target)
+    statistics = any(name in outputs for name in STATISTICS)
+    vocab, cols = head.weight.shape[0], buffer.shape[1]
+    parts = []
+    for start in range(0, vocab, cols):
+        slab = slice(start, min(vocab, start + cols))
+        tile = buffer[:, : slab.stop - start]
+        torch.mm(hidden, head.weight[slab].t(), out=tile)
+        bias = None if head.bias is None else head.bias[slab]
+        sums = run.backend.exp_rows(
+            tile, own.column - start, own.logit, bias, head.map, write, statistics
+        )
+        if sums.best_index is not None:
+            sums = sums._replace(best_index=sums.best_index + (start + head.start))
+        parts.append(sums)
+    local = merge(parts)
+    sums = vocab_parallel.merge_ranks(local, run.group)
+    rows = row_scores(sums, own.logit)
+    # Where the anchor is the same on all ranks the exponent is 0 and nothing is rounded.
+    scale = (local.anchor + local.offset - sums.anchor).exp() / rows.norm
+    if write:
+        _write_target(buffer, own, rows, scale, head)
+    return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale
+
+
+def target_logit(run: Run, hidden: Tensor, target: Tensor) -> TargetLogit:
+    """By a gather and a dot product in the statistics' dtype; NaN for a target nobody holds."""
+    head = run.head
+    column = target - head.start
+    here = (column >= 0) & (column < head.weight.shape[0])
+    index = torch.where(here, column, 0)
+    dtype = statistics_dtype(hidden.dtype)
+    raw = torch.empty(target.shape, dtype=dtype, device=hidden.device)
+    for start in range(0, target.shape[0], GATHER_ROWS):
+        block = slice(start, start + GATHER_ROWS)
+        weight = head.weight.index_select(0, index[block]).to(dtype)
+        raw[block] = (hidden[block].to(dtype) * weight).sum(-1)
+    if head.bias is not None:
+        raw += head.bias[index]
+    # A target has one owner: the sum over ranks is its value, and the count says if there was one.
+    shared = torch.stack([torch.where(here, raw, 0.0), here.to(dtype)])
+    raw, owners = vocab_parallel.sum_over_ranks(shared, run.group)
+    raw = torch.where(owners > 0, raw, torch.nan)
+    return TargetLogit(torch.where(here, column, -1), raw, head.map.logit(raw))
+
+
+def _write_target(
+    exps: Tensor, own: TargetLogit, rows: RowScores, scale: Tensor, head: Head
+) -> None:
+    value = torch.expm1(rows.logp) / scale * head.map.slope(own.raw)
+    # index_put_ touches one element a row; scatter_ on CPU copies the whole matrix.
+    index = (torch.arange(exps.shape[0], device=exps.device), own.column.clamp(min=0))
+    exps.index_put_(index, torch.where(own.column >= 0, value.to(exps.dtype), exps[index]))

@@ -6,9 +6,10 @@
 //
 // exp_rows, per row, with anchor a and all columns v but the target's:
 //     e_v = exp(t_v - a),   sum = S = sum_v e_v
-//     weighted = sum_v e_v (t_v - a),   squares = sum_v e_v^2,   total = sum_v t_v,   best = max_v t_v (target included)
+//     best = max_v t_v (target included),   squares = sum_v e_v^2,   total = sum_v t_v,
+//     weighted = sum_v e_v (t_v - best)      (about a, which may lie far below, its digits would cancel in the entropy)
 // and, when it writes, the tile becomes e_v (times 1 - tanh^2 under a cap) with 0 at the target. A row in which some
-// t_v - a exceeds kGuard, or whose anchor is not finite, is moved to the anchor max_v t_v. With statistics every row is.
+// t_v - a exceeds kGuard, or whose anchor is not finite, is moved to the anchor max_v t_v.
 //
 // logit_grad, per row, from anchor, norm, logp, H and upstream gradients g (logp), h (lse), k (entropy): the tile becomes
 //     dz_v = t'_v p_v ((h - g) - k (log p_v + H)),   and at the target  t'_y (g (1 - p_y) + p_y (h - k (logp + H))),
@@ -94,10 +95,8 @@ class ExpRow {
     const bool here = target_ >= 0 && target_ < cols_;
     A logit = 0, slope = 1;
     if (here) map_.apply(row_, target_, 1, &logit, &slope);
-    // Statistics weigh t - anchor: far above the target's logit they would lose digits to it.
-    if (kStatistics || !(__builtin_fabs(anchor_) < kInfinity)) {
+    if (!(__builtin_fabs(anchor_) < kInfinity)) {
       anchor_ = largest_from(0);
-      if (here && logit > anchor_) anchor_ = logit;
       // Nothing but -inf here: any finite anchor below every other part's.
       if (anchor_ == -static_cast<A>(kInfinity)) anchor_ = kLowestAnchor;
     }
@@ -126,7 +125,8 @@ class ExpRow {
     sums[2 * rows + row] = offset_;
     if constexpr (kStatistics) {
       sums[3 * rows + row] = best_;
-      sums[4 * rows + row] = static_cast<A>(weighted_);
+      const double above = static_cast<double>(best_) - anchor_;
+      sums[4 * rows + row] = static_cast<A>(sum_ > 0 ? weighted_ - above * sum_ : 0);
       sums[5 * rows + row] = static_cast<A>(squares_);
       sums[6 * rows + row] = static_cast<A>(total_);
       best_index[row] = best_index_;
@@ -149,25 +149,24 @@ class ExpRow {
           for (best_index_ = at; logits_[best_index_ - at] != block_best;) ++best_index_;
         }
       }
-      accumulate(at, n);
+      accumulate(at, n, block_best);
     }
   }
 
-  __attribute__((noinline)) void accumulate(int64_t at, int64_t n) {
+  __attribute__((noinline)) void accumulate(int64_t at, int64_t n, A block_best) {
     const A anchor = anchor_;
     A sum = 0, weighted = 0, squares = 0, total = 0;
     if constexpr (kStatistics) {
 #pragma omp simd reduction(+ : sum, weighted, squares, total)
       for (int64_t i = 0; i < n; ++i) {
-        const A t = logits_[i] - anchor;
-        const A e = exponential(t);
+        const A e = exponential(logits_[i] - anchor);
         total += logits_[i];
         sum += e;
-        weighted += e > 0 ? e * t : A(0);  // a logit of -inf has no weight
+        weighted += e > 0 ? e * (logits_[i] - block_best) : A(0);  // a logit of -inf has no weight
         squares += e * e;
         logits_[i] = e;
       }
-      weighted_ += weighted;
+      if (sum > 0) weighted_ += weighted + (static_cast<double>(block_best) - anchor) * sum;
       squares_ += squares;
       total_ += total;
     } else {
@@ -250,7 +249,8 @@ class ExpRow {
   A best_ = -static_cast<A>(kInfinity);
   int64_t best_index_ = -1;
   // Blocks add up in double: no float sum runs over more than kBlock columns.
-  double sum_ = 0, weighted_ = 0, squares_ = 0, total_ = 0;
+  double sum_ = 0, squares_ = 0, total_ = 0;
+  double weighted_ = 0;  // about the anchor
   alignas(64) A logits_[kBlock];
   alignas(64) A slopes_[kBlock];
 };

@@ -62,9 +62,9 @@ def linear_logprob(
         TokenScores, tensors shaped like ``target``, float32 (float64 for float64 products), 0 at
         unscored positions.
 
-    Workspace: at most ``explain(...).workspace_bytes``, of which tiles and kept exponentials stay
-    within ``options.memory_budget``; per row 5 statistics, (N, H) scaled rows, and a (512, H)
-    gather come on top.
+    Workspace: at most ``explain(...).workspace_bytes``. Tiles and kept exponentials stay within
+    ``options.memory_budget``; on top come a few (N, H) copies of rows, a (512, H) gather, seven
+    numbers a row, and a cast weight where one is needed. Nothing grows with N V.
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
@@ -153,15 +153,17 @@ def prepare(
     packing = pack(target, ignore_index, options.max_scored)
     backend = backends.choose(options.backend, hidden.device)
     recording = torch.is_grad_enabled()
+    dtype = product_dtype(hidden, weight)
     problem = Problem(
         scored=packing.scored,
         hidden_size=weight.shape[1],
         vocab_size=columns,
-        dtype=product_dtype(hidden, weight),
+        dtype=dtype,
         needs_hidden=recording and hidden.requires_grad,
         needs_weight=recording and weight.requires_grad,
         needs_bias=recording and bias is not None and bias.requires_grad,
         only_logp="entropy" not in outputs and "lse" not in outputs,
+        casts_weight=weight.dtype != dtype,
         backend=backend,
         total_memory=total_memory(hidden.device),
     )

@@ -126,8 +126,9 @@ def _score_chunk(
     local = merge(parts)
     sums = vocab_parallel.merge_ranks(local, run.group)
     rows = row_scores(sums, own.logit)
-    # Where the anchor is the same on all ranks the exponent is 0 and nothing is rounded.
-    scale = (local.anchor + local.offset - sums.anchor).exp() / rows.norm
+    # The anchors may lie far apart: their difference is rounded only after exp.
+    moved = local.anchor.double() + local.offset.double() - rows.anchor.double()
+    scale = (moved.exp() / rows.norm.double()).to(rows.norm.dtype)
     if write:
         _write_target(buffer, own, rows, scale, head)
     return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale

@@ -29,7 +29,7 @@ class RowSums(NamedTuple):
     offset: Tensor  # the stored exponentials are exp(t - anchor - offset)
     best: Tensor | None = None  # largest logit, the target's included
     best_index: Tensor | None = None  # its first column, as a vocabulary id
-    weighted: Tensor | None = None  # sum of e_v (t_v - anchor)
+    weighted: Tensor | None = None  # sum of e_v (t_v - best)
     squares: Tensor | None = None  # sum of e_v^2
     total: Tensor | None = None  # sum of t_v, the target's left out
 
@@ -55,12 +55,13 @@ def merge(parts: Sequence[RowSums]) -> RowSums:
         for name in ("best", "best_index", "weighted", "squares", "total")
     }
     best, winner = fields["best"].max(0)
+    below = torch.where(sums > 0, fields["best"] - best, 0.0)
     # Of equal maxima the part that comes first in the vocabulary wins.
     winner = (fields["best"] == best).to(torch.int8).argmax(0)
     return merged._replace(
         best=best,
         best_index=fields["best_index"].gather(0, winner[None])[0],
-        weighted=(factors * (fields["weighted"] + shifts * sums)).sum(0),
+        weighted=(factors * (fields["weighted"] + below * sums)).sum(0),
         squares=(fields["squares"] * factors.square()).sum(0),
         total=fields["total"].sum(0),
     )
@@ -73,7 +74,8 @@ def _given(tensor: Tensor | None) -> Tensor:
 
 
 class RowScores(NamedTuple):
-    """What backward needs of each row beside its exponentials, each (rows,)."""
+    """What backward needs of each row beside its exponentials, each (rows,). The anchor need not be
+    that of the exponentials."""
 
     logp: Tensor
     anchor: Tensor
@@ -85,7 +87,15 @@ def row_scores(sums: RowSums, target_logit: Tensor) -> RowScores:
     relative = target_logit - sums.anchor
     norm = sums.sum + relative.exp()
     log_norm = torch.where(relative == 0, sums.sum.log1p(), norm.log())
-    return RowScores(relative - log_norm, sums.anchor, norm, log_norm)
+    rows = RowScores(relative - log_norm, sums.anchor, norm, log_norm)
+    if sums.best is None:
+        return rows
+    # About the largest logit, where log p and the entropy add up without cancelling.
+    best = sums.best.double()
+    moved = norm.double() * (sums.anchor.double() - best).exp()
+    return rows._replace(
+        anchor=sums.best, norm=moved.to(norm.dtype), log_norm=moved.log().to(norm.dtype)
+    )
 
 
 def token_scores(
@@ -103,13 +113,15 @@ def token_scores(
     if "lse" in outputs:
         values["lse"] = rows.anchor + rows.log_norm
     if "entropy" in outputs:
-        # -sum p log p = log_norm - sum p (t - a); a target at -inf carries no weight.
+        # -sum p log p = lse - best - sum p (t - best); a target at -inf carries no weight.
         p = rows.logp.exp()
-        own = torch.where(p > 0, p * (target_logit - sums.anchor), 0.0)
-        values["entropy"] = rows.log_norm - _given(sums.weighted) / rows.norm - own
+        own = torch.where(p > 0, p * (target_logit - rows.anchor), 0.0)
+        others = _given(sums.weighted) * (sums.anchor - rows.anchor).exp()
+        values["entropy"] = rows.log_norm - others / rows.norm - own
     if "log_sum_sq_probs" in outputs:
-        own = (2 * (target_logit - sums.anchor)).exp()
-        values["log_sum_sq_probs"] = (_given(sums.squares) + own).log() - 2 * rows.log_norm
+        own = (2 * (target_logit - rows.anchor)).exp()
+        others = _given(sums.squares) * (2 * (sums.anchor - rows.anchor)).exp()
+        values["log_sum_sq_probs"] = (others + own).log() - 2 * rows.log_norm
     if "mean_logits" in outputs:
         values["mean_logits"] = (_given(sums.total) + target_logit) / vocab_size
     if "is_top1" in outputs:

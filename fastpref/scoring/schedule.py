@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,12 +27,15 @@ import torch
 from .types import ScoringOptions, statistics_dtype
 
 BUDGET_SHARE = 16  # of the device's total memory
+# Rows of the target-logit gather at a time.
+GATHER_ROWS = 512
 LEAST_ROWS = 64
 LEAST_COLS = 1024
 # Below about 512 rows a product spends its time packing the weight; above 2048 a chunk only takes
 # memory.
 FEWEST_GOOD_ROWS = 512
 MOST_CHUNK_ROWS = 2048
+MEBIBYTE = 1 << 20
 
 
 class Tile(NamedTuple):
@@ -45,68 +48,21 @@ class Tile(NamedTuple):
         return self.rows * self.cols * itemsize
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A schedule with its sizes and cost. What ``explain`` returns."""
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """All that the choice depends on."""
 
-    schedule: str  # score | direct | keep | keep/recompute | recompute
-    backend: str
     scored: int  # N
-    hidden_size: int
-    vocab_size: int
+    hidden_size: int  # H
+    vocab_size: int  # V, columns held by this rank
     dtype: torch.dtype  # of the products
     needs_hidden: bool
     needs_weight: bool
     needs_bias: bool
-    kept_rows: int  # rows whose exponentials live until backward
-    forward_tile: Tile
-    backward_tile: Tile | None  # None where backward reads kept exponentials only
-    forward_units: float
-    backward_units: float
-    memory_budget: int
-    workspace_bytes: int  # largest working memory at any one time, kept exponentials included
-    saved_bytes: int  # of it, held from forward to backward
-
-    @property
-    def units(self) -> float:
-        """Cost in u, one u being a product of 2 N H V flop."""
-        return self.forward_units + self.backward_units
-
-    def __str__(self) -> str:
-        gradients = [
-            name
-            for name, needed in (
-                ("hidden", self.needs_hidden),
-                ("weight", self.needs_weight),
-                ("bias", self.needs_bias),
-            )
-            if needed
-        ]
-        mebibyte = 1 << 20
-        return (
-            f"{self.schedule} on {self.backend}: {self.units:.2f}u "
-            f"({self.forward_units:.2f} forward, {self.backward_units:.2f} backward), "
-            f"workspace {self.workspace_bytes / mebibyte:.1f} MiB "
-            f"(budget {self.memory_budget / mebibyte:.1f} MiB), "
-            f"{self.kept_rows} of {self.scored} rows kept, "
-            f"gradients: {', '.join(gradients) or 'none'}"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """All that the choice depends on."""
-
-    scored: int
-    hidden_size: int
-    vocab_size: int  # columns held by this rank
-    dtype: torch.dtype
-    needs_hidden: bool
-    needs_weight: bool
-    needs_bias: bool
     only_logp: bool  # neither entropy nor lse can receive a gradient
+    casts_weight: bool  # to the dtype of the products
     backend: str
-    total_memory: int
+    total_memory: int  # of the device, bytes
 
     @property
     def itemsize(self) -> int:
@@ -116,9 +72,80 @@ class Problem:
     def needs_grad(self) -> bool:
         return self.needs_hidden or self.needs_weight or self.needs_bias
 
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Problem):
+    """A schedule for a problem, with its sizes and cost. What ``explain`` returns."""
+
+    schedule: str  # score | direct | keep | keep/recompute | recompute
+    kept_rows: int  # rows whose exponentials live until backward
+    forward_tile: Tile
+    backward_tile: Tile | None  # None where backward recomputes nothing
+    memory_budget: int  # bytes for tiles and kept exponentials
+
     @property
-    def gradient_units(self) -> int:
-        return int(self.needs_hidden) + int(self.needs_weight)
+    def forward_units(self) -> float:
+        return 2.0 if self.schedule == "direct" else 1.0
+
+    @property
+    def backward_units(self) -> float:
+        """For a gradient at logp; one at entropy or lse projects every row again."""
+        if self.schedule in ("score", "direct"):
+            return 0.0
+        recomputed = 1 - self.kept_rows / max(1, self.scored)
+        return float(self.needs_hidden) + float(self.needs_weight) + recomputed
+
+    @property
+    def units(self) -> float:
+        """Cost in u, one u being a product of 2 N H V flop."""
+        return self.forward_units + self.backward_units
+
+    @property
+    def saved_bytes(self) -> int:
+        """Held from forward to backward, beside the arguments."""
+        exact = statistics_dtype(self.dtype).itemsize
+        held = 7 * self.scored * exact + self.kept_rows * self.vocab_size * self.itemsize
+        if self.schedule == "direct":
+            held += self._row_bytes
+        if self.casts_weight:
+            held += self.vocab_size * self.hidden_size * self.itemsize
+        return held
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Working memory at its peak, ``saved_bytes`` included, results and gradients not."""
+        exact = statistics_dtype(self.dtype).itemsize
+        gather = min(GATHER_ROWS, self.forward_tile.rows) * self.hidden_size * 4 * exact
+        tile = 0 if self.schedule == "keep" else self.forward_tile.nbytes(self.itemsize)
+        forward = self._row_bytes + gather + tile
+        if not self.needs_grad or self.schedule == "direct":
+            return self.saved_bytes + forward
+        # Packed rows, those with a gradient, the same scaled, and their gradient.
+        backward = 4 * self._row_bytes
+        if self.backward_tile is not None:
+            backward += self.backward_tile.nbytes(self.itemsize)
+            if self.itemsize < exact:
+                # 16-bit products over slabs and row groups add up in float32.
+                rows, cols = self.scored, self.backward_tile.cols
+                backward += (rows + cols) * self.hidden_size * (exact + self.itemsize)
+        return self.saved_bytes + max(forward, backward)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.scored * self.hidden_size * self.itemsize
+
+    def __str__(self) -> str:
+        names = ("hidden", "weight", "bias")
+        needed = (self.needs_hidden, self.needs_weight, self.needs_bias)
+        gradients = [name for name, need in zip(names, needed, strict=True) if need]
+        return (
+            f"{self.schedule} on {self.backend}: {self.units:.2f}u "
+            f"({self.forward_units:.2f} forward, {self.backward_units:.2f} backward), "
+            f"workspace {self.workspace_bytes / MEBIBYTE:.1f} MiB "
+            f"(budget {self.memory_budget / MEBIBYTE:.1f} MiB), "
+            f"{self.kept_rows} of {self.scored} rows kept, "
+            f"gradients: {', '.join(gradients) or 'none'}"
+        )
 
 
 def total_memory(device: torch.device) -> int:
@@ -199,47 +226,11 @@ def recompute_tile(rows: int, vocab_size: int, itemsize: int, budget: int) -> Ti
 def _plan(
     problem: Problem, budget: int, schedule: str, kept: int, forward: Tile, backward: Tile | None
 ) -> Plan:
-    recomputed = (problem.scored - kept) / max(1, problem.scored) if backward is not None else 0.0
-    forward_units = 2.0 if schedule == "direct" else 1.0
-    backward_units = 0.0 if schedule in ("score", "direct") else problem.gradient_units + recomputed
-    kept_bytes = kept * problem.vocab_size * problem.itemsize
-    accumulate = statistics_dtype(problem.dtype).itemsize
-    # The target's logit takes a (rows, H) gather of the weight and its product, in the statistics'
-    # dtype.
-    gather = 3 * min(GATHER_ROWS, forward.rows) * problem.hidden_size * accumulate
-    saved = problem.scored * 5 * accumulate + kept_bytes
-    if schedule == "direct":
-        saved += problem.scored * problem.hidden_size * problem.itemsize
-    forward_bytes = 0 if schedule == "keep" else forward.nbytes(problem.itemsize)
-    backward_bytes = 0
-    if backward is not None:
-        backward_bytes = backward.nbytes(problem.itemsize)
-        # 16-bit sums over slabs and row groups run in float32.
-        if problem.itemsize < 4:
-            backward_bytes += (
-                problem.scored * problem.hidden_size * 8 + backward.cols * problem.hidden_size * 8
-            )
-    row_scaled = problem.scored * problem.hidden_size * problem.itemsize
     return Plan(
+        **asdict(problem),
         schedule=schedule,
-        backend=problem.backend,
-        scored=problem.scored,
-        hidden_size=problem.hidden_size,
-        vocab_size=problem.vocab_size,
-        dtype=problem.dtype,
-        needs_hidden=problem.needs_hidden,
-        needs_weight=problem.needs_weight,
-        needs_bias=problem.needs_bias,
         kept_rows=kept,
         forward_tile=forward,
         backward_tile=backward,
-        forward_units=forward_units,
-        backward_units=float(backward_units),
         memory_budget=budget,
-        workspace_bytes=saved + max(forward_bytes + gather, backward_bytes + row_scaled),
-        saved_bytes=saved,
     )
-
-
-# Rows of the target-logit gather at a time.
-GATHER_ROWS = 512

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CUDA backend, see csrc/cuda/row_kernels.cuh.
+"""Whether the compiled operators serve CUDA tensors here.
 
-It calls the operators of the cpp backend: torch's dispatcher picks the kernels by the tile's
-device.
+The functions of this backend are those of the cpp backend: torch's dispatcher picks the kernels by
+the tile's device, see csrc/cuda/row_kernels.cuh.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import functools
 import torch
 
 from ..._extension import build_info, ops_unavailable_reason
-from .cpp import exp_rows, logit_grad
-
-__all__ = ["exp_rows", "logit_grad", "unavailable_reason"]
 
 
 def unavailable_reason(device_type: str) -> str | None:
-    """Why this backend cannot serve tensors on ``device_type``, or None when it can."""
+    """Why the cuda backend cannot serve tensors on ``device_type``, or None when it can."""
     if device_type != "cuda":
         return f"the cuda backend runs on CUDA tensors, got {device_type}; use backend='auto'"
     reason = ops_unavailable_reason()

@@ -72,15 +72,15 @@ def _exp_block(
     )
     highest = others.amax(1)
     keep = anchor.isfinite() & ~(highest - anchor > _GUARD)
-    if statistics:
-        # They weigh t - anchor: far above the target's logit they would lose digits to it.
-        keep, highest = torch.zeros_like(keep), torch.maximum(highest, own)
     # A row of nothing but -inf takes a finite anchor below every other part's.
     anchor = torch.where(keep, anchor, torch.where(highest == -torch.inf, _LOWEST_ANCHOR, highest))
     shifted = others - anchor[:, None]
     exps = shifted.exp()
     total_exp = exps.sum(1)
-    weighted = torch.where(exps > 0, exps * shifted, 0.0).sum(1) if statistics else None
+    weighted = None
+    if best is not None:
+        # A logit of -inf has no weight.
+        weighted = torch.where(exps > 0, exps * (others - best[:, None]), 0.0).sum(1)
     squares = exps.square().sum(1) if statistics else None
     offset = torch.zeros_like(anchor)
     if write:

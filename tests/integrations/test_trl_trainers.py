@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's trainers, with and without the patch: the same metrics at every step, the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
+pytestmark = pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning")
+
+DPO_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+# Plain descent: an optimizer that divides by the gradient would magnify rounding.
+ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "logging_first_step": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def dpo(tmp_path: Path, tokenizer: Any, preferences: Any, make_model: Any) -> Any:
+    """``dpo(architecture, reference=True, peft_config=None, **arguments)`` makes a trainer.
+
+    The reference is another model than the policy, so that no metric starts at 0.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    def make(
+        architecture: str = "llama",
+        reference: bool = True,
+        peft_config: Any = None,
+        model: Any = None,
+        eval_dataset: Any = None,
+        **arguments: Any,
+    ) -> Any:
+        return DPOTrainer(
+            model=make_model(architecture) if model is None else model,
+            ref_model=make_model(architecture, seed=1) if reference else None,
+            args=DPOConfig(output_dir=str(tmp_path), **{**ARGUMENTS, "beta": 0.5, **arguments}),
+            train_dataset=preferences,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("loss", DPO_LOSSES)
+def test_dpo_loss(loss: str, dpo: Any, compare: Any) -> None:
+    smoothing = 0.1 if loss in ("exo_pair", "robust", "aot") else 0.0
+    training = compare(lambda: dpo(loss_type=loss, label_smoothing=smoothing))
+    logged = set(training.logs[0])
+    assert {"loss", "grad_norm", "entropy", "logits/chosen", "mean_token_accuracy"} <= logged
+    assert {"rewards/margins", "rewards/accuracies", "logps/rejected"} <= logged
+
+
+def test_losses_are_those_of_this_trl() -> None:
+    """A loss that TRL gains must come into the list above."""
+    import inspect
+    import re
+
+    from trl import DPOTrainer
+
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(DPO_LOSSES)
+
+
+def test_dpo_weighted_sum_of_losses(dpo: Any, compare: Any) -> None:
+    losses = ["sigmoid", "bco_pair", "sft"]
+    compare(lambda: dpo(loss_type=losses, loss_weights=[0.8, 0.2, 1.0]))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "cohere", "phi"])
+def test_dpo_of_other_heads(architecture: str, dpo: Any, compare: Any) -> None:
+    """Tied embeddings, a soft cap, a scale of the logits, a bias."""
+    compare(lambda: dpo(architecture))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+def test_dpo_f_divergence(divergence: str, dpo: Any, compare: Any) -> None:
+    # A small beta: 1 - exp(-x) is large where the policy is far from its reference.
+    compare(lambda: dpo(f_divergence_type=divergence, f_alpha_divergence_coef=0.5, beta=0.05))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"ld_alpha": 0.3}, {"use_weighting": True}, {"gradient_accumulation_steps": 2}],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_dpo_option(arguments: dict[str, Any], dpo: Any, compare: Any) -> None:
+    compare(lambda: dpo(**arguments))
+
+
+def test_dpo_with_precomputed_reference(dpo: Any, compare: Any) -> None:
+    compare(lambda: dpo(precompute_ref_log_probs=True))
+
+
+def test_dpo_evaluation(dpo: Any, preferences: Any, compare: Any) -> None:
+    training = compare(lambda: dpo(eval_dataset=preferences, eval_strategy="steps", eval_steps=1))
+    assert sum("eval_rewards/margins" in entry for entry in training.logs) == 3
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["head frozen", "head trained"])
+def test_dpo_with_lora(saved: list[str] | None, dpo: Any, compare: Any) -> None:
+    """The reference is the policy without its adapter."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=saved,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    compare(lambda: dpo(reference=False, peft_config=config))
+
+
+def test_dpo_under_autocast(dpo: Any, compare: Any) -> None:
+    """Both heads multiply in bfloat16; TRL's also rounds the target's logit to it."""
+    compare(lambda: dpo(bf16=True), rtol=1e-2, atol=5e-2, update=2e-2)
+
+
+# Each step scores with policy and reference; kto estimates a KL divergence with both once more.
+@pytest.mark.parametrize(("loss", "calls"), [("kto", 12), ("apo_zero_unpaired", 6)])
+def test_kto(
+    loss: str,
+    calls: int,
+    tmp_path: Path,
+    tokenizer: Any,
+    labelled: Any,
+    make_model: Any,
+    compare: Any,
+) -> None:
+    from trl import KTOConfig, KTOTrainer
+
+    training = compare(
+        lambda: KTOTrainer(
+            model=make_model(),
+            ref_model=make_model(seed=1),
+            args=KTOConfig(output_dir=str(tmp_path), **ARGUMENTS, loss_type=loss, beta=0.5),
+            train_dataset=labelled,
+            processing_class=tokenizer,
+        )
+    )
+    assert training.head_calls == calls
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_sft(
+    loss: str, tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, compare: Any
+) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    # dft weighs each token with its probability, which is small here.
+    arguments = {**ARGUMENTS, "learning_rate": 1.0 if loss == "dft" else 0.1}
+    compare(
+        lambda: SFTTrainer(
+            model=make_model(),
+            args=SFTConfig(output_dir=str(tmp_path), **arguments, loss_type=loss, max_length=64),
+            train_dataset=labelled.remove_columns("label"),
+            processing_class=tokenizer,
+        )
+    )
+
+
+def test_grpo(tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, compare: Any) -> None:
+    """A temperature, and an entropy bonus whose gradient passes through the head."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    def distinct_letters(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(set(completion))) for completion in completions]
+
+    make_model().save_pretrained(tmp_path / "model")
+    compare(
+        lambda: GRPOTrainer(
+            model=str(tmp_path / "model"),
+            reward_funcs=distinct_letters,
+            args=GRPOConfig(
+                output_dir=str(tmp_path),
+                **ARGUMENTS,
+                num_generations=2,
+                max_completion_length=8,
+                temperature=0.7,
+                beta=0.1,
+                entropy_coef=0.1,
+            ),
+            train_dataset=labelled.select_columns("prompt"),
+            processing_class=tokenizer,
+        )
+    )

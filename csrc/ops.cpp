@@ -95,14 +95,13 @@ std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, s
   call.best_index = statistics ? static_cast<int64_t*>(best_index.mutable_data_ptr()) : nullptr;
   call.write = write;
   const auto kernel = row_kernels().exp_rows[static_cast<int>(element)];
-  torch::stable::parallel_for(0, call.tile.rows, 1,
-                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  torch::stable::parallel_for(0, call.tile.rows, 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
   return {sums, best_index};
 }
 
-void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp, std::optional<Tensor> grad_lse,
-                std::optional<Tensor> grad_entropy, std::optional<Tensor> entropy, std::optional<Tensor> bias,
-                double scale, double cap) {
+void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp,
+                std::optional<Tensor> grad_lse, std::optional<Tensor> grad_entropy, std::optional<Tensor> entropy,
+                std::optional<Tensor> bias, double scale, double cap) {
   const Element element = element_of(tile);
   const ScalarType dtype = statistics_type(element);
   fastpref::cpu::LogitGrad call{};
@@ -134,7 +133,8 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
       "exp_rows_(Tensor(a!) tile, Tensor target, Tensor anchor, Tensor? bias, float scale, float cap, bool write, "
       "bool statistics) -> (Tensor, Tensor)");
   m.def(
-      "logit_grad_(Tensor(a!) tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp, Tensor? grad_lse, "
+      "logit_grad_(Tensor(a!) tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp, Tensor? "
+      "grad_lse, "
       "Tensor? grad_entropy, Tensor? entropy, Tensor? bias, float scale, float cap) -> ()");
   m.def("cpu_capability() -> int");
 }
@@ -144,6 +144,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastpref, CPU, m) {
   m.impl("logit_grad_", TORCH_BOX(&logit_grad));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastpref, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&capability));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastpref, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&capability)); }

@@ -44,7 +44,7 @@ struct Exponent<float> {
   static constexpr float kLn2High = 0x1.62e4p-1f;  // 15 bits: k * high is exact
   static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kLowest = -87.33f;  // below, the result would be subnormal: 0
-  static constexpr float kTanhOne = 40.0f;  // beyond, 1 - tanh^2 counts as 0
+  static constexpr float kTanhOne = 40.0f;   // beyond, 1 - tanh^2 counts as 0
   static constexpr int kShift = 23;
 };
 

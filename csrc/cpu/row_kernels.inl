@@ -11,7 +11,8 @@
 // and, when it writes, the tile becomes e_v (times 1 - tanh^2 under a cap) with 0 at the target. A row in which some
 // t_v - a exceeds kGuard, or whose anchor is not finite, is moved to the anchor max_v t_v.
 //
-// logit_grad, per row, from anchor, norm, logp, H and upstream gradients g (logp), h (lse), k (entropy): the tile becomes
+// logit_grad, per row, from anchor, norm, logp, H and upstream gradients g (logp), h (lse), k (entropy): the tile
+// becomes
 //     dz_v = t'_v p_v ((h - g) - k (log p_v + H)),   and at the target  t'_y (g (1 - p_y) + p_y (h - k (logp + H))),
 // with p_v = exp(t_v - anchor) / norm: a logarithm of norm, rounded at its own magnitude, would cost digits of p.
 

@@ -49,6 +49,8 @@ def _take(nbytes: int) -> Tensor:
             best = min(fitting, key=Tensor.numel)
             _idle[:] = [buffer for buffer in _idle if buffer is not best]
             return best
+        # Idle buffers beside the new one would break the memory budget.
+        _idle.clear()
     # A buffer made in inference mode could not be written to outside it.
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8)

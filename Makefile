@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does its own set-up: a virtual environment at the versions of constraints.txt, then the package in it.
+# Needs CPython 3.10 or newer with venv, a C++17 compiler, and make. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEPENDENCIES := $(VENV)/.dependencies
+PACKAGE := $(VENV)/.package
+BENCH := $(VENV)/.bench
+WHEEL := dist/.wheel-$(notdir $(VENV))
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := $(NATIVE) $(shell find fastpref/ kernels/ -name '*.py')
+
+# Models, tokenizers and data of the tests and the demo are made on the spot.
+export HF_HUB_OFFLINE := 1
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-slow bench lint format wheel install clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(PACKAGE) ## train on preferences with every drop-in, on the CPU
+	$(BIN)/python -m fastpref demo $(DEMO_ARGS)
+
+test: $(PACKAGE) $(WHEEL) ## all tests but the sweeps and those that need a GPU
+	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" \
+	  $(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: $(PACKAGE) $(WHEEL) ## the sweeps
+	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+bench: $(BENCH) ## measure against the alternatives
+	$(BIN)/python -m fastpref bench $(BENCH_ARGS)
+
+lint: $(DEPENDENCIES) ## formatting, ruff, mypy --strict, clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(DEPENDENCIES) ## rewrite the sources as `lint` wants them
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	find csrc -type f | xargs $(BIN)/clang-format -i
+
+wheel: $(WHEEL) ## dist/*.whl for this Python
+	@ls dist/fastpref-*.whl
+
+install: $(PACKAGE) ## the environment and the package in it, editable
+
+clean: ## remove what was built, keep the environment
+	rm -rf build dist *.egg-info fastpref/*.so fastpref/_build_info.json $(PACKAGE) $(BENCH)
+	find fastpref kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(DEPENDENCIES): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "fastpref needs CPython 3.10 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -r constraints.txt
+	touch $@
+
+$(PACKAGE): $(DEPENDENCIES) $(NATIVE)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(BENCH): $(PACKAGE)
+	$(PIP) install -q --no-build-isolation -c constraints.txt -e '.[bench]'
+	touch $@
+
+# setuptools packs whatever is under build/lib*, also files deleted since. The objects under build/ stay.
+$(WHEEL): $(DEPENDENCIES) $(SOURCES)
+	rm -rf build/lib* build/bdist* dist
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	touch $@

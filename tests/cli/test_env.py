@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fastpref env``: it always prints, and fails only with its self-check."""
+
+import argparse
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastpref
+from fastpref.cli import env
+from fastpref.scoring.backends import unavailable_reason
+
+
+def run(as_json: bool = False) -> int:
+    return env.run(argparse.Namespace(json=as_json))
+
+
+def test_command_prints_json_that_says_what_is_there() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpref", "env", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [name for name, section in report.items() if "error" in section] == []
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["fastpref"] == fastpref.__version__
+    assert report["backends"]["cpu"]["torch"] == "available"
+    for name in env.BACKENDS:
+        expected = unavailable_reason(name, "cpu") or "available"
+        assert report["backends"]["cpu"][name] == expected
+    assert "torch on cpu" in report["self_check"]["max_error"]
+
+
+def test_text_has_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    lines = capsys.readouterr().out.splitlines()
+    for heading in ("versions", "libraries", "build", "cpu", "gpus", "backends", "environment"):
+        assert heading in lines
+    assert lines[-1].startswith("self-check: OK")
+
+
+def test_packages_that_are_absent_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "PACKAGES", ("pytest", "no-such-package-as-this"))
+    versions = env._versions()
+    assert versions["no-such-package-as-this"] == "not installed"
+    assert versions["pytest"] == pytest.__version__
+
+
+@pytest.mark.parametrize("section", ["versions", "libraries", "build", "cpu", "gpus", "backends"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_failing_probe_leaves_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], section: str, as_json: bool
+) -> None:
+    def fail() -> dict[str, Any]:
+        raise OSError("out of order")
+
+    monkeypatch.setattr(env, f"_{section}", fail)
+    assert run(as_json) == 0
+    out = capsys.readouterr().out
+    assert "OSError: out of order" in out
+    assert "FASTPREF_CPU_CAPABILITY" in out
+
+
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_wrong_scores_fail_the_self_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: float
+) -> None:
+    right = fastpref.linear_logprob
+
+    def skewed(*args: Any, **kwargs: Any) -> fastpref.TokenScores:
+        scores = right(*args, **kwargs)
+        assert scores.logp is not None
+        scores.logp[-1] += wrong
+        return scores
+
+    monkeypatch.setattr(fastpref, "linear_logprob", skewed)
+    assert run() == 1
+    assert "self-check: FAILED" in capsys.readouterr().out
+
+
+def test_an_exception_fails_the_self_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> fastpref.TokenScores:
+        raise RuntimeError("no scores today")
+
+    monkeypatch.setattr(fastpref, "linear_logprob", fail)
+    assert run() == 1
+    assert "self-check: FAILED, RuntimeError: no scores today" in capsys.readouterr().out
+
+
+def test_environment_lists_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTPREF_CPU_CAPABILITY", "avx2")
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    report = env._environment()
+    assert report["FASTPREF_CPU_CAPABILITY"]["value"] == "avx2"
+    assert report["MAX_JOBS"]["value"] is None
+
+
+def test_environment_knows_every_variable_of_the_sources() -> None:
+    root = Path(fastpref.__file__).resolve().parents[1]
+    sources = [*root.glob("fastpref/**/*.py"), *root.glob("csrc/**/*.*"), root / "setup.py"]
+    if not (root / "setup.py").exists():
+        pytest.skip("not run from a checkout")
+    text = "\n".join(path.read_text() for path in sources)
+    named = set(re.findall(r"FASTPREF_[A-Z_]+", text))
+    macros = set(re.findall(r"#define (FASTPREF_[A-Z_]+)", text))
+    assert "FASTPREF_CPU_CAPABILITY" in named
+    assert named - macros <= {name for name, _, _ in env.VARIABLES}
+
+
+def test_unfollowed_capability_is_explained() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpref", "env"],
+        env={**os.environ, "FASTPREF_CPU_CAPABILITY": "avx9"},
+        capture_output=True,
+        text=True,
+    )
+    if "capability " not in done.stdout:
+        pytest.skip("fastpref/_C was not built here")
+    assert "FASTPREF_CPU_CAPABILITY=avx9 ignored: expected baseline, avx2 or avx512" in done.stdout
+    assert done.returncode == 0
+
+
+def test_module_level_imports_are_of_the_standard_library() -> None:
+    tree = ast.parse(Path(env.__file__).read_text())
+    names = [
+        alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+    ]
+    names += [
+        node.module or "."
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        if not node.level
+    ]
+    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in tree.body)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: uninitialised memory holds NaN, two threads, a fixed seed, and the
+repository root on the path, for helper modules beside the tests."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+# The same for the subprocesses that tests start.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+)
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate):
+    """``allocate``, with NaN in what it returns to a module of fastpref."""
+
+    def allocate_poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("fastpref"):
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype == torch.uint8:
+                tensor.fill_(0xFF)
+        return tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that fastpref allocates and does not initialise reads as NaN, also when a buffer is
+    lent a second time: bytes of 0xff are a NaN in every floating dtype."""
+    from fastpref.scoring import workspace
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    take = workspace._take
+    monkeypatch.setattr(workspace, "_take", lambda nbytes: take(nbytes).fill_(0xFF))

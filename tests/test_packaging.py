@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is built and installed: the wheel of ``make test``, the wheel without a compiler, the tree.
+
+Wheels go into virtual environments of their own that see this environment's packages behind their
+own, so that torch need not be installed again; processes run away from the checkout.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpref
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SCORE = """
+import sys, torch, fastpref
+from fastpref import ScoringOptions, _extension
+assert fastpref.__file__.startswith(sys.argv[1]), fastpref.__file__
+torch.manual_seed(0)
+hidden, weight = torch.randn(40, 16), torch.randn(300, 16, requires_grad=True)
+target = torch.randint(300, (40,))
+options = ScoringOptions(backend=sys.argv[2])
+got = fastpref.linear_logprob(hidden, weight, target, options=options).logp
+want = (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])[:, 0]
+torch.testing.assert_close(got, want)
+grads = [torch.autograd.grad(logp.sum(), weight)[0] for logp in (got, want)]
+torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+print(_extension.ops_unavailable_reason(), _extension.native_module_unavailable_reason())
+"""
+
+
+def environment(**values: str) -> dict[str, str]:
+    """This process's, without the path on which pip would find the checkout installed already."""
+    return {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"} | values
+
+
+def install(wheel: Path, directory: Path) -> tuple[Path, Path]:
+    """Install into a new environment. Returns its Python and its site-packages."""
+    venv.create(directory, symlinks=os.name != "nt")
+    paths = sysconfig.get_paths(vars={"base": str(directory), "platbase": str(directory)})
+    python, site = Path(paths["scripts"], "python"), Path(paths["purelib"])
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    command += ["install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(command, check=True, cwd=directory, env=environment())
+    # A path file there makes no path file of those directories count: no checkout comes along.
+    outer = {sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])}
+    (site / "outer.pth").write_text("\n".join(sorted(outer)) + "\n")
+    return python, site
+
+
+def score(wheel: Path, directory: Path, backend: str) -> subprocess.CompletedProcess[str]:
+    python, site = install(wheel, directory / "venv")
+    command = [str(python), "-c", SCORE, str(site), backend]
+    return subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def built_wheel() -> Path:
+    name = os.environ.get("FASTPREF_WHEEL")
+    if not name:
+        pytest.skip("FASTPREF_WHEEL names no wheel; `make test` builds one and sets it")
+    return Path(name).resolve()
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that a build reads, without what earlier builds left."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("not run from a checkout")
+    tree = tmp_path_factory.mktemp("source")
+    left_over = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
+    for name in ("fastpref", "csrc", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=left_over)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def build(tree: Path, target: Path, **values: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "-w"]
+    command += [str(target), "--no-build-isolation", "--no-deps", "--no-index", str(tree)]
+    return subprocess.run(command, env=environment(**values), capture_output=True, text=True)
+
+
+def test_wheel_scores_away_from_the_checkout(built_wheel: Path, tmp_path: Path) -> None:
+    if built_wheel.name.endswith("-none-any.whl"):
+        pytest.skip("built without a compiler")
+    done = score(built_wheel, tmp_path, "cpp")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["None", "None"]
+    assert "Warning" not in done.stderr
+
+
+def test_wheel_holds_every_module_and_nothing_beside_the_package(built_wheel: Path) -> None:
+    names = set(zipfile.ZipFile(built_wheel).namelist())
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert [name for name in inside if not name.startswith("fastpref/")] == []
+    # Path.rglob does not follow fastpref/kernels.
+    modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastpref/**/*.py")}
+    modules |= {f"fastpref/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/**/*.py")}
+    assert {name for name in inside if name.endswith(".py")} == modules
+    assert {"fastpref/py.typed", "fastpref/_build_info.json"} <= inside
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_declares_ranges_and_not_the_build_pin(built_wheel: Path) -> None:
+    archive = zipfile.ZipFile(built_wheel)
+    metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+    lines = archive.read(metadata).decode().splitlines()
+    needs = [line.removeprefix("Requires-Dist: ") for line in lines if "Requires-Dist" in line]
+    assert [line for line in needs if "extra ==" not in line] == ["torch>=2.10"]
+    assert f"Version: {fastpref.__version__}" in lines
+    assert "Requires-Python: >=3.10" in lines
+
+
+def test_without_the_compiled_library_the_wheel_is_pure_and_works(
+    source_tree: Path, tmp_path: Path
+) -> None:
+    done = build(source_tree, tmp_path, FASTPREF_SKIP_EXT="1", FASTPREF_FORCE_EXT="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    done = score(wheel, tmp_path, "torch")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("left out at build time by FASTPREF_SKIP_EXT No module")
+    assert done.stderr.count("RuntimeWarning: fastpref runs without its compiled operators") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"CXX": "no-such-compiler"}, "no working C\\+\\+17 compiler at build time"),
+        ({"FASTPREF_SKIP_EXT": "1"}, "left out at build time by FASTPREF_SKIP_EXT"),
+    ],
+)
+def test_forcing_the_compiled_library_fails_with_the_reason(
+    source_tree: Path, tmp_path: Path, values: dict[str, str], said: str
+) -> None:
+    done = build(source_tree, tmp_path, FASTPREF_FORCE_EXT="1", **values)
+    assert done.returncode != 0
+    assert re.search(f"FASTPREF_FORCE_EXT cannot be followed: {said}", done.stdout + done.stderr)
+    assert list(tmp_path.glob("*.whl")) == []
+
+
+def test_version_is_a_literal_that_builds_read_without_importing() -> None:
+    tree = ast.parse((ROOT / "fastpref" / "__init__.py").read_text())
+    values = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and [ast.unparse(target) for target in node.targets] == ["__version__"]
+    ]
+    assert [ast.literal_eval(value) for value in values] == [fastpref.__version__]
+
+
+def test_build_and_development_use_the_same_torch() -> None:
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    (pin,) = (line for line in constraints if line.startswith("torch=="))
+    assert f'"{pin}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_constraints_pin_every_line_once_for_a_python() -> None:
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    pattern = r'[\w.-]+==[\w.]+( ; (python_version (<|>=) "3.11"|sys_platform == "linux"))?'
+    assert [line for line in lines if not re.fullmatch(pattern, line)] == []
+    keys = [re.sub("==[^ ]+", "", line) for line in lines]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.skipif(not (ROOT / "kernels").exists(), reason="a source archive holds it elsewhere")
+def test_kernels_directory_does_not_shadow_a_package_of_that_name() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "fastpref" / "kernels").resolve() == ROOT / "kernels"

@@ -35,8 +35,8 @@ const fastpref::cpu::RowKernels& row_kernels() {
   return fastpref::cpu::row_kernels_baseline;
 }
 
-Element element_of(const Tensor& tile) {
-  switch (tile.scalar_type()) {
+Element element_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return Element::float64;
     case ScalarType::Float:
@@ -46,7 +46,7 @@ Element element_of(const Tensor& tile) {
     case ScalarType::Half:
       return Element::float16;
     default:
-      STD_TORCH_CHECK(false, "tile must be float64, float32, bfloat16 or float16, got another dtype; cast it first");
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16, got another dtype; cast it first");
   }
 }
 
@@ -62,6 +62,9 @@ void check_vector(const Tensor& vector, const char* name, int64_t length, Scalar
   STD_TORCH_CHECK(vector.is_contiguous(), name, " must be contiguous; call .contiguous() first");
   STD_TORCH_CHECK(vector.is_cpu(), name, " must be on the CPU, as the tile is");
 }
+
+// Rows per thread below which a second thread costs more than it brings.
+int64_t grain(int64_t width) { return 1 + 32768 / (width + 1); }
 
 const void* optional_data(const std::optional<Tensor>& vector, const char* name, int64_t length, ScalarType dtype) {
   if (!vector.has_value()) return nullptr;
@@ -81,7 +84,7 @@ fastpref::cpu::Tile checked_tile(Tensor& tile, const Tensor& target) {
 
 std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, std::optional<Tensor> bias, double scale,
                                     double cap, bool write, bool statistics) {
-  const Element element = element_of(tile);
+  const Element element = element_of(tile, "tile");
   const ScalarType dtype = statistics_type(element);
   fastpref::cpu::ExpRows call{};
   call.tile = checked_tile(tile, target);
@@ -95,14 +98,15 @@ std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, s
   call.best_index = statistics ? static_cast<int64_t*>(best_index.mutable_data_ptr()) : nullptr;
   call.write = write;
   const auto kernel = row_kernels().exp_rows[static_cast<int>(element)];
-  torch::stable::parallel_for(0, call.tile.rows, 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  torch::stable::parallel_for(0, call.tile.rows, grain(call.tile.cols),
+                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
   return {sums, best_index};
 }
 
 void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp,
                 std::optional<Tensor> grad_lse, std::optional<Tensor> grad_entropy, std::optional<Tensor> entropy,
                 std::optional<Tensor> bias, double scale, double cap) {
-  const Element element = element_of(tile);
+  const Element element = element_of(tile, "tile");
   const ScalarType dtype = statistics_type(element);
   fastpref::cpu::LogitGrad call{};
   call.tile = checked_tile(tile, target);
@@ -121,7 +125,53 @@ void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor l
   call.grad_entropy = optional_data(grad_entropy, "grad_entropy", rows, dtype);
   call.entropy = optional_data(entropy, "entropy", rows, dtype);
   const auto kernel = row_kernels().logit_grad[static_cast<int>(element)];
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  torch::stable::parallel_for(0, rows, grain(call.tile.cols),
+                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
+void check_matrix(const Tensor& matrix, const char* name, int64_t width, ScalarType dtype) {
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(1) == width, name, " must have shape (rows, ", width, "), got ",
+                  matrix.dim(), " dimensions and ", matrix.numel(), " elements");
+  STD_TORCH_CHECK(matrix.scalar_type() == dtype, name, " must have the dtype of the other matrix");
+  STD_TORCH_CHECK(matrix.is_cpu(), name, " must be on the CPU for this operator");
+  STD_TORCH_CHECK(width <= 1 || matrix.stride(1) == 1, name, " must have contiguous rows, got a stride of ",
+                  matrix.stride(1), " between columns");
+}
+
+Tensor gather_dot(Tensor hidden, Tensor weight, Tensor index) {
+  const Element element = element_of(hidden, "hidden");
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have shape (rows, H), got ", hidden.dim(), " dimensions");
+  const int64_t rows = hidden.size(0), width = hidden.size(1);
+  check_matrix(hidden, "hidden", width, hidden.scalar_type());
+  check_matrix(weight, "weight", width, hidden.scalar_type());
+  check_vector(index, "index", rows, ScalarType::Long);
+  const auto* at = static_cast<const int64_t*>(index.const_data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    STD_TORCH_CHECK(at[row] >= 0 && at[row] < weight.size(0), "index must be in [0, ", weight.size(0), "), got ",
+                    at[row]);
+  }
+  Tensor out = torch::stable::new_empty(hidden, {rows}, statistics_type(element));
+  const fastpref::cpu::GatherDot call{
+      hidden.const_data_ptr(), weight.const_data_ptr(), hidden.stride(0), weight.stride(0), width, at,
+      out.mutable_data_ptr()};
+  const auto kernel = row_kernels().gather_dot[static_cast<int>(element)];
+  torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  return out;
+}
+
+void scale_rows(Tensor out, Tensor input, Tensor factor) {
+  const Element element = element_of(input, "input");
+  STD_TORCH_CHECK(input.dim() == 2 && out.dim() == 2 && out.size(0) == input.size(0),
+                  "out and input must have one shape (rows, H), got ", out.numel(), " and ", input.numel(),
+                  " elements");
+  const int64_t rows = input.size(0), width = input.size(1);
+  check_matrix(input, "input", width, input.scalar_type());
+  check_matrix(out, "out", width, input.scalar_type());
+  check_vector(factor, "factor", rows, statistics_type(element));
+  const fastpref::cpu::ScaleRows call{
+      input.const_data_ptr(), out.mutable_data_ptr(), input.stride(0), out.stride(0), width, factor.const_data_ptr()};
+  const auto kernel = row_kernels().scale_rows[static_cast<int>(element)];
+  torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
 int64_t capability() { return static_cast<int64_t>(fastpref::cpu_capability()); }
@@ -136,12 +186,16 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
       "logit_grad_(Tensor(a!) tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp, Tensor? "
       "grad_lse, "
       "Tensor? grad_entropy, Tensor? entropy, Tensor? bias, float scale, float cap) -> ()");
+  m.def("gather_dot(Tensor hidden, Tensor weight, Tensor index) -> Tensor");
+  m.def("scale_rows_(Tensor(a!) out, Tensor input, Tensor factor) -> ()");
   m.def("cpu_capability() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastpref, CPU, m) {
   m.impl("exp_rows_", TORCH_BOX(&exp_rows));
   m.impl("logit_grad_", TORCH_BOX(&logit_grad));
+  m.impl("gather_dot", TORCH_BOX(&gather_dot));
+  m.impl("scale_rows_", TORCH_BOX(&scale_rows));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastpref, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&capability)); }

@@ -50,9 +50,28 @@ struct LogitGrad {
   const void* entropy;       // (rows,), read with grad_entropy only
 };
 
+// out[i] = hidden[i] . weight[index[i]]
+struct GatherDot {
+  const void* hidden;
+  const void* weight;
+  int64_t hidden_stride, weight_stride, width;
+  const int64_t* index;
+  void* out;  // (rows,), the statistics' type
+};
+
+// out[i, :] = factor[i] in[i, :], rounded once
+struct ScaleRows {
+  const void* in;
+  void* out;
+  int64_t in_stride, out_stride, width;
+  const void* factor;  // (rows,), the statistics' type
+};
+
 struct RowKernels {
   void (*exp_rows[kElements])(const ExpRows&, int64_t begin, int64_t end);
   void (*logit_grad[kElements])(const LogitGrad&, int64_t begin, int64_t end);
+  void (*gather_dot[kElements])(const GatherDot&, int64_t begin, int64_t end);
+  void (*scale_rows[kElements])(const ScaleRows&, int64_t begin, int64_t end);
 };
 
 extern const RowKernels row_kernels_baseline;

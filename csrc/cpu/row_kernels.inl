@@ -75,6 +75,19 @@ struct Map {
   }
 };
 
+// exp(t - anchor). Twenty nats apart, rounding the difference alone would cost a float's result its last four bits, the
+// same way in a whole row; 16-bit tiles have rounded their logits before and do not show it.
+template <class T, class A>
+inline A exp_difference(A t, A anchor) {
+  const A x = t - anchor;
+  const A e = exponential(x);
+  if constexpr (sizeof(T) < sizeof(float)) {
+    return e;
+  } else {
+    return e > 0 ? e + e * ((t - x) - anchor) : e;  // at t = -inf the correction is NaN
+  }
+}
+
 template <class A>
 __attribute__((noinline)) A largest(const A* x, int64_t n) {
   A best = -static_cast<A>(kInfinity);
@@ -160,7 +173,7 @@ class ExpRow {
     if constexpr (kStatistics) {
 #pragma omp simd reduction(+ : sum, weighted, squares, total)
       for (int64_t i = 0; i < n; ++i) {
-        const A e = exponential(logits_[i] - anchor);
+        const A e = exp_difference<T>(logits_[i], anchor);
         total += logits_[i];
         sum += e;
         weighted += e > 0 ? e * (logits_[i] - block_best) : A(0);  // a logit of -inf has no weight
@@ -173,7 +186,7 @@ class ExpRow {
     } else {
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) {
-        const A e = exponential(logits_[i] - anchor);
+        const A e = exp_difference<T>(logits_[i], anchor);
         sum += e;
         logits_[i] = e;
       }
@@ -301,12 +314,12 @@ void logit_grad_row(T* row, const LogitGrad& call, const Map<typename Accumulate
     if (k == 0) {
       const A weight = map.scale * (h - g) * inverse;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) store(row[at + j], weight * slopes[j] * exponential(logits[j] - anchor));
+      for (int64_t j = 0; j < n; ++j) store(row[at + j], weight * slopes[j] * exp_difference<T>(logits[j], anchor));
     } else {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const A shifted = logits[j] - anchor;
-        const A p = exponential(shifted) * inverse;
+        const A p = exp_difference<T>(logits[j], anchor) * inverse;
         const A value = p * ((h - g) - k * (shifted - log_norm + entropy));
         store(row[at + j], p > 0 || p != p ? map.scale * slopes[j] * value : A(0));
       }
@@ -328,12 +341,39 @@ void logit_grad(const LogitGrad& call, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+void gather_dot(const GatherDot& call, int64_t begin, int64_t end) {
+  using A = typename AccumulateType<T>::type;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(call.hidden) + row * call.hidden_stride;
+    const T* w = static_cast<const T*>(call.weight) + call.index[row] * call.weight_stride;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < call.width; ++i) sum += load(x[i]) * load(w[i]);
+    static_cast<A*>(call.out)[row] = sum;
+  }
+}
+
+template <class T>
+void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
+  using A = typename AccumulateType<T>::type;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* in = static_cast<const T*>(call.in) + row * call.in_stride;
+    T* out = static_cast<T*>(call.out) + row * call.out_stride;
+    const A factor = static_cast<const A*>(call.factor)[row];
+#pragma omp simd
+    for (int64_t i = 0; i < call.width; ++i) store(out[i], load(in[i]) * factor);
+  }
+}
+
 }  // namespace
 
 extern const RowKernels FASTPREF_ROW_KERNELS;
 const RowKernels FASTPREF_ROW_KERNELS = {
     {exp_rows<double>, exp_rows<float>, exp_rows<BFloat16>, exp_rows<Float16>},
     {logit_grad<double>, logit_grad<float>, logit_grad<BFloat16>, logit_grad<Float16>},
+    {gather_dot<double>, gather_dot<float>, gather_dot<BFloat16>, gather_dot<Float16>},
+    {scale_rows<double>, scale_rows<float>, scale_rows<BFloat16>, scale_rows<Float16>},
 };
 
 }  // namespace fastpref::cpu

@@ -63,8 +63,8 @@ def linear_logprob(
         unscored positions.
 
     Workspace: at most ``explain(...).workspace_bytes``. Tiles and kept exponentials stay within
-    ``options.memory_budget``; on top come a few (N, H) copies of rows, a (512, H) gather, seven
-    numbers a row, and a cast weight where one is needed. Nothing grows with N V.
+    ``options.memory_budget``; on top come a few (N, H) copies of rows, seven numbers a row, a cast
+    weight where one is needed, and a fixed amount for temporaries of the torch backend.
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
@@ -165,6 +165,9 @@ def prepare(
         only_logp="entropy" not in outputs and "lse" not in outputs,
         casts_weight=weight.dtype != dtype,
         backend=backend,
+        temporary_bytes=backends.load(backend).temporary_bytes(
+            packing.scored, columns, hidden.device.type, dtype
+        ),
         total_memory=total_memory(hidden.device),
     )
     return autograd.Call(

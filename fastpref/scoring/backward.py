@@ -58,7 +58,8 @@ def backward(run: Run, hidden: Tensor, kept: Kept, upstream: Upstream) -> Gradie
     # A row without upstream gradient gets none, whatever it holds.
     c = torch.where(g == 0, 0.0, -run.head.map.scale * g * kept.scale)
     if kept.direct is not None:
-        return Gradients((kept.direct * c[:, None]).to(hidden.dtype), None, None)
+        d_hidden = run.backend.scale_rows(kept.direct, c, torch.empty_like(hidden))
+        return Gradients(d_hidden, None, None)
     active = _active_rows(upstream) if hidden.device.type == "cpu" else None
     if active is None:
         return _products(run, hidden, *_row_groups(run, hidden, kept, upstream, c, None))
@@ -101,7 +102,7 @@ def _row_groups(
             chosen = rows if active is None else active[rows]
             scaled = hidden[rows]
             if run.plan.needs_weight:
-                scaled = scaled * c[chosen].to(hidden.dtype)[:, None]
+                scaled = run.backend.scale_rows(scaled, c[chosen], torch.empty_like(scaled))
             groups.append(RowGroup(rows, _kept_tile(exps.tensor, chosen), scaled, c[chosen]))
     for rows in _split(inside, total, tile.rows):
         chosen = rows if active is None else active[rows]
@@ -189,7 +190,8 @@ def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> G
     if d_hidden is not None:
         for group in groups:
             if group.after is not None:
-                d_hidden[group.rows] *= group.after[:, None]
+                rows = d_hidden[group.rows]
+                run.backend.scale_rows(rows, group.after, rows)
         d_hidden = d_hidden.to(dtype)
     return Gradients(d_hidden, d_weight, d_bias)
 

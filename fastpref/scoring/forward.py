@@ -20,8 +20,8 @@ from torch import Tensor
 from . import vocab_parallel
 from .backends import RowBackend
 from .rows import RowScores, merge, row_scores, token_scores
-from .schedule import GATHER_ROWS, Plan
-from .types import STATISTICS, Head, TokenScores, statistics_dtype
+from .schedule import Plan
+from .types import STATISTICS, Head, TokenScores
 from .workspace import Lease
 
 
@@ -140,16 +140,11 @@ def target_logit(run: Run, hidden: Tensor, target: Tensor) -> TargetLogit:
     column = target - head.start
     here = (column >= 0) & (column < head.weight.shape[0])
     index = torch.where(here, column, 0)
-    dtype = statistics_dtype(hidden.dtype)
-    raw = torch.empty(target.shape, dtype=dtype, device=hidden.device)
-    for start in range(0, target.shape[0], GATHER_ROWS):
-        block = slice(start, start + GATHER_ROWS)
-        weight = head.weight.index_select(0, index[block]).to(dtype)
-        raw[block] = (hidden[block].to(dtype) * weight).sum(-1)
+    raw = run.backend.gather_dot(hidden, head.weight, index)
     if head.bias is not None:
         raw += head.bias[index]
     # A target has one owner: the sum over ranks is its value, and the count says if there was one.
-    shared = torch.stack([torch.where(here, raw, 0.0), here.to(dtype)])
+    shared = torch.stack([torch.where(here, raw, 0.0), here.to(raw.dtype)])
     raw, owners = vocab_parallel.sum_over_ranks(shared, run.group)
     raw = torch.where(owners > 0, raw, torch.nan)
     return TargetLogit(torch.where(here, column, -1), raw, head.map.logit(raw))

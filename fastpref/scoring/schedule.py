@@ -27,8 +27,6 @@ import torch
 from .types import ScoringOptions, statistics_dtype
 
 BUDGET_SHARE = 16  # of the device's total memory
-# Rows of the target-logit gather at a time.
-GATHER_ROWS = 512
 LEAST_ROWS = 64
 LEAST_COLS = 1024
 # Below about 512 rows a product spends its time packing the weight; above 2048 a chunk only takes
@@ -62,6 +60,7 @@ class Problem:
     only_logp: bool  # neither entropy nor lse can receive a gradient
     casts_weight: bool  # to the dtype of the products
     backend: str
+    temporary_bytes: int  # of the backend, beside a tile
     total_memory: int  # of the device, bytes
 
     @property
@@ -115,15 +114,14 @@ class Plan(Problem):
     def workspace_bytes(self) -> int:
         """Working memory at its peak, ``saved_bytes`` included, results and gradients not."""
         exact = statistics_dtype(self.dtype).itemsize
-        gather = min(GATHER_ROWS, self.forward_tile.rows) * self.hidden_size * 4 * exact
         tile = 0 if self.schedule == "keep" else self.forward_tile.nbytes(self.itemsize)
-        forward = self._row_bytes + gather + tile
+        forward = self._row_bytes + self.temporary_bytes + tile
         if not self.needs_grad or self.schedule == "direct":
             return self.saved_bytes + forward
         # Packed rows, those with a gradient, the same scaled, and their gradient.
         backward = 4 * self._row_bytes
         if self.backward_tile is not None:
-            backward += self.backward_tile.nbytes(self.itemsize)
+            backward += self.backward_tile.nbytes(self.itemsize) + self.temporary_bytes
             if self.itemsize < exact:
                 # 16-bit products over slabs and row groups add up in float32.
                 rows, cols = self.scored, self.backward_tile.cols

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backends: who turns a tile of raw products into exponentials or into logit gradients.
 
-A backend is two functions over a (rows, cols) tile of raw products. ``target`` holds columns of the
+The first two functions of a backend work on a (rows, cols) tile of raw products, the others on
+(rows, H) matrices. ``target`` holds columns of the
 tile; a value outside [0, cols) means that the row's target lies elsewhere.
 """
 
@@ -53,6 +54,15 @@ class RowBackend(Protocol):
         map: LogitMap,
     ) -> None:
         """The tile becomes the gradient with respect to the raw products."""
+
+    def temporary_bytes(self, rows: int, cols: int, device_type: str, dtype: torch.dtype) -> int:
+        """Most memory that these take beside a (rows, cols) tile."""
+
+    def gather_dot(self, hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        """hidden[i] . weight[index[i]], (rows,) in the statistics' dtype."""
+
+    def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        """factor[i] rows[i], (rows, H), into ``out``, which may be ``rows``; rounded once."""
 
 
 def unavailable_reason(name: str, device_type: str) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..rows import RowSums
 from ..types import LogitMap
-from . import UpstreamGradient, operators
+from . import UpstreamGradient, operators, plain
 
 
 def exp_rows(
@@ -33,3 +33,23 @@ def logit_grad(
     tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
 ) -> None:
     torch.ops.fastpref.logit_grad_(tile, target, *upstream, bias, map.scale, map.cap)
+
+
+def temporary_bytes(rows: int, cols: int, device_type: str, dtype: torch.dtype) -> int:
+    """Most memory that a pass over a (rows, cols) tile takes beside it: rows live in cache."""
+    return 0
+
+
+def gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    # Weights that lie transposed are rare; the operator wants contiguous rows.
+    if hidden.stride(1) != 1 or weight.stride(1) != 1:
+        return plain.gather_dot(hidden, weight, index)
+    dot: Tensor = torch.ops.fastpref.gather_dot(hidden, weight, index)
+    return dot
+
+
+def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    if rows.stride(1) != 1 or out.stride(1) != 1:
+        return plain.scale_rows(rows, factor, out)
+    torch.ops.fastpref.scale_rows_(out, rows, factor)
+    return out

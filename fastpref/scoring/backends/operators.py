@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..types import statistics_dtype
+
 # Rows of the sums that exp_rows_ returns, as in csrc/cpu/row_kernels.h.
 SUMS = ("anchor", "sum", "offset")
 STATISTICS = ("best", "weighted", "squares", "total")
@@ -42,4 +44,14 @@ def _logit_grad(
     scale: float,
     cap: float,
 ) -> None:
+    return None
+
+
+@torch.library.register_fake("fastpref::gather_dot")  # type: ignore[untyped-decorator]
+def _gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return hidden.new_empty((hidden.shape[0],), dtype=statistics_dtype(hidden.dtype))
+
+
+@torch.library.register_fake("fastpref::scale_rows_")  # type: ignore[untyped-decorator]
+def _scale_rows(out: Tensor, input: Tensor, factor: Tensor) -> None:
     return None

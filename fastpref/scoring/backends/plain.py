@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain torch backend: any device, any dtype, several passes over the tile, no host sync.
 
-The statements of csrc/cpu/row_kernels.inl in torch. The tile is worked on in blocks of rows so that
+What csrc/cpu/row_kernels.inl computes, in torch. The tile is worked on in blocks of rows so that
 temporaries in the statistics' dtype stay small.
 """
 
@@ -14,9 +14,10 @@ from ..rows import RowSums
 from ..types import LogitMap, statistics_dtype
 from . import UpstreamGradient
 
-# Elements of one block's temporaries.
-_BLOCK = 1 << 22
-_GUARD = 30.0
+# Elements of one temporary, and the most that are alive at once. Launches are what costs on a GPU.
+_BLOCK_CPU = 1 << 20
+_BLOCK_ELSEWHERE = 1 << 25
+_TEMPORARIES = 8
 _LOWEST_ANCHOR = -1e30
 
 
@@ -25,8 +26,18 @@ def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:
     return raw if bias is None else raw + bias
 
 
-def _block_rows(tile: Tensor) -> int:
-    return max(1, _BLOCK // max(1, tile.shape[1]))
+def _block_elements(device_type: str) -> int:
+    return _BLOCK_CPU if device_type == "cpu" else _BLOCK_ELSEWHERE
+
+
+def _block_rows(matrix: Tensor) -> int:
+    return max(1, _block_elements(matrix.device.type) // max(1, matrix.shape[1]))
+
+
+def temporary_bytes(rows: int, cols: int, device_type: str, dtype: torch.dtype) -> int:
+    """Most memory that a pass over a (rows, cols) tile takes beside it."""
+    block = max(cols, min(rows * cols, _block_elements(device_type)))
+    return _TEMPORARIES * block * statistics_dtype(dtype).itemsize
 
 
 def exp_rows(
@@ -71,9 +82,10 @@ def _exp_block(
         1, column, torch.where(here, -torch.inf, logits.gather(1, column)[:, 0])[:, None]
     )
     highest = others.amax(1)
-    keep = anchor.isfinite() & ~(highest - anchor > _GUARD)
+    # A maximum pass is one among several here; the target's own logit comes as the given anchor.
+    highest = torch.where(anchor.isfinite() & (anchor > highest), anchor, highest)
     # A row of nothing but -inf takes a finite anchor below every other part's.
-    anchor = torch.where(keep, anchor, torch.where(highest == -torch.inf, _LOWEST_ANCHOR, highest))
+    anchor = torch.where(highest == -torch.inf, _LOWEST_ANCHOR, highest)
     shifted = others - anchor[:, None]
     exps = shifted.exp()
     total_exp = exps.sum(1)
@@ -127,3 +139,17 @@ def _logit_grad_block(
     column = target.clamp(0, cols - 1)[:, None]
     grad = grad.scatter(1, column, torch.where(here, own, grad.gather(1, column)[:, 0])[:, None])
     tile.copy_(grad * map.slope(raw) * map.scale)
+
+
+def gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    dtype = statistics_dtype(hidden.dtype)
+    rows = _block_rows(hidden)
+    parts = [
+        (part.to(dtype) * weight.index_select(0, at).to(dtype)).sum(-1)
+        for part, at in zip(hidden.split(rows), index.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(rows * factor[:, None])

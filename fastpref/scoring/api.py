@@ -11,7 +11,14 @@ from . import autograd, backends, vocab_parallel
 from .packing import pack
 from .schedule import Plan, Problem, choose, total_memory
 from .types import ScoringOptions, TokenScores
-from .validation import check_map, check_outputs, check_tensors, check_vocab_range
+from .validation import (
+    check_group,
+    check_ignore_index,
+    check_map,
+    check_outputs,
+    check_tensors,
+    check_vocab_range,
+)
 
 
 def linear_logprob(
@@ -147,9 +154,11 @@ def prepare(
     check_tensors(hidden, weight, target, bias)
     map = check_map(temperature, logit_scale, softcap)
     outputs = check_outputs(outputs)
+    check_ignore_index(ignore_index)
+    check_group(tp_group)
     held = check_vocab_range(vocab_range, weight.shape[0])
     columns = weight.shape[0] if held is None else held[1] - held[0]
-    start, vocab_size = vocab_parallel.shard_range(tp_group, columns, hidden.device)
+    shard = vocab_parallel.shard_range(tp_group, columns, hidden.device)
     packing = pack(target, ignore_index, options.max_scored)
     backend = backends.choose(options.backend, hidden.device)
     recording = torch.is_grad_enabled()
@@ -157,7 +166,8 @@ def prepare(
     problem = Problem(
         scored=packing.scored,
         hidden_size=weight.shape[1],
-        vocab_size=columns,
+        # Each chunk of rows has its collectives: all ranks must cut their rows alike.
+        vocab_size=shard.widest,
         dtype=dtype,
         needs_hidden=recording and hidden.requires_grad,
         needs_weight=recording and weight.requires_grad,
@@ -166,19 +176,20 @@ def prepare(
         casts_weight=weight.dtype != dtype,
         backend=backend,
         temporary_bytes=backends.load(backend).temporary_bytes(
-            packing.scored, columns, hidden.device.type, dtype
+            packing.scored, shard.widest, hidden.device.type, dtype
         ),
         total_memory=total_memory(hidden.device),
     )
     return autograd.Call(
-        target=target.long(),
+        # A copy: backward reads it again, and a batch's labels may be overwritten until then.
+        target=target.to(torch.int64, copy=True),
         packing=packing,
         plan=choose(problem, options),
         map=map,
         outputs=outputs,
-        start=start if held is None else held[0],
+        start=shard.start if held is None else held[0],
         columns=columns,
-        vocab_size=vocab_size,
+        vocab_size=shard.total,
         group=tp_group,
         weight_context=weight_context,
     )

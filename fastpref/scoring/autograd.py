@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, vocab_parallel
 from .backward import Upstream, backward
@@ -85,9 +84,28 @@ class LinearScores(torch.autograd.Function):
         return tuple(spread)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = LinearScores._gradients(ctx, upstream, *saved)
+        if not torch.is_grad_enabled():
+            return (*gradients, None)
+        # Under create_graph; torch's once_differentiable looks at upstream gradients only, and
+        # would let these pass for constants where those are.
+        once = [
+            None if one is None else _OnceDifferentiable.apply(one, *saved, *upstream)  # type: ignore[no-untyped-call]
+            for one in gradients
+        ]
+        return (*once, None)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any,
+        upstream: tuple[Tensor | None, ...],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         call: Call = ctx.call
         packing, plan = call.packing, call.plan
         context = (
@@ -106,7 +124,22 @@ class LinearScores(torch.autograd.Function):
                 d_weight = _padded(gradients.weight, weight)
             if gradients.bias is not None and bias is not None:
                 d_bias = _padded(gradients.bias, bias)
-        return d_hidden, d_weight, d_bias, None
+        return d_hidden, d_weight, d_bias
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient whose own derivative, by any of ``depends_on``, raises."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "fastpref.linear_logprob has no second derivative; where one is needed, score with "
+            "plain torch: (hidden @ weight.T).log_softmax(-1)"
+        )
 
 
 def _packed_hidden(hidden: Tensor, call: Call) -> Tensor:

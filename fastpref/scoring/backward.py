@@ -59,7 +59,7 @@ def backward(run: Run, hidden: Tensor, kept: Kept, upstream: Upstream) -> Gradie
     c = torch.where(g == 0, 0.0, -run.head.map.scale * g * kept.scale)
     if kept.direct is not None:
         d_hidden = run.backend.scale_rows(kept.direct, c, torch.empty_like(hidden))
-        return Gradients(d_hidden, None, None)
+        return Gradients(d_hidden.masked_fill_((g == 0)[:, None], 0), None, None)
     active = _active_rows(upstream) if hidden.device.type == "cpu" else None
     if active is None:
         return _products(run, hidden, *_row_groups(run, hidden, kept, upstream, c, None))

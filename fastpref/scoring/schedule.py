@@ -52,7 +52,7 @@ class Problem:
 
     scored: int  # N
     hidden_size: int  # H
-    vocab_size: int  # V, columns held by this rank
+    vocab_size: int  # V, columns held by the rank that holds the most
     dtype: torch.dtype  # of the products
     needs_hidden: bool
     needs_weight: bool
@@ -170,7 +170,8 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
         if tile.cols == problem.vocab_size:
             return _plan(problem, budget, "direct", 0, tile, None)
         if options.schedule == "direct":
-            rows = max(1, budget // max(1, problem.vocab_size * problem.itemsize))
+            whole_rows = budget // max(1, problem.vocab_size * problem.itemsize)
+            rows = min(max(1, problem.scored), max(LEAST_ROWS, whole_rows))
             return _plan(problem, budget, "direct", 0, Tile(rows, problem.vocab_size), None)
     row_bytes = max(1, problem.vocab_size * problem.itemsize)
     # A quarter stays free for a wide tile: rows to recompute, or the kept rows that have a gradient

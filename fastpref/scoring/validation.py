@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .types import DTYPES, OUTPUTS, LogitMap
@@ -87,12 +88,33 @@ def check_outputs(outputs: Any) -> tuple[str, ...]:
         raise TypeError(
             f"outputs must be a tuple of names, got the string {outputs!r}; write ({outputs!r},)"
         )
+    if not isinstance(outputs, (tuple, list)):
+        raise TypeError(
+            f"outputs must be a tuple of names among {', '.join(OUTPUTS)}; "
+            f"got {type(outputs).__name__}"
+        )
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(
             f"outputs must be among {', '.join(OUTPUTS)}; got {', '.join(map(repr, unknown))}"
         )
     return tuple(outputs)
+
+
+def check_ignore_index(ignore_index: Any) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(
+            f"ignore_index must be an int, got {type(ignore_index).__name__}; "
+            "pass a value that is no token id, such as -100, where every position is scored"
+        )
+
+
+def check_group(tp_group: Any) -> None:
+    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
+        raise TypeError(
+            "tp_group must be a torch.distributed.ProcessGroup or None, got "
+            f"{type(tp_group).__name__}; of a device mesh, pass mesh.get_group()"
+        )
 
 
 def check_map(temperature: float, logit_scale: float, softcap: float | None) -> LogitMap:
@@ -119,6 +141,12 @@ def check_map(temperature: float, logit_scale: float, softcap: float | None) -> 
 def check_vocab_range(vocab_range: tuple[int, int] | None, rows: int) -> tuple[int, int] | None:
     if vocab_range is None:
         return None
+    if not isinstance(vocab_range, (tuple, list)):
+        raise TypeError(
+            f"vocab_range must be a pair (start, stop) or None, got {type(vocab_range).__name__}"
+        )
+    if len(vocab_range) != 2:
+        raise ValueError(f"vocab_range must be a pair (start, stop), got {tuple(vocab_range)}")
     start, stop = vocab_range
     if not 0 <= start < stop or stop - start > rows:
         raise ValueError(

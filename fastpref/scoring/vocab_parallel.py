@@ -8,6 +8,8 @@ function is the identity.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,18 +17,23 @@ from torch import Tensor
 from .rows import RowSums, merge
 
 
-def shard_range(
-    group: dist.ProcessGroup | None, columns: int, device: torch.device
-) -> tuple[int, int]:
-    """(first vocabulary id of this rank's columns, columns of all ranks), shards in rank order."""
+class Shard(NamedTuple):
+    """Columns of the vocabulary, shards in rank order."""
+
+    start: int  # first vocabulary id of this rank's
+    total: int  # of all ranks together
+    widest: int  # of the rank with the most
+
+
+def shard_range(group: dist.ProcessGroup | None, columns: int, device: torch.device) -> Shard:
     if group is None:
-        return 0, columns
+        return Shard(0, columns, columns)
     sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
     sizes[dist.get_rank(group)] = columns
     dist.all_reduce(sizes, group=group)
     # Once per call and before any product; equal shards could be computed, uneven ones cannot.
     counts = sizes.tolist()
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
+    return Shard(sum(counts[: dist.get_rank(group)]), sum(counts), max(counts))
 
 
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

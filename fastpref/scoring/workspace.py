@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 _KEPT_BUFFERS = 2
-_lock = threading.Lock()
+# Reentrant: the garbage collector may end a lease inside the lists below, in the thread that holds
+# the lock.
+_lock = threading.RLock()
 _idle: list[Tensor] = []
 
 
@@ -58,9 +60,7 @@ def _take(nbytes: int) -> Tensor:
 
 def _give_back(buffer: Tensor) -> None:
     with _lock:
-        _idle.append(buffer)
-        _idle.sort(key=Tensor.numel)
-        del _idle[:-_KEPT_BUFFERS]
+        _idle[:] = sorted([*_idle, buffer], key=Tensor.numel)[-_KEPT_BUFFERS:]
 
 
 def release() -> None:

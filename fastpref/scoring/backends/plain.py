@@ -74,13 +74,11 @@ def _exp_block(
     cols = tile.shape[1]
     here = (target >= 0) & (target < cols)
     column = target.clamp(0, cols - 1)[:, None]
-    own = torch.where(here, logits.gather(1, column)[:, 0], -torch.inf)
-    total = logits.sum(1) - torch.where(here, own, 0.0) if statistics else None
+    at_column = logits.gather(1, column)[:, 0]
+    own = torch.where(here, at_column, -torch.inf)
     best, best_index = logits.max(1) if statistics else (None, None)
     # The target's column is left out; a tile without it must not lose its first column.
-    others = logits.scatter(
-        1, column, torch.where(here, -torch.inf, logits.gather(1, column)[:, 0])[:, None]
-    )
+    others = logits.scatter(1, column, torch.where(here, -torch.inf, at_column)[:, None])
     highest = others.amax(1)
     # A maximum pass is one among several here; the target's own logit comes as the given anchor.
     highest = torch.where(anchor.isfinite() & (anchor > highest), anchor, highest)
@@ -94,6 +92,10 @@ def _exp_block(
         # A logit of -inf has no weight.
         weighted = torch.where(exps > 0, exps * (others - best[:, None]), 0.0).sum(1)
     squares = exps.square().sum(1) if statistics else None
+    total = None
+    if statistics:
+        # Not a difference: the target's logit may be -inf.
+        total = logits.scatter(1, column, torch.where(here, 0.0, at_column)[:, None]).sum(1)
     offset = torch.zeros_like(anchor)
     if write:
         if tile.dtype == torch.float16:

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks the operators' arguments and makes the calls of the row kernels from them, for tensors of any device.
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "cpu/row_kernels.h"
+
+namespace fastpref {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline cpu::Element element_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return cpu::Element::float64;
+    case ScalarType::Float:
+      return cpu::Element::float32;
+    case ScalarType::BFloat16:
+      return cpu::Element::bfloat16;
+    case ScalarType::Half:
+      return cpu::Element::float16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16, got another dtype; cast it first");
+  }
+}
+
+inline ScalarType statistics_type(const Tensor& tile) {
+  return tile.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline const void* checked_vector(const Tensor& tile, const Tensor& vector, const char* name, int64_t length,
+                                  ScalarType dtype) {
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == length, name, " must have shape (", length, ",), got ",
+                  vector.dim(), " dimensions and ", vector.numel(), " elements");
+  STD_TORCH_CHECK(vector.scalar_type() == dtype, name, " must have the statistics' dtype of the tile ",
+                  "(float64 for a float64 tile, float32 otherwise; int64 for target)");
+  STD_TORCH_CHECK(vector.is_contiguous(), name, " must be contiguous; call .contiguous() first");
+  STD_TORCH_CHECK(vector.device() == tile.device(), name, " must be on the device of the tile; move it there first");
+  return vector.const_data_ptr();
+}
+
+inline const void* checked_per_row(const Tensor& tile, const std::optional<Tensor>& vector, const char* name) {
+  return vector.has_value() ? checked_vector(tile, *vector, name, tile.size(0), statistics_type(tile)) : nullptr;
+}
+
+inline cpu::LogitMap checked_map(const Tensor& tile, const std::optional<Tensor>& bias, double scale, double cap) {
+  const auto type = statistics_type(tile);
+  return {bias.has_value() ? checked_vector(tile, *bias, "bias", tile.size(1), type) : nullptr, scale, cap};
+}
+
+inline cpu::Tile checked_tile(const Tensor& tile, const Tensor& target) {
+  STD_TORCH_CHECK(tile.dim() == 2, "tile must have shape (rows, cols), got ", tile.dim(), " dimensions");
+  STD_TORCH_CHECK(tile.size(1) <= 1 || tile.stride(1) == 1, "tile must have contiguous rows, got a stride of ",
+                  tile.stride(1), " between columns");
+  const void* columns = checked_vector(tile, target, "target", tile.size(0), ScalarType::Long);
+  return {tile.mutable_data_ptr(), tile.size(0), tile.size(1), tile.stride(0), static_cast<const int64_t*>(columns)};
+}
+
+// The call but for its outputs.
+inline cpu::ExpRows exp_rows_call(const Tensor& tile, const Tensor& target, const Tensor& anchor,
+                                  const std::optional<Tensor>& bias, double scale, double cap, bool write) {
+  cpu::ExpRows call{};
+  call.tile = checked_tile(tile, target);
+  call.map = checked_map(tile, bias, scale, cap);
+  call.anchor = checked_per_row(tile, anchor, "anchor");
+  call.write = write;
+  return call;
+}
+
+// (sums, best_index), new and uninitialised, for `call` to fill.
+inline std::tuple<Tensor, Tensor> exp_rows_outputs(cpu::ExpRows& call, const Tensor& target, const Tensor& anchor,
+                                                   bool statistics) {
+  const int64_t rows = call.tile.rows;
+  Tensor sums = torch::stable::new_empty(anchor, {statistics ? cpu::kRowSumsAll : cpu::kRowSums, rows});
+  Tensor best_index = torch::stable::new_empty(target, {statistics ? rows : 0});
+  call.sums = sums.mutable_data_ptr();
+  call.best_index = statistics ? static_cast<int64_t*>(best_index.mutable_data_ptr()) : nullptr;
+  return {sums, best_index};
+}
+
+inline cpu::LogitGrad logit_grad_call(const Tensor& tile, const Tensor& target, const Tensor& anchor,
+                                      const Tensor& norm, const Tensor& logp, const Tensor& grad_logp,
+                                      const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_entropy,
+                                      const std::optional<Tensor>& entropy, const std::optional<Tensor>& bias,
+                                      double scale, double cap) {
+  STD_TORCH_CHECK(entropy.has_value() || !grad_entropy.has_value(), "entropy must come with grad_entropy, got None");
+  cpu::LogitGrad call{};
+  call.tile = checked_tile(tile, target);
+  call.map = checked_map(tile, bias, scale, cap);
+  call.anchor = checked_per_row(tile, anchor, "anchor");
+  call.norm = checked_per_row(tile, norm, "norm");
+  call.logp = checked_per_row(tile, logp, "logp");
+  call.grad_logp = checked_per_row(tile, grad_logp, "grad_logp");
+  call.grad_lse = checked_per_row(tile, grad_lse, "grad_lse");
+  call.grad_entropy = checked_per_row(tile, grad_entropy, "grad_entropy");
+  call.entropy = checked_per_row(tile, entropy, "entropy");
+  return call;
+}
+
+}  // namespace fastpref

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both row kernels are made of: element types, 16-byte pieces of a row, the logit map, block reductions.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/row_kernels.h"
+
+namespace fastpref::cuda {
+
+constexpr int kThreads = 512;
+constexpr int kWarp = 32;
+
+template <class T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+
+__device__ inline double load(double x) { return x; }
+__device__ inline float load(float x) { return x; }
+__device__ inline float load(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float load(__half x) { return __half2float(x); }
+
+__device__ inline void store(double& to, double x) { to = x; }
+__device__ inline void store(float& to, float x) { to = x; }
+__device__ inline void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ inline void store(__half& to, float x) { to = __float2half_rn(x); }
+
+__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+
+// exp(t - anchor). Far from the anchor, rounding the difference alone would cost the result of a float up to four bits,
+// the same ones in a whole row: what it took is added back. 16-bit tiles have rounded their logits by more before.
+template <class T, class A>
+__device__ inline A exp_difference(A t, A anchor) {
+  const A x = t - anchor;
+  const A e = exponential(x);
+  if constexpr (sizeof(T) < sizeof(float)) {
+    return e;
+  } else {
+    // Exact whichever of the two is larger.
+    const A back = x - t;
+    const A lost = (t - (x - back)) - (anchor + back);
+    return e > 0 ? e + e * lost : e;  // at t = -inf it is NaN
+  }
+}
+
+template <class A>
+__device__ constexpr A infinity() {
+  return std::numeric_limits<A>::infinity();
+}
+
+// b when it is larger: a NaN in b leaves a, a NaN in a stays.
+template <class A>
+__device__ inline A larger(A a, A b) {
+  return b > a ? b : a;
+}
+
+// What one thread reads or writes in one access.
+template <class T, int n>
+struct alignas(n * sizeof(T)) Piece {
+  static constexpr int kSize = n;
+  T values[n];
+};
+
+// Calls visit(piece, its first column) on this thread's pieces of the row, always the same ones in the same order.
+// Rows of an odd number of columns start anywhere: single columns come first, up to a 16-byte boundary, and last.
+template <class T, class Visit>
+__device__ __forceinline__ void for_each_piece(T* row, int64_t cols, Visit visit) {
+  constexpr int kWidth = 16 / sizeof(T);
+  const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+  const int64_t to_boundary = (kWidth - misaligned) % kWidth;
+  const int64_t head = cols < to_boundary ? cols : to_boundary;
+  const int64_t wide = (cols - head) / kWidth;
+  const int64_t tail = head + wide * kWidth;
+  if (threadIdx.x < head) visit(reinterpret_cast<Piece<T, 1>&>(row[threadIdx.x]), int64_t{threadIdx.x});
+  for (int64_t i = threadIdx.x; i < wide; i += kThreads) {
+    const int64_t column = head + i * kWidth;
+    visit(reinterpret_cast<Piece<T, kWidth>&>(row[column]), column);
+  }
+  if (threadIdx.x < cols - tail) {
+    const int64_t column = tail + threadIdx.x;
+    visit(reinterpret_cast<Piece<T, 1>&>(row[column]), column);
+  }
+}
+
+template <class A, int n>
+struct Logits {
+  A t[n];
+  A slope[n];  // 1 - tanh^2 under a cap, else 1
+};
+
+template <class A>
+struct Map {
+  const A* bias;
+  A scale, inner, cap;  // inner = scale / cap
+
+  __device__ explicit Map(const cpu::LogitMap& map)
+      : bias(static_cast<const A*>(map.bias)),
+        scale(static_cast<A>(map.scale)),
+        inner(map.cap == 0 ? A(0) : static_cast<A>(map.scale / map.cap)),
+        cap(static_cast<A>(map.cap)) {}
+
+  template <class T, int n>
+  __device__ __forceinline__ Logits<A, n> apply(const Piece<T, n>& products, int64_t column) const {
+    // One access to memory; element by element the compiler would have to make it several.
+    const Piece<T, n> piece = products;
+    Logits<A, n> logits;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const A z = bias == nullptr ? load(piece.values[j]) : load(piece.values[j]) + bias[column + j];
+      logits.t[j] = z * scale;
+      logits.slope[j] = 1;
+      if (cap != 0) {
+        // From e^{-2|x|}: 1 - tanh^2 would cancel where tanh is close to 1.
+        const A x = z * inner;
+        const A e = exponential(-2 * fabs(x));
+        logits.t[j] = cap * tanh(x);
+        logits.slope[j] = 4 * e / ((1 + e) * (1 + e));
+      }
+    }
+    return logits;
+  }
+};
+
+struct Sum {
+  template <class V>
+  __device__ V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Largest {
+  template <class V>
+  __device__ V operator()(V a, V b) const {
+    return larger(a, b);
+  }
+};
+struct Smallest {
+  template <class V>
+  __device__ V operator()(V a, V b) const {
+    return b < a ? b : a;
+  }
+};
+
+// The values of all threads combined, in every thread. Each exchange combines the same two values on both sides and the
+// operations commute, so all threads hold the same bits, and the same ones in every run.
+template <class V, class Combine>
+__device__ V block_reduce(V value, Combine combine) {
+  static_assert(kThreads % kWarp == 0 && kThreads / kWarp <= kWarp, "one warp combines the warps");
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ V of_warp[kWarps];
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  // An earlier reduction may still be reading: overwritten now, some threads would combine values of both.
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  // Lanes beyond the warps repeat them, and the exchanges stay among kWarps neighbours.
+  value = of_warp[threadIdx.x % kWarps];
+#pragma unroll
+  for (int distance = kWarps / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  return value;
+}
+
+}  // namespace fastpref::cuda

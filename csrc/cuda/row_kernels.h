@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launchers of the CUDA row kernels: pointers of the current device, no synchronisation.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cpu/row_kernels.h"
+
+namespace fastpref::cuda {
+
+// A grid has no more blocks than this along x, and a row is a block.
+constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
+
+cudaError_t launch_exp_rows(cpu::Element element, const cpu::ExpRows& call, cudaStream_t stream);
+cudaError_t launch_logit_grad(cpu::Element element, const cpu::LogitGrad& call, cudaStream_t stream);
+
+}  // namespace fastpref::cuda

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which objectives the demo can train with, by fastpref's names, and what they need of the data.
+
+A name that TRL has a loss type for runs as TRL's own loss, with fastpref's hyperparameters; the
+others run as fastpref's (`trainer.ObjectiveTrainer`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import objectives
+from . import DemoError
+
+LOSS_TYPES: Mapping[str, str] = {
+    "dpo": "sigmoid",
+    "robust_dpo": "robust",
+    "ipo": "ipo",
+    "hinge": "hinge",
+    "exo_pair": "exo_pair",
+    "nca_pair": "nca_pair",
+    "bco_pair": "bco_pair",
+    "sppo_hard": "sppo_hard",
+    "aot": "aot",
+    "aot_unpaired": "aot_unpaired",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+    "discopop": "discopop",
+    "sigmoid_norm": "sigmoid_norm",
+}
+_CONFIG_NAMES = {"beta": "beta", "label_smoothing": "label_smoothing", "tau": "discopop_tau"}
+_FILLED: Mapping[str, tuple[str, ...]] = {
+    "pair": ("chosen_lengths", "rejected_lengths"),
+    "unit": ("lengths", "labels"),
+    "list": ("lengths", "scores"),
+}
+
+
+def choices() -> tuple[str, ...]:
+    """The names the demo can train with, given a data set with the columns they need."""
+    return tuple(name for name in objectives.names() if _refusal(name) is None)
+
+
+def find(name: str) -> objectives.Objective:
+    """The objective called `name`, if the demo can train with it.
+
+    Raises:
+        DemoError: with the reason and the valid names.
+    """
+    reason = _refusal(name) if name in objectives.names() else "is not an objective"
+    if reason is not None:
+        raise DemoError(f"--objective {name}: {reason}; choose from {', '.join(choices())}")
+    return objectives.get(name)
+
+
+def columns(objective: objectives.Objective) -> tuple[str, ...]:
+    """The extras of `objective` that must be columns of the data set."""
+    filled = _FILLED[objective.unit]
+    return tuple(
+        name for name, facts in objective.extras.items() if facts.required and name not in filled
+    )
+
+
+def _refusal(name: str) -> str | None:
+    """Why the demo cannot train with the objective, or None if it can."""
+    try:
+        objective = objectives.get(name)
+    except TypeError as error:
+        return str(error)
+    if objective.unit == "token":
+        return "needs sampled completions with advantages, not pairs"
+    missing = columns(objective)
+    if not missing or name in LOSS_TYPES:
+        return None
+    if objective.unit != "pair" or any(not objective.extras[extra].aligned for extra in missing):
+        return f"needs {', '.join(missing)}, which a set of pairs does not have"
+    if any(objective.extras[extra].filled for extra in missing):
+        return f"needs {', '.join(missing)}, which only fastpref.preference_loss fills in"
+    return None
+
+
+def config_arguments(objective: objectives.Objective) -> dict[str, Any]:
+    """The arguments of DPOConfig that make TRL's loss the objective."""
+    if objective.name not in LOSS_TYPES:
+        return {}
+    settings = objective.hyperparameters
+    renamed = {_CONFIG_NAMES[name]: settings[name] for name in _CONFIG_NAMES if name in settings}
+    return {"loss_type": [LOSS_TYPES[objective.name]], **renamed}

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One side of the comparison, run as a process of its own: ``-m fastpref.demo.worker JOB RESULT``.
+
+Trains as the job says and writes the loss, the head's time and the time of every step, and the
+peak memory of the process. Prints a line a step: ``step``, its number, how many, and the loss.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import quiet, stay_offline
+
+stay_offline()
+
+import torch  # noqa: E402
+
+from .data import Pair  # noqa: E402
+from .measure import HeadClock, StepClock, memory  # noqa: E402
+from .model import load_model  # noqa: E402
+from .objective import find  # noqa: E402
+from .recipe import Recipe  # noqa: E402
+from .training import preference_trainer, scored_by  # noqa: E402
+
+
+def train(job: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Do the steps of a job (see `compare.run`) and return what was measured."""
+    recipe = Recipe(**job["recipe"])
+    model, tokenizer = load_model(Path(job["start"]))
+    reference, _ = load_model(Path(job["start"]))
+    losses: list[torch.Tensor] = []
+    with scored_by(job["head"]):
+        trainer = preference_trainer(
+            model,
+            reference,
+            tokenizer,
+            [Pair(**pair) for pair in job["pairs"]],
+            find(job["objective"]),
+            recipe,
+            directory=directory,
+            progress=lambda step, steps, loss: print("step", step, steps, loss, flush=True),
+        )
+        head = HeadClock()
+        head.attach(trainer.model)
+        head.attach(reference)
+        steps = StepClock(head)
+        trainer.add_callback(steps)
+        trainer.compute_loss = _recorded(trainer.compute_loss, losses)
+        before = memory("VmRSS")
+        trainer.train()
+    return {
+        "losses": [loss.item() for loss in losses],
+        "step_seconds": steps.step_seconds,
+        "head_seconds": steps.head_seconds,
+        "memory_before": before,
+        "memory_peak": memory("VmHWM"),
+    }
+
+
+def _recorded(compute_loss: Callable[..., Any], losses: list[torch.Tensor]) -> Callable[..., Any]:
+    """`compute_loss`, keeping every loss unrounded; the log that a trainer keeps is rounded."""
+
+    @functools.wraps(compute_loss)
+    def recorded(*args: Any, **keywords: Any) -> Any:
+        loss = compute_loss(*args, **keywords)
+        losses.append(loss.detach())
+        return loss
+
+    return recorded
+
+
+def main(job_file: str, result_file: str) -> None:
+    """Read a job, do it, write the result."""
+    quiet()
+    result = Path(result_file)
+    measured = train(json.loads(Path(job_file).read_text()), result.with_suffix(""))
+    result.write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

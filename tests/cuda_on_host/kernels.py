@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA row kernels on CPU tensors: compiled by g++ against the stand-in beside this file, and
+called with the arguments of a backend."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.scoring.backends import UpstreamGradient, plain
+from fastpref.scoring.rows import RowSums
+from fastpref.scoring.types import LogitMap
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+# In the order of csrc/cpu/row_kernels.h.
+ELEMENTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable_reason() -> str | None:
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        return "needs g++ on Linux"
+    return None if CSRC.exists() else "not run from a checkout"
+
+
+def compile_kernels(directory: Path) -> "Kernels":
+    library = directory / "row_kernels.so"
+    command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC"]
+    command += [f"-I{HERE}", f"-I{CSRC}", str(HERE / "row_kernels.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return Kernels(ctypes.CDLL(str(library)))
+
+
+class TileStruct(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("target", ctypes.c_void_p),
+    )
+
+
+class MapStruct(ctypes.Structure):
+    _fields_ = (("bias", ctypes.c_void_p), ("scale", ctypes.c_double), ("cap", ctypes.c_double))
+
+
+class ExpRowsStruct(ctypes.Structure):
+    _fields_ = (
+        ("tile", TileStruct),
+        ("map", MapStruct),
+        ("anchor", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("best_index", ctypes.c_void_p),
+        ("write", ctypes.c_bool),
+    )
+
+
+class LogitGradStruct(ctypes.Structure):
+    _fields_ = (
+        ("tile", TileStruct),
+        ("map", MapStruct),
+        *((name, ctypes.c_void_p) for name in UpstreamGradient._fields),
+    )
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Kernels(NamedTuple):
+    """The kernels on the host, with the arguments of a backend."""
+
+    library: ctypes.CDLL
+
+    def exp_rows(
+        self,
+        tile: Tensor,
+        target: Tensor,
+        anchor: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+        write: bool,
+        statistics: bool,
+        backwards: bool = False,
+    ) -> RowSums:
+        rows = tile.shape[0]
+        sums = torch.full((7 if statistics else 3, rows), torch.nan, dtype=anchor.dtype)
+        best_index = torch.full((rows,), -7) if statistics else None
+        call = ExpRowsStruct(
+            TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
+            MapStruct(pointer(bias), *map),
+            anchor.data_ptr(),
+            sums.data_ptr(),
+            pointer(best_index),
+            write,
+        )
+        self.library.exp_rows(
+            ELEMENTS.index(tile.dtype), ctypes.byref(call), ctypes.c_bool(backwards)
+        )
+        if not statistics:
+            return RowSums(*sums)
+        new_anchor, total_exp, offset, best, weighted, squares, total = sums
+        return RowSums(new_anchor, total_exp, offset, best, best_index, weighted, squares, total)
+
+    def logit_grad(
+        self,
+        tile: Tensor,
+        target: Tensor,
+        upstream: UpstreamGradient,
+        bias: Tensor | None,
+        map: LogitMap,
+        backwards: bool = False,
+    ) -> None:
+        call = LogitGradStruct(
+            TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
+            MapStruct(pointer(bias), *map),
+            *(pointer(value) for value in upstream),
+        )
+        self.library.logit_grad(
+            ELEMENTS.index(tile.dtype), ctypes.byref(call), ctypes.c_bool(backwards)
+        )
+
+    # What the row kernels are no part of.
+    temporary_bytes = staticmethod(plain.temporary_bytes)
+    gather_dot = staticmethod(plain.gather_dot)
+    scale_rows = staticmethod(plain.scale_rows)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped pairs: made again byte for byte, and checked by a solver that reads the questions."""
+
+import json
+import re
+
+import pytest
+
+from fastpref.demo.arithmetic import (
+    MISTAKES,
+    SHIPPED,
+    SHIPPED_PAIRS,
+    Step,
+    make_pairs,
+    to_jsonl,
+    work,
+)
+from fastpref.demo.words import WORDINGS
+
+# What a question asks for, by a phrase of it, of the numbers in the order of its text.
+ASKED = {
+    r"finds \d+ more|brings \d+ more|over \d+ more": lambda a, b: a + b,
+    "are left": lambda a, b: a - b,
+    "in all": lambda a, b: a * b,
+    "go in each": lambda a, b: a / b,
+    "How many more": lambda a, b: a - b,
+    "remain": lambda a, b, c: a + b - c,
+    "altogether": lambda a, b, c: a * b + c,
+    "still whole": lambda a, b, c: a * b - c,
+    "together[?]": lambda a, b: a + (a + b),
+    "coins does": lambda a, b, c: a - b * c,
+}
+EQUATION = re.compile(r"(\d+) ([-+x/]) (\d+) = (\d+)")
+SHIPPED_LINES = [json.loads(line) for line in SHIPPED.read_text().splitlines()]
+
+
+def solve(prompt: str) -> float:
+    solvers = [
+        f for phrase, f in ASKED.items() if re.search(rf"(?<!al){phrase}|\b{phrase}", prompt)
+    ]
+    assert len(solvers) == 1, prompt
+    return solvers[0](*map(int, re.findall(r"\d+", prompt)))
+
+
+def stated(completion: str) -> int:
+    return int(re.search(r"Answer: (\d+) \w+$", completion)[1])
+
+
+def holds(left: str, operation: str, right: str, result: str) -> bool:
+    a, b, c = int(left), int(right), int(result)
+    return {"+": a + b == c, "-": a - b == c, "x": a * b == c, "/": a == b * c}[operation]
+
+
+def test_shipped_file_is_what_the_generator_makes():
+    assert SHIPPED.read_text() == to_jsonl(make_pairs(SHIPPED_PAIRS))
+    assert SHIPPED.stat().st_size < 300_000
+
+
+def test_every_chosen_answer_is_right():
+    for pair in SHIPPED_LINES:
+        equations = EQUATION.findall(pair["chosen"])
+        assert equations and all(holds(*equation) for equation in equations), pair
+        assert int(equations[-1][3]) == stated(pair["chosen"]) == solve(pair["prompt"]), pair
+
+
+def test_every_rejected_answer_is_wrong():
+    for pair in SHIPPED_LINES:
+        assert stated(pair["rejected"]) != solve(pair["prompt"]), pair
+
+
+def test_both_answers_are_worded_alike():
+    for pair in SHIPPED_LINES:
+        opening, noun = pair["chosen"].split(" ")[0], pair["chosen"].split(" ")[-1]
+        assert pair["rejected"].split(" ")[0] == opening
+        assert pair["rejected"].split(" ")[-1] == noun
+
+
+def test_prompts_differ_and_every_kind_occurs_often():
+    assert len({pair["prompt"] for pair in SHIPPED_LINES}) == len(SHIPPED_LINES) == SHIPPED_PAIRS
+    counts = [
+        sum(re.search(rf"(?<!al){phrase}", pair["prompt"]) is not None for pair in SHIPPED_LINES)
+        for phrase in ASKED
+    ]
+    assert min(counts) > SHIPPED_PAIRS / len(MISTAKES) / 2
+    assert set(MISTAKES) == set(WORDINGS)
+
+
+def test_longer_list_starts_with_the_shorter():
+    assert make_pairs(20)[:8] == make_pairs(8)
+    assert make_pairs(8, seed=1) != make_pairs(8)
+
+
+@pytest.mark.parametrize(
+    ("steps", "lines", "result"),
+    [
+        ([Step(14, "+", 9)], ["14 + 9 = 23"], 23),
+        ([Step(3, "x", 4), Step(None, "-", 5)], ["3 x 4 = 12", "12 - 5 = 7"], 7),
+        ([Step(3, "x", 4), Step(20, "-", None)], ["3 x 4 = 12", "20 - 12 = 8"], 8),
+        ([Step(27, "/", 3, slip=1)], ["27 / 3 = 10"], 10),
+    ],
+)
+def test_work_writes_and_computes_the_steps(steps, lines, result):
+    assert work(steps) == (lines, result)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table and the picture of the comparison, and what a failed process says."""
+
+import pytest
+
+pytest.importorskip("trl")
+
+from fastpref.demo.compare import Measured, largest_difference, picture, run, table
+from fastpref.demo.data import Pair
+from fastpref.demo.recipe import Recipe
+
+MIB = 1 << 20
+RESULTS = {
+    "stock": Measured([0.7, 0.6], [9.0, 3.0, 4.0], [9.0, 1.5, 2.0], 100 * MIB, 400 * MIB),
+    "fastpref": Measured([0.7, 0.5], [9.0, 1.0, 1.0], [9.0, 0.5, 0.5], 100 * MIB, 200 * MIB),
+}
+
+
+def test_times_are_those_of_the_fastest_step():
+    assert (RESULTS["stock"].step, RESULTS["stock"].head) == (3.0, 1.5)
+
+
+def test_table_has_both_sides_and_their_ratio():
+    lines = table(RESULTS, "TRL 9")
+    words = [line.split() for line in lines]
+    assert "TRL 9" in lines[0]
+    assert words[1][-5:] == ["1500.0", "ms", "500.0", "ms", "3.00x"]
+    assert words[2][-5:] == ["3000.0", "ms", "1000.0", "ms", "3.00x"]
+    assert words[3][-5:] == ["400.0", "MiB", "200.0", "MiB", "2.00x"]
+    assert words[4][-5:] == ["300.0", "MiB", "100.0", "MiB", "3.00x"]
+    assert float(words[5][-1]) == pytest.approx(0.1) == largest_difference(RESULTS)
+
+
+def test_picture_is_a_png(tmp_path):
+    picture(RESULTS, "TRL 9", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_failed_process_raises_with_its_last_words(tmp_path):
+    recipe = Recipe(warm_up_steps=0, steps=1, rate=1e-3)
+    with pytest.raises(RuntimeError, match=r"(?s)the stock process failed.*has no config.json"):
+        run(tmp_path, [Pair("a", "b", "c")], "dpo", recipe, lambda head: lambda *_: None)

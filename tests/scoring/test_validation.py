@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: every error names the argument, what came, what was expected, and a remedy."""
+
+import pytest
+import torch
+
+from fastpref import ScoringOptions, explain, linear_logprob
+
+
+def good(**changes):
+    return {
+        "hidden": torch.randn(2, 3, 4),
+        "weight": torch.randn(11, 4),
+        "target": torch.zeros(2, 3, dtype=torch.long),
+        "bias": torch.randn(11),
+        **changes,
+    }
+
+
+NAN, INF = float("nan"), float("inf")
+T, V = TypeError, ValueError
+TABLE = [
+    # argument, value, error, and what the message must hold, in order
+    ("hidden", [[1.0]], T, "hidden.*torch.Tensor.*list"),
+    ("hidden", None, T, "hidden.*torch.Tensor.*NoneType"),
+    ("hidden", torch.zeros(2, 3, 4, dtype=torch.int32), T, "hidden.*float64.*int32.*cast"),
+    ("hidden", torch.zeros(2, 3, 4, dtype=torch.complex64), T, "hidden.*float64.*complex64"),
+    ("hidden", torch.zeros(2, 3, 5), V, r"hidden.*\(2, 3, 5\).*\(11, 4\).*\(out, in\)"),
+    ("hidden", torch.zeros(()), V, r"hidden.*\(\)"),
+    ("hidden", torch.zeros(2, 4), V, r"target.*\(2, 3\).*\(2, 4\).*shift"),
+    ("weight", "lm_head", T, "weight.*torch.Tensor.*str"),
+    ("weight", torch.zeros(11, 4, dtype=torch.int8), T, "weight.*float64.*int8"),
+    ("weight", torch.zeros(4, 11), V, r"hidden.*\(4, 11\).*\(out, in\)"),
+    ("weight", torch.zeros(11), V, r"weight.*\(V, H\).*\(11,\)"),
+    ("weight", torch.zeros(1, 11, 4), V, r"weight.*\(V, H\).*\(1, 11, 4\)"),
+    ("weight", torch.zeros(0, 4), V, "weight.*at least one row.*0"),
+    ("weight", torch.zeros(11, 4, device="meta"), V, "weight.*on cpu.*meta.*[Mm]ove"),
+    ("target", [0] * 6, T, "target.*torch.Tensor.*list"),
+    ("target", torch.zeros(2, 3), T, r"target.*int64.*float32.*target.long\(\)"),
+    ("target", torch.zeros(2, 3, dtype=torch.bool), T, "target.*int64.*bool"),
+    ("target", torch.zeros(2, 4, dtype=torch.long), V, r"target.*\(2, 4\).*\(2, 3, 4\).*shift"),
+    ("target", torch.zeros(6, dtype=torch.long), V, r"target.*\(6,\).*\(2, 3, 4\)"),
+    ("target", torch.zeros(2, 3, dtype=torch.long, device="meta"), V, "target.*on cpu.*meta"),
+    ("bias", 1.0, T, "bias.*torch.Tensor.*float"),
+    ("bias", torch.zeros(4), V, r"bias.*\(11,\).*\(4,\)"),
+    ("bias", torch.zeros(1, 11), V, r"bias.*\(11,\).*\(1, 11\)"),
+    ("bias", torch.zeros(11, dtype=torch.long), T, "bias.*float64.*int64"),
+    ("bias", torch.zeros(11, device="meta"), V, "bias.*on cpu.*meta"),
+    ("ignore_index", None, T, "ignore_index.*int.*NoneType"),
+    ("ignore_index", 1.5, T, "ignore_index.*int.*float"),
+    ("temperature", 0, V, "temperature.*greater than 0.*0"),
+    ("temperature", -1.0, V, "temperature.*greater than 0.*-1.0"),
+    ("temperature", NAN, V, "temperature.*finite.*nan"),
+    ("temperature", "1", T, "temperature.*number.*str"),
+    ("temperature", None, T, "temperature.*number.*NoneType"),
+    ("temperature", torch.tensor(1.0), T, "temperature.*number.*Tensor"),
+    ("logit_scale", INF, V, "logit_scale.*finite.*inf"),
+    ("logit_scale", True, T, "logit_scale.*number.*bool"),
+    ("softcap", 0.0, V, "softcap.*greater than 0.*0.0.*None"),
+    ("softcap", -30.0, V, "softcap.*greater than 0.*-30.0.*None"),
+    ("softcap", NAN, V, "softcap.*finite.*nan"),
+    ("softcap", "30", T, "softcap.*number.*str"),
+    ("outputs", "logp", T, r"outputs.*tuple.*'logp'.*\('logp',\)"),
+    ("outputs", ("logp", "logps"), V, "outputs.*logp, entropy.*'logps'"),
+    ("outputs", (1,), V, "outputs.*logp, entropy.*1"),
+    ("outputs", None, T, "outputs.*tuple.*NoneType"),
+    ("tp_group", "tp", T, "tp_group.*ProcessGroup.*str"),
+    ("vocab_range", (3, 3), V, r"vocab_range.*start < stop.*\(3, 3\)"),
+    ("vocab_range", (-1, 3), V, r"vocab_range.*0 <= start.*\(-1, 3\)"),
+    ("vocab_range", (0, 12), V, r"vocab_range.*at most 11.*\(0, 12\)"),
+    ("vocab_range", (0, 1, 2), V, r"vocab_range.*\(start, stop\).*\(0, 1, 2\)"),
+    ("vocab_range", 11, T, r"vocab_range.*\(start, stop\).*int"),
+    ("options", {"backend": "cpp"}, T, "options.*ScoringOptions.*dict"),
+]
+
+
+@pytest.mark.parametrize("call", [linear_logprob, explain])
+@pytest.mark.parametrize("argument, value, error, message", TABLE)
+def test_arguments(call, argument, value, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        call(**good(**{argument: value}))
+
+
+@pytest.mark.parametrize(
+    "option, value, error, message",
+    [
+        ("backend", "numpy", V, "backend.*torch.*cpp.*triton.*cuda.*'numpy'"),
+        ("backend", None, V, "backend.*None"),
+        ("schedule", "fast", V, "schedule.*direct.*keep.*recompute.*'fast'"),
+        ("memory_budget", 0, V, "memory_budget.*positive.*0.*None"),
+        ("memory_budget", -1, V, "memory_budget.*positive.*-1.*None"),
+        ("memory_budget", 1e9, T, "memory_budget.*int.*float"),
+        ("memory_budget", "1GB", T, "memory_budget.*int.*str"),
+        ("chunk_rows", 0, V, "chunk_rows.*positive.*0"),
+        ("chunk_rows", True, T, "chunk_rows.*int.*bool"),
+        ("max_scored", -1, V, "max_scored.*-1"),
+        ("max_scored", 2.0, T, "max_scored.*int.*float"),
+    ],
+)
+def test_options(option, value, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        ScoringOptions(**{option: value})
+
+
+def test_options_are_frozen_and_keyword_only():
+    options = ScoringOptions(max_scored=0)
+    with pytest.raises(AttributeError):
+        options.backend = "cpp"
+    with pytest.raises((AttributeError, TypeError)):
+        options.backends = "cpp"
+    with pytest.raises(TypeError):
+        ScoringOptions("cpp")
+    assert options == ScoringOptions(max_scored=0)
+    assert len({options, ScoringOptions(max_scored=0)}) == 1
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_cannot_serve_says_why(backend):
+    options = ScoringOptions(backend=backend)
+    with pytest.raises(ValueError, match=rf"backend='{backend}'.*(cpu|kernels).*backend='auto'"):
+        linear_logprob(**good(), options=options)
+
+
+def test_direct_where_it_cannot_serve():
+    arguments = good()
+    arguments["weight"].requires_grad_()
+    with pytest.raises(ValueError, match=r"schedule='direct'.*schedule='auto'"):
+        linear_logprob(**arguments, options=ScoringOptions(schedule="direct"))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_partitioned_parameter(name):
+    """As DeepSpeed ZeRO-3 leaves it outside the module that owns it."""
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_status = "NOT_AVAILABLE"
+    with pytest.raises(ValueError, match=rf"{name}.*ZeRO-3.*inside the forward.*tp_group"):
+        linear_logprob(**good(**{name: parameter}))
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_a_sharded_parameter(mesh, name):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    arguments = good()
+    arguments[name] = distribute_tensor(arguments[name], mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=rf"{name}.*DTensor.*inside the forward.*tp_group"):
+        linear_logprob(**arguments)
+    # A replica is a DTensor too; its local tensor is what is wanted.
+    arguments[name] = arguments[name].to_local()
+    linear_logprob(**arguments)
+
+
+def test_good_input_is_good():
+    assert linear_logprob(**good()).logp.shape == (2, 3)
+    assert linear_logprob(**good(outputs=["logp"])).logp.shape == (2, 3)
+    assert linear_logprob(**good(temperature=1, logit_scale=2, softcap=30)).logp.shape == (2, 3)

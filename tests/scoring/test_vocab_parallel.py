@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vocabulary-sharded head on 2 and 3 processes against one process and the float64 reference."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastpref.scoring.types import OUTPUTS
+from tests.scoring.cases import INPUTS, check_scores, make_case, references
+
+TIMEOUT = 20  # seconds of one collective
+V = 2051
+ALL = ("logp", "entropy", "lse")
+FEATURES = {"bias": True, "ignored": 0.3, "softcap": 5.0, "temperature": 1.5}
+
+
+@dataclass(frozen=True)
+class ShardedCase:
+    dtype: torch.dtype = torch.float32
+    arguments: dict[str, Any] = field(default_factory=dict)  # of make_case
+    options: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("logp",)
+    differentiated: tuple[str, ...] = ("logp",)
+    needs: tuple[str, ...] = INPUTS
+    even: bool = True
+    padding: int = 0  # rows of each shard beyond its range
+
+
+def case(dtype=torch.float32, **changes):
+    return ShardedCase(dtype=dtype, arguments=changes.pop("arguments", FEATURES), **changes)
+
+
+# The last ones may leave collectives of different shapes behind them, should they fail.
+CASES = {
+    **{
+        f"{str(dtype)[6:]} {name}": case(dtype, **options)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        for name, options in {
+            "kept": {},
+            "all outputs": {"outputs": OUTPUTS, "differentiated": ALL},
+            "recomputed": {"options": {"schedule": "recompute"}, "even": False},
+        }.items()
+    },
+    "without gradient": case(outputs=OUTPUTS, differentiated=()),
+    "direct": case(needs=("hidden",), even=False),
+    "weight only": case(needs=("weight",)),
+    "padded shards": case(padding=5, even=False, outputs=OUTPUTS, differentiated=ALL),
+    **{
+        f"{str(dtype)[6:]} far below, {schedule}": case(
+            dtype, arguments={"below": 0.5}, options={"schedule": schedule}
+        )
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for schedule in ("keep", "recompute")
+    },
+    "far below, direct": case(arguments={"below": 0.5}, needs=("hidden",)),
+    "far below, all outputs": case(arguments={"below": 0.5}, outputs=OUTPUTS, differentiated=ALL),
+    # A rank whose best logit lies far below another's.
+    **{
+        f"{str(dtype)[6:]} sharp, {schedule}": case(
+            dtype, arguments={"spread": 60.0}, options={"schedule": schedule}
+        )
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        for schedule in ("keep", "recompute")
+    },
+    "sharp, direct": case(arguments={"spread": 60.0}, needs=("hidden",)),
+    "least tile": case(options={"memory_budget": 1}, even=False),
+    "uneven chunks": case(options={"memory_budget": 80 * 700 * 4}, even=False),
+    "uneven kept rows": case(
+        options={"memory_budget": 120 * 700 * 4, "schedule": "keep"}, even=False
+    ),
+}
+
+
+def bounds(spec: ShardedCase, world: int) -> list[tuple[int, int]]:
+    """Vocabulary ids of each rank's rows."""
+    first = V // world if spec.even else V // (2 * world)
+    inner = [0, *(first + i * ((V - first) // (world - 1)) for i in range(world - 1)), V]
+    return list(itertools.pairwise(inner))
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    """What each rank computed, by case."""
+    directory = tmp_path_factory.mktemp("ranks")
+    worker = Path(__file__).with_name("vocab_parallel_worker.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), str(request.param), directory],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(request.param)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    done = [torch.load(directory / f"rank{rank}.pt") for rank in range(request.param)]
+    for process, results, output in zip(processes, done, said, strict=True):
+        missing = [name for name in CASES if name not in results]
+        results.update((name, f"exit status {process.returncode}: {output}") for name in missing)
+    return done
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_whole_vocabulary(ranks, name):
+    spec = CASES[name]
+    results = [rank[name] for rank in ranks]
+    failed = [result for result in results if isinstance(result, str)]
+    assert not failed, failed
+    shards = bounds(spec, len(ranks))
+    for result, (start, stop) in zip(results, shards, strict=True):
+        for key in ("d weight", "d bias"):
+            if key in result:
+                assert (result[key][stop - start :] == 0).all()
+                result[key] = result[key][: stop - start]
+    # Every rank holds the same bits of what all of them hold.
+    for key in set(results[0]) - {"d weight", "d bias"}:
+        for result in results[1:]:
+            assert torch.equal(result[key], results[0][key]), key
+    whole = dict(results[0])
+    for key in ("d weight", "d bias"):
+        if key in whole:
+            whole[key] = torch.cat([result[key] for result in results])
+    expected = {f"d {name}" for name in spec.needs if spec.differentiated}
+    if not spec.arguments.get("bias"):
+        expected -= {"d bias"}
+    assert {key for key in whole if key.startswith("d ")} == expected
+    eager, exact = references(spec.dtype, spec.outputs, spec.differentiated, **spec.arguments)
+    check_scores(make_case(dtype=spec.dtype, **spec.arguments), whole, eager, exact)
+
+
+def test_vocab_range_without_a_group():
+    """Rows beyond the range take no part, ids count from its start."""
+    from tests.scoring.cases import run
+
+    whole = make_case(vocab=300, bias=True)
+    start, stop = 40, 260
+    padded = torch.full((20, 7), torch.nan, dtype=torch.float64)
+    part = type(whole)(
+        whole.hidden,
+        torch.cat([whole.weight[start:stop], padded]),
+        whole.target % (stop - start) + start,
+        torch.cat([whole.bias[start:stop], padded[:, 0]]),
+    )
+    small = type(whole)(
+        whole.hidden,
+        whole.weight[start:stop],
+        whole.target % (stop - start),
+        whole.bias[start:stop],
+    )
+    upstream = {"logp": torch.randn(140, dtype=torch.float64)}
+    actual = run(part, outputs=OUTPUTS, upstream=upstream, vocab_range=(start, stop))
+    expected = run(small, outputs=OUTPUTS, upstream=upstream)
+    for name, value in expected.items():
+        rows = value.shape[0] if name in ("d weight", "d bias") else None
+        torch.testing.assert_close(actual[name][:rows], value, msg=name)
+        assert (actual[name][220:] == 0).all() or rows is None

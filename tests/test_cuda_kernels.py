@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of the CUDA row kernels, run on the host.
+
+Not seen here: the rounding of the device's exp and tanh, launches, streams, and speed.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpref import ScoringOptions, linear_logprob
+from fastpref.scoring import backends
+from fastpref.scoring.backends import UpstreamGradient
+from fastpref.scoring.types import LogitMap, statistics_dtype
+from tests.cuda_on_host.kernels import ELEMENTS, Kernels, compile_kernels, unavailable_reason
+
+# Largest relative error of one rounding to the element type.
+ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in ELEMENTS}
+MAPS = {"plain": LogitMap(1.0, 0.0), "scaled": LogitMap(0.7, 0.0), "capped": LogitMap(1.3, 20.0)}
+GUARD = 30.0
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Handing these small tensors to a second thread takes longer than the tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    reason = unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    return compile_kernels(tmp_path_factory.mktemp("host"))
+
+
+class Rows(NamedTuple):
+    """Raw products between cells that no kernel may touch, and what comes with them."""
+
+    guarded: Tensor
+    tile: Tensor  # rows begin at any address
+    target: Tensor
+    anchor: Tensor
+    bias: Tensor | None
+    logit: Tensor  # float64
+    slope: Tensor
+    own: Tensor  # the target's logit, -inf where it is not in the tile
+
+
+def make_rows(dtype: torch.dtype, cols: int, map: LogitMap) -> Rows:
+    generator = torch.Generator().manual_seed(cols)
+    raw = 3 * torch.randn(12, cols, generator=generator, dtype=torch.float64)
+    target = torch.tensor([0, cols - 1, cols // 2, -1, cols, 6, 7, 1, 2, 3, 4, 5])
+    low, late, early = -25.0, 2 * cols // 3, cols // 7
+    raw[5, 6] = 50  # its target's, which is no anchor
+    raw[6, late] = 90  # anchored too low from here on
+    raw[7, early], raw[7, late] = 40, 90
+    raw[8, 0] = raw[8, -1] = 60
+    raw[9, ::3] = -torch.inf
+    raw[10] = -torch.inf
+    raw[10, 4] = 1  # its target's alone
+    raw[11, [early, late]] = 30  # the first is best
+    guarded = torch.full((12, cols + 3), 7.0, dtype=dtype)
+    tile = guarded[:, 1 : cols + 1]
+    tile.copy_(raw)
+    exact = statistics_dtype(dtype)
+    bias = torch.randn(cols, generator=generator, dtype=exact) if map.scale != 1 else None
+    z = tile.double() if bias is None else tile.double() + bias.double()
+    here = (target >= 0) & (target < cols)
+    own = map.logit(z).gather(1, target.clamp(0, cols - 1)[:, None])[:, 0]
+    own = own.masked_fill(~here, -torch.inf)
+    # The engine's target logit comes from another product.
+    anchor = own.to(exact) + 1e-3
+    anchor[3:6] = torch.tensor([-3.0, torch.nan, -torch.inf])
+    anchor[6:9] = low
+    return Rows(guarded, tile, target, anchor, bias, map.logit(z), map.slope(z), own)
+
+
+@pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_exp_rows(kernels: Kernels, dtype: torch.dtype, statistics: bool, map: LogitMap) -> None:
+    # Several pieces a thread, an odd number of columns: every row is aligned differently.
+    rows = make_rows(dtype, 9001, map)
+    guarded, tile, target, anchor, bias, logit, slope, own = rows
+    before = guarded.clone()
+    read_only = kernels.exp_rows(tile, target, anchor, bias, map, False, statistics)
+    assert torch.equal(guarded, before)
+    sums = kernels.exp_rows(tile, target, anchor, bias, map, True, statistics)
+    assert bool((guarded[:, 0] == 7).all()) and bool((guarded[:, -2:] == 7).all())
+
+    position = torch.arange(tile.shape[1])[None] == target[:, None]
+    others = logit.masked_fill(position, -torch.inf)
+    highest, given = others.amax(1).clamp(min=-1e30), anchor.double()
+    kept = given.isfinite() & (highest - given <= GUARD)
+    expected = torch.where(kept, given, highest)
+    # Logits that a map rounds are wrong by up to half their last bit; products as they are are not.
+    digits = 2e-6 if map == MAPS["plain"] else 3e-5
+    digits = 1e-12 if dtype == torch.float64 else digits
+    close = {"rtol": digits, "atol": 0.0, "check_dtype": False}
+    torch.testing.assert_close(sums.anchor, expected, **close)
+    shifted = others - sums.anchor.double()[:, None]
+    exps = shifted.exp()
+    torch.testing.assert_close(sums.sum, exps.sum(1), **close)
+    norm = exps.sum(1) + (own - sums.anchor.double()).exp()
+    offset = norm.log() if dtype == torch.float16 else torch.zeros_like(norm)
+    torch.testing.assert_close(sums.offset, offset, rtol=digits, atol=digits, check_dtype=False)
+    torch.testing.assert_close(
+        tile.double(),
+        exps / offset.exp()[:, None] * slope,
+        rtol=digits + 2.1 * ROUNDING[dtype],
+        # A half's spacing near 0; the last that a factor to a far anchor leaves of e^GUARD.
+        atol=2.0**-24 if dtype == torch.float16 else 1e-25,
+    )
+    for one, other in zip(read_only, sums, strict=True):
+        if one is not None and other is not None and one is not read_only.offset:
+            assert torch.equal(one, other)
+    if not statistics:
+        return
+    torch.testing.assert_close(sums.best, logit.amax(1), **close)
+    assert sums.best_index is not None and torch.equal(sums.best_index, logit.argmax(1))
+    # About the largest logit, not the anchor: all terms have one sign.
+    weighted = torch.where(exps > 0, exps * (others - logit.amax(1)[:, None]), 0.0).sum(1)
+    # Where one logit stands alone, t - best is its rounding.
+    torch.testing.assert_close(sums.weighted, weighted, **{**close, "atol": digits})
+    torch.testing.assert_close(sums.squares, exps.square().sum(1), **close)
+    total = logit.sum(1) - torch.where(own.isinf(), 0.0, own)
+    slack = digits * logit.abs().nan_to_num(posinf=0).sum(1).max().item()
+    torch.testing.assert_close(sums.total, total, rtol=0, atol=slack, check_dtype=False)
+
+
+def test_logits_far_from_their_anchor_cost_no_digits(kernels: Kernels) -> None:
+    """Rounding t - anchor alone would be wrong by up to 2^-20 here, the same way in a whole row."""
+    tile = torch.rand(64, 1).expand(64, 600).contiguous()
+    anchor = -29 + 8 * torch.rand(64)
+    target = torch.full((64,), -1)
+    exps = (tile.double() - anchor.double()[:, None]).exp()
+    grad, one = tile.clone(), torch.ones(64)
+    sums = kernels.exp_rows(tile, target, anchor, None, MAPS["plain"], True, False)
+    torch.testing.assert_close(tile.double(), exps, rtol=2**-22, atol=0)
+    torch.testing.assert_close(sums.sum.double(), exps.sum(1), rtol=2**-22, atol=0)
+    upstream = UpstreamGradient(anchor, one, -one, -one, None, None, None)
+    kernels.logit_grad(grad, target, upstream, None, MAPS["plain"])
+    torch.testing.assert_close(grad.double(), exps, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("cols", [1, 5, 40])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_exp_rows_with_fewer_columns_than_threads(
+    kernels: Kernels, dtype: torch.dtype, cols: int
+) -> None:
+    buffer = torch.randn(4, cols + 1).to(dtype)
+    before, tile = buffer.double().clone(), buffer[:, 1:]
+    target = torch.tensor([0, cols - 1, -1, cols])
+    anchor = torch.zeros(4, dtype=statistics_dtype(dtype))
+    sums = kernels.exp_rows(tile, target, anchor, None, MAPS["plain"], True, False)
+    assert torch.equal(buffer[:, 0].double(), before[:, 0])
+    exps = before[:, 1:].exp().masked_fill(torch.arange(cols)[None] == target[:, None], 0.0)
+    torch.testing.assert_close(sums.sum.double(), exps.sum(1), rtol=1e-6, atol=0)
+    written = tile.double() * sums.offset.double().exp()[:, None]
+    torch.testing.assert_close(written, exps, rtol=2 * ROUNDING[dtype] + 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_no_barrier_is_missing(kernels: Kernels, dtype: torch.dtype, statistics: bool) -> None:
+    """The order in which warps run between barriers changes no bit."""
+    written, results = [], []
+    for backwards in (False, True):
+        rows = make_rows(dtype, 4099, MAPS["capped"])
+        arguments = (rows.tile, rows.target, rows.anchor, rows.bias, MAPS["capped"])
+        sums = kernels.exp_rows(*arguments, True, statistics, backwards)
+        written.append(rows.guarded)
+        results.append([one for one in sums if one is not None])
+    assert torch.equal(*written)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_a_product_that_is_no_number_makes_its_row_nan_and_no_other(
+    kernels: Kernels, dtype: torch.dtype, poison: float
+) -> None:
+    tile = torch.randn(3, 2000).to(dtype)
+    tile[1, 700] = poison
+    anchor = torch.zeros(3, dtype=statistics_dtype(dtype))
+    target = torch.tensor([3, 4, 5])
+    sums = kernels.exp_rows(tile, target, anchor, None, MAPS["plain"], True, False)
+    assert sums.sum.isnan().tolist() == [False, True, False]
+    assert tile.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("anchor", [0.0, -torch.inf])
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_a_part_of_a_row_with_no_weight_at_all_is_written_as_zeros(
+    kernels: Kernels, dtype: torch.dtype, statistics: bool, anchor: float
+) -> None:
+    """Another part of the vocabulary holds the target and all the weight."""
+    tile = torch.full((1, 600), -torch.inf, dtype=dtype)
+    anchors = torch.full((1,), anchor, dtype=statistics_dtype(dtype))
+    target = torch.tensor([-1])
+    sums = kernels.exp_rows(tile, target, anchors, None, MAPS["plain"], True, statistics)
+    assert sums.anchor.isfinite().item()
+    assert (sums.sum.item(), sums.offset.item()) == (0.0, 0.0)
+    assert bool((tile == 0).all())
+
+
+def test_a_target_that_is_no_number_makes_its_half_row_nan(kernels: Kernels) -> None:
+    """Probabilities are normalised with the target."""
+    tile, anchor = torch.randn(1, 600).half(), torch.zeros(1)
+    tile[0, 70] = torch.nan
+    sums = kernels.exp_rows(tile, torch.tensor([70]), anchor, None, MAPS["plain"], True, False)
+    assert sums.offset.isnan().item() and tile.isnan().any().item()
+
+
+@pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_logit_grad(
+    kernels: Kernels, dtype: torch.dtype, with_entropy: bool, with_lse: bool, map: LogitMap
+) -> None:
+    cols, split, exact = 9001, 4097, statistics_dtype(dtype)
+    raw = (3 * torch.randn(6, cols, dtype=torch.float64)).to(dtype)
+    raw[2, 11] = 20  # nearly all the weight
+    raw[3, ::5] = -torch.inf
+    target = torch.tensor([0, split, 11, 4, cols - 1, split - 1])
+    bias = torch.randn(cols, dtype=exact) if map.scale != 1 else None
+    z = raw.double() if bias is None else raw.double() + bias.double()
+    # A finite stand-in for -inf with the same gradient, 0.
+    z = z.clamp(min=-1e4).requires_grad_()
+    log_p = map.logit(z).log_softmax(1)
+    logp, entropy = log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    lse = map.logit(z).logsumexp(1)
+    g, h, k = torch.randn(3, 6, dtype=torch.float64)
+    g[5] = h[5] = k[5] = 0
+    loss = (g * logp).sum() + with_lse * (h * lse).sum() + with_entropy * (k * entropy).sum()
+    (expected,) = torch.autograd.grad(loss, z)
+
+    anchor = (lse + logp).detach() + 0.5
+    values = (anchor, (lse - anchor).exp(), logp, g, h, k, entropy)
+    upstream = UpstreamGradient(*(value.detach().to(exact) for value in values))
+    if not with_lse:
+        upstream = upstream._replace(grad_lse=None)
+    if not with_entropy:
+        upstream = upstream._replace(grad_entropy=None, entropy=None)
+    guarded = torch.full((6, cols + 2), 7.0, dtype=dtype)
+    guarded[:, 1:-1] = raw
+    for part in (slice(0, split), slice(split, cols)):
+        part_bias = None if bias is None else bias[part]
+        tile = guarded[:, 1:-1][:, part]
+        kernels.logit_grad(tile, target - part.start, upstream, part_bias, map)
+    assert bool((guarded[:, 0] == 7).all()) and bool((guarded[:, -1] == 7).all())
+    digits = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(
+        guarded[:, 1:-1].double(),
+        expected,
+        rtol=digits + 1.1 * ROUNDING[dtype],
+        atol=(2.0**-24 if dtype == torch.float16 else 0) + digits * expected.abs().max().item(),
+    )
+    assert bool((guarded[5, 1:-1] == 0).all())
+
+
+def test_logit_grad_of_a_target_nobody_holds_is_nan(kernels: Kernels) -> None:
+    tile = torch.randn(2, 100)
+    nan = torch.tensor([torch.nan, 1.0])
+    zero, one = torch.zeros(2), torch.ones(2)
+    upstream = UpstreamGradient(zero, nan, nan - 2, one, None, None, None)
+    kernels.logit_grad(tile, torch.tensor([-1, 5]), upstream, None, MAPS["plain"])
+    assert tile.isnan().all(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy", "lse")])
+@pytest.mark.parametrize("memory_budget", [None, 60_000])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_the_engine_computes_with_them(
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    outputs: tuple[str, ...],
+    memory_budget: int | None,
+    needs: tuple[bool, bool],
+) -> None:
+    """Against plain torch; the small budget makes slabs and recomputation."""
+    monkeypatch.setattr(backends, "load", lambda name: kernels)
+    hidden = torch.randn(10, 16, dtype=torch.float64, requires_grad=needs[0])
+    weight = torch.randn(2100, 16, dtype=torch.float64, requires_grad=needs[1])
+    target = torch.randint(2100, (10,))
+    options = ScoringOptions(memory_budget=memory_budget)
+    scores = linear_logprob(hidden, weight, target, outputs=outputs, options=options)
+    log_p = (hidden @ weight.T).log_softmax(1)
+    expected = {
+        "logp": log_p.gather(1, target[:, None])[:, 0],
+        "entropy": -(log_p.exp() * log_p).sum(1),
+        "lse": (hidden @ weight.T).logsumexp(1),
+    }
+    got = [getattr(scores, name) for name in outputs]
+    want = [expected[name] for name in outputs]
+    torch.testing.assert_close(got, want)
+    upstream = [torch.randn(10).double() for _ in outputs]
+    wanted = [one for one in (hidden, weight) if one.requires_grad]
+    torch.testing.assert_close(
+        torch.autograd.grad(got, wanted, upstream), torch.autograd.grad(want, wanted, upstream)
+    )

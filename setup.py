@@ -292,6 +292,8 @@ class BuildLibraries(build_ext):
         ninja.run()
         for target in targets:
             self.mkpath(str(target.parent))
+            # A process that has the old library mapped keeps that file; this is a new one.
+            target.unlink(missing_ok=True)
             self.copy_file(str(ninja.directory / target.name), str(target))
 
     def run(self) -> None:

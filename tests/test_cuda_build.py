@@ -56,18 +56,19 @@ def test_kernels_keep_to_registers_and_move_16_bytes_at_a_time(tmp_path: Path) -
         done.stderr,
         re.DOTALL,
     )
-    # Two kernels of exp_rows and one of logit_grad, for every element type.
-    assert len({(entry, target) for entry, target, *_ in compiled}) == 12 * len(numbers)
+    # Two kernels of exp_rows and one of each other operator, for every element type.
+    assert len({(entry, target) for entry, target, *_ in compiled}) == 20 * len(numbers)
     for entry, target, stack, stores, loads, registers in compiled:
         assert (stack, stores, loads) == ("0", "0", "0"), (entry, target)
         # Two blocks of 512 threads a multiprocessor; one for float64.
         assert int(registers) <= (128 if re.search("kernelId", entry) else 64), (entry, target)
     (listing, *_) = tmp_path.glob("*.ptx")
     entries = listing.read_text().split(".visible .entry ")[1:]
-    assert len(entries) == 12
+    assert len(entries) == 20
     for text in entries:
         assert re.search(r"ld\.global\.(v4|v2\.[fbu]64)", text), text.split("(")[0]
-        assert re.search(r"st\.global\.(v4|v2\.[fbu]64)", text), text.split("(")[0]
+        if "gather_dot" not in text:
+            assert re.search(r"st\.global\.(v4|v2\.[fbu]64)", text), text.split("(")[0]
 
 
 @pytest.mark.skipif(not _extension.OPS_LIBRARY.exists(), reason="fastpref/_ops.so is not built")
@@ -76,7 +77,7 @@ def test_cuda_kernels_are_registered_exactly_where_the_build_says_so() -> None:
     if built is None:
         pytest.skip("the build left no facts about CUDA")
     assert _extension.ops_unavailable_reason() is None
-    for name in ("exp_rows_", "logit_grad_"):
+    for name in ("exp_rows_", "logit_grad_", "gather_dot", "scale_rows_"):
         has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpref::{name}", "CUDA")
         assert has == (not built.startswith("not built")), name
 

@@ -277,6 +277,37 @@ def test_logit_grad_of_a_target_nobody_holds_is_nan(kernels: Kernels) -> None:
     assert tile.isnan().all(1).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("width", [3, 64, 5003])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_gather_dot(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    """Rows of both matrices begin at any address; an index outside the weight gives NaN."""
+    hidden = torch.randn(5, width + 1).to(dtype)[:, 1:]
+    weight = torch.randn(9, width + 2).to(dtype)[:, :width]
+    index = torch.tensor([8, 0, 3, -1, 9])
+    dots = kernels.gather_dot(hidden, weight, index)
+    terms = hidden[:3].double() * weight[index[:3]].double()
+    digits = torch.finfo(statistics_dtype(dtype)).eps
+    error = (dots[:3].double() - terms.sum(1)).abs()
+    assert bool((error <= 20 * digits * terms.abs().sum(1)).all())
+    assert dots[3:].isnan().all()
+    assert torch.equal(dots[:3], kernels.gather_dot(hidden, weight, index, backwards=True)[:3])
+
+
+@pytest.mark.parametrize("width", [3, 64, 5003])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_scale_rows_rounds_once_and_may_work_in_place(
+    kernels: Kernels, dtype: torch.dtype, width: int
+) -> None:
+    rows = torch.randn(4, width + 1).to(dtype)[:, 1:]
+    factor = torch.randn(4, dtype=statistics_dtype(dtype))
+    expected = (rows.to(factor.dtype) * factor[:, None]).to(dtype)
+    guarded = torch.full((4, width + 2), 7.0, dtype=dtype)
+    kernels.scale_rows(rows, factor, guarded[:, 2:])
+    assert torch.equal(guarded[:, 2:], expected) and bool((guarded[:, :2] == 7).all())
+    kernels.scale_rows(rows, factor, rows)
+    assert torch.equal(rows, expected)
+
+
 @pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy", "lse")])
 @pytest.mark.parametrize("memory_budget", [None, 60_000])
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])

@@ -84,7 +84,10 @@ inline A exp_difference(A t, A anchor) {
   if constexpr (sizeof(T) < sizeof(float)) {
     return e;
   } else {
-    return e > 0 ? e + e * ((t - x) - anchor) : e;  // at t = -inf the correction is NaN
+    // What the subtraction lost, for any t and anchor (Knuth's two-sum); at t = -inf it is NaN.
+    const A back = x - t;
+    const A lost = (t - (x - back)) - (anchor + back);
+    return e > 0 ? e + e * lost : e;
   }
 }
 
@@ -238,7 +241,9 @@ class ExpRow {
   }
 
   void rescale_to_probabilities(A target_logit) {
-    offset_ = static_cast<A>(__builtin_log(sum_ + __builtin_exp(target_logit - anchor_)));
+    const double norm = sum_ + __builtin_exp(target_logit - anchor_);
+    // Columns of nothing but -inf, the target elsewhere: nothing to scale.
+    offset_ = norm > 0 ? static_cast<A>(__builtin_log(norm)) : A(0);
     const A lse = anchor_ + offset_;
     for (int64_t at = 0; at < cols_; at += kBlock) {
       const int64_t n = cols_ - at < kBlock ? cols_ - at : kBlock;

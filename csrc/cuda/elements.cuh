@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/row_kernels.h"
 
@@ -77,21 +78,46 @@ struct alignas(n * sizeof(T)) Piece {
 // Rows of an odd number of columns start anywhere: single columns come first, up to a 16-byte boundary, and last.
 template <class T, class Visit>
 __device__ __forceinline__ void for_each_piece(T* row, int64_t cols, Visit visit) {
+  using Value = std::remove_const_t<T>;
   constexpr int kWidth = 16 / sizeof(T);
+  using Single = std::conditional_t<std::is_const_v<T>, const Piece<Value, 1>, Piece<Value, 1>>;
+  using Wide = std::conditional_t<std::is_const_v<T>, const Piece<Value, kWidth>, Piece<Value, kWidth>>;
   const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
   const int64_t to_boundary = (kWidth - misaligned) % kWidth;
   const int64_t head = cols < to_boundary ? cols : to_boundary;
   const int64_t wide = (cols - head) / kWidth;
   const int64_t tail = head + wide * kWidth;
-  if (threadIdx.x < head) visit(reinterpret_cast<Piece<T, 1>&>(row[threadIdx.x]), int64_t{threadIdx.x});
+  if (threadIdx.x < head) visit(reinterpret_cast<Single&>(row[threadIdx.x]), int64_t{threadIdx.x});
   for (int64_t i = threadIdx.x; i < wide; i += kThreads) {
     const int64_t column = head + i * kWidth;
-    visit(reinterpret_cast<Piece<T, kWidth>&>(row[column]), column);
+    visit(reinterpret_cast<Wide&>(row[column]), column);
   }
   if (threadIdx.x < cols - tail) {
     const int64_t column = tail + threadIdx.x;
-    visit(reinterpret_cast<Piece<T, 1>&>(row[column]), column);
+    visit(reinterpret_cast<Single&>(row[column]), column);
   }
+}
+
+// A piece of a second row, which may be aligned differently.
+template <class T, int n>
+__device__ __forceinline__ Piece<T, n> load_piece(const T* from) {
+  using Whole = Piece<T, n>;
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Whole) == 0) return reinterpret_cast<const Whole&>(*from);
+  Whole piece;
+#pragma unroll
+  for (int j = 0; j < n; ++j) piece.values[j] = from[j];
+  return piece;
+}
+
+template <class T, int n>
+__device__ __forceinline__ void store_piece(T* to, const Piece<T, n>& piece) {
+  using Whole = Piece<T, n>;
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Whole) == 0) {
+    reinterpret_cast<Whole&>(*to) = piece;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < n; ++j) to[j] = piece.values[j];
 }
 
 template <class A, int n>

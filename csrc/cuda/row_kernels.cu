@@ -8,53 +8,54 @@
 namespace fastpref::cuda {
 namespace {
 
-template <class T>
-void exp_rows(const cpu::ExpRows& call, cudaStream_t stream) {
-  const auto kernel = call.best_index == nullptr ? exp_rows_kernel<T, false> : exp_rows_kernel<T, true>;
-  kernel<<<static_cast<unsigned>(call.tile.rows), kThreads, 0, stream>>>(call);
+// Calls launch(zero) with a zero of the element type.
+template <class Launch>
+cudaError_t with_element(cpu::Element element, Launch launch) {
+  switch (element) {
+    case cpu::Element::float64:
+      launch(double{});
+      break;
+    case cpu::Element::float32:
+      launch(float{});
+      break;
+    case cpu::Element::bfloat16:
+      launch(__nv_bfloat16{});
+      break;
+    case cpu::Element::float16:
+      launch(__half{});
+      break;
+  }
+  return cudaGetLastError();
 }
 
-template <class T>
-void logit_grad(const cpu::LogitGrad& call, cudaStream_t stream) {
-  logit_grad_kernel<T><<<static_cast<unsigned>(call.tile.rows), kThreads, 0, stream>>>(call);
-}
+unsigned blocks(int64_t rows) { return static_cast<unsigned>(rows); }
 
 }  // namespace
 
 cudaError_t launch_exp_rows(cpu::Element element, const cpu::ExpRows& call, cudaStream_t stream) {
-  switch (element) {
-    case cpu::Element::float64:
-      exp_rows<double>(call, stream);
-      break;
-    case cpu::Element::float32:
-      exp_rows<float>(call, stream);
-      break;
-    case cpu::Element::bfloat16:
-      exp_rows<__nv_bfloat16>(call, stream);
-      break;
-    case cpu::Element::float16:
-      exp_rows<__half>(call, stream);
-      break;
-  }
-  return cudaGetLastError();
+  return with_element(element, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = call.best_index == nullptr ? exp_rows_kernel<T, false> : exp_rows_kernel<T, true>;
+    kernel<<<blocks(call.tile.rows), kThreads, 0, stream>>>(call);
+  });
 }
 
 cudaError_t launch_logit_grad(cpu::Element element, const cpu::LogitGrad& call, cudaStream_t stream) {
-  switch (element) {
-    case cpu::Element::float64:
-      logit_grad<double>(call, stream);
-      break;
-    case cpu::Element::float32:
-      logit_grad<float>(call, stream);
-      break;
-    case cpu::Element::bfloat16:
-      logit_grad<__nv_bfloat16>(call, stream);
-      break;
-    case cpu::Element::float16:
-      logit_grad<__half>(call, stream);
-      break;
-  }
-  return cudaGetLastError();
+  return with_element(element, [&](auto zero) {
+    logit_grad_kernel<decltype(zero)><<<blocks(call.tile.rows), kThreads, 0, stream>>>(call);
+  });
+}
+
+cudaError_t launch_gather_dot(cpu::Element element, const cpu::GatherDot& call, int64_t rows, int64_t vocab,
+                              cudaStream_t stream) {
+  return with_element(element, [&](auto zero) {
+    gather_dot_kernel<decltype(zero)><<<blocks(rows), kThreads, 0, stream>>>(call, vocab);
+  });
+}
+
+cudaError_t launch_scale_rows(cpu::Element element, const cpu::ScaleRows& call, int64_t rows, cudaStream_t stream) {
+  return with_element(
+      element, [&](auto zero) { scale_rows_kernel<decltype(zero)><<<blocks(rows), kThreads, 0, stream>>>(call); });
 }
 
 }  // namespace fastpref::cuda

@@ -11,8 +11,6 @@
 // A thread only ever touches its own pieces, so the passes over a row need no barrier between them.
 #pragma once
 
-#include <type_traits>
-
 #include "elements.cuh"
 
 namespace fastpref::cuda {
@@ -241,6 +239,46 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) logit_grad_kerne
                      store(grad.values[j], map.scale * logits.slope[j] * value);
                    }
                    piece = grad;
+                 });
+}
+
+// Checking an index on the host would wait for the device: a row whose index is outside [0, vocab) gets NaN.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) gather_dot_kernel(cpu::GatherDot call, int64_t vocab) {
+  using A = typename AccumulateType<T>::type;
+  const int64_t i = blockIdx.x, index = call.index[i];
+  const bool inside = index >= 0 && index < vocab;
+  A sum = 0;
+  if (inside) {
+    const T* weight = static_cast<const T*>(call.weight) + index * call.weight_stride;
+    for_each_piece(static_cast<const T*>(call.hidden) + i * call.hidden_stride, call.width,
+                   [&](const auto& piece, int64_t column) {
+                     constexpr int n = std::decay_t<decltype(piece)>::kSize;
+                     const Piece<T, n> x = piece, w = load_piece<T, n>(weight + column);
+                     A piece_sum = 0;
+#pragma unroll
+                     for (int j = 0; j < n; ++j) piece_sum += load(x.values[j]) * load(w.values[j]);
+                     sum += piece_sum;
+                   });
+  }
+  sum = block_reduce(sum, Sum{});
+  if (threadIdx.x == 0) static_cast<A*>(call.out)[i] = inside ? sum : std::numeric_limits<A>::quiet_NaN();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) scale_rows_kernel(cpu::ScaleRows call) {
+  using A = typename AccumulateType<T>::type;
+  const int64_t i = blockIdx.x;
+  T* out = static_cast<T*>(call.out) + i * call.out_stride;
+  const A factor = static_cast<const A*>(call.factor)[i];
+  for_each_piece(static_cast<const T*>(call.in) + i * call.in_stride, call.width,
+                 [&](const auto& piece, int64_t column) {
+                   constexpr int n = std::decay_t<decltype(piece)>::kSize;
+                   const Piece<T, n> values = piece;
+                   Piece<T, n> scaled;
+#pragma unroll
+                   for (int j = 0; j < n; ++j) store(scaled.values[j], load(values.values[j]) * factor);
+                   store_piece(out + column, scaled);
                  });
 }
 

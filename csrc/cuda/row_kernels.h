@@ -8,10 +8,13 @@
 
 namespace fastpref::cuda {
 
-// A grid has no more blocks than this along x, and a row is a block.
+// A row is a block, and a grid has no more blocks than this along x.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
 
 cudaError_t launch_exp_rows(cpu::Element element, const cpu::ExpRows& call, cudaStream_t stream);
 cudaError_t launch_logit_grad(cpu::Element element, const cpu::LogitGrad& call, cudaStream_t stream);
+cudaError_t launch_gather_dot(cpu::Element element, const cpu::GatherDot& call, int64_t rows, int64_t vocab,
+                              cudaStream_t stream);
+cudaError_t launch_scale_rows(cpu::Element element, const cpu::ScaleRows& call, int64_t rows, cudaStream_t stream);
 
 }  // namespace fastpref::cuda

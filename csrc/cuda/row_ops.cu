@@ -27,14 +27,15 @@ void check(cudaError_t error) {
                   "; backend='torch' does without it");
 }
 
-// Calls launch(stream) with the tile's device and torch's current stream of it.
+// Calls launch(stream) on the device of a matrix with torch's current stream of it.
 template <class Launch>
-void on_device_of(const Tensor& tile, Launch launch) {
-  const int32_t device = tile.get_device_index();
+void on_device_of(const Tensor& matrix, Launch launch) {
+  const int64_t rows = matrix.size(0);
   // A grid of no blocks is an error.
-  if (tile.size(0) == 0) return;
-  STD_TORCH_CHECK(tile.size(0) <= fastpref::cuda::kMostRows, "tile must have fewer than 2^31 rows, got ", tile.size(0),
+  if (rows == 0) return;
+  STD_TORCH_CHECK(rows <= fastpref::cuda::kMostRows, "a matrix must have fewer than 2^31 rows, got ", rows,
                   "; split it");
+  const int32_t device = matrix.get_device_index();
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "this torch names no CUDA stream to fastpref; use backend='torch'");
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -63,9 +64,28 @@ void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor l
   on_device_of(tile, [&](cudaStream_t stream) { return fastpref::cuda::launch_logit_grad(element, call, stream); });
 }
 
+Tensor gather_dot(Tensor hidden, Tensor weight, Tensor index) {
+  const auto element = fastpref::element_of(hidden, "hidden");
+  const auto [call, out] = fastpref::gather_dot_call(hidden, weight, index);
+  on_device_of(hidden, [&, &call = call](cudaStream_t stream) {
+    return fastpref::cuda::launch_gather_dot(element, call, hidden.size(0), weight.size(0), stream);
+  });
+  return out;
+}
+
+void scale_rows(Tensor out, Tensor input, Tensor factor) {
+  const auto element = fastpref::element_of(input, "input");
+  const auto call = fastpref::scale_rows_call(out, input, factor);
+  on_device_of(input, [&](cudaStream_t stream) {
+    return fastpref::cuda::launch_scale_rows(element, call, input.size(0), stream);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastpref, CUDA, m) {
   m.impl("exp_rows_", TORCH_BOX(&exp_rows));
   m.impl("logit_grad_", TORCH_BOX(&logit_grad));
+  m.impl("gather_dot", TORCH_BOX(&gather_dot));
+  m.impl("scale_rows_", TORCH_BOX(&scale_rows));
 }

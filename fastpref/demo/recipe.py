@@ -8,7 +8,7 @@ from statistics import mean
 MAX_LENGTH = 256  # tokens of a prompt with its completion
 
 _WARM_UP_TOKENS, _WARM_UP_STEPS = 660_000, (150, 1100)
-_PREFERENCE_TOKENS, _PREFERENCE_STEPS = 115_000, (30, 100)
+_PREFERENCE_TOKENS, _PREFERENCE_STEPS = 128_000, (30, 100)
 _COMPARED_STEPS = 10
 
 
@@ -38,7 +38,7 @@ def plan(lengths: Sequence[int], *, built: bool, steps: int | None, seed: int) -
             takes smaller steps.
         steps: of the preference training; None to choose.
     """
-    recipe = Recipe(warm_up_steps=0, steps=1, rate=1.2e-4 if built else 1e-5, seed=seed)
+    recipe = Recipe(warm_up_steps=0, steps=1, rate=1e-4 if built else 1e-5, seed=seed)
     length = mean(lengths)
     chosen = _within(_PREFERENCE_TOKENS / (2 * recipe.batch * length), _PREFERENCE_STEPS)
     warm_up = _within(_WARM_UP_TOKENS / (recipe.warm_up_batch * length), _WARM_UP_STEPS)

@@ -65,7 +65,8 @@ def forward(
         exps = Lease((kept_rows, weight.shape[0]), hidden.dtype, hidden.device)
     if kept_rows < total or total == 0:
         rows = min(plan.forward_tile.rows, total - kept_rows)
-        work = Lease((rows, plan.forward_tile.cols), hidden.dtype, hidden.device)
+        cols = min(plan.forward_tile.cols, weight.shape[0])
+        work = Lease((rows, cols), hidden.dtype, hidden.device)
     if plan.schedule == "direct":
         direct = torch.empty_like(hidden)
     parts = []

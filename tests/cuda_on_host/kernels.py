@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient, plain
 from fastpref.scoring.rows import RowSums
-from fastpref.scoring.types import LogitMap
+from fastpref.scoring.types import LogitMap, statistics_dtype
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -68,6 +68,29 @@ class LogitGradStruct(ctypes.Structure):
         ("tile", TileStruct),
         ("map", MapStruct),
         *((name, ctypes.c_void_p) for name in UpstreamGradient._fields),
+    )
+
+
+class GatherDotStruct(ctypes.Structure):
+    _fields_ = (
+        ("hidden", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("hidden_stride", ctypes.c_int64),
+        ("weight_stride", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("index", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    )
+
+
+class ScaleRowsStruct(ctypes.Structure):
+    _fields_ = (
+        ("input", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("in_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("factor", ctypes.c_void_p),
     )
 
 
@@ -128,7 +151,41 @@ class Kernels(NamedTuple):
             ELEMENTS.index(tile.dtype), ctypes.byref(call), ctypes.c_bool(backwards)
         )
 
-    # What the row kernels are no part of.
+    def gather_dot(
+        self, hidden: Tensor, weight: Tensor, index: Tensor, backwards: bool = False
+    ) -> Tensor:
+        rows, width = hidden.shape
+        out = torch.full((rows,), torch.nan, dtype=statistics_dtype(hidden.dtype))
+        call = GatherDotStruct(
+            hidden.data_ptr(),
+            weight.data_ptr(),
+            hidden.stride(0),
+            weight.stride(0),
+            width,
+            index.data_ptr(),
+            out.data_ptr(),
+        )
+        sizes = ctypes.c_int64(rows), ctypes.c_int64(weight.shape[0])
+        self.library.gather_dot(
+            ELEMENTS.index(hidden.dtype), ctypes.byref(call), *sizes, ctypes.c_bool(backwards)
+        )
+        return out
+
+    def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        call = ScaleRowsStruct(
+            rows.data_ptr(),
+            out.data_ptr(),
+            rows.stride(0),
+            out.stride(0),
+            rows.shape[1],
+            factor.data_ptr(),
+        )
+        self.library.scale_rows(
+            ELEMENTS.index(rows.dtype),
+            ctypes.byref(call),
+            ctypes.c_int64(rows.shape[0]),
+            ctypes.c_bool(False),
+        )
+        return out
+
     temporary_bytes = staticmethod(plain.temporary_bytes)
-    gather_dot = staticmethod(plain.gather_dot)
-    scale_rows = staticmethod(plain.scale_rows)

@@ -4,29 +4,44 @@
 #include "cuda/row_kernels.cuh"
 
 using namespace fastpref;
+using namespace fastpref::cuda;
 
-template <class Call>
-using Kernel = void (*)(Call);
+namespace {
 
-template <class Call>
-void run(const Kernel<Call>* kernels, int element, const Call* call, bool backwards) {
-  for (int64_t row = 0; row < call->tile.rows; ++row) {
-    host::run_block(row, cuda::kThreads, backwards, [=] { kernels[element](*call); });
+template <class... Arguments>
+using Kernel = void (*)(Arguments...);
+
+template <class... Arguments>
+void run(const Kernel<Arguments...>* kernels, int element, int64_t rows, bool backwards, Arguments... arguments) {
+  for (int64_t row = 0; row < rows; ++row) {
+    host::run_block(row, kThreads, backwards, [=] { kernels[element](arguments...); });
   }
 }
 
+}  // namespace
+
 extern "C" void exp_rows(int element, const cpu::ExpRows* call, bool backwards) {
-  using namespace cuda;
   const Kernel<cpu::ExpRows> sums[] = {exp_rows_kernel<double, false>, exp_rows_kernel<float, false>,
                                        exp_rows_kernel<__nv_bfloat16, false>, exp_rows_kernel<__half, false>};
   const Kernel<cpu::ExpRows> all[] = {exp_rows_kernel<double, true>, exp_rows_kernel<float, true>,
                                       exp_rows_kernel<__nv_bfloat16, true>, exp_rows_kernel<__half, true>};
-  run(call->best_index == nullptr ? sums : all, element, call, backwards);
+  run(call->best_index == nullptr ? sums : all, element, call->tile.rows, backwards, *call);
 }
 
 extern "C" void logit_grad(int element, const cpu::LogitGrad* call, bool backwards) {
-  using namespace cuda;
   const Kernel<cpu::LogitGrad> kernels[] = {logit_grad_kernel<double>, logit_grad_kernel<float>,
                                             logit_grad_kernel<__nv_bfloat16>, logit_grad_kernel<__half>};
-  run(kernels, element, call, backwards);
+  run(kernels, element, call->tile.rows, backwards, *call);
+}
+
+extern "C" void gather_dot(int element, const cpu::GatherDot* call, int64_t rows, int64_t vocab, bool backwards) {
+  const Kernel<cpu::GatherDot, int64_t> kernels[] = {gather_dot_kernel<double>, gather_dot_kernel<float>,
+                                                     gather_dot_kernel<__nv_bfloat16>, gather_dot_kernel<__half>};
+  run(kernels, element, rows, backwards, *call, vocab);
+}
+
+extern "C" void scale_rows(int element, const cpu::ScaleRows* call, int64_t rows, bool backwards) {
+  const Kernel<cpu::ScaleRows> kernels[] = {scale_rows_kernel<double>, scale_rows_kernel<float>,
+                                            scale_rows_kernel<__nv_bfloat16>, scale_rows_kernel<__half>};
+  run(kernels, element, rows, backwards, *call);
 }

@@ -2,6 +2,7 @@
 """Peak memory of a process that scores, against what explain promises."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,9 +12,9 @@ from tests.scoring.cases import BACKENDS
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 MIB = 1 << 20
-H, V, N = 128, 8192, 1024
-LOGITS = N * V * 4  # 32 MiB
-BUDGET = 4 * MIB
+H, V, N = 64, 8192, 768
+LOGITS = N * V * 4  # 24 MiB
+BUDGET = 3 * MIB
 
 # One process a call, forked before torch starts a thread: its peak is its own.
 _CHILD = """
@@ -86,28 +87,37 @@ CALLS = {
 }
 
 
+KEYS = [
+    (backend, name)
+    for backend in BACKENDS
+    for name in CALLS
+    if backend == "cpp" or name in ("recomputed", "kept", "entropy, kept", "twice the rows")
+]
+
+
 @pytest.fixture(scope="module")
 def measured():
     """What each call took, by backend and name."""
-    keys = [(backend, name) for backend in BACKENDS for name in CALLS]
-    calls = [call(backend=backend, **CALLS[name]) for backend, name in keys]
+    calls = [call(backend=backend, **CALLS[name]) for backend, name in KEYS]
+    # Freed blocks go back to the system at once: what is measured is what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, json.dumps(calls)],
+        env=environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(zip(keys, map(json.loads, lines), strict=True))
+    return dict(zip(KEYS, map(json.loads, lines), strict=True))
 
 
 # What the allocator and the matrix library take beside the tensors.
-SLACK = 8 * MIB
+SLACK = 6 * MIB
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend, name", KEYS)
 def test_peak_is_within_what_explain_promises(measured, backend, name):
     result = measured[backend, name]
     assert result["grown"] <= result["workspace"] + result["grads"] + SLACK, result

@@ -75,8 +75,12 @@ def unavailable_reason(name: str, device_type: str) -> str | None:
         from ..._extension import ops_unavailable_reason
 
         return ops_unavailable_reason()
-    if name in ("triton", "cuda"):
-        return f"this build has no {name} kernels for scoring; use backend='auto'"
+    if name == "cuda":
+        from .cuda import unavailable_reason as cuda_unavailable_reason
+
+        return cuda_unavailable_reason(device_type)
+    if name == "triton":
+        return "this build has no Triton kernels for scoring; use backend='auto'"
     return f"there is no backend {name!r}"
 
 
@@ -94,10 +98,11 @@ def choose(name: str, device: torch.device) -> str:
 
 
 def load(name: str) -> RowBackend:
-    if name == "cpp":
-        from . import cpp
+    if name in ("cpp", "cuda"):
+        # The same operators: torch's dispatcher picks the kernels by the tile's device.
+        from . import compiled
 
-        return cpp
+        return compiled
     from . import plain
 
     return plain

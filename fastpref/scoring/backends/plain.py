@@ -100,7 +100,9 @@ def _exp_block(
     if write:
         if tile.dtype == torch.float16:
             # A half holds nothing above 65504: keep probabilities instead.
-            offset = (total_exp + (own - anchor).exp()).log()
+            norm = total_exp + (own - anchor).exp()
+            # Columns of nothing but -inf, the target elsewhere: nothing to scale.
+            offset = torch.where(norm == 0, 0.0, norm.log())
             exps = (shifted - offset[:, None]).exp()
         tile.copy_(exps if map.cap == 0 else exps * map.slope(raw))
     return RowSums(anchor, total_exp, offset, best, best_index, weighted, squares, total)

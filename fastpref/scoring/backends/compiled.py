@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CPU backend: one pass over the tile, see csrc/cpu/row_kernels.inl."""
+"""The compiled operators, on CPU (csrc/cpu/row_kernels.inl) and CUDA (csrc/cuda) tensors alike."""
 
 from __future__ import annotations
 

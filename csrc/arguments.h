@@ -37,6 +37,7 @@ inline ScalarType statistics_type(const Tensor& tile) {
   return tile.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Data of a vector that goes with the tile or matrix `tile`.
 inline const void* checked_vector(const Tensor& tile, const Tensor& vector, const char* name, int64_t length,
                                   ScalarType dtype) {
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == length, name, " must have shape (", length, ",), got ",
@@ -103,6 +104,50 @@ inline cpu::LogitGrad logit_grad_call(const Tensor& tile, const Tensor& target, 
   call.grad_lse = checked_per_row(tile, grad_lse, "grad_lse");
   call.grad_entropy = checked_per_row(tile, grad_entropy, "grad_entropy");
   call.entropy = checked_per_row(tile, entropy, "entropy");
+  return call;
+}
+
+inline void check_matrix(const Tensor& matrix, const char* name, const Tensor& other) {
+  const int64_t width = other.size(1);
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(1) == width, name, " must have shape (rows, ", width, "), got ",
+                  matrix.dim(), " dimensions and ", matrix.numel(), " elements");
+  STD_TORCH_CHECK(matrix.scalar_type() == other.scalar_type(), name, " must have the dtype of the other matrix");
+  STD_TORCH_CHECK(matrix.device() == other.device(), name, " must be on the device of the other matrix");
+  STD_TORCH_CHECK(width <= 1 || matrix.stride(1) == 1, name, " must have contiguous rows, got a stride of ",
+                  matrix.stride(1), " between columns");
+}
+
+// The call with `out`, which is new. Whether the indices are inside the weight is not looked at.
+inline std::tuple<cpu::GatherDot, Tensor> gather_dot_call(const Tensor& hidden, const Tensor& weight,
+                                                          const Tensor& index) {
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have shape (rows, H), got ", hidden.dim(), " dimensions");
+  check_matrix(hidden, "hidden", hidden);
+  check_matrix(weight, "weight", hidden);
+  cpu::GatherDot call{};
+  call.hidden = hidden.const_data_ptr();
+  call.weight = weight.const_data_ptr();
+  call.hidden_stride = hidden.stride(0);
+  call.weight_stride = weight.stride(0);
+  call.width = hidden.size(1);
+  call.index = static_cast<const int64_t*>(checked_vector(hidden, index, "index", hidden.size(0), ScalarType::Long));
+  Tensor out = torch::stable::new_empty(hidden, {hidden.size(0)}, statistics_type(hidden));
+  call.out = out.mutable_data_ptr();
+  return {call, out};
+}
+
+inline cpu::ScaleRows scale_rows_call(const Tensor& out, const Tensor& input, const Tensor& factor) {
+  STD_TORCH_CHECK(input.dim() == 2 && out.dim() == 2 && out.size(0) == input.size(0),
+                  "out and input must have one shape (rows, H), got ", out.numel(), " and ", input.numel(),
+                  " elements");
+  check_matrix(input, "input", input);
+  check_matrix(out, "out", input);
+  cpu::ScaleRows call{};
+  call.in = input.const_data_ptr();
+  call.out = out.mutable_data_ptr();
+  call.in_stride = input.stride(0);
+  call.out_stride = out.stride(0);
+  call.width = input.size(1);
+  call.factor = checked_per_row(input, factor, "factor");
   return call;
 }
 

@@ -130,6 +130,8 @@ def _score_chunk(
     # The anchors may lie far apart: their difference is rounded only after exp.
     moved = local.anchor.double() + local.offset.double() - rows.anchor.double()
     scale = (moved.exp() / rows.norm.double()).to(rows.norm.dtype)
+    if write and run.group is not None:
+        scale = _raise_scale(run, buffer, scale)
     if write:
         _write_target(buffer, own, rows, scale, head)
     return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale
@@ -149,6 +151,17 @@ def target_logit(run: Run, hidden: Tensor, target: Tensor) -> TargetLogit:
     raw, owners = vocab_parallel.sum_over_ranks(shared, run.group)
     raw = torch.where(owners > 0, raw, torch.nan)
     return TargetLogit(torch.where(here, column, -1), raw, head.map.logit(raw))
+
+
+def _raise_scale(run: Run, exps: Tensor, scale: Tensor) -> Tensor:
+    """Move rows whose logits all lie far below another rank's to a scale that does not underflow.
+
+    E[y] is divided by the scale; E and its products must fit E's dtype: a half holds probabilities.
+    """
+    floor = 1.0 if exps.dtype == torch.float16 else 2.0**-100
+    factor = torch.where(scale < floor, scale / floor, 1.0)
+    run.backend.scale_rows(exps, factor, exps)
+    return torch.where(scale < floor, floor, scale)
 
 
 def _write_target(

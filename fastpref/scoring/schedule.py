@@ -79,7 +79,7 @@ class Plan(Problem):
     schedule: str  # score | direct | keep | keep/recompute | recompute
     kept_rows: int  # rows whose exponentials live until backward
     forward_tile: Tile
-    backward_tile: Tile | None  # None where backward recomputes nothing
+    backward_tile: Tile | None  # None where backward need not recompute
     memory_budget: int  # bytes for tiles and kept exponentials
 
     @property
@@ -120,12 +120,16 @@ class Plan(Problem):
             return self.saved_bytes + forward
         # Packed rows, those with a gradient, the same scaled, and their gradient.
         backward = 4 * self._row_bytes
-        if self.backward_tile is not None:
-            backward += self.backward_tile.nbytes(self.itemsize) + self.temporary_bytes
-            if self.itemsize < exact:
-                # 16-bit products over slabs and row groups add up in float32.
-                rows, cols = self.scored, self.backward_tile.cols
-                backward += (rows + cols) * self.hidden_size * (exact + self.itemsize)
+        again = self.backward_tile
+        if again is None:
+            # A gradient at entropy or lse, or rows without any, make kept rows pass through a tile.
+            spare = self.memory_budget - self.kept_rows * self.vocab_size * self.itemsize
+            again = recompute_tile(self.scored, self.vocab_size, self.itemsize, spare)
+        backward += again.nbytes(self.itemsize) + self.temporary_bytes
+        if self.itemsize < exact:
+            # 16-bit products over slabs and row groups add up in float32.
+            rows, cols = self.scored, again.cols
+            backward += (rows + cols) * self.hidden_size * (exact + self.itemsize)
         return self.saved_bytes + max(forward, backward)
 
     @property

@@ -307,6 +307,16 @@ def test_entropy_and_lse_cost_one_unit_more_at_most(backend, schedule, names):
 
 
 @backends
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+def test_an_output_that_nobody_differentiates_costs_nothing(backend, schedule):
+    options = ScoringOptions(backend=backend, schedule=schedule)
+    arguments = {**scoring_inputs(("hidden", "weight")), "options": options}
+    with_all = {**arguments, "outputs": OUTPUTS}
+    upstream = {"logp": torch.randn(N)}
+    assert measured_units(with_all, upstream) == measured_units(arguments, upstream)
+
+
+@backends
 def test_a_bias_alone_costs_no_large_product(backend):
     arguments = {**scoring_inputs(("bias",)), "options": ScoringOptions(backend=backend)}
     _, backward = measured_units(arguments, {"logp": torch.randn(N)})

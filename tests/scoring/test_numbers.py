@@ -44,26 +44,11 @@ def dtype_name(dtype):
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-# The whole product of schedules and features is a sweep; without it, every schedule sees no feature
-# and all of them, and two schedules see each.
-schedules_and_features = pytest.mark.parametrize(
-    "schedule, feature",
-    [
-        pytest.param(
-            schedule,
-            feature,
-            marks=()
-            if feature in ("plain", "softcap") or schedule in ("auto", "least tile")
-            else pytest.mark.slow,
-        )
-        for schedule in SCHEDULES
-        for feature in FEATURES
-    ],
-)
 
 
 @dtypes
-@schedules_and_features
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_logp(backend, dtype, schedule, feature):
     options = options_of(backend, dtype, **SCHEDULES[schedule])
     verify(options, dtype, vocab=VOCAB, **FEATURES[feature])

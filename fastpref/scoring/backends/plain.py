@@ -21,6 +21,14 @@ _TEMPORARIES = 8
 _LOWEST_ANCHOR = -1e30
 
 
+def _exp_difference(logits: Tensor, anchor: Tensor, shifted: Tensor) -> Tensor:
+    """exp(logits - anchor), with what rounding lost in ``shifted`` recovered (Knuth's two-sum)."""
+    exps = shifted.exp()
+    back = shifted - logits
+    lost = (logits - (shifted - back)) - (anchor + back)
+    return torch.where(exps > 0, exps + exps * lost, exps)
+
+
 def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:
     raw = tile.to(statistics_dtype(tile.dtype))
     return raw if bias is None else raw + bias
@@ -85,7 +93,7 @@ def _exp_block(
     # A row of nothing but -inf takes a finite anchor below every other part's.
     anchor = torch.where(highest == -torch.inf, _LOWEST_ANCHOR, highest)
     shifted = others - anchor[:, None]
-    exps = shifted.exp()
+    exps = _exp_difference(others, anchor[:, None], shifted)
     total_exp = exps.sum(1)
     weighted = None
     if best is not None:

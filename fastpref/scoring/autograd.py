@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backends, vocab_parallel
 from .backward import Upstream, backward
-from .forward import Run, forward
+from .forward import Kept, Run, forward
 from .packing import Packing
 from .schedule import Plan
 from .types import DIFFERENTIABLE, OUTPUTS, Head, LogitMap, TokenScores, statistics_dtype
@@ -70,8 +70,9 @@ class LinearScores(torch.autograd.Function):
                 for value in scores
             ]
         if plan.needs_hidden or plan.needs_weight or plan.needs_bias:
-            ctx.save_for_backward(hidden, weight, bias)
-            ctx.kept, ctx.call = kept, call
+            # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
+            ctx.save_for_backward(hidden, weight, bias, kept.exps)
+            ctx.kept, ctx.call = replace(kept, exps=None), call
             cast_once = call.weight_context is None and head.weight.dtype != weight.dtype
             ctx.cast_head = head if cast_once else None
         ctx.mark_non_differentiable(
@@ -85,9 +86,10 @@ class LinearScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        *saved, exps = ctx.saved_tensors
+        kept = replace(ctx.kept, exps=exps)
         with torch.no_grad():
-            gradients = LinearScores._gradients(ctx, upstream, *saved)
+            gradients = LinearScores._gradients(ctx, kept, upstream, *saved)
         if not torch.is_grad_enabled():
             return (*gradients, None)
         # Under create_graph; torch's once_differentiable looks at upstream gradients only, and
@@ -101,6 +103,7 @@ class LinearScores(torch.autograd.Function):
     @staticmethod
     def _gradients(
         ctx: Any,
+        kept: Kept,
         upstream: tuple[Tensor | None, ...],
         hidden: Tensor,
         weight: Tensor,
@@ -115,7 +118,7 @@ class LinearScores(torch.autograd.Function):
             head = ctx.cast_head or call.head(weight, bias)
             rows = _packed_hidden(hidden, call)
             run = Run(head, plan, backends.load(plan.backend), call.group)
-            gradients = backward(run, rows, ctx.kept, _packed_upstream(upstream, call))
+            gradients = backward(run, rows, kept, _packed_upstream(upstream, call))
             d_hidden = d_weight = d_bias = None
             if gradients.hidden is not None:
                 d_rows = vocab_parallel.sum_over_ranks(gradients.hidden, call.group)

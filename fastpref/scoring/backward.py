@@ -103,7 +103,7 @@ def _row_groups(
             scaled = hidden[rows]
             if run.plan.needs_weight:
                 scaled = run.backend.scale_rows(scaled, c[chosen], torch.empty_like(scaled))
-            groups.append(RowGroup(rows, _kept_tile(exps.tensor, chosen), scaled, c[chosen]))
+            groups.append(RowGroup(rows, _kept_tile(exps, chosen), scaled, c[chosen]))
     for rows in _split(inside, total, tile.rows):
         chosen = rows if active is None else active[rows]
         source = _recomputed_tile(run, hidden[rows], kept, upstream, chosen)

@@ -42,7 +42,7 @@ class Kept:
     rows: RowScores
     scale: Tensor  # (N,), p / e
     entropy: Tensor | None
-    exps: Lease | None = None  # E, (kept rows, V)
+    exps: Tensor | None = None  # E, (kept rows, V)
     direct: Tensor | None = None  # E W, (N, H)
 
 
@@ -82,7 +82,9 @@ def forward(
     scores = TokenScores._make(map(_concatenate, zip(*(part[0] for part in parts), strict=True)))
     row = RowScores._make(torch.cat(one) for one in zip(*(part[1] for part in parts), strict=True))
     scale = torch.cat([part[2] for part in parts])
-    return scores, Kept(target, row, scale, scores.entropy, exps, direct)
+    return scores, Kept(
+        target, row, scale, scores.entropy, None if exps is None else exps.tensor, direct
+    )
 
 
 def _chunks(total: int, kept: int, rows: int) -> Iterator[slice]:

@@ -2,15 +2,16 @@
 """Large buffers that outlive a call, because a fresh one costs page faults (up to a third of a
 product on CPU).
 
-A lease owns its buffer until the last reference to the lease goes; then the buffer returns to the
-pool. On other devices torch's caching allocator already does this, and a lease is an ordinary
-tensor.
+A lease owns its buffer until the last reference to its tensor goes, that of an autograd graph
+included; then the buffer returns to the pool. On other devices torch's caching allocator already
+does this, and a lease is an ordinary tensor.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -26,21 +27,17 @@ _idle: list[Tensor] = []
 class Lease:
     """A (rows, cols) buffer in ``dtype``, uninitialised.
 
-    ``tensor`` must not be referenced after the lease is gone.
+    Views of ``tensor`` must not outlive it.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         nbytes = math.prod(shape) * dtype.itemsize
-        self._buffer = _take(nbytes) if device.type == "cpu" else None
-        if self._buffer is None:
+        if device.type != "cpu":
             self.tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
-        else:
-            self.tensor = self._buffer[:nbytes].view(dtype).view(tuple(shape))
-
-    def __del__(self) -> None:
-        buffer = getattr(self, "_buffer", None)
-        if buffer is not None:
-            _give_back(buffer)
+            return
+        buffer = _take(nbytes)
+        self.tensor = buffer[:nbytes].view(dtype).view(tuple(shape))
+        weakref.finalize(self.tensor, _give_back, buffer).atexit = False
 
 
 def _take(nbytes: int) -> Tensor:

@@ -18,6 +18,7 @@ from . import UpstreamGradient
 _BLOCK_CPU = 1 << 20
 _BLOCK_ELSEWHERE = 1 << 25
 _TEMPORARIES = 8
+_GUARD = 30.0
 _LOWEST_ANCHOR = -1e30
 
 
@@ -88,10 +89,9 @@ def _exp_block(
     # The target's column is left out; a tile without it must not lose its first column.
     others = logits.scatter(1, column, torch.where(here, -torch.inf, at_column)[:, None])
     highest = others.amax(1)
-    # A maximum pass is one among several here; the target's own logit comes as the given anchor.
-    highest = torch.where(anchor.isfinite() & (anchor > highest), anchor, highest)
+    keep = anchor.isfinite() & ~(highest - anchor > _GUARD)
     # A row of nothing but -inf takes a finite anchor below every other part's.
-    anchor = torch.where(highest == -torch.inf, _LOWEST_ANCHOR, highest)
+    anchor = torch.where(keep, anchor, torch.where(highest == -torch.inf, _LOWEST_ANCHOR, highest))
     shifted = others - anchor[:, None]
     exps = _exp_difference(others, anchor[:, None], shifted)
     total_exp = exps.sum(1)
@@ -131,8 +131,9 @@ def _logit_grad_block(
 ) -> None:
     anchor, norm, logp, g, h, k, entropy = upstream
     raw = _raw(tile, bias)
-    shifted = map.logit(raw) - anchor[:, None]
-    p = shifted.exp() / norm[:, None]
+    logits = map.logit(raw)
+    shifted = logits - anchor[:, None]
+    p = _exp_difference(logits, anchor[:, None], shifted) / norm[:, None]
     weight = -g if h is None else h - g
     grad = p * weight[:, None]
     own_p = logp.exp()

@@ -53,4 +53,6 @@ def test_head_clock_counts_the_head_alone(grad, seconds):
 
 
 def test_peak_memory_is_not_below_what_is_held():
-    assert memory("VmHWM") >= memory("VmRSS") >= 0
+    held = memory("VmRSS")  # before the peak: the process may grow between the two
+    assert held > 0
+    assert memory("VmHWM") >= 0.99 * held

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: in every round each candidate runs once, so that drift hits all alike."""
+"""Interleaved timing: in every round each candidate runs once, so that drift hits all alike, in an
+order of its own, so that nobody always runs on the caches and pages that the same one left."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,11 +27,12 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time ``candidates`` against the one named ``limit``; each has run once before."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = random.Random(0)
     for number in range(rounds):
         progress(f"round {number + 1} of {rounds}")
-        for name, candidate in candidates.items():
+        for name in order.sample(list(candidates), len(candidates)):
             start = time.perf_counter()
-            candidate()
+            candidates[name]()
             times[name].append(time.perf_counter() - start)
     result = {}
     for name, values in times.items():

@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16")
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure fastpref against the alternatives")
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     parser.add_argument(
@@ -145,11 +145,11 @@ def _print_case(
     title: str, timings: dict[str, Timing], errors: dict[str, float], skipped: dict[str, str]
 ) -> None:
     print(f"\n{title}")
-    print(f"  {'':28}{'time':>10}{'ratio':>8}{'p20':>7}{'p80':>7}{'gradient error':>16}")
+    print(f"  {'':32}{'time':>10}{'ratio':>8}{'p20':>7}{'p80':>7}{'gradient error':>16}")
     for name, timing in timings.items():
         error = f"{errors[name]:.1e}" if name in errors else ""
         print(
-            f"  {name:28}{timing.seconds * 1e3:8.1f}ms{timing.ratio:7.2f}x"
+            f"  {name:32}{timing.seconds * 1e3:8.1f}ms{timing.ratio:7.2f}x"
             f"{timing.low:6.2f}x{timing.high:6.2f}x{error:>16}"
         )
     if OVERFLOWING in timings:

@@ -49,8 +49,9 @@ def linear_logprob(
         weight: (V, H), as ``nn.Linear`` stores it. Where its dtype differs from hidden's the wider
             one is used, under autocast the autocast dtype; it is cast once per call.
         target: (...) int64, already shifted. A target outside [0, V) that is not ``ignore_index``
-        gives NaN in its row.
-        bias: (V,), or None. -inf is allowed and takes an entry out of the vocabulary.
+            gives NaN in its row.
+        bias: (V,), or None. -inf takes an entry out of the vocabulary; under a softcap, which maps
+            it to -softcap, it does not.
         ignore_index: target of a position that is not scored.
         temperature: greater than 0.
         logit_scale: multiplies z before the cap.

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from .backends import UpstreamGradient
 from .forward import Kept, Run
-from .schedule import Tile, recompute_tile
+from .schedule import BIAS_ROWS, Tile, recompute_tile
 from .types import statistics_dtype
 from .workspace import Lease
-
 
 class Upstream(NamedTuple):
     """Gradients at the outputs, (N,) in the statistics' dtype; None where none arrived."""
@@ -52,7 +51,7 @@ class RowGroup(NamedTuple):
 
 
 def backward(run: Run, hidden: Tensor, kept: Kept, upstream: Upstream) -> Gradients:
-    """Gradients in the head's dtype (bias: the statistics')."""
+    """Gradients in the head's dtype (bias: float64)."""
     g = torch.zeros_like(kept.scale) if upstream.logp is None else upstream.logp
     upstream = upstream._replace(logp=g)
     # A row without upstream gradient gets none, whatever it holds.
@@ -168,7 +167,7 @@ def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> G
     if plan.needs_weight:
         d_weight = torch.empty_like(weight) if groups else torch.zeros_like(weight)
     if plan.needs_bias:
-        d_bias = hidden.new_zeros(weight.shape[0], dtype=exact)
+        d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float64)
     work = Lease((tile.rows * tile.cols,), dtype, hidden.device)
     for columns in slabs if groups else ():
         # 16-bit products of several groups add up in float32.
@@ -184,7 +183,7 @@ def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> G
             if d_hidden is not None:
                 _add_product(d_hidden[group.rows], matrix, weight[columns], columns is slabs[0])
             if d_bias is not None:
-                d_bias[columns] += _column_sums(matrix, group.after)
+                _add_column_sums(d_bias[columns], matrix, group.after)
         if slab is not None and d_weight is not None and slab.dtype != dtype:
             d_weight[columns] = slab
     if d_hidden is not None:
@@ -207,7 +206,15 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, out=total)
 
 
-def _column_sums(matrix: Tensor, weights: Tensor | None) -> Tensor:
+def _add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> None:
+    """total += matrix^T weights; weights of None are 1.
+
+    In a single product thousands of tiny probabilities would be lost, one after the other, on the
+    one large term of a target; so a few rows at a time, and the total in float64.
+    """
+    exact = statistics_dtype(matrix.dtype)
     if weights is None:
-        return matrix.sum(0, dtype=statistics_dtype(matrix.dtype))
-    return torch.mm(matrix.t(), weights.to(matrix.dtype)[:, None])[:, 0]
+        weights = matrix.new_ones(matrix.shape[0], dtype=exact)
+    parts = zip(matrix.split(BIAS_ROWS), weights.split(BIAS_ROWS), strict=True)
+    for part, one in parts:
+        total += torch.mv(part.to(exact).t(), one)

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which schedule runs, decided from sizes, who needs a gradient, and the memory budget alone.
 
-    score       no gradient: one product, nothing stored
-    1u direct      only hidden needs one: the forward pass multiplies the exponentials with the
-                weight and keeps (N, H); backward scales rows
-                2u
-    keep        the forward pass keeps exponentials (N, V); backward is plain products
-    2u or 3u keep/recompute
-                as many rows kept as the budget holds; the others' products are formed again in
-                backward, one slab of the vocabulary at a time
-                up to 3u or 4u
+    score           1u        no gradient: one product, nothing stored
+    direct          2u        only hidden needs one: the forward pass multiplies the exponentials
+                              with the weight and keeps (N, H); backward scales rows
+    keep            2u or 3u  the forward pass keeps exponentials (N, V); backward is plain products
+    keep/recompute  to 4u     as many rows kept as the budget holds; the others' products are formed
+                              again in backward, one slab of the vocabulary at a time
+    recompute       3u or 4u  no row kept
 
 1u is one product of 2 N H V flop. A gradient that arrives at ``entropy`` or ``lse`` always
 recomputes: +1u at most.
@@ -33,6 +31,7 @@ LEAST_COLS = 1024
 # memory.
 FEWEST_GOOD_ROWS = 512
 MOST_CHUNK_ROWS = 2048
+BIAS_ROWS = 32  # whose share of the bias gradient is formed at a time
 MEBIBYTE = 1 << 20
 
 
@@ -130,6 +129,8 @@ class Plan(Problem):
             # 16-bit products over slabs and row groups add up in float32.
             rows, cols = self.scored, again.cols
             backward += (rows + cols) * self.hidden_size * (exact + self.itemsize)
+            if self.needs_bias:
+                backward += BIAS_ROWS * self.vocab_size * exact
         return self.saved_bytes + max(forward, backward)
 
     @property

@@ -2,8 +2,8 @@
 """Backends: who turns a tile of raw products into exponentials or into logit gradients.
 
 The first two functions of a backend work on a (rows, cols) tile of raw products, the others on
-(rows, H) matrices. ``target`` holds columns of the
-tile; a value outside [0, cols) means that the row's target lies elsewhere.
+(rows, H) matrices. ``target`` holds columns of the tile; a value outside [0, cols) means that the
+row's target lies elsewhere.
 """
 
 from __future__ import annotations

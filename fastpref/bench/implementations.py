@@ -112,7 +112,9 @@ def implementations() -> list[Implementation]:
         ),
         Implementation("plain torch", _plain),
         Implementation("F.linear_cross_entropy", _linear_cross_entropy(chunked=False), no_lce),
-        Implementation("F.linear_cross_entropy, chunks", _linear_cross_entropy(chunked=True), no_lce),
+        Implementation(
+            "F.linear_cross_entropy, chunks", _linear_cross_entropy(chunked=True), no_lce
+        ),
         Implementation("TRL fused head", _trl, _missing("trl")),
         Implementation("Liger DPO", _liger(compiled=True), _missing("liger_kernel")),
     ]

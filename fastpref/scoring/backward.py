@@ -25,6 +25,7 @@ from .schedule import BIAS_ROWS, Tile, recompute_tile
 from .types import statistics_dtype
 from .workspace import Lease
 
+
 class Upstream(NamedTuple):
     """Gradients at the outputs, (N,) in the statistics' dtype; None where none arrived."""
 

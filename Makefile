@@ -27,7 +27,7 @@ export HF_HUB_OFFLINE := 1
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(PACKAGE) ## train on preferences with every drop-in, on the CPU
+demo: $(PACKAGE) ## a preference training inside TRL on the CPU, stock against fastpref
 	$(BIN)/python -m fastpref demo $(DEMO_ARGS)
 
 test: $(PACKAGE) $(WHEEL) ## all tests but the sweeps and those that need a GPU

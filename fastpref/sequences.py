@@ -50,6 +50,7 @@ def sequence_logp(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    _check_kinds(logp, mask, cu_seqlens, sequence_ids, token_weights, num_sequences)
     _check_per_token(logp, mask, sequence_ids, token_weights)
     scored: Tensor | None = None
     total: Callable[[Tensor], Tensor]
@@ -104,6 +105,35 @@ def _sum_by_sorted_id(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor
     ids, order = torch.sort(ids, stable=True)
     firsts = torch.arange(num_sequences + 1, device=ids.device, dtype=ids.dtype)
     return _sum_segments(values[order], torch.searchsorted(ids, firsts))
+
+
+def _check_kinds(
+    logp: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence_ids: Tensor | None,
+    token_weights: Tensor | None,
+    num_sequences: int | None,
+) -> None:
+    optional = {
+        "mask": mask,
+        "cu_seqlens": cu_seqlens,
+        "sequence_ids": sequence_ids,
+        "token_weights": token_weights,
+    }
+    for name, value in {"logp": logp, **optional}.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "logp"):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.tensor()"
+            )
+        if value is not None and value.is_complex():
+            raise TypeError(f"{name} must be real, got {value.dtype}")
+    if num_sequences is not None and (
+        isinstance(num_sequences, bool) or not isinstance(num_sequences, int)
+    ):
+        raise TypeError(
+            f"num_sequences must be an int or None, got {type(num_sequences).__name__}; use int()"
+        )
 
 
 def _check_per_token(
@@ -170,7 +200,7 @@ def _check_boundaries(
                 f"cu_seqlens must rise from 0 to N = {logp.numel()}, got {first} to {last}"
                 + (", not rising throughout" if (first, last) == (0, logp.numel()) else "")
             )
-    return cu_seqlens
+    return cu_seqlens.long()
 
 
 def _check_ids(

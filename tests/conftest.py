@@ -2,6 +2,7 @@
 """What all tests share: uninitialised memory holds NaN, two threads, a fixed seed, and the
 repository root on the path, for helper modules beside the tests."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,15 @@ if str(ROOT) not in sys.path:
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
 )
+
+# Kernels run in Triton's interpreter, which is chosen when they are imported; not in the
+# subprocesses that tests start.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("fastpref.scoring.backends.fused")
+    # Triton imports it later on, which fails once the variable is gone.
+    importlib.import_module("triton.experimental.gluon")
+    del os.environ["TRITON_INTERPRET"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring import backends
 from fastpref.scoring.backends import UpstreamGradient
+from fastpref.scoring.backends.tiled import Tiled
 from fastpref.scoring.types import LogitMap, statistics_dtype
 from tests.cuda_on_host.kernels import ELEMENTS, Kernels, compile_kernels, unavailable_reason
 
@@ -319,7 +320,7 @@ def test_the_engine_computes_with_them(
     needs: tuple[bool, bool],
 ) -> None:
     """Against plain torch; the small budget makes slabs and recomputation."""
-    monkeypatch.setattr(backends, "load", lambda name: kernels)
+    monkeypatch.setattr(backends, "load", lambda name: Tiled(kernels))
     hidden = torch.randn(10, 16, dtype=torch.float64, requires_grad=needs[0])
     weight = torch.randn(2100, 16, dtype=torch.float64, requires_grad=needs[1])
     target = torch.randint(2100, (10,))

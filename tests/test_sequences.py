@@ -222,6 +222,15 @@ ERRORS = {
         (XX,),
         {"mask": XX[0] > 0},
     ),
+    "list of logp": (TypeError, "logp must be a torch.Tensor, got list", ([1.0],), {}),
+    "list mask": (TypeError, "mask must be a torch.Tensor, got list", (XX,), {"mask": [[1]]}),
+    "complex mask": (TypeError, "mask must be real", (XX,), {"mask": XX.cfloat()}),
+    "float num_sequences": (
+        TypeError,
+        "num_sequences must be an int or None, got float",
+        (X,),
+        {"sequence_ids": IDS, "num_sequences": 4.0},
+    ),
     "float mask": (TypeError, "weights go into token_weights", (XX,), {"mask": XX}),
     "weights shape": (ValueError, "token_weights must be shaped", (XX,), {"token_weights": XX[0]}),
     "ids shape": (
@@ -259,6 +268,12 @@ ERRORS = {
     ),
     "reduction": (ValueError, "reduction must be 'sum' or 'mean'", (XX,), {"reduction": "max"}),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_boundaries_of_any_integer_dtype(dtype):
+    expected = sequence_logp(X, cu_seqlens=CU)
+    assert torch.equal(sequence_logp(X, cu_seqlens=CU.to(dtype)), expected)
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -155,7 +155,7 @@ class LogProbAdapter:
                 targets,
                 bias,
                 ignore_index=-1,  # no token: TRL has put 0 where it does not score
-                temperature=temperature,
+                temperature=float(temperature),
                 logit_scale=logit_scale,
                 softcap=softcap,
                 outputs=("logp", *(OUTPUTS[name] for name in outputs if name != "log_probs")),

@@ -136,6 +136,9 @@ class Objective:
 
     def _check_logps(self, logps: list[Any]) -> None:
         names, policy = self.signature.logps, POLICY_LOGPS[self.unit]
+        for name, value in zip(names[:policy], logps[:policy], strict=True):
+            if value is None:
+                raise TypeError(f"{self.name} needs the log-probabilities {name}")
         for name, value in zip(names[policy:], logps[policy:], strict=True):
             if self.needs_reference and value is None:
                 raise ValueError(
@@ -222,6 +225,11 @@ def get(name: str, **hyperparameters: Any) -> Objective:
     Raises ValueError on an unknown name or a value outside its domain, TypeError on an unknown or
     missing hyperparameter.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name must be the name of an objective, got {type(name).__name__}; "
+            "objectives.names() lists them all"
+        )
     if name not in _CATALOGUE:
         close = difflib.get_close_matches(name, _CATALOGUE) or list(_CATALOGUE)
         raise ValueError(
@@ -261,7 +269,10 @@ def _refuse_unknown(objective: str, kind: str, given: Iterable[str], known: Iter
     unknown = [name for name in given if name not in known]
     if unknown:
         valid = ", ".join(known) or "none"
-        raise TypeError(f"{objective} has no {kind} {', '.join(unknown)}; it has: {valid}")
+        hint = ""
+        if kind == "extra":
+            hint = "; hyperparameters are set by objectives.get(name, ...) or .replace(...)"
+        raise TypeError(f"{objective} has no {kind} {', '.join(unknown)}; it has: {valid}{hint}")
 
 
 def _log_ratios(logps: list[Any], policy: int) -> list[Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import autograd, backends, vocab_parallel
 from .packing import pack
 from .schedule import Plan, Problem, choose, total_memory
-from .types import ScoringOptions, TokenScores
+from .types import ScoringOptions, TokenScores, needs_statistics
 from .validation import (
     check_group,
     check_ignore_index,
@@ -46,12 +46,13 @@ def linear_logprob(
     Args:
         hidden: (..., H), float64, float32, bfloat16 or float16; hidden state that predicts
             ``target``. Need not be contiguous. Unscored rows are never read.
-        weight: (V, H), as ``nn.Linear`` stores it. Where its dtype differs from hidden's the wider
-            one is used, under autocast the autocast dtype; it is cast once per call.
+        weight: (V, H), as ``nn.Linear`` stores it. Where its dtype differs from hidden's both are
+            promoted as torch does (bfloat16 with float16 to float32); under autocast the autocast
+            dtype is used, unless one of them is float64. It is cast once per call.
         target: (...) int64, already shifted. A target outside [0, V) that is not ``ignore_index``
             gives NaN in its row.
         bias: (V,), or None. -inf takes an entry out of the vocabulary; under a softcap, which maps
-            it to -softcap, it does not.
+            it to -softcap, it does not. ``mean_logits`` averages over it all the same.
         ignore_index: target of a position that is not scored.
         temperature: greater than 0.
         logit_scale: multiplies z before the cap.
@@ -160,8 +161,10 @@ def prepare(
     held = check_vocab_range(vocab_range, weight.shape[0])
     columns = weight.shape[0] if held is None else held[1] - held[0]
     shard = vocab_parallel.shard_range(tp_group, columns, hidden.device)
+    name = backends.choose(options.backend, hidden.device)
+    backend = backends.load(name)
+    target = target.to(torch.int64)
     packing = pack(target, ignore_index, options.max_scored)
-    backend = backends.choose(options.backend, hidden.device)
     recording = torch.is_grad_enabled()
     dtype = product_dtype(hidden, weight)
     problem = Problem(
@@ -175,15 +178,16 @@ def prepare(
         needs_bias=recording and bias is not None and bias.requires_grad,
         only_logp="entropy" not in outputs and "lse" not in outputs,
         casts_weight=weight.dtype != dtype,
-        backend=backend,
-        temporary_bytes=backends.load(backend).temporary_bytes(
-            packing.scored, shard.widest, hidden.device.type, dtype
+        backend=name,
+        scores_in_tiles=backend.needs_tile(dtype, write=False),
+        temporary_bytes=backend.temporary_bytes(
+            packing.scored, shard.widest, hidden.device.type, dtype, needs_statistics(outputs)
         ),
         total_memory=total_memory(hidden.device),
     )
     return autograd.Call(
         # A copy: backward reads it again, and a batch's labels may be overwritten until then.
-        target=target.to(torch.int64, copy=True),
+        target=target.clone(),
         packing=packing,
         plan=choose(problem, options),
         map=map,

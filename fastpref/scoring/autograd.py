@@ -65,10 +65,7 @@ class LinearScores(torch.autograd.Function):
             target = packing.gather(call.target.reshape(-1))
             run = Run(head, plan, backends.load(plan.backend), call.group)
             scores, kept = forward(run, rows, target, call.outputs)
-            spread = [
-                None if value is None else packing.spread(value).view(call.target.shape)
-                for value in scores
-            ]
+            spread = [None if value is None else _unpacked(value, call) for value in scores]
         if plan.needs_hidden or plan.needs_weight or plan.needs_bias:
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
             ctx.save_for_backward(hidden, weight, bias, kept.exps)
@@ -147,6 +144,13 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 def _packed_hidden(hidden: Tensor, call: Call) -> Tensor:
     return call.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(call.plan.dtype)
+
+
+def _unpacked(values: Tensor, call: Call) -> Tensor:
+    # Not a view: autograd refuses in-place changes of a view among several outputs.
+    return values.new_empty(call.target.shape).copy_(
+        call.packing.spread(values).view(call.target.shape)
+    )
 
 
 def _packed_upstream(upstream: tuple[Tensor | None, ...], call: Call) -> Upstream:

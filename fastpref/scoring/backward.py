@@ -144,9 +144,15 @@ def _recomputed_tile(
 
     def tile(columns: slice, workspace: Tensor) -> Tensor:
         out = _shaped(workspace, hidden.shape[0], columns)
-        torch.mm(hidden, head.weight[columns].t(), out=out)
-        bias = None if head.bias is None else head.bias[columns]
-        run.backend.logit_grad(out, column - columns.start, gradient, bias, head.map)
+        run.backend.project_gradient(
+            hidden,
+            head.weight[columns],
+            out,
+            column - columns.start,
+            gradient,
+            None if head.bias is None else head.bias[columns],
+            head.map,
+        )
         return out
 
     return tile

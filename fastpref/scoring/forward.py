@@ -21,7 +21,7 @@ from . import vocab_parallel
 from .backends import RowBackend
 from .rows import RowScores, merge, row_scores, token_scores
 from .schedule import Plan
-from .types import STATISTICS, Head, TokenScores
+from .types import Head, TokenScores, needs_statistics
 from .workspace import Lease
 
 
@@ -63,28 +63,27 @@ def forward(
     exps = work = direct = None
     if kept_rows:
         exps = Lease((kept_rows, weight.shape[0]), hidden.dtype, hidden.device)
-    if kept_rows < total or total == 0:
+    direct_rows = plan.schedule == "direct"
+    if (kept_rows < total or total == 0) and (direct_rows or plan.scores_in_tiles):
         rows = min(plan.forward_tile.rows, total - kept_rows)
         cols = min(plan.forward_tile.cols, weight.shape[0])
         work = Lease((rows, cols), hidden.dtype, hidden.device)
-    if plan.schedule == "direct":
+    if direct_rows:
         direct = torch.empty_like(hidden)
     parts = []
     for chunk in _chunks(total, kept_rows, plan.forward_tile.rows):
         lease = exps if chunk.stop <= kept_rows and exps is not None else work
-        if lease is None:
-            raise RuntimeError("the plan has no tile for its rows")
-        buffer = lease.tensor[: chunk.stop - chunk.start]
-        write = lease is exps or direct is not None
+        buffer = None if lease is None else lease.tensor[: chunk.stop - chunk.start]
+        write = buffer is not None and (lease is exps or direct is not None)
         parts.append(_score_chunk(run, hidden[chunk], target[chunk], buffer, write, outputs))
-        if direct is not None:
+        if direct is not None and buffer is not None:
             torch.mm(buffer, weight, out=direct[chunk])
     scores = TokenScores._make(map(_concatenate, zip(*(part[0] for part in parts), strict=True)))
     row = RowScores._make(torch.cat(one) for one in zip(*(part[1] for part in parts), strict=True))
     scale = torch.cat([part[2] for part in parts])
-    return scores, Kept(
-        target, row, scale, scores.entropy, None if exps is None else exps.tensor, direct
-    )
+    # The caller may change what it gets.
+    entropy = None if scores.entropy is None else scores.entropy.clone()
+    return scores, Kept(target, row, scale, entropy, None if exps is None else exps.tensor, direct)
 
 
 def _chunks(total: int, kept: int, rows: int) -> Iterator[slice]:
@@ -105,23 +104,29 @@ def _score_chunk(
     run: Run,
     hidden: Tensor,
     target: Tensor,
-    buffer: Tensor,
+    buffer: Tensor | None,
     write: bool,
     outputs: tuple[str, ...],
 ) -> tuple[TokenScores, RowScores, Tensor]:
-    """Scores, row scores and scale of some rows. With ``write``, ``buffer`` (rows, V) ends as E."""
+    """Scores, row scores and scale of some rows. With ``write``, ``buffer`` (rows, V) ends as E;
+    without a buffer, the backend works in none."""
     head = run.head
     own = target_logit(run, hidden, target)
-    statistics = any(name in outputs for name in STATISTICS)
-    vocab, cols = head.weight.shape[0], buffer.shape[1]
+    vocab = head.weight.shape[0]
+    cols = vocab if buffer is None else buffer.shape[1]
     parts = []
     for start in range(0, vocab, cols):
         slab = slice(start, min(vocab, start + cols))
-        tile = buffer[:, : slab.stop - start]
-        torch.mm(hidden, head.weight[slab].t(), out=tile)
-        bias = None if head.bias is None else head.bias[slab]
-        sums = run.backend.exp_rows(
-            tile, own.column - start, own.logit, bias, head.map, write, statistics
+        sums = run.backend.project(
+            hidden,
+            head.weight[slab],
+            None if buffer is None else buffer[:, : slab.stop - start],
+            own.column - start,
+            own.logit,
+            None if head.bias is None else head.bias[slab],
+            head.map,
+            write,
+            needs_statistics(outputs),
         )
         if sums.best_index is not None:
             sums = sums._replace(best_index=sums.best_index + (start + head.start))
@@ -132,9 +137,9 @@ def _score_chunk(
     # The anchors may lie far apart: their difference is rounded only after exp.
     moved = local.anchor.double() + local.offset.double() - rows.anchor.double()
     scale = (moved.exp() / rows.norm.double()).to(rows.norm.dtype)
-    if write and run.group is not None:
-        scale = _raise_scale(run, buffer, scale)
-    if write:
+    if write and buffer is not None:
+        if run.group is not None:
+            scale = _raise_scale(run, buffer, scale)
         _write_target(buffer, own, rows, scale, head)
     return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale
 

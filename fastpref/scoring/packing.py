@@ -34,7 +34,7 @@ class Packing(NamedTuple):
         return rows
 
     def spread(self, values: Tensor) -> Tensor:
-        """(scored, ...) -> (total, ...), 0 (False) elsewhere."""
+        """(scored, ...) -> (total, ...), 0 (False) elsewhere; ``values`` itself if all are."""
         if self.valid is not None:
             values = torch.where(self.valid.view(-1, *[1] * (values.dim() - 1)), values, 0)
         if self.positions is None:

@@ -119,9 +119,12 @@ def token_scores(
         others = _given(sums.weighted) * (sums.anchor - rows.anchor).exp()
         values["entropy"] = rows.log_norm - others / rows.norm - own
     if "log_sum_sq_probs" in outputs:
-        own = (2 * (target_logit - rows.anchor)).exp()
-        others = _given(sums.squares) * (2 * (sums.anchor - rows.anchor)).exp()
-        values["log_sum_sq_probs"] = (others + own).log() - 2 * rows.log_norm
+        # Anchors and logits may lie far apart: their difference is rounded only after exp.
+        top = rows.anchor.double()
+        own = (2 * (target_logit - top)).exp()
+        others = _given(sums.squares) * (2 * (sums.anchor - top)).exp()
+        squares = (others + own).log() - 2 * rows.log_norm.double()
+        values["log_sum_sq_probs"] = squares.to(rows.norm.dtype)
     if "mean_logits" in outputs:
         values["mean_logits"] = (_given(sums.total) + target_logit) / vocab_size
     if "is_top1" in outputs:

@@ -59,6 +59,7 @@ class Problem:
     only_logp: bool  # neither entropy nor lse can receive a gradient
     casts_weight: bool  # to the dtype of the products
     backend: str
+    scores_in_tiles: bool  # forms products in memory even where it keeps no exponentials
     temporary_bytes: int  # of the backend, beside a tile
     total_memory: int  # of the device, bytes
 
@@ -113,7 +114,9 @@ class Plan(Problem):
     def workspace_bytes(self) -> int:
         """Working memory at its peak, ``saved_bytes`` included, results and gradients not."""
         exact = statistics_dtype(self.dtype).itemsize
-        tile = 0 if self.schedule == "keep" else self.forward_tile.nbytes(self.itemsize)
+        tile = 0
+        if self.schedule == "direct" or (self.scores_in_tiles and self.schedule != "keep"):
+            tile = self.forward_tile.nbytes(self.itemsize)
         forward = self._row_bytes + self.temporary_bytes + tile
         if not self.needs_grad or self.schedule == "direct":
             return self.saved_bytes + forward
@@ -161,7 +164,7 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
     """The plan for ``problem``. Raises ValueError where ``options.schedule`` cannot serve it."""
     budget = options.memory_budget or problem.total_memory // BUDGET_SHARE
     if not problem.needs_grad:
-        return _plan(problem, budget, "score", 0, _forward_tile(problem, budget, options), None)
+        return _plan(problem, budget, "score", 0, _score_tile(problem, budget, options), None)
     if options.schedule == "direct" and (
         problem.needs_weight or problem.needs_bias or not problem.only_logp
     ):
@@ -187,11 +190,21 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
         return _plan(problem, budget, "keep", problem.scored, whole, None)
     kept -= kept % LEAST_ROWS
     left = budget - kept * row_bytes
-    forward = _forward_tile(problem, left, options)
+    forward = _score_tile(problem, left, options)
     backward = recompute_tile(problem.scored - kept, problem.vocab_size, problem.itemsize, left)
     return _plan(
         problem, budget, "keep/recompute" if kept else "recompute", kept, forward, backward
     )
+
+
+def _score_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:
+    """Of rows that are scored and not kept. Without products in memory, what bounds them is the
+    backend's temporaries."""
+    if problem.scores_in_tiles:
+        return _forward_tile(problem, budget, options)
+    row_bytes = max(1, problem.temporary_bytes // max(1, problem.scored))
+    rows = options.chunk_rows or max(LEAST_ROWS, budget // row_bytes)
+    return Tile(min(max(1, problem.scored), rows), max(1, problem.vocab_size))
 
 
 def _forward_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:

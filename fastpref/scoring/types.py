@@ -19,8 +19,8 @@ DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16,
 
 
 class TokenScores(NamedTuple):
-    """Per-token scores, each shaped like ``target`` and float32 (float64 for float64 ``hidden``),
-    or None.
+    """Per-token scores, each shaped like ``target`` and float32 (float64 for float64 products), or
+    None.
 
     With p the softmax of the transformed logits t over the vocabulary and y the target:
 
@@ -28,8 +28,7 @@ class TokenScores(NamedTuple):
     - ``entropy``: -sum p log p, in nats. Differentiable.
     - ``log_sum_sq_probs``: log sum p^2.
     - ``mean_logits``: mean of t over the vocabulary.
-    - ``is_top1``: bool, no logit is strictly greater than the target's. Of equal ones the first
-      counts as greatest.
+    - ``is_top1``: bool, the target's logit is the greatest, the first of equal ones.
     - ``lse``: log sum exp t. Differentiable.
 
     Positions where ``target == ignore_index`` hold 0 (False).
@@ -46,6 +45,11 @@ class TokenScores(NamedTuple):
 OUTPUTS: tuple[str, ...] = TokenScores._fields
 DIFFERENTIABLE: tuple[str, ...] = ("logp", "entropy", "lse")
 STATISTICS: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def needs_statistics(outputs: tuple[str, ...]) -> bool:
+    """Whether any of ``outputs`` takes more than the sum of a row's exponentials."""
+    return any(name in outputs for name in STATISTICS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +89,11 @@ class ScoringOptions:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
-            if value < (0 if name == "max_scored" else 1):
+            least = 0 if name == "max_scored" else 1
+            if value < least:
                 raise ValueError(
-                    f"{name} must be positive; got {value}. Leave it None to let fastpref choose"
+                    f"{name} must be {'0 or ' if least == 0 else ''}positive; got {value}. "
+                    "Leave it None to let fastpref choose"
                 )
 
 

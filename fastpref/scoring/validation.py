@@ -6,7 +6,7 @@ Every error names the argument, what came, what was expected, and the remedy.
 
 from __future__ import annotations
 
-import math
+import numbers
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .types import DTYPES, OUTPUTS, LogitMap
+
+_LEAST, _MOST = 1e-15, 1e15
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
@@ -23,6 +25,8 @@ def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         _check_whole(name, tensor)
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got {tensor.layout}; use {name}.to_dense()")
         if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
@@ -37,8 +41,11 @@ def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
             f"{tuple(hidden.shape)} and weight (V, H) = {tuple(weight.shape)}; "
             "pass the weight as nn.Linear stores it, (out, in)"
         )
-    if weight.shape[0] == 0:
-        raise ValueError("weight must have at least one row, got a vocabulary of 0")
+    if weight.numel() == 0:
+        raise ValueError(
+            "weight must have at least one row and one column, got (V, H) = "
+            f"{tuple(weight.shape)}; a partitioned parameter must be gathered first"
+        )
     if hidden.shape[:-1] != target.shape:
         raise ValueError(
             "target must have the shape of hidden without its last dimension: got target "
@@ -56,6 +63,8 @@ def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
                 f"{name} must be on {hidden.device}, where hidden is; got {tensor.device}. "
                 "Move it there"
             )
+    if hidden.is_meta:
+        raise ValueError("hidden must hold data, got a meta tensor; materialise the model first")
 
 
 def _check_whole(name: str, tensor: Tensor) -> None:
@@ -107,6 +116,8 @@ def check_ignore_index(ignore_index: Any) -> None:
             f"ignore_index must be an int, got {type(ignore_index).__name__}; "
             "pass a value that is no token id, such as -100, where every position is scored"
         )
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit int64, as target does; got {ignore_index}")
 
 
 def check_group(tp_group: Any) -> None:
@@ -125,17 +136,23 @@ def check_map(temperature: float, logit_scale: float, softcap: float | None) -> 
     ):
         if value is None and name == "softcap":
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(
+                f"{name} must be a number, got {type(value).__name__}; use float({name})"
+            )
+        # Beyond, float32 logits overflow or the map vanishes; NaN fails the comparison too.
+        if value != 0 and not _LEAST <= abs(value) <= _MOST:
+            raise ValueError(
+                f"{name} must be finite and its size between {_LEAST} and {_MOST}, got {value}"
+            )
     if temperature <= 0:
         raise ValueError(
             f"temperature must be greater than 0, got {temperature}; logits are divided by it"
         )
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be greater than 0, got {softcap}; pass None for no cap")
-    return LogitMap(logit_scale / temperature, 0.0 if softcap is None else softcap / temperature)
+    scale = float(logit_scale) / float(temperature)
+    return LogitMap(scale, 0.0 if softcap is None else float(softcap) / float(temperature))
 
 
 def check_vocab_range(vocab_range: tuple[int, int] | None, rows: int) -> tuple[int, int] | None:
@@ -148,9 +165,14 @@ def check_vocab_range(vocab_range: tuple[int, int] | None, rows: int) -> tuple[i
     if len(vocab_range) != 2:
         raise ValueError(f"vocab_range must be a pair (start, stop), got {tuple(vocab_range)}")
     start, stop = vocab_range
+    for bound in (start, stop):
+        if isinstance(bound, bool) or not isinstance(bound, int):
+            raise TypeError(
+                f"vocab_range must hold two ints, got {type(bound).__name__}; use int()"
+            )
     if not 0 <= start < stop or stop - start > rows:
         raise ValueError(
             "vocab_range must be (start, stop) with 0 <= start < stop and at most "
             f"{rows} columns, the rows of weight; got ({start}, {stop})"
         )
-    return int(start), int(stop)
+    return start, stop

@@ -233,13 +233,23 @@ CASES = {
     ),
     "too few logps": (
         TypeError,
-        "policy_rejected_logps must be a floating tensor, got NoneType",
+        "simpo needs the log-probabilities policy_rejected_logps",
         lambda: objectives.simpo(LOGPS[0], **LENGTHS),
     ),
     "reduced losses": (
         ValueError,
         r"one loss a pair, shape \(3,\), not reduced; got \(\)",
         lambda: objectives.as_objective(lambda a, b, c, d: a.mean())(*LOGPS),
+    ),
+    "name of no kind": (
+        TypeError,
+        "name must be the name of an objective, got NoneType",
+        lambda: objectives.get(None),
+    ),
+    "hyperparameter in a call": (
+        TypeError,
+        r"dpo has no extra beta; it has: none; hyperparameters are set by objectives.get",
+        lambda: objectives.get("dpo")(*LOGPS, beta=0.3),
     ),
     "wrong result": (
         TypeError,

@@ -95,7 +95,8 @@ def test_instruction_sets(capability):
     assert {key: value for key, value in far.items() if not value <= 16} == {}
 
 
-def test_choice():
+def test_choice(monkeypatch):
+    monkeypatch.setattr("fastpref.scoring.backends.fused.INTERPRETED", False)
     cpu = torch.device("cpu")
     assert backends.choose("torch", cpu) == "torch"
     assert backends.choose("auto", cpu) == BACKENDS[-1]

@@ -21,7 +21,7 @@ def parts_of(logits, target, backend, statistics=True, dtype=torch.float64):
     parts = []
     for start, stop in itertools.pairwise(BOUNDS):
         tile = logits[:, start:stop].to(dtype).contiguous()
-        sums = load(backend).exp_rows(
+        sums = load(backend).kernels.exp_rows(
             tile, target - start, own, None, LogitMap(1.0, 0.0), False, statistics
         )
         if sums.best_index is not None:

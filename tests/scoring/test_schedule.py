@@ -26,6 +26,7 @@ def problem(**changes):
             "only_logp": True,
             "casts_weight": False,
             "backend": "torch",
+            "scores_in_tiles": True,
             "temporary_bytes": 0,
             "total_memory": 1024 * GIB,
             **changes,

@@ -286,3 +286,40 @@ def test_bit_equal_run_to_run(backend, plan):
         results.append([scores.logp, *(leaf.grad for leaf in leaves.values())])
     for others in results[1:]:
         assert all(map(torch.equal, results[0], others))
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_results_may_be_changed_in_place(backend, plan, ignored):
+    case = make_case(rows=140, vocab=V, dtype=torch.float32, ignored=ignored)
+    outputs = differentiable(plan)
+    gradients = []
+    for change in (False, True):
+        scores, leaves = scored(plan, backend, case.hidden, case.weight, case.target, outputs)
+        loss = sum((k + 1) * getattr(scores, name).sum() for k, name in enumerate(outputs))
+        if change:
+            for name in outputs:
+                getattr(scores, name).detach().fill_(NAN)
+        loss.backward()
+        gradients.append(leaves["hidden"].grad)
+    assert torch.equal(*gradients)
+
+
+def test_results_differentiate_through_in_place_changes(backend, plan):
+    case = make_case(rows=140, vocab=V, dtype=torch.float32)
+    gradients = []
+    for change in (lambda logp: logp * 3, lambda logp: logp.mul_(3)):
+        scores, leaves = scored(plan, backend, case.hidden, case.weight, case.target)
+        change(scores.logp).sum().backward()
+        gradients.append(leaves["hidden"].grad)
+    assert torch.equal(*gradients)
+
+
+def test_int32_targets_beside_a_wide_ignore_index(backend, plan):
+    case = make_case(rows=140, vocab=V, dtype=torch.float32)
+    target = case.target.int()
+    target[:5] = 0
+    options = ScoringOptions(backend=backend, **PLANS[plan])
+    hidden = case.hidden.clone().requires_grad_()
+    call = (hidden, case.weight, target)
+    wide = linear_logprob(*call, ignore_index=2**32, options=options).logp
+    assert torch.equal(wide, linear_logprob(*call, options=options).logp)

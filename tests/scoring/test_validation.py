@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: every error names the argument, what came, what was expected, and a remedy."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,11 +47,18 @@ TABLE = [
     ("bias", torch.zeros(1, 11), V, r"bias.*\(11,\).*\(1, 11\)"),
     ("bias", torch.zeros(11, dtype=torch.long), T, "bias.*float64.*int64"),
     ("bias", torch.zeros(11, device="meta"), V, "bias.*on cpu.*meta"),
+    ("hidden", torch.zeros(2, 3, 4).to_sparse(), T, r"hidden.*dense.*sparse.*to_dense\(\)"),
+    ("weight", torch.zeros(11, 4).to_sparse(), T, r"weight.*dense.*sparse.*to_dense\(\)"),
+    ("ignore_index", 2**63, V, "ignore_index.*int64.*9223372036854775808"),
     ("ignore_index", None, T, "ignore_index.*int.*NoneType"),
     ("ignore_index", 1.5, T, "ignore_index.*int.*float"),
     ("temperature", 0, V, "temperature.*greater than 0.*0"),
     ("temperature", -1.0, V, "temperature.*greater than 0.*-1.0"),
     ("temperature", NAN, V, "temperature.*finite.*nan"),
+    ("temperature", 1e-40, V, "temperature.*1e-15.*1e-40"),
+    ("temperature", 10**400, V, "temperature.*1e-15.*1000"),
+    ("softcap", 1e-46, V, "softcap.*1e-15.*1e-46"),
+    ("logit_scale", 1e300, V, "logit_scale.*1e-15.*1e[+]300"),
     ("temperature", "1", T, "temperature.*number.*str"),
     ("temperature", None, T, "temperature.*number.*NoneType"),
     ("temperature", torch.tensor(1.0), T, "temperature.*number.*Tensor"),
@@ -69,6 +77,9 @@ TABLE = [
     ("vocab_range", (-1, 3), V, r"vocab_range.*0 <= start.*\(-1, 3\)"),
     ("vocab_range", (0, 12), V, r"vocab_range.*at most 11.*\(0, 12\)"),
     ("vocab_range", (0, 1, 2), V, r"vocab_range.*\(start, stop\).*\(0, 1, 2\)"),
+    ("vocab_range", ("a", "b"), T, "vocab_range.*ints.*str"),
+    ("vocab_range", (0.5, 3), T, "vocab_range.*ints.*float"),
+    ("vocab_range", (True, 3), T, "vocab_range.*ints.*bool"),
     ("vocab_range", 11, T, r"vocab_range.*\(start, stop\).*int"),
     ("options", {"backend": "cpp"}, T, "options.*ScoringOptions.*dict"),
 ]
@@ -79,6 +90,23 @@ TABLE = [
 def test_arguments(call, argument, value, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call(**good(**{argument: value}))
+
+
+def test_a_hidden_size_of_zero():
+    with pytest.raises(ValueError, match=r"weight.*one column.*\(11, 0\)"):
+        linear_logprob(torch.zeros(3, 0), torch.zeros(11, 0), torch.zeros(3, dtype=torch.long))
+
+
+def test_tensors_without_data():
+    arguments = {name: value.to("meta") for name, value in good().items()}
+    with pytest.raises(ValueError, match="hidden must hold data, got a meta tensor"):
+        linear_logprob(**arguments)
+
+
+def test_numbers_of_other_libraries():
+    arguments = good()
+    plain = linear_logprob(**arguments, temperature=0.5).logp
+    assert torch.equal(linear_logprob(**arguments, temperature=np.float32(0.5)).logp, plain)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +143,8 @@ def test_options_are_frozen_and_keyword_only():
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_backend_that_cannot_serve_says_why(backend):
+def test_a_backend_that_cannot_serve_says_why(backend, monkeypatch):
+    monkeypatch.setattr("fastpref.scoring.backends.fused.INTERPRETED", False)
     options = ScoringOptions(backend=backend)
     with pytest.raises(ValueError, match=rf"backend='{backend}'.*(cpu|kernels).*backend='auto'"):
         linear_logprob(**good(), options=options)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends: who turns a tile of raw products into exponentials or into logit gradients.
+"""Backends: who turns raw products into exponentials or into logit gradients.
 
-The first two functions of a backend work on a (rows, cols) tile of raw products, the others on
-(rows, H) matrices. ``target`` holds columns of the tile; a value outside [0, cols) means that the
+``target`` holds columns of the tile; a value outside [0, cols) means that the
 row's target lies elsewhere.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,12 +29,29 @@ class UpstreamGradient(NamedTuple):
     entropy: Tensor | None
 
 
-class RowBackend(Protocol):
+class RowKernels(Protocol):
+    """What plain.py, compiled.py and fused.py all have."""
+
+    def temporary_bytes(
+        self, rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
+    ) -> int:
+        """Most memory that a pass over (rows, cols) takes beside a tile."""
+
+    def gather_dot(self, hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        """hidden[i] . weight[index[i]], (rows,) in the statistics' dtype."""
+
+    def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        """factor[i] rows[i], (rows, H), into ``out``, which may be ``rows``; rounded once."""
+
+
+class RowBackend(RowKernels, Protocol):
     """The primitive that backends differ in."""
 
-    def exp_rows(
+    def project(
         self,
-        tile: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        tile: Tensor | None,
         target: Tensor,
         anchor: Tensor,
         bias: Tensor | None,
@@ -42,27 +59,23 @@ class RowBackend(Protocol):
         write: bool,
         statistics: bool,
     ) -> RowSums:
-        """Sums over each row but its target; with ``write`` the tile becomes the exponentials (0 at
-        the target)."""
+        """Sums over each row of hidden weight^T but its target; with ``write`` the tile becomes the
+        exponentials (0 at the target). ``tile`` is None only where ``needs_tile`` says so."""
 
-    def logit_grad(
+    def project_gradient(
         self,
+        hidden: Tensor,
+        weight: Tensor,
         tile: Tensor,
         target: Tensor,
         upstream: UpstreamGradient,
         bias: Tensor | None,
         map: LogitMap,
     ) -> None:
-        """The tile becomes the gradient with respect to the raw products."""
+        """The tile becomes the gradient with respect to the raw products hidden weight^T."""
 
-    def temporary_bytes(self, rows: int, cols: int, device_type: str, dtype: torch.dtype) -> int:
-        """Most memory that these take beside a (rows, cols) tile."""
-
-    def gather_dot(self, hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        """hidden[i] . weight[index[i]], (rows,) in the statistics' dtype."""
-
-    def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-        """factor[i] rows[i], (rows, H), into ``out``, which may be ``rows``; rounded once."""
+    def needs_tile(self, dtype: torch.dtype, write: bool) -> bool:
+        """Whether ``project`` needs a (rows, cols) tile to work in."""
 
 
 def unavailable_reason(name: str, device_type: str) -> str | None:
@@ -80,7 +93,11 @@ def unavailable_reason(name: str, device_type: str) -> str | None:
 
         return cuda_unavailable_reason(device_type)
     if name == "triton":
-        return "this build has no Triton kernels for scoring; use backend='auto'"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        from .fused import unavailable_reason as fused_unavailable_reason
+
+        return fused_unavailable_reason(device_type)
     return f"there is no backend {name!r}"
 
 
@@ -98,11 +115,17 @@ def choose(name: str, device: torch.device) -> str:
 
 
 def load(name: str) -> RowBackend:
+    if name == "triton":
+        from . import fused
+
+        return fused
+    from .tiled import Tiled
+
     if name in ("cpp", "cuda"):
         # The same operators: torch's dispatcher picks the kernels by the tile's device.
         from . import compiled
 
-        return compiled
+        return Tiled(compiled)
     from . import plain
 
-    return plain
+    return Tiled(plain)

@@ -35,7 +35,9 @@ def logit_grad(
     torch.ops.fastpref.logit_grad_(tile, target, *upstream, bias, map.scale, map.cap)
 
 
-def temporary_bytes(rows: int, cols: int, device_type: str, dtype: torch.dtype) -> int:
+def temporary_bytes(
+    rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
+) -> int:
     """Most memory that a pass over a (rows, cols) tile takes beside it: rows live in cache."""
     return 0
 

@@ -43,7 +43,9 @@ def _block_rows(matrix: Tensor) -> int:
     return max(1, _block_elements(matrix.device.type) // max(1, matrix.shape[1]))
 
 
-def temporary_bytes(rows: int, cols: int, device_type: str, dtype: torch.dtype) -> int:
+def temporary_bytes(
+    rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
+) -> int:
     """Most memory that a pass over a (rows, cols) tile takes beside it."""
     block = max(cols, min(rows * cols, _block_elements(device_type)))
     return _TEMPORARIES * block * statistics_dtype(dtype).itemsize

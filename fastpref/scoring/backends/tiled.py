@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends that let torch form a tile of raw products and then work on it in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..rows import RowSums
+from ..types import LogitMap
+from . import RowKernels, UpstreamGradient
+
+
+class TileKernels(RowKernels, Protocol):
+    """What such a backend does with a (rows, cols) tile of raw products."""
+
+    def exp_rows(
+        self,
+        tile: Tensor,
+        target: Tensor,
+        anchor: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+        write: bool,
+        statistics: bool,
+    ) -> RowSums:
+        """Sums over each row but its target; with ``write`` the tile becomes the exponentials (0 at
+        the target)."""
+
+    def logit_grad(
+        self,
+        tile: Tensor,
+        target: Tensor,
+        upstream: UpstreamGradient,
+        bias: Tensor | None,
+        map: LogitMap,
+    ) -> None:
+        """The tile becomes the gradient with respect to the raw products."""
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """A RowBackend of such kernels."""
+
+    kernels: TileKernels
+
+    def needs_tile(self, dtype: torch.dtype, write: bool) -> bool:
+        return True
+
+    def project(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tile: Tensor | None,
+        target: Tensor,
+        anchor: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+        write: bool,
+        statistics: bool,
+    ) -> RowSums:
+        if tile is None:
+            raise RuntimeError("the plan has no tile for this product")
+        torch.mm(hidden, weight.t(), out=tile)
+        return self.kernels.exp_rows(tile, target, anchor, bias, map, write, statistics)
+
+    def project_gradient(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tile: Tensor,
+        target: Tensor,
+        upstream: UpstreamGradient,
+        bias: Tensor | None,
+        map: LogitMap,
+    ) -> None:
+        torch.mm(hidden, weight.t(), out=tile)
+        self.kernels.logit_grad(tile, target, upstream, bias, map)
+
+    def temporary_bytes(
+        self, rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
+    ) -> int:
+        return self.kernels.temporary_bytes(rows, cols, device_type, dtype, statistics)
+
+    def gather_dot(self, hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        return self.kernels.gather_dot(hidden, weight, index)
+
+    def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        return self.kernels.scale_rows(rows, factor, out)

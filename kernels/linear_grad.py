@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of hidden states with a head, formed again in backward and turned into the gradient with
+respect to themselves before they leave the chip.
+
+With t the logit of the raw product z, p[n, v] = exp(t[n, v] - anchor[n]) / norm[n], and the
+gradients g, h, k that arrived at logp, lse and entropy H of row n:
+
+    grads[n, v] = dt/dz (p (h - g) - k p (log p + H)),
+    at the target y:  dt/dz (g (1 - p_y) + p_y h - k p_y (logp + H)).
+
+Rows are worked through as in linear_exp.py; 2 N H V flop.
+"""
+
+import triton
+import triton.language as tl
+
+from .linear_exp import describe_product, load_product, store_tile, tile_position
+from .logit_map import exp_difference, map_logits
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0, without cancellation: its Taylor series, 2e-9 off at -1/4."""
+    series = 1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6))))
+    return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def load_or_zero(values, ids, mask, BLOCK: tl.constexpr):
+    if values is None:
+        return tl.zeros((BLOCK,), dtype=tl.float32)
+    return tl.load(values + ids, mask, 0.0)
+
+
+@triton.jit
+def linear_grad_kernel(
+    hidden,  # (N, H) descriptor or pointer
+    weight,  # (V, H) descriptor or pointer
+    grads,  # (N, V) descriptor or pointer
+    bias,  # (V,) float32, or None
+    target,  # (N,) int64, column of the target
+    anchor,  # (N,) float32, and so the others
+    norm,
+    logp,
+    grad_logp,
+    grad_lse,  # or None
+    grad_entropy,  # or None
+    entropy,  # or None
+    rows,  # N
+    columns,  # V
+    width,  # H
+    hidden_stride,
+    hidden_step,
+    weight_stride,
+    weight_step,
+    grads_stride,
+    scale,
+    inner,
+    cap,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    col_tiles = tl.cdiv(columns, BLOCK_COLS)
+    for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
+        row_tile, col_tile = tile_position(tile, row_tiles, col_tiles, GROUP_ROWS)
+        row = row_tile * BLOCK_ROWS
+        col = col_tile * BLOCK_COLS
+        ids = row + tl.arange(0, BLOCK_ROWS)
+        mask = ids < rows
+        cols = col + tl.arange(0, BLOCK_COLS)
+        if DESCRIPTORS:
+            z = describe_product(
+                hidden, weight, row, col, width, BLOCK_ROWS, BLOCK_COLS, BLOCK_WIDTH, PRECISION
+            )
+        else:
+            z = load_product(
+                hidden,
+                weight,
+                ids,
+                mask,
+                cols,
+                columns,
+                width,
+                hidden_stride,
+                hidden_step,
+                weight_stride,
+                weight_step,
+                BLOCK_ROWS,
+                BLOCK_COLS,
+                BLOCK_WIDTH,
+                PRECISION,
+            )
+        if bias is not None:
+            z += tl.load(bias + cols, cols < columns, 0.0)[None, :]
+        t, slope = map_logits(z, scale, inner, cap, CAPPED)
+        a = tl.load(anchor + ids, mask, 0.0)
+        n = tl.load(norm + ids, mask, 1.0)
+        log_p = tl.load(logp + ids, mask, 0.0)
+        g = tl.load(grad_logp + ids, mask, 0.0)
+        h = load_or_zero(grad_lse, ids, mask, BLOCK_ROWS)
+        p = exp_difference(t, a[:, None], EXACT) / n[:, None]
+        d = p * (h - g)[:, None]
+        own_p = tl.exp(log_p)
+        own = one_minus_exp(log_p) * g + own_p * h
+        if grad_entropy is not None:
+            k = tl.load(grad_entropy + ids, mask, 0.0)
+            shift = tl.load(entropy + ids, mask, 0.0)
+            # p log p is 0 where p is, also at a logit of -inf.
+            surprise = p * (t - a[:, None] + (shift - tl.log(n))[:, None])
+            d -= tl.where(p == 0, 0.0, surprise * k[:, None])
+            own -= tl.where(own_p == 0, 0.0, own_p * (log_p + shift) * k)
+        y = tl.load(target + ids, mask, -1)
+        d = tl.where(cols[None, :] == y[:, None], own[:, None], d) * scale
+        if CAPPED:
+            d *= slope
+        store_tile(grads, d, ids, mask, row, cols, col, columns, grads_stride, DESCRIPTORS)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions on a tile of raw products: the logit map, and exponentials about an anchor.
+
+    t = scale z                                without a cap
+    t = cap tanh(scale z / cap),   slope = 1 - tanh^2      with one
+
+z is the product plus the bias, ``inner`` is scale / cap.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """tanh x and 1 - tanh^2 x, both without cancellation."""
+    magnitude = tl.abs(x)
+    e = tl.exp(-2.0 * magnitude)
+    # 1 - e would cancel near 0: the Taylor series there, 2e-9 off at 1/4.
+    square = x * x
+    series = 1.0 + square * (
+        -1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))
+    )
+    far = (1.0 - e) / (1.0 + e)
+    tanh = tl.where(magnitude < 0.25, x * series, tl.where(x < 0, -far, far))
+    return tanh, 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def map_logits(z, scale, inner, cap, CAPPED: tl.constexpr):
+    """Logits and slopes of raw products ``z``."""
+    if CAPPED:
+        tanh, slope = tanh_and_slope(z * inner)
+        return cap * tanh, slope
+    return z * scale, z
+
+
+@triton.jit
+def exp_difference(t, anchor, EXACT: tl.constexpr):
+    """exp(t - anchor). With ``EXACT``, what rounding lost in the difference is recovered (Knuth's
+    two-sum): twenty nats apart it would cost a float32 result its last four bits."""
+    x = t - anchor
+    e = tl.exp(x)
+    if EXACT:
+        back = x - t
+        lost = (t - (x - back)) - (anchor + back)
+        e = tl.where(e > 0, e + e * lost, e)
+    return e

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_logprob on the triton backend against float64: the error contract over schedules, logit
+maps, odd shapes, overflowing rows and statistics."""
+
+import pytest
+import torch
+
+from fastpref import ScoringOptions, explain, linear_logprob
+from fastpref.scoring.backends import fused
+from fastpref.scoring.types import OUTPUTS
+from tests.scoring.cases import make_case, run, upstream_of, verify
+from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
+
+pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name
+)
+# Three row tiles and five column tiles, none of them full; H takes a second, shorter step.
+SIZES = {"rows": 70, "hidden": 37, "vocab": 315}
+
+
+def options(dtype, schedule, **changes):
+    return options_of("triton", dtype, **{**SCHEDULES[schedule], **changes}, vocab=SIZES["vocab"])
+
+
+@dtypes
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("schedule", ["auto", "recompute", "slabs"])
+def test_logp(dtype, schedule, feature):
+    verify(options(dtype, schedule), dtype, **SIZES, **FEATURES[feature])
+
+
+@dtypes
+@pytest.mark.parametrize("feature", ["plain", "softcap"])
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+def test_all_outputs(dtype, schedule, feature):
+    verify(
+        options(dtype, schedule),
+        dtype,
+        outputs=OUTPUTS,
+        differentiated=("logp", "entropy", "lse"),
+        **SIZES,
+        **FEATURES[feature],
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("chunk_rows", [None, 33])
+def test_without_gradient(dtype, chunk_rows):
+    verify(
+        ScoringOptions(backend="triton", chunk_rows=chunk_rows),
+        dtype,
+        outputs=OUTPUTS,
+        differentiated=(),
+        **SIZES,
+        **FEATURES["softcap"],
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("feature", ["plain", "softcap"])
+def test_frozen_head(dtype, feature):
+    verify(options(dtype, "auto"), dtype, needs=("hidden",), **SIZES, **FEATURES[feature])
+
+
+@dtypes
+@pytest.mark.parametrize("below", [0.1, 1.0])
+@pytest.mark.parametrize("schedule", ["keep", "recompute", "kept in part"])
+@pytest.mark.parametrize("outputs", [("logp",), OUTPUTS], ids=["logp", "all"])
+def test_targets_far_below_the_maximum(dtype, schedule, below, outputs):
+    """100 to 1000 nats: the first exponentials overflow, and the rows are projected again."""
+    verify(options(dtype, schedule), dtype, outputs=outputs, below=below, ignored=0.1, **SIZES)
+
+
+@dtypes
+def test_sharp_rows(dtype):
+    for schedule in ("keep", "recompute"):
+        verify(options(dtype, schedule), dtype, spread=60.0, **SIZES)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "rows, hidden, vocab",
+    [(1, 1, 1), (1, 48, 257), (65, 1, 63), (33, 32, 64), (32, 33, 65), (2, 7, 2)],
+)
+@pytest.mark.parametrize("outputs", [("logp",), OUTPUTS], ids=["logp", "all"])
+def test_odd_sizes(dtype, rows, hidden, vocab, outputs):
+    verify(
+        ScoringOptions(backend="triton"),
+        dtype,
+        rows=rows,
+        hidden=hidden,
+        vocab=vocab,
+        bias=True,
+        outputs=outputs,
+    )
+
+
+def test_double_goes_through_a_tile():
+    verify(ScoringOptions(backend="triton"), torch.float64, outputs=OUTPUTS, **SIZES)
+
+
+def test_nothing_scored():
+    case = make_case(rows=5, hidden=7, vocab=11, dtype=torch.float32)
+    case.target.fill_(-100)
+    hidden = case.hidden.clone().requires_grad_()
+    scores = linear_logprob(
+        hidden, case.weight, case.target, options=ScoringOptions(backend="triton")
+    )
+    scores.logp.sum().backward()
+    assert not scores.logp.any() and not hidden.grad.any()
+
+
+@dtypes
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_transposed_storage(dtype, which):
+    case = make_case(dtype=dtype, **SIZES)
+    upstream = upstream_of(case, ("logp",))
+    given = ScoringOptions(backend="triton")
+    plain = run(case, options=given, upstream=upstream)
+    leaves = {name: getattr(case, name).clone() for name in ("hidden", "weight")}
+    leaves[which] = leaves[which].t().contiguous().t()
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    logp = linear_logprob(**leaves, target=case.target, options=given).logp
+    logp.backward(upstream["logp"].to(logp.dtype))
+    torch.testing.assert_close(logp.detach(), plain["logp"], rtol=1e-6, atol=5e-5)
+    torch.testing.assert_close(leaves["weight"].grad, plain["d weight"], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@dtypes
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_stays_alone(dtype, value):
+    case = make_case(dtype=dtype, **SIZES)
+    hidden = case.hidden.clone()
+    hidden[3] = value
+    given = ScoringOptions(backend="triton")
+    clean = linear_logprob(case.hidden, case.weight, case.target, options=given).logp
+    logp = linear_logprob(hidden, case.weight, case.target, options=given).logp
+    others = torch.arange(len(logp)) != 3
+    assert torch.equal(logp[others], clean[others])
+    assert not torch.isfinite(logp[3])
+
+
+@dtypes
+@pytest.mark.parametrize("target", [-1, 315, 10**12])
+def test_targets_outside_the_vocabulary(dtype, target):
+    case = make_case(dtype=dtype, **SIZES)
+    changed = case.target.clone()
+    changed[3] = target
+    hidden = case.hidden.clone().requires_grad_()
+    logp = linear_logprob(
+        hidden, case.weight, changed, options=ScoringOptions(backend="triton")
+    ).logp
+    assert logp.isnan().tolist() == [row == 3 for row in range(len(logp))]
+    logp[torch.arange(len(logp)) != 3].sum().backward()
+    assert hidden.grad.isfinite().all() and not hidden.grad[3].any()
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_masked_columns(statistics):
+    """A bias of -inf takes columns out: the target's own, all others, and a whole column tile."""
+    outputs = OUTPUTS if statistics else ("logp",)
+    case = make_case(dtype=torch.float32, **SIZES)
+    for allowed in (slice(0, 64), slice(64, 315), slice(5, 6)):
+        bias = torch.full((SIZES["vocab"],), -torch.inf)
+        bias[allowed] = 0
+        target = case.target.clone()
+        target[::2] = allowed.start
+        exact = case.hidden.double() @ case.weight.double().t() + bias.double()
+        log_p = exact.log_softmax(-1)
+        scores = linear_logprob(
+            case.hidden,
+            case.weight,
+            target,
+            bias=bias,
+            outputs=outputs,
+            options=ScoringOptions(backend="triton"),
+        )
+        expected = log_p.gather(1, target[:, None])[:, 0]
+        torch.testing.assert_close(scores.logp.double(), expected, rtol=1e-5, atol=2e-6)
+        if statistics:
+            entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(1)
+            torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+            assert torch.equal(scores.is_top1, exact.argmax(1) == target)
+
+
+@dtypes
+def test_the_same_bits_every_time(dtype):
+    case = make_case(dtype=dtype, below=0.2, **SIZES)
+    upstream = upstream_of(case, ("logp",))
+    runs = [
+        run(case, options=ScoringOptions(backend="triton"), upstream=upstream) for _ in range(2)
+    ]
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
+def test_scoring_takes_no_tile():
+    case = make_case(dtype=torch.bfloat16, **SIZES)
+    arguments = (case.hidden, case.weight, case.target)
+    plan = explain(*arguments, options=ScoringOptions(backend="triton", memory_budget=1 << 20))
+    assert plan.schedule == "score" and not plan.scores_in_tiles
+    logits = SIZES["rows"] * SIZES["vocab"] * 2
+    assert plan.workspace_bytes - plan.saved_bytes - SIZES["rows"] * SIZES["hidden"] * 2 < logits

@@ -3,7 +3,7 @@
 
     z[n, v] = hidden[n] . weight[v] + bias[v],   t = the logit of z (logit_map.py)
     e[n, v] = exp(t[n, v] - anchor[n]),   0 at the row's target
-    sums[0, v // BLOCK_COLS, n] = sum of e[n, v] over the columns of that tile
+    sums[0, v // SLICE_COLS, n] = sum of e[n, v] over the columns of that slice of a tile
 
 and, with STATISTICS, over the same columns: 1 the largest t (the target's included), 2 the sum of
 e (t - that), 3 the sum of e^2, 4 the sum of t (the target's left out), and in ``best_index`` the
@@ -82,48 +82,101 @@ def describe_product(
 
 
 @triton.jit
-def exp_tile(
-    acc,  # (BLOCK_ROWS, cols) raw products
-    cols,  # (cols,) column numbers
-    columns,  # V
-    target,  # (BLOCK_ROWS,)
-    anchor,  # (BLOCK_ROWS,)
-    bias,  # (V,) or None
-    scale,
-    inner,
-    cap,
-    CAPPED: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Logits, exponentials (0 at the target and beyond the end), what is stored of them, and where
-    the logits of other columns than the target are."""
-    inside = (cols < columns)[None, :]
-    if bias is not None:
-        acc += tl.load(bias + cols, cols < columns, 0.0)[None, :]
-    t, slope = map_logits(acc, scale, inner, cap, CAPPED)
-    other = inside & (cols[None, :] != target[:, None])
-    e = tl.where(other, exp_difference(t, anchor[:, None], EXACT), 0.0)
-    stored = e
-    if CAPPED:
-        stored = e * slope
-    return t, e, stored, other
+def load_target(target, ids, mask, columns):
+    """Targets as 32-bit columns, -1 for those that lie elsewhere."""
+    y = tl.load(target + ids, mask, -1)
+    return tl.where((y >= 0) & (y < columns), y, -1).to(tl.int32)
 
 
 @triton.jit
-def store_statistics(t, e, other, cols, columns, sums, best_index, at, kind_stride, row_mask):
-    """Sums 1 to 4 of a tile's rows, at ``at`` of each kind."""
+def finish_slice(
+    z,  # (BLOCK_ROWS, SLICE_COLS) raw products
+    col,  # first column
+    own,  # (BLOCK_ROWS,) int32, targets
+    a,  # (BLOCK_ROWS,) anchors
+    ids,  # (BLOCK_ROWS,) row numbers
+    mask,
+    row,  # the first row, where rows follow each other
+    exps,
+    bias,
+    sums,
+    best_index,
+    rows,
+    columns,
+    exps_stride,
+    scale,
+    inner,
+    cap,
+    SLICE_COLS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Exponentials and sums of some columns of a tile."""
+    cols = col + tl.arange(0, SLICE_COLS)
     inside = (cols < columns)[None, :]
-    shown = tl.where(inside, t, -float("inf"))
-    best = tl.max(shown, 1)
-    # The lowest column of equals.
-    first = tl.min(tl.where(shown == best[:, None], cols[None, :], columns), 1)
-    # A logit of -inf has no weight.
-    weighted = tl.sum(tl.where(e > 0, e * (t - best[:, None]), 0.0), 1)
-    tl.store(sums + kind_stride + at, best, row_mask)
-    tl.store(sums + 2 * kind_stride + at, weighted, row_mask)
-    tl.store(sums + 3 * kind_stride + at, tl.sum(e * e, 1), row_mask)
-    tl.store(sums + 4 * kind_stride + at, tl.sum(tl.where(other, t, 0.0), 1), row_mask)
-    tl.store(best_index + at, first, row_mask)
+    if bias is not None:
+        z += tl.load(bias + cols, cols < columns, 0.0)[None, :]
+    t, slope = map_logits(z, scale, inner, cap, CAPPED)
+    other = inside & (cols[None, :] != own[:, None])
+    e = tl.where(other, exp_difference(t, a[:, None], EXACT), 0.0)
+    at = tl.cast(col // SLICE_COLS, tl.int64) * rows + ids
+    # A slice may begin beyond the last column.
+    stored = mask & (col < columns)
+    tl.store(sums + at, tl.sum(e, 1), stored)
+    if best_index is not None:
+        kind = tl.cast(tl.cdiv(columns, SLICE_COLS), tl.int64) * rows
+        shown = tl.where(inside, t, -float("inf"))
+        best = tl.max(shown, 1)
+        # The lowest column of equals.
+        first = tl.min(tl.where(shown == best[:, None], cols[None, :], columns), 1)
+        # A logit of -inf has no weight.
+        weighted = tl.sum(tl.where(e > 0, e * (t - best[:, None]), 0.0), 1)
+        tl.store(sums + kind + at, best, stored)
+        tl.store(sums + 2 * kind + at, weighted, stored)
+        tl.store(sums + 3 * kind + at, tl.sum(e * e, 1), stored)
+        tl.store(sums + 4 * kind + at, tl.sum(tl.where(other, t, 0.0), 1), stored)
+        tl.store(best_index + at, first, stored)
+    if CAPPED:
+        e *= slope
+    store_tile(exps, e, ids, mask, row, cols, col, columns, exps_stride, DESCRIPTORS)
+
+
+@triton.jit
+def store_tile(
+    matrix, values, ids, mask, row, cols, col, columns, stride, DESCRIPTORS: tl.constexpr
+):
+    if matrix is not None:
+        if DESCRIPTORS:
+            matrix.store([row, col], values.to(matrix.dtype))
+        else:
+            # 64-bit: N V passes 2^31.
+            at = ids.to(tl.int64)[:, None] * stride + cols[None, :]
+            inside = mask[:, None] & (cols < columns)[None, :]
+            tl.store(matrix + at, values.to(matrix.dtype.element_ty), inside)
+
+
+@triton.jit
+def halve_columns(z, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Left and right half."""
+    return tl.split(tl.permute(tl.reshape(z, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def slice_columns(z, ROWS: tl.constexpr, COLS: tl.constexpr, SLICES: tl.constexpr):
+    """1, 2 or 4 slices of the columns, in order. Worked on one after the other, the temporaries of
+    only one take registers."""
+    if SLICES == 1:
+        parts = (z,)
+    else:
+        left, right = halve_columns(z, ROWS, COLS)
+        if SLICES == 2:
+            parts = (left, right)
+        else:
+            left_left, left_right = halve_columns(left, ROWS, COLS // 2)
+            right_left, right_right = halve_columns(right, ROWS, COLS // 2)
+            parts = (left_left, left_right, right_left, right_right)
+    return parts
 
 
 @triton.jit
@@ -145,8 +198,8 @@ def linear_exp_kernel(
     bias,  # (V,) float32, or None
     target,  # (N,) int64, column of the target
     anchor,  # (N,) float32
-    sums,  # (kinds, column tiles, N) float32
-    best_index,  # (column tiles, N) int32, or None
+    sums,  # (kinds, column slices, N) float32
+    best_index,  # (column slices, N) int32, or None
     rows,  # N
     columns,  # V
     width,  # H
@@ -162,7 +215,7 @@ def linear_exp_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
-    HALVES: tl.constexpr,
+    SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -218,7 +271,7 @@ def linear_exp_kernel(
             cap,
             BLOCK_ROWS,
             BLOCK_COLS,
-            HALVES,
+            SLICES,
             DESCRIPTORS,
             CAPPED,
             EXACT,
@@ -246,56 +299,37 @@ def finish_tile(
     cap,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    HALVES: tl.constexpr,
+    SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Exponentials and sums of a tile of products. ``HALVES``: its columns in two parts, one after
-    the other, so that the temporaries of only one take registers."""
-    own = tl.load(target + ids, mask, -1)
+    """Exponentials and sums of a tile of products."""
+    own = load_target(target, ids, mask, columns)
     a = tl.load(anchor + ids, mask, 0.0)
-    at = tl.cast(col // BLOCK_COLS, tl.int64) * rows + ids
-    if HALVES:
-        tl.static_assert(best_index is None, "statistics take the tile in one piece")
-        half: tl.constexpr = BLOCK_COLS // 2
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_ROWS, 2, half)), (0, 2, 1)))
-        cols = col + tl.arange(0, half)
-        _, e, stored, _ = exp_tile(
-            left, cols, columns, own, a, bias, scale, inner, cap, CAPPED, EXACT
+    slice_cols: tl.constexpr = BLOCK_COLS // SLICES
+    parts = slice_columns(acc, BLOCK_ROWS, BLOCK_COLS, SLICES)
+    for i in tl.static_range(SLICES):
+        finish_slice(
+            parts[i],
+            col + i * slice_cols,
+            own,
+            a,
+            ids,
+            mask,
+            row,
+            exps,
+            bias,
+            sums,
+            best_index,
+            rows,
+            columns,
+            exps_stride,
+            scale,
+            inner,
+            cap,
+            slice_cols,
+            DESCRIPTORS,
+            CAPPED,
+            EXACT,
         )
-        total = tl.sum(e, 1)
-        store_tile(exps, stored, ids, mask, row, cols, col, columns, exps_stride, DESCRIPTORS)
-        cols += half
-        _, e, stored, _ = exp_tile(
-            right, cols, columns, own, a, bias, scale, inner, cap, CAPPED, EXACT
-        )
-        total += tl.sum(e, 1)
-        store_tile(
-            exps, stored, ids, mask, row, cols, col + half, columns, exps_stride, DESCRIPTORS
-        )
-        tl.store(sums + at, total, mask)
-    else:
-        cols = col + tl.arange(0, BLOCK_COLS)
-        t, e, stored, other = exp_tile(
-            acc, cols, columns, own, a, bias, scale, inner, cap, CAPPED, EXACT
-        )
-        tl.store(sums + at, tl.sum(e, 1), mask)
-        store_tile(exps, stored, ids, mask, row, cols, col, columns, exps_stride, DESCRIPTORS)
-        if best_index is not None:
-            kind_stride = tl.cast(tl.cdiv(columns, BLOCK_COLS), tl.int64) * rows
-            store_statistics(t, e, other, cols, columns, sums, best_index, at, kind_stride, mask)
-
-
-@triton.jit
-def store_tile(
-    matrix, values, ids, mask, row, cols, col, columns, stride, DESCRIPTORS: tl.constexpr
-):
-    if matrix is not None:
-        if DESCRIPTORS:
-            matrix.store([row, col], values.to(matrix.dtype))
-        else:
-            # 64-bit: N V passes 2^31.
-            at = ids.to(tl.int64)[:, None] * stride + cols[None, :]
-            inside = mask[:, None] & (cols < columns)[None, :]
-            tl.store(matrix + at, values.to(matrix.dtype.element_ty), inside)

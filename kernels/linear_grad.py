@@ -14,7 +14,14 @@ Rows are worked through as in linear_exp.py; 2 N H V flop.
 import triton
 import triton.language as tl
 
-from .linear_exp import describe_product, load_product, store_tile, tile_position
+from .linear_exp import (
+    describe_product,
+    load_product,
+    load_target,
+    slice_columns,
+    store_tile,
+    tile_position,
+)
 from .logit_map import exp_difference, map_logits
 
 
@@ -23,13 +30,6 @@ def one_minus_exp(x):
     """1 - exp(x) for x <= 0, without cancellation: its Taylor series, 2e-9 off at -1/4."""
     series = 1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6))))
     return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
-
-
-@triton.jit
-def load_or_zero(values, ids, mask, BLOCK: tl.constexpr):
-    if values is None:
-        return tl.zeros((BLOCK,), dtype=tl.float32)
-    return tl.load(values + ids, mask, 0.0)
 
 
 @triton.jit
@@ -61,6 +61,7 @@ def linear_grad_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
+    SLICES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -74,18 +75,17 @@ def linear_grad_kernel(
         col = col_tile * BLOCK_COLS
         ids = row + tl.arange(0, BLOCK_ROWS)
         mask = ids < rows
-        cols = col + tl.arange(0, BLOCK_COLS)
         if DESCRIPTORS:
-            z = describe_product(
+            acc = describe_product(
                 hidden, weight, row, col, width, BLOCK_ROWS, BLOCK_COLS, BLOCK_WIDTH, PRECISION
             )
         else:
-            z = load_product(
+            acc = load_product(
                 hidden,
                 weight,
                 ids,
                 mask,
-                cols,
+                col + tl.arange(0, BLOCK_COLS),
                 columns,
                 width,
                 hidden_stride,
@@ -97,27 +97,36 @@ def linear_grad_kernel(
                 BLOCK_WIDTH,
                 PRECISION,
             )
-        if bias is not None:
-            z += tl.load(bias + cols, cols < columns, 0.0)[None, :]
-        t, slope = map_logits(z, scale, inner, cap, CAPPED)
+        own = load_target(target, ids, mask, columns)
         a = tl.load(anchor + ids, mask, 0.0)
         n = tl.load(norm + ids, mask, 1.0)
         log_p = tl.load(logp + ids, mask, 0.0)
         g = tl.load(grad_logp + ids, mask, 0.0)
-        h = load_or_zero(grad_lse, ids, mask, BLOCK_ROWS)
-        p = exp_difference(t, a[:, None], EXACT) / n[:, None]
-        d = p * (h - g)[:, None]
-        own_p = tl.exp(log_p)
-        own = one_minus_exp(log_p) * g + own_p * h
+        h = tl.zeros_like(g)
+        if grad_lse is not None:
+            h = tl.load(grad_lse + ids, mask, 0.0)
+        p = tl.exp(log_p)
+        at_target = one_minus_exp(log_p) * g + p * h
         if grad_entropy is not None:
             k = tl.load(grad_entropy + ids, mask, 0.0)
             shift = tl.load(entropy + ids, mask, 0.0)
             # p log p is 0 where p is, also at a logit of -inf.
-            surprise = p * (t - a[:, None] + (shift - tl.log(n))[:, None])
-            d -= tl.where(p == 0, 0.0, surprise * k[:, None])
-            own -= tl.where(own_p == 0, 0.0, own_p * (log_p + shift) * k)
-        y = tl.load(target + ids, mask, -1)
-        d = tl.where(cols[None, :] == y[:, None], own[:, None], d) * scale
-        if CAPPED:
-            d *= slope
-        store_tile(grads, d, ids, mask, row, cols, col, columns, grads_stride, DESCRIPTORS)
+            at_target -= tl.where(p == 0, 0.0, p * (log_p + shift) * k)
+        slice_cols: tl.constexpr = BLOCK_COLS // SLICES
+        parts = slice_columns(acc, BLOCK_ROWS, BLOCK_COLS, SLICES)
+        for i in tl.static_range(SLICES):
+            z = parts[i]
+            first = col + i * slice_cols
+            cols = first + tl.arange(0, slice_cols)
+            if bias is not None:
+                z += tl.load(bias + cols, cols < columns, 0.0)[None, :]
+            t, slope = map_logits(z, scale, inner, cap, CAPPED)
+            p = exp_difference(t, a[:, None], EXACT) * (1.0 / n)[:, None]
+            d = p * (h - g)[:, None]
+            if grad_entropy is not None:
+                surprise = p * (t - a[:, None] + (shift - tl.log(n))[:, None])
+                d -= tl.where(p == 0, 0.0, surprise * k[:, None])
+            d = tl.where(cols[None, :] == own[:, None], at_target[:, None], d) * scale
+            if CAPPED:
+                d *= slope
+            store_tile(grads, d, ids, mask, row, cols, first, columns, grads_stride, DESCRIPTORS)

@@ -21,9 +21,10 @@ def tanh_and_slope(x):
     series = 1.0 + square * (
         -1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))
     )
-    far = (1.0 - e) / (1.0 + e)
+    inverse = 1.0 / (1.0 + e)
+    far = (1.0 - e) * inverse
     tanh = tl.where(magnitude < 0.25, x * series, tl.where(x < 0, -far, far))
-    return tanh, 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return tanh, 4.0 * e * inverse * inverse
 
 
 @triton.jit

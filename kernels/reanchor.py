@@ -11,7 +11,7 @@ these up. The cost is two products of the flagged rows, however they are scatter
 import triton
 import triton.language as tl
 
-from .linear_exp import finish_tile, load_product
+from .linear_exp import finish_tile, load_product, load_target
 from .logit_map import map_logits
 from .row_sums import add_tiles
 
@@ -92,7 +92,7 @@ def largest_logit_kernel(
         if bias is not None:
             acc += tl.load(bias + cols, cols < columns, 0.0)[None, :]
         t, _ = map_logits(acc, scale, inner, cap, CAPPED)
-        own = tl.load(target + ids, mask, -1)
+        own = load_target(target, ids, mask, columns)
         other = (cols < columns)[None, :] & (cols[None, :] != own[:, None])
         top = tl.max(tl.where(other, t, -float("inf")), 1)
         tl.store(largest + tl.cast(col_tile, tl.int64) * rows + position, top, mask)
@@ -128,7 +128,7 @@ def reanchor_kernel(
     bias,
     target,
     anchor,
-    sums,  # (kinds, column tiles, N)
+    sums,  # (kinds, column slices, N)
     best_index,
     flagged,
     count,
@@ -146,7 +146,7 @@ def reanchor_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-    HALVES: tl.constexpr,
+    SLICES: tl.constexpr,
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,7 +197,7 @@ def reanchor_kernel(
             cap,
             BLOCK_ROWS,
             BLOCK_COLS,
-            HALVES,
+            SLICES,
             False,
             CAPPED,
             EXACT,

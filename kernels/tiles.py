@@ -18,15 +18,19 @@ class TileShape:
     width: int  # of one step along H
     warps: int
     stages: int
-    halves: bool = False  # the epilogue in two halves of the columns
+    slices: int = 1  # of the columns, that the epilogue takes one after the other
     group_rows: int = 16  # row tiles that share a sweep over the vocabulary
     resident: int = 1  # programs on one multiprocessor
+
+    @property
+    def slice_cols(self) -> int:
+        return self.cols // self.slices
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of all rows, and of flagged rows, which are gathered through pointers. Both have the same
-    columns, so that their sums lie alike."""
+    """Of all rows, and of flagged rows, which are gathered through pointers. Slices of both have
+    the same columns: their sums lie alike."""
 
     ordinary: TileShape
     flagged: TileShape
@@ -38,41 +42,55 @@ class Chip:
 
     shared_memory: int  # bytes that one program may take
     descriptors: bool
-    exps: dict[int, Tiles]
-    statistics: dict[int, Tiles]
+    plain: dict[int, Tiles]
+    heavy: dict[int, Tiles]  # with statistics, a cap, or gradients in the epilogue
 
 
-_SINGLE = Tiles(
-    TileShape(64, 128, 32, warps=8, stages=3), TileShape(64, 128, 32, warps=8, stages=3)
-)
-_AMPERE = Tiles(
-    TileShape(128, 128, 32, warps=8, stages=3), TileShape(64, 128, 32, warps=8, stages=3)
-)
-_WIDE = Tiles(
-    TileShape(128, 256, 64, warps=8, stages=3, halves=True),
-    TileShape(64, 256, 64, warps=8, stages=3, halves=True),
-)
-_STATISTICS = Tiles(
-    TileShape(128, 128, 64, warps=8, stages=3), TileShape(64, 128, 64, warps=8, stages=3)
-)
+def _tiles(
+    rows: tuple[int, int], cols: int, width: int, slices: int, warps: tuple[int, int] = (8, 8)
+) -> Tiles:
+    """``rows`` and ``warps``: of the ordinary tile, of the flagged one."""
+    ordinary, flagged = (
+        TileShape(height, cols, width, number, stages=3, slices=slices)
+        for height, number in zip(rows, warps, strict=True)
+    )
+    return Tiles(ordinary, flagged)
+
+
+LEAST_SLICE = 32  # columns: what bounds the number of partial sums
 
 CHIPS = {
-    # 8.6 and 8.9 have the least of their kind, 8.0 has 163 KiB.
-    80: Chip(99 << 10, False, {2: _AMPERE, 4: _SINGLE}, {2: _AMPERE, 4: _SINGLE}),
-    90: Chip(227 << 10, True, {2: _WIDE, 4: _SINGLE}, {2: _STATISTICS, 4: _SINGLE}),
-    100: Chip(227 << 10, True, {2: _WIDE, 4: _SINGLE}, {2: _STATISTICS, 4: _SINGLE}),
+    80: Chip(
+        # 8.6 and 8.9 have the least of their kind, 8.0 has 163 KiB.
+        shared_memory=99 << 10,
+        descriptors=False,
+        plain={2: _tiles((128, 64), 128, 32, 2), 4: _tiles((64, 64), 128, 32, 1)},
+        heavy={2: _tiles((128, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 32, 1, (4, 8))},
+    ),
+    90: Chip(
+        shared_memory=227 << 10,
+        descriptors=True,
+        plain={2: _tiles((128, 64), 256, 64, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
+        heavy={2: _tiles((128, 64), 128, 64, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
+    ),
+    100: Chip(
+        shared_memory=227 << 10,
+        descriptors=True,
+        # In slices the accumulators leave tensor memory twice: that spills, or does not compile.
+        plain={2: _tiles((128, 64), 256, 64, 1), 4: _tiles((64, 64), 64, 32, 1)},
+        heavy={2: _tiles((128, 64), 64, 64, 1), 4: _tiles((64, 64), 64, 32, 1)},
+    ),
 }
+
 
 # For Triton's interpreter, which runs one tile after the other: several tiles in small tests. They
 # are of one size, so that a row's products round alike in all of them.
-_SMALL = TileShape(32, 64, 32, warps=4, stages=1, group_rows=2)
-_SMALL_HALVES = TileShape(32, 64, 32, warps=4, stages=1, halves=True, group_rows=2)
-INTERPRETED = Chip(
-    0,
-    False,
-    {2: Tiles(_SMALL, _SMALL_HALVES), 4: Tiles(_SMALL_HALVES, _SMALL)},
-    dict.fromkeys((2, 4), Tiles(_SMALL, _SMALL)),
-)
+def _small(slices: int) -> Tiles:
+    shape = TileShape(32, 64, 32, warps=4, stages=1, slices=slices, group_rows=2)
+    return Tiles(shape, shape)
+
+
+INTERPRETED = Chip(0, False, {2: _small(4), 4: _small(2)}, {2: _small(2), 4: _small(1)})
 
 
 def chip_of(capability: tuple[int, int]) -> Chip:

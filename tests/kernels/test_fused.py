@@ -7,7 +7,7 @@ import torch
 
 from fastpref import ScoringOptions, explain, linear_logprob
 from fastpref.scoring.backends import fused
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import make_case, run, upstream_of, verify
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
 
@@ -184,6 +184,32 @@ def test_masked_columns(statistics):
             entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(1)
             torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
             assert torch.equal(scores.is_top1, exact.argmax(1) == target)
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
+    """Whatever another shard adds must not turn NaN."""
+    hidden, weight = torch.randn(3, 8), torch.randn(70, 8)
+    sums = fused.project(
+        hidden,
+        weight,
+        None,
+        torch.tensor([-1, 0, 69]),
+        torch.tensor([0.5, -torch.inf, torch.nan]),
+        torch.full((70,), -torch.inf),
+        LogitMap(1.0, 0.0),
+        False,
+        statistics,
+    )
+    assert sums.sum.tolist() == [0, 0, 0]
+    assert sums.anchor.isfinite().all() and sums.anchor[0] == 0.5
+    if statistics:
+        assert sums.weighted.tolist() == sums.squares.tolist() == [0, 0, 0]
+
+
+def test_a_cap_far_above_the_logits_costs_no_digits():
+    """tanh of a thousandth, times a thousand."""
+    verify(ScoringOptions(backend="triton"), torch.float32, softcap=1000.0, **SIZES)
 
 
 @dtypes

@@ -25,7 +25,6 @@ from .tiled import Tiled
 
 INTERPRETED = not isinstance(linear_exp.linear_exp_kernel, triton.JITFunction)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SUM_ROWS, _SUM_TILES = 32, 32
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -53,9 +52,8 @@ def temporary_bytes(
     if dtype not in DTYPES:
         return _in_place(device_type).temporary_bytes(rows, cols, device_type, dtype, statistics)
     kinds = linear_exp.KINDS + 1 if statistics else 1
-    narrowest = 64 if INTERPRETED else 128
-    col_tiles = -(-cols // narrowest)
-    return 4 * rows * (kinds * col_tiles + kinds + 3)
+    slices = -(-cols // (16 if INTERPRETED else tiles.LEAST_SLICE))
+    return 4 * rows * (kinds * slices + kinds + 3)
 
 
 def _in_place(device_type: str) -> RowBackend:
@@ -98,15 +96,15 @@ class _Projection:
     ) -> None:
         self.hidden, self.weight, self.exps = hidden, weight, exps
         self.target, self.bias, self.map = target, bias, map
-        self.machine = _machine(hidden, statistics)
+        self.machine = _machine(hidden, statistics or map.cap != 0)
         self.rows = hidden.shape[0]
-        self.col_tiles = triton.cdiv(weight.shape[0], self.machine.tiles.ordinary.cols)
+        self.slices = triton.cdiv(weight.shape[0], self.machine.tiles.ordinary.slice_cols)
         kinds = linear_exp.KINDS if statistics else 1
-        self.sums = target.new_empty((kinds, self.col_tiles, self.rows), dtype=torch.float32)
+        self.sums = target.new_empty((kinds, self.slices, self.rows), dtype=torch.float32)
         self.out = self.sums.new_empty((kinds, self.rows))
         self.best_index = self.out_index = None
         if statistics:
-            self.best_index = target.new_empty((self.col_tiles, self.rows), dtype=torch.int32)
+            self.best_index = target.new_empty((self.slices, self.rows), dtype=torch.int32)
             self.out_index = target.new_empty(self.rows)
 
     def run(self, anchor: Tensor) -> RowSums:
@@ -115,17 +113,16 @@ class _Projection:
         if self.rows:
             self._project(anchor)
             flag = anchor.new_empty(self.rows, dtype=torch.int8)
-            row_sums.row_sums_kernel[(triton.cdiv(self.rows, _SUM_ROWS),)](
+            row_sums.row_sums_kernel[(triton.cdiv(self.rows, row_sums.ROWS),)](
                 self.sums,
                 self.best_index,
-                anchor,
                 self.out,
                 self.out_index,
                 flag,
-                self.col_tiles,
+                self.slices,
                 self.rows,
-                BLOCK_ROWS=_SUM_ROWS,
-                BLOCK_TILES=_SUM_TILES,
+                BLOCK_ROWS=row_sums.ROWS,
+                BLOCK_TILES=row_sums.TILES,
             )
             self._reanchor(anchor, flag)
         offset = torch.zeros_like(anchor)
@@ -147,7 +144,7 @@ class _Projection:
             *_sizes(self.hidden, self.weight, self.exps, self.map),
             GROUP_ROWS=shape.group_rows,
             DESCRIPTORS=described,
-            HALVES=shape.halves,
+            SLICES=shape.slices,
             EXACT=_exact(self.hidden),
             **_blocks(shape),
             **_flags(self.hidden, self.map),
@@ -161,6 +158,7 @@ class _Projection:
         count = flag.new_empty(1, dtype=torch.int32)
         reanchor.list_flagged_kernel[(1,)](flag, flagged, count, self.rows, BLOCK=1024)
         grid = (self.machine.processors,)
+        col_tiles = triton.cdiv(self.weight.shape[0], shape.cols)
         # The sums were added up: their place is free for the largest logits.
         reanchor.largest_logit_kernel[grid](
             self.hidden,
@@ -174,7 +172,7 @@ class _Projection:
             **blocks,
         )
         reanchor.anchor_kernel[grid](
-            self.sums, flagged, count, anchor, self.col_tiles, self.rows, BLOCK_ROWS=_SUM_ROWS
+            self.sums, flagged, count, anchor, col_tiles, self.rows, BLOCK_ROWS=row_sums.ROWS
         )
         reanchor.reanchor_kernel[grid](
             self.hidden,
@@ -188,7 +186,7 @@ class _Projection:
             flagged,
             count,
             *sizes,
-            HALVES=shape.halves,
+            SLICES=shape.slices,
             EXACT=_exact(self.hidden),
             **blocks,
         )
@@ -199,10 +197,10 @@ class _Projection:
             count,
             self.out,
             self.out_index,
-            self.col_tiles,
+            self.slices,
             self.rows,
-            BLOCK_ROWS=_SUM_ROWS,
-            BLOCK_TILES=_SUM_TILES,
+            BLOCK_ROWS=row_sums.ROWS,
+            BLOCK_TILES=row_sums.TILES,
         )
 
 
@@ -221,7 +219,7 @@ def project_gradient(
         return
     if not tile.numel():
         return
-    machine = _machine(hidden, statistics=True)
+    machine = _machine(hidden, heavy=True)
     shape = machine.tiles.ordinary
     operands, described = _operands(hidden, weight, tile, machine)
     linear_grad.linear_grad_kernel[_grid(hidden.shape[0], weight, machine)](
@@ -231,6 +229,7 @@ def project_gradient(
         *upstream,
         *_sizes(hidden, weight, tile, map),
         GROUP_ROWS=shape.group_rows,
+        SLICES=shape.slices,
         DESCRIPTORS=described,
         EXACT=_exact(hidden),
         **_blocks(shape),
@@ -244,14 +243,14 @@ class _Machine(NamedTuple):
     processors: int
 
 
-def _machine(hidden: Tensor, statistics: bool) -> _Machine:
-    """What serves this input, with the epilogue of statistics or gradients, or that of sums."""
+def _machine(hidden: Tensor, heavy: bool) -> _Machine:
+    """What serves this input. ``heavy``: with statistics, a cap or gradients in the epilogue."""
     chip, processors = tiles.INTERPRETED, 2
     if not INTERPRETED:
         properties = _properties(hidden.device)
         chip = tiles.chip_of((properties.major, properties.minor))
         processors = properties.multi_processor_count
-    table = chip.statistics if statistics else chip.exps
+    table = chip.heavy if heavy else chip.plain
     return _Machine(table[hidden.dtype.itemsize], chip.descriptors, processors)
 
 
@@ -277,11 +276,10 @@ def _operands(
     if not described:
         return matrices, False
     shape = machine.tiles.ordinary
-    cols = shape.cols // 2 if shape.halves else shape.cols
     return (
         _describe(hidden, shape.rows, shape.width),
         _describe(weight, shape.cols, shape.width),
-        None if tile is None else _describe(tile, shape.rows, cols),
+        None if tile is None else _describe(tile, shape.rows, shape.slice_cols),
     ), True
 
 

@@ -7,6 +7,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+GPU_PYTHON ?= python3
+GPU_OUT ?= gpu-results
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -22,7 +24,7 @@ export HF_HUB_OFFLINE := 1
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow bench lint format wheel install clean
+.PHONY: help demo test test-slow bench gpu lint format wheel install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,6 +41,12 @@ test-slow: $(PACKAGE) $(WHEEL) ## the sweeps
 
 bench: $(BENCH) ## measure against the alternatives
 	$(BIN)/python -m fastpref bench $(BENCH_ARGS)
+
+# Not in the virtual environment, whose torch is a CPU build.
+gpu: ## correctness and timings on the GPU here, by GPU_PYTHON with its own torch
+	test -e fastpref/_ops.so || $(GPU_PYTHON) setup.py -q build_ext --inplace
+	$(GPU_PYTHON) -m pytest -q -m gpu -x tests/gpu $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m fastpref bench --suite gpu --out $(GPU_OUT) $(BENCH_ARGS)
 
 lint: $(DEPENDENCIES) ## formatting, ruff, mypy --strict, clang-format
 	$(BIN)/ruff check

@@ -15,7 +15,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Shape:
-    """A preference batch as a trainer sees it; the first half of each row is prompt."""
+    """A preference batch as a trainer sees it."""
 
     sequences: int = 8  # B, chosen first
     length: int = 256  # T
@@ -28,6 +28,7 @@ class Shape:
 
     @property
     def scored(self) -> int:
+        """Where the first half of each row is prompt."""
         return self.positions // 2
 
 
@@ -44,6 +45,9 @@ class Work:
     def to(self, dtype: torch.dtype) -> Work:
         return Work(self.hidden.to(dtype), self.weight.to(dtype), self.target)
 
+    def on(self, device: str) -> Work:
+        return Work(self.hidden.to(device), self.weight.to(device), self.target.to(device))
+
     def leaves(self, trainable: bool) -> tuple[Tensor, Tensor]:
         """Fresh leaves: hidden, and the weight with or without gradient."""
         weight = self.weight.detach().requires_grad_(trainable)
@@ -59,10 +63,17 @@ class Work:
         return objectives.dpo(chosen, rejected, reference, reference).losses.mean()
 
 
-def make_work(shape: Shape, dtype: torch.dtype, overflowing: float = 0.0, seed: int = 0) -> Work:
+def make_work(
+    shape: Shape,
+    dtype: torch.dtype,
+    overflowing: float = 0.0,
+    seed: int = 0,
+    prompt: bool = True,
+) -> Work:
     """Random rows whose targets are likely tokens, as in a trained model.
 
     Args:
+        prompt: whether the first half of each row is not scored.
         overflowing: share of scored rows whose target lies far more than 88 nats below the
             largest logit, where a plain exponential would overflow.
     """
@@ -76,7 +87,8 @@ def make_work(shape: Shape, dtype: torch.dtype, overflowing: float = 0.0, seed: 
     if overflowing:
         hidden[:: round(1 / overflowing)] -= 200 * weight[target[:: round(1 / overflowing)]]
     target = target.view(shape.sequences, shape.length)
-    target[:, : shape.length // 2] = IGNORE
+    if prompt:
+        target[:, : shape.length // 2] = IGNORE
     return Work(
         hidden.view(shape.sequences, shape.length, width).to(dtype),
         weight.to(dtype),

@@ -8,8 +8,11 @@ against its formula.
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bench import gpu
 from ..bench.implementations import Implementation, bare_products, implementations
 from ..bench.memory import measure
 from ..bench.timing import Timing, interleave
@@ -30,11 +34,12 @@ DTYPES = ("float32", "bfloat16")
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure fastpref against the alternatives")
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
+    parser.add_argument("--suite", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     parser.add_argument(
-        "--out", type=Path, default=None, help="also write bench.json to this folder"
+        "--out", type=Path, default=None, help="also write the results as JSON to this folder"
     )
 
 
@@ -42,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         print(f"--rounds must be at least 1, got {args.rounds}", file=sys.stderr)
         return 2
+    if args.suite == "gpu":
+        return _run_gpu(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     shape = Shape(4, 64, 256, 8192) if args.quick else Shape()
@@ -57,12 +64,53 @@ def run(args: argparse.Namespace) -> int:
         for trainable in (True, False)
     ]
     memory = _memory(args.quick)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        report = {"machine": machine, "shape": vars(shape), "cases": cases, "memory": memory}
-        (args.out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nwritten to {args.out / 'bench.json'}")
+    report = {"machine": machine, "shape": vars(shape), "cases": cases, "memory": memory}
+    _write(args.out, "bench.json", report)
     return 0
+
+
+def _run_gpu(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print(f"--suite gpu: torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr)
+        return 1
+    machine = gpu_machine()
+    print("fastpref bench: " + ", ".join(f"{name} {value}" for name, value in machine.items()))
+    shapes = (Shape(4, 256, 512, 32000),) if args.quick else gpu.SHAPES
+    cases = gpu.suite(shapes, "cuda", args.rounds, lambda line: print(line, flush=True))
+    _write(args.out, "gpu.json", {"machine": machine, "cases": cases})
+    return 0
+
+
+def gpu_machine() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {
+        "chip": torch.cuda.get_device_name(),
+        "driver": driver.strip().splitlines()[0],
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "trl": _version("trl"),
+        "liger-kernel": _version("liger-kernel"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _write(folder: Path | None, name: str, report: dict[str, Any]) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nwritten to {folder / name}")
 
 
 def _machine() -> dict[str, Any]:

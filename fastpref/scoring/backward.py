@@ -23,7 +23,7 @@ from .backends import UpstreamGradient
 from .forward import Kept, Run
 from .schedule import BIAS_ROWS, Tile, recompute_tile
 from .types import statistics_dtype
-from .workspace import Lease
+from .workspace import Lease, row_stride
 
 
 class Upstream(NamedTuple):
@@ -160,7 +160,8 @@ def _recomputed_tile(
 
 def _shaped(workspace: Tensor, rows: int, columns: slice) -> Tensor:
     cols = columns.stop - columns.start
-    return workspace[: rows * cols].view(rows, cols)
+    stride = row_stride(cols, workspace.dtype, workspace.device)
+    return workspace[: rows * stride].view(rows, stride)[:, :cols]
 
 
 def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> Gradients:
@@ -175,7 +176,8 @@ def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> G
         d_weight = torch.empty_like(weight) if groups else torch.zeros_like(weight)
     if plan.needs_bias:
         d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float64)
-    work = Lease((tile.rows * tile.cols,), dtype, hidden.device)
+    stride = row_stride(tile.cols, dtype, hidden.device)
+    work = Lease((tile.rows * stride,), dtype, hidden.device)
     for columns in slabs if groups else ():
         # 16-bit products of several groups add up in float32.
         slab = None

@@ -24,17 +24,26 @@ _lock = threading.RLock()
 _idle: list[Tensor] = []
 
 
+def row_stride(cols: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Elements from one row of a tile to the next. Off the CPU, rows start at multiples of 16
+    bytes, as wide loads, matrix units and the bulk copies of a GPU want them."""
+    aligned = 1 if device.type == "cpu" else max(1, 16 // dtype.itemsize)
+    return -(-cols // aligned) * aligned
+
+
 class Lease:
-    """A (rows, cols) buffer in ``dtype``, uninitialised.
+    """A (rows, cols) or flat buffer in ``dtype``, uninitialised.
 
     Views of ``tensor`` must not outlive it.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        nbytes = math.prod(shape) * dtype.itemsize
         if device.type != "cpu":
-            self.tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+            *rows, cols = shape
+            stride = row_stride(cols, dtype, device)
+            self.tensor = torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols]
             return
+        nbytes = math.prod(shape) * dtype.itemsize
         buffer = _take(nbytes)
         self.tensor = buffer[:nbytes].view(dtype).view(tuple(shape))
         weakref.finalize(self.tensor, _give_back, buffer).atexit = False

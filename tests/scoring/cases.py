@@ -36,6 +36,11 @@ class Case:
     def scored(self) -> Tensor:
         return self.target != IGNORED
 
+    def on(self, device: str) -> Case:
+        bias = None if self.bias is None else self.bias.to(device)
+        tensors = (one.to(device) for one in (self.hidden, self.weight, self.target))
+        return Case(*tensors, bias, self.map)
+
     def to(self, dtype: torch.dtype) -> Case:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
@@ -136,7 +141,7 @@ def run(
     if upstream:
         tensors = [results[name] for name in upstream]
         torch.autograd.backward(
-            tensors, [g.to(t.dtype) for g, t in zip(upstream.values(), tensors, strict=True)]
+            tensors, [g.to(t) for g, t in zip(upstream.values(), tensors, strict=True)]
         )
         results |= {
             f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None

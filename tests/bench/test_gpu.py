@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU suite's bookkeeping, on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastpref.bench import gpu
+from fastpref.bench.implementations import Implementation, implementations
+from fastpref.bench.work import Shape, make_work
+from fastpref.cli import bench
+from tests.cli.test_bench import arguments
+
+SHAPE = Shape(4, 40, 16, 300)
+
+
+def some() -> Iterator[Implementation]:
+    yield next(one for one in implementations() if one.name == "plain torch")
+    yield Implementation("absent", lambda *_: torch.zeros(()), "not here")
+
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("no kernel image\nand more")
+
+    yield Implementation("failing", fails)
+
+
+def test_every_case_has_its_rows_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "candidates", some)
+    said: list[str] = []
+    report = gpu.suite((SHAPE,), "cpu", 3, said.append)
+    assert [row["case"] for row in report] == ["no grad", "frozen head", "trainable head"]
+    for row in report:
+        assert set(row["timings"]) == {"bare products", "plain torch"}
+        assert row["timings"]["bare products"]["ratio"] == 1
+        assert row["skipped"] == {
+            "absent": "not here",
+            "failing": "RuntimeError: no kernel image",
+        }
+        error = row["timings"]["plain torch"]["error"]
+        assert error is None if row["case"] == "no grad" else 1e-4 < error < 2e-2
+    assert any("failing: not measured, RuntimeError" in line for line in said)
+
+
+def test_the_checked_gradient_is_that_of_all_rows() -> None:
+    work = make_work(SHAPE, torch.float64, prompt=False)
+    plain = next(some())
+    whole = gpu.step(plain, work, "frozen head")
+    assert whole is not None
+    last = whole.flatten(0, 1)[-gpu.CHECKED_ROWS :]
+    # Plain torch rounds its log-softmax to float32.
+    torch.testing.assert_close(gpu.exact_gradient(work), last, rtol=1e-4, atol=1e-6)
+
+
+def test_bare_products_are_as_many_as_the_case_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = make_work(SHAPE, torch.float32, prompt=False)
+    flops: list[int] = []
+    product = torch.mm
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        flops.append(a.shape[0] * a.shape[1] * b.shape[1])
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    for case, units in gpu.UNITS.items():
+        flops.clear()
+        gpu.bare_products(work, case)
+        assert flops == [160 * 16 * 300] * units
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.run(arguments(suite="gpu")) == 1
+    assert "--suite gpu: torch" in capsys.readouterr().err

@@ -59,7 +59,7 @@ class LinearScores(torch.autograd.Function):
         # An output nobody differentiates must not cost a gradient of zeros.
         ctx.set_materialize_grads(False)
         plan, packing = call.plan, call.packing
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _on_device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
             head = call.head(weight.detach(), None if bias is None else bias.detach())
             rows = _packed_hidden(hidden.detach(), call)
             target = packing.gather(call.target.reshape(-1))
@@ -111,7 +111,8 @@ class LinearScores(torch.autograd.Function):
         context = (
             nullcontext() if call.weight_context is None else call.weight_context(weight, bias)
         )
-        with context, torch.autocast(hidden.device.type, enabled=False):
+        off = torch.autocast(hidden.device.type, enabled=False)
+        with _on_device_of(hidden), context, off:
             head = ctx.cast_head or call.head(weight, bias)
             rows = _packed_hidden(hidden, call)
             run = Run(head, plan, backends.load(plan.backend), call.group)
@@ -140,6 +141,11 @@ class _OnceDifferentiable(torch.autograd.Function):
             "fastpref.linear_logprob has no second derivative; where one is needed, score with "
             "plain torch: (hidden @ weight.T).log_softmax(-1)"
         )
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its arguments' is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _packed_hidden(hidden: Tensor, call: Call) -> Tensor:

@@ -215,6 +215,16 @@ def test_another_stream_and_the_current_one_agree(backend):
     assert all(map(torch.equal, got, expected))
 
 
+@backends
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_device_that_is_not_the_current_one(backend):
+    case = make_case(dtype=torch.bfloat16, below=0.05, **SIZES["aligned"])
+    options = ScoringOptions(backend=backend)
+    expected = step(case.on("cuda:0"), options)
+    got = step(case.on("cuda:1"), options)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected, strict=True))
+
+
 SANITIZED = """
 import torch
 from fastpref import ScoringOptions, linear_logprob

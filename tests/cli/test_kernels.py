@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fastpref kernels``: its table, and what it says where it cannot compile.
+
+The numbers are checked in tests/kernels/test_resources.py.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import pytest
+
+from fastpref.cli import kernels
+
+ROW = {
+    "name": "linear_exp store",
+    "capability": 90,
+    "element": "bf16",
+    "registers": 183,
+    "stack": 0,
+    "shared_memory": 164000,
+    "matrix_instructions": 4,
+    "tensor_loads": 6,
+    "problems": [],
+}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], *options: str) -> int:
+    monkeypatch.setattr(kernels, "_compile", lambda wanted: [row | _of(wanted) for row in rows])
+    monkeypatch.setattr(kernels, "ProcessPoolExecutor", _InProcess)
+    parser = argparse.ArgumentParser()
+    kernels.add_parser(parser.add_subparsers())
+    return kernels.run(parser.parse_args(["kernels", *options]))
+
+
+def _of(wanted: tuple[int, str]) -> dict[str, Any]:
+    return {"capability": wanted[0], "element": wanted[1]}
+
+
+class _InProcess:
+    def __enter__(self) -> "_InProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def map(self, function: Any, values: Any) -> Any:
+        return map(function, values)
+
+
+def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, [ROW], "--capability", "90", "--element", "bf16") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "sm_90, bf16"
+    assert said[3].split() == ["linear_exp", "store", "183", "0", "164000", "4", "6"]
+
+
+def test_a_problem_fails_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, [ROW, ROW | {"problems": ["spills"]}]) == 1
+    said = capsys.readouterr().out
+    assert said.count("spills") == 9  # three chips, three element types
+    assert "sm_80, fp16" in said and "sm_100, fp32" in said
+
+
+def test_the_interpreter_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert run(monkeypatch, [ROW]) == 2
+    assert "TRITON_INTERPRET=1 compiles nothing; unset it" in capsys.readouterr().err
+
+
+def test_without_triton(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert run(monkeypatch, [ROW]) == 1
+    assert "pip install triton" in capsys.readouterr().err

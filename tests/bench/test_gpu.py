@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from fastpref.bench.work import Shape, make_work
 from fastpref.cli import bench
 from tests.cli.test_bench import arguments
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape(4, 40, 16, 300)
 
 
@@ -74,3 +78,17 @@ def test_bare_products_are_as_many_as_the_case_needs(monkeypatch: pytest.MonkeyP
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.run(arguments(suite="gpu")) == 1
     assert "--suite gpu: torch" in capsys.readouterr().err
+
+
+def test_the_table_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "candidates", some)
+    cases = json.loads(json.dumps(gpu.suite((SHAPE,), "cpu", 1, lambda line: None)))
+    cases[0]["timings"].pop("plain torch")
+    cases[1]["timings"]["plain torch"] |= {"milliseconds": 12.34, "ratio": 1.234, "peak": 56.7}
+    module = runpy.run_path(str(ROOT / "benchmarks" / "gpu_table.py"))
+    lines = module["table"]({"machine": {"chip": "H200", "torch": "2.11"}, "cases": cases})
+    first, _, head, rule, *rows = lines.splitlines()
+    assert first.startswith("H200, bfloat16") and "torch 2.11" in first
+    assert head.count("160, 16, 300: ") == 3 and rule == "|---|---|---|---|"
+    assert [row.split(" | ")[0] for row in rows] == ["| bare products", "| plain torch"]
+    assert rows[1].split(" | ")[1:3] == ["not measured", "12.3 ms, 1.23x, 57 MiB"]

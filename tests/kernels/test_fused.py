@@ -223,6 +223,15 @@ def test_the_same_bits_every_time(dtype):
         assert torch.equal(value, runs[1][name]), name
 
 
+def test_halves_also_take_what_the_pass_in_place_takes():
+    sizes = (10, 5000, "cpu")
+    in_place = fused.plain.temporary_bytes(*sizes, torch.float16, False)
+    assert fused.temporary_bytes(*sizes, torch.float16, False) == in_place
+    assert fused.temporary_bytes(*sizes, torch.bfloat16, False) < in_place
+    double = fused.plain.temporary_bytes(*sizes, torch.float64, False)
+    assert fused.temporary_bytes(*sizes, torch.float64, False) == double
+
+
 def test_scoring_takes_no_tile():
     case = make_case(dtype=torch.bfloat16, **SIZES)
     arguments = (case.hidden, case.weight, case.target)

@@ -49,11 +49,15 @@ def temporary_bytes(
     rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
 ) -> int:
     """Most memory that a pass over a (rows, cols) tile takes beside it: partial sums."""
+    in_place = 0
+    if dtype not in DTYPES or dtype == torch.float16:
+        other = _in_place(device_type)
+        in_place = other.temporary_bytes(rows, cols, device_type, dtype, statistics)
     if dtype not in DTYPES:
-        return _in_place(device_type).temporary_bytes(rows, cols, device_type, dtype, statistics)
+        return in_place
     kinds = linear_exp.KINDS + 1 if statistics else 1
     slices = -(-cols // (16 if INTERPRETED else tiles.LEAST_SLICE))
-    return 4 * rows * (kinds * slices + kinds + 3)
+    return max(in_place, 4 * rows * (kinds * slices + kinds + 3))
 
 
 def _in_place(device_type: str) -> RowBackend:

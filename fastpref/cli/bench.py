@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import platform
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bench import gpu
+from ..bench import choice, gpu
 from ..bench.implementations import Implementation, bare_products, implementations
 from ..bench.memory import measure
 from ..bench.timing import Timing, interleave
@@ -34,7 +35,9 @@ DTYPES = ("float32", "bfloat16")
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure fastpref against the alternatives")
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
-    parser.add_argument("--suite", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--suite", choices=("cpu", "gpu", "choice"), default="cpu", help="default: cpu"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         print(f"--rounds must be at least 1, got {args.rounds}", file=sys.stderr)
         return 2
-    if args.suite == "gpu":
+    if args.suite != "cpu":
         return _run_gpu(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -71,10 +74,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_gpu(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        print(f"--suite gpu: torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr)
+        print(
+            f"--suite {args.suite}: torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr
+        )
         return 1
     machine = gpu_machine()
     print("fastpref bench: " + ", ".join(f"{name} {value}" for name, value in machine.items()))
+    if args.suite == "choice":
+        major, minor = torch.cuda.get_device_capability()
+        wanted = itertools.islice(choice.sizes(), 2 if args.quick else None)
+        table = choice.measure(wanted, 10 * major + minor, "cuda", args.rounds, print)
+        _write(args.out, "choice.json", table)
+        return 0
     shapes = (Shape(4, 256, 512, 32000),) if args.quick else gpu.SHAPES
     cases = gpu.suite(shapes, "cuda", args.rounds, lambda line: print(line, flush=True))
     _write(args.out, "gpu.json", {"machine": machine, "cases": cases})
@@ -105,7 +116,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _write(folder: Path | None, name: str, report: dict[str, Any]) -> None:
+def _write(folder: Path | None, name: str, report: Any) -> None:
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import autograd, backends, vocab_parallel
+from .backends.choice import Size
 from .packing import pack
 from .schedule import Plan, Problem, choose, total_memory
 from .types import ScoringOptions, TokenScores, needs_statistics
@@ -161,12 +162,13 @@ def prepare(
     held = check_vocab_range(vocab_range, weight.shape[0])
     columns = weight.shape[0] if held is None else held[1] - held[0]
     shard = vocab_parallel.shard_range(tp_group, columns, hidden.device)
-    name = backends.choose(options.backend, hidden.device)
-    backend = backends.load(name)
     target = target.to(torch.int64)
     packing = pack(target, ignore_index, options.max_scored)
     recording = torch.is_grad_enabled()
     dtype = product_dtype(hidden, weight)
+    size = Size(dtype, packing.scored, weight.shape[1], shard.widest)
+    name = backends.choose(options.backend, hidden.device, size)
+    backend = backends.load(name)
     problem = Problem(
         scored=packing.scored,
         hidden_size=weight.shape[1],

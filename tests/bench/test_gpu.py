@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastpref.bench import choice as bench_choice
 from fastpref.bench import gpu
 from fastpref.bench.implementations import Implementation, implementations
 from fastpref.bench.work import Shape, make_work
 from fastpref.cli import bench
+from fastpref.scoring.backends import choice
 from tests.cli.test_bench import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +80,26 @@ def test_bare_products_are_as_many_as_the_case_needs(monkeypatch: pytest.MonkeyP
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.run(arguments(suite="gpu")) == 1
     assert "--suite gpu: torch" in capsys.readouterr().err
+
+
+def test_the_table_of_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is measured is what the choice reads."""
+    entries = bench_choice.measure(iter([("bfloat16", SHAPE)]), 90, "cpu", 2, lambda line: None)
+    assert [list(one["milliseconds"]) for one in entries] == [["torch"]]
+    file = tmp_path / "choice.json"
+    file.write_text(json.dumps(entries))
+    monkeypatch.setattr(choice, "TABLE", file)
+    choice.measured.cache_clear()
+    try:
+        (entry,) = choice.measured()
+    finally:
+        choice.measured.cache_clear()
+    assert entry.size == (torch.bfloat16, 160, 16, 300) and entry.capability == 90
+
+
+def test_sizes_are_whole() -> None:
+    for _, shape in bench_choice.sizes():
+        assert shape.positions in bench_choice.ROWS
 
 
 def test_the_table_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:

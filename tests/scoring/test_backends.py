@@ -12,11 +12,14 @@ import torch
 
 from fastpref import ScoringOptions
 from fastpref.scoring import backends
+from fastpref.scoring.backends import choice
+from fastpref.scoring.backends.choice import Entry, Size
 from fastpref.scoring.types import OUTPUTS
 from tests.scoring.cases import BACKENDS, DTYPES, make_case, run, upstream_of
 
 compiled = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are not built")
 V = 2051
+SIZE = Size(torch.float32, 100, 16, V)
 CASES = {
     "plain": {},
     "everything": {"softcap": 5.0, "temperature": 1.5, "bias": True, "ignored": 0.3},
@@ -98,17 +101,60 @@ def test_instruction_sets(capability):
 def test_choice(monkeypatch):
     monkeypatch.setattr("fastpref.scoring.backends.fused.INTERPRETED", False)
     cpu = torch.device("cpu")
-    assert backends.choose("torch", cpu) == "torch"
-    assert backends.choose("auto", cpu) == BACKENDS[-1]
-    assert backends.choose("auto", torch.device("meta")) == "torch"
+    assert backends.choose("torch", cpu, SIZE) == "torch"
+    assert backends.choose("auto", cpu, SIZE) == BACKENDS[-1]
+    assert backends.choose("auto", torch.device("meta"), SIZE) == "torch"
     assert backends.unavailable_reason("torch", "cuda") is None
     assert "no backend" in backends.unavailable_reason("numpy", "cpu")
     with pytest.raises(ValueError, match=r"backend='cpp'.*CPU.*meta.*backend='auto'"):
-        backends.choose("cpp", torch.device("meta"))
+        backends.choose("cpp", torch.device("meta"), SIZE)
     for name in ("triton", "cuda"):
         assert backends.unavailable_reason(name, "cpu")
         with pytest.raises(ValueError, match=name):
-            backends.choose(name, cpu)
+            backends.choose(name, cpu, SIZE)
+
+
+GPU_TABLE = (
+    Entry(90, Size(torch.bfloat16, 1024, 1024, 32000), {"cuda": 1.0, "triton": 2.0, "torch": 3.0}),
+    Entry(90, Size(torch.bfloat16, 8192, 4096, 128256), {"cuda": 9.0, "triton": 8.0, "torch": 9.5}),
+)
+
+
+@pytest.mark.parametrize(
+    "capability, size, expected",
+    [
+        (90, (torch.bfloat16, 900, 1024, 32000), ["cuda", "triton", "torch"]),
+        (90, (torch.bfloat16, 8000, 4096, 100000), ["triton", "cuda", "torch"]),
+        (90, (torch.bfloat16, 0, 1, 1), ["cuda", "triton", "torch"]),
+        (90, (torch.float32, 1024, 1024, 32000), ["torch"]),
+        (80, (torch.bfloat16, 1024, 1024, 32000), ["torch"]),
+    ],
+)
+def test_the_nearest_measured_size_decides(monkeypatch, capability, size, expected):
+    monkeypatch.setattr(choice, "measured", lambda: GPU_TABLE)
+    assert choice.by_speed(capability, Size(*size)) == expected
+
+
+def test_auto_takes_the_fastest_that_serves(monkeypatch):
+    monkeypatch.setattr(choice, "measured", lambda: GPU_TABLE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu, size = torch.device("cuda"), Size(torch.bfloat16, 1024, 1024, 32000)
+    for absent, expected in (({}, "cuda"), ({"cuda"}, "triton"), ({"cuda", "triton"}, "torch")):
+        monkeypatch.setattr(
+            backends,
+            "unavailable_reason",
+            lambda name, device, absent=absent: "absent" if name in absent else None,
+        )
+        assert backends.choose("auto", gpu, size) == expected
+
+
+def test_the_shipped_table_is_readable():
+    for entry in choice.measured():
+        assert entry.capability in (80, 90, 100) and set(entry.milliseconds) <= {
+            "torch",
+            "cuda",
+            "triton",
+        }
 
 
 def test_without_compiled_operators(monkeypatch):
@@ -117,9 +163,9 @@ def test_without_compiled_operators(monkeypatch):
 
     reason = "_ops.so is not built; run `pip install -e .`"
     monkeypatch.setattr(_extension, "ops_unavailable_reason", lambda: reason)
-    assert backends.choose("auto", torch.device("cpu")) == "torch"
+    assert backends.choose("auto", torch.device("cpu"), SIZE) == "torch"
     with pytest.raises(ValueError, match=r"backend='cpp'.*not built; run"):
-        backends.choose("cpp", torch.device("cpu"))
+        backends.choose("cpp", torch.device("cpu"), SIZE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..rows import RowSums
 from ..types import LogitMap
+from .choice import Size, by_speed
 
 
 class UpstreamGradient(NamedTuple):
@@ -101,13 +102,18 @@ def unavailable_reason(name: str, device_type: str) -> str | None:
     return f"there is no backend {name!r}"
 
 
-def choose(name: str, device: torch.device) -> str:
-    """The backend that serves ``name`` on ``device``.
+def choose(name: str, device: torch.device, size: Size) -> str:
+    """The backend that serves ``name`` for a projection of ``size`` on ``device``.
 
     Raises ValueError with the reason when a named one cannot.
     """
     if name == "auto":
-        return "cpp" if unavailable_reason("cpp", device.type) is None else "torch"
+        wanted = ["cpp"]
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            wanted = by_speed(10 * major + minor, size)
+        serving = (one for one in wanted if unavailable_reason(one, device.type) is None)
+        return next(serving, "torch")
     reason = unavailable_reason(name, device.type)
     if reason is not None:
         raise ValueError(f"backend={name!r} is not available: {reason}")

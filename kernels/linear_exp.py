@@ -195,6 +195,7 @@ def linear_exp_kernel(
     hidden,  # (N, H) descriptor or pointer
     weight,  # (V, H) descriptor or pointer
     exps,  # (N, V) descriptor or pointer, or None
+    exps_stride,
     bias,  # (V,) float32, or None
     target,  # (N,) int64, column of the target
     anchor,  # (N,) float32
@@ -207,7 +208,6 @@ def linear_exp_kernel(
     hidden_step,
     weight_stride,
     weight_step,
-    exps_stride,
     scale,
     inner,
     cap,

@@ -37,6 +37,7 @@ def linear_grad_kernel(
     hidden,  # (N, H) descriptor or pointer
     weight,  # (V, H) descriptor or pointer
     grads,  # (N, V) descriptor or pointer
+    grads_stride,
     bias,  # (V,) float32, or None
     target,  # (N,) int64, column of the target
     anchor,  # (N,) float32, and so the others
@@ -53,7 +54,6 @@ def linear_grad_kernel(
     hidden_step,
     weight_stride,
     weight_step,
-    grads_stride,
     scale,
     inner,
     cap,

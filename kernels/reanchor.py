@@ -52,7 +52,6 @@ def largest_logit_kernel(
     hidden_step,
     weight_stride,
     weight_step,
-    exps_stride,  # not used; the sizes of all kernels are alike
     scale,
     inner,
     cap,
@@ -125,6 +124,7 @@ def reanchor_kernel(
     hidden,
     weight,
     exps,  # (N, V) pointer, or None
+    exps_stride,
     bias,
     target,
     anchor,
@@ -139,7 +139,6 @@ def reanchor_kernel(
     hidden_step,
     weight_stride,
     weight_step,
-    exps_stride,
     scale,
     inner,
     cap,

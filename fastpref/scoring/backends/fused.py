@@ -140,12 +140,13 @@ class _Projection:
         operands, described = _operands(self.hidden, self.weight, self.exps, self.machine)
         linear_exp.linear_exp_kernel[_grid(self.rows, self.weight, self.machine)](
             *operands,
+            _stride(self.exps),
             self.bias,
             self.target,
             anchor,
             self.sums,
             self.best_index,
-            *_sizes(self.hidden, self.weight, self.exps, self.map),
+            *_sizes(self.hidden, self.weight, self.map),
             GROUP_ROWS=shape.group_rows,
             DESCRIPTORS=described,
             SLICES=shape.slices,
@@ -157,7 +158,7 @@ class _Projection:
     def _reanchor(self, anchor: Tensor, flag: Tensor) -> None:
         shape = self.machine.tiles.flagged
         blocks = _blocks(shape) | _flags(self.hidden, self.map)
-        sizes = _sizes(self.hidden, self.weight, self.exps, self.map)
+        sizes = _sizes(self.hidden, self.weight, self.map)
         flagged = flag.new_empty(self.rows, dtype=torch.int32)
         count = flag.new_empty(1, dtype=torch.int32)
         reanchor.list_flagged_kernel[(1,)](flag, flagged, count, self.rows, BLOCK=1024)
@@ -182,6 +183,7 @@ class _Projection:
             self.hidden,
             self.weight,
             self.exps,
+            _stride(self.exps),
             self.bias,
             self.target,
             anchor,
@@ -228,10 +230,11 @@ def project_gradient(
     operands, described = _operands(hidden, weight, tile, machine)
     linear_grad.linear_grad_kernel[_grid(hidden.shape[0], weight, machine)](
         *operands,
+        _stride(tile),
         bias,
         target,
         *upstream,
-        *_sizes(hidden, weight, tile, map),
+        *_sizes(hidden, weight, map),
         GROUP_ROWS=shape.group_rows,
         SLICES=shape.slices,
         DESCRIPTORS=described,
@@ -297,12 +300,14 @@ def _describe(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, cols])
 
 
-def _sizes(
-    hidden: Tensor, weight: Tensor, tile: Tensor | None, map: LogitMap
-) -> tuple[int | float, ...]:
+def _stride(tile: Tensor | None) -> int:
+    return 0 if tile is None else tile.stride(0)
+
+
+def _sizes(hidden: Tensor, weight: Tensor, map: LogitMap) -> tuple[int | float, ...]:
     """Sizes, strides and the logit map, in the order of the kernels' arguments."""
     sizes = (hidden.shape[0], *weight.shape)
-    strides = (*hidden.stride(), *weight.stride(), 0 if tile is None else tile.stride(0))
+    strides = (*hidden.stride(), *weight.stride())
     return (*sizes, *strides, map.scale, map.scale / map.cap if map.cap else 0.0, map.cap)
 
 

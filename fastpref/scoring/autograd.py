@@ -153,7 +153,8 @@ def _packed_hidden(hidden: Tensor, call: Call) -> Tensor:
 
 
 def _unpacked(values: Tensor, call: Call) -> Tensor:
-    # Not a view: autograd refuses in-place changes of a view among several outputs.
+    # A copy: the caller may change it, and backward reads the original; autograd refuses in-place
+    # changes of a view among several outputs.
     return values.new_empty(call.target.shape).copy_(
         call.packing.spread(values).view(call.target.shape)
     )

@@ -81,9 +81,9 @@ def forward(
     scores = TokenScores._make(map(_concatenate, zip(*(part[0] for part in parts), strict=True)))
     row = RowScores._make(torch.cat(one) for one in zip(*(part[1] for part in parts), strict=True))
     scale = torch.cat([part[2] for part in parts])
-    # The caller may change what it gets.
-    entropy = None if scores.entropy is None else scores.entropy.clone()
-    return scores, Kept(target, row, scale, entropy, None if exps is None else exps.tensor, direct)
+    return scores, Kept(
+        target, row, scale, scores.entropy, None if exps is None else exps.tensor, direct
+    )
 
 
 def _chunks(total: int, kept: int, rows: int) -> Iterator[slice]:

@@ -89,6 +89,13 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
       "Tensor? grad_entropy, Tensor? entropy, Tensor? bias, float scale, float cap) -> ()");
   m.def("gather_dot(Tensor hidden, Tensor weight, Tensor index) -> Tensor");
   m.def("scale_rows_(Tensor(a!) out, Tensor input, Tensor factor) -> ()");
+  m.def(
+      "sequence_sums(Tensor logp, Tensor? token_weights, Tensor? mask, Tensor? order, Tensor? boundaries, "
+      "bool mean) -> (Tensor, Tensor)");
+  m.def(
+      "pair_head(Tensor policy_chosen_logps, Tensor policy_rejected_logps, Tensor? ref_chosen_logps, "
+      "Tensor? ref_rejected_logps, Tensor? chosen_lengths, Tensor? rejected_lengths, int link, float scale, "
+      "float shift, float flipped, float reward_scale, bool rewards_per_token) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_capability() -> int");
 }
 

@@ -15,7 +15,10 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPS_LIBRARY = Path(__file__).with_name("_ops.so")
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")
@@ -49,6 +52,59 @@ def ops_unavailable_reason() -> str | None:
     except OSError as error:
         versions = f"built with torch {info.get('torch')}, this is torch {torch.__version__}"
         return f"{OPS_LIBRARY.name} does not load ({versions}; 2.10 or newer is needed): {error}"
+    return None
+
+
+def cuda_ops_unavailable_reason() -> str | None:
+    """Why the operators cannot serve tensors on the current CUDA device, or None when they can."""
+    reason = ops_unavailable_reason()
+    if reason is not None:
+        return reason
+    import torch
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastpref::exp_rows_", "CUDA"):
+        return f"the compiled operators have no CUDA kernels ({build_info().get('cuda')})"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no NVIDIA GPU"
+    return _launch_failure(torch.cuda.current_device())
+
+
+def cuda_operators_serve(*tensors: Tensor | None) -> bool:
+    """Whether operators that are on CUDA only take these tensors: nothing traces or transforms
+    them, and their device runs the kernels."""
+    import torch
+    from torch.nn import Parameter
+
+    given = [one for one in tensors if one is not None]
+    return (
+        all(one.is_cuda for one in given)
+        and not torch.compiler.is_compiling()
+        # Neither fake and distributed tensors nor torch.func's transforms know the operators.
+        and all(type(one) in (torch.Tensor, Parameter) for one in given)
+        and not torch._C._are_functorch_transforms_active()
+        and all(_kernels_serve(device) for device in {one.device for one in given})
+    )
+
+
+@functools.cache
+def _kernels_serve(device: Any) -> bool:
+    import torch
+
+    with torch.cuda.device(device):
+        return cuda_ops_unavailable_reason() is None
+
+
+@functools.cache
+def _launch_failure(device: int) -> str | None:
+    # Machine code for other GPUs, or a driver older than the runtime, shows in a launch only.
+    import torch
+
+    tile = torch.zeros(1, 1, device=f"cuda:{device}")
+    target = torch.zeros(1, dtype=torch.int64, device=tile.device)
+    try:
+        torch.ops.fastpref.exp_rows_(tile, target, tile[0], None, 1.0, 0.0, False, False)
+    except RuntimeError as error:
+        return str(error)
     return None
 
 

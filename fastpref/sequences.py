@@ -6,14 +6,33 @@
 
 Accumulation is in fp64 and rounded once, so the layouts agree with each other and a long response
 costs no precision. Nothing here uses atomics, and on CUDA nothing reads a value back to the host.
+
+On CUDA a compiled operator adds up (csrc/cuda/sequence_sums.cuh); everything else, and what traces
+or transforms the call, gets the same from plain torch.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._extension import cuda_operators_serve
+
+# Of the operator; others it is given in float64.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Layout(NamedTuple):
+    """Where the sequences are: padded rows, or packed by either of boundaries and ids."""
+
+    mask: Tensor | None = None  # (B, T), bool
+    boundaries: Tensor | None = None  # (B + 1,), int64
+    ids: Tensor | None = None  # (N,), int64
+    num_sequences: int = 0  # of ids
+
+    def scored(self) -> Tensor | None:
+        """Shaped like the tokens; None: all are."""
+        return self.mask if self.ids is None else self.ids >= 0
 
 
 def sequence_logp(
@@ -52,28 +71,34 @@ def sequence_logp(
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     _check_kinds(logp, mask, cu_seqlens, sequence_ids, token_weights, num_sequences)
     _check_per_token(logp, mask, sequence_ids, token_weights)
-    scored: Tensor | None = None
-    total: Callable[[Tensor], Tensor]
     if logp.dim() == 2:
         _check_padded(mask, cu_seqlens, sequence_ids, num_sequences, reduction)
-        scored = None if mask is None else mask != 0
-        total = _sum_rows
+        layout = _Layout(mask=None if mask is None else mask.bool())
     elif cu_seqlens is not None:
         boundaries = _check_boundaries(logp, cu_seqlens, mask, sequence_ids, num_sequences)
-        total = partial(_sum_segments, boundaries=boundaries)
+        layout = _Layout(boundaries=boundaries)
     else:
         ids, count = _check_ids(sequence_ids, mask, num_sequences)
-        scored = ids >= 0
-        total = partial(_sum_by_id, ids=ids.clamp(min=0), num_sequences=count)
+        layout = _Layout(ids=ids, num_sequences=count)
+    mean = reduction == "mean"
+    if cuda_operators_serve(logp, token_weights, *layout[:3]):
+        sums: Tensor = _OperatorSums.apply(logp, token_weights, layout, mean)  # type: ignore[no-untyped-call]
+    else:
+        sums = _torch_sums(logp, token_weights, layout, mean)
+    return sums if logp.dtype == torch.float64 else sums.float()
 
+
+def _torch_sums(logp: Tensor, token_weights: Tensor | None, layout: _Layout, mean: bool) -> Tensor:
+    """(B,) in fp64."""
+    scored = layout.scored()
     values = _keep(logp, scored)
     if token_weights is not None:
         values = values * _keep(token_weights, scored)
-    sums = total(values)
-    if reduction == "mean":
+    sums = _total(values, layout)
+    if mean:
         ones = torch.ones_like(values, requires_grad=False)
-        sums = sums / total(_keep(ones, scored)).clamp(min=1)
-    return sums if logp.dtype == torch.float64 else sums.float()
+        sums = sums / _total(_keep(ones, scored), layout).clamp(min=1)
+    return sums
 
 
 def _keep(values: Tensor, scored: Tensor | None) -> Tensor:
@@ -81,7 +106,11 @@ def _keep(values: Tensor, scored: Tensor | None) -> Tensor:
     return (values if scored is None else torch.where(scored, values, 0)).double()
 
 
-def _sum_rows(values: Tensor) -> Tensor:
+def _total(values: Tensor, layout: _Layout) -> Tensor:
+    if layout.boundaries is not None:
+        return _sum_segments(values, layout.boundaries)
+    if layout.ids is not None:
+        return _sum_by_id(values, layout.ids.clamp(min=0), layout.num_sequences)
     return values.sum(-1)
 
 
@@ -102,9 +131,82 @@ def _sum_by_id(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
 
 def _sum_by_sorted_id(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
     """As index_add, in a fixed order: on a GPU index_add is atomic and varies run to run."""
+    order, boundaries = _sorted_by_id(ids, num_sequences)
+    return _sum_segments(values[order], boundaries)
+
+
+def _sorted_by_id(ids: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """The tokens' order by sequence, (N,), and the boundaries between sequences there, (B + 1,)."""
     ids, order = torch.sort(ids, stable=True)
     firsts = torch.arange(num_sequences + 1, device=ids.device, dtype=ids.dtype)
-    return _sum_segments(values[order], torch.searchsorted(ids, firsts))
+    return order, torch.searchsorted(ids, firsts)
+
+
+class _OperatorSums(torch.autograd.Function):
+    """The sums in one launch. Their gradients are plain torch, and differentiable themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp: Tensor, token_weights: Tensor | None, layout: _Layout, mean: bool
+    ) -> Tensor:
+        """(B,), fp64 where the operator was given that and fp32 otherwise."""
+        order, boundaries = None, layout.boundaries
+        if layout.ids is not None:
+            order, boundaries = _sorted_by_id(layout.ids, layout.num_sequences)
+        values, weights = logp, token_weights
+        if logp.dtype not in _DTYPES or (weights is not None and weights.dtype != logp.dtype):
+            values, weights = logp.double(), None if weights is None else weights.double()
+        sums, counts = torch.ops.fastpref.sequence_sums(
+            _contiguous_rows(values),
+            None if weights is None else _contiguous_rows(weights),
+            None if layout.mask is None else _contiguous_rows(layout.mask),
+            order,
+            boundaries,
+            mean,
+        )
+        needs_logp, needs_weights, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            logp if needs_weights else None,
+            token_weights if needs_logp else None,
+            counts if mean else None,
+            *layout[:3],
+        )
+        ctx.shape, ctx.num_sequences = logp.shape, layout.num_sequences
+        ctx.dtypes = logp.dtype, None if token_weights is None else token_weights.dtype
+        return sums  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logp, token_weights, counts, mask, boundaries, ids = ctx.saved_tensors
+        layout = _Layout(mask, boundaries, ids, ctx.num_sequences)
+        per_sequence = grad.double()
+        if counts is not None:
+            per_sequence = per_sequence / counts.clamp(min=1)
+        per_token = _at_tokens(per_sequence, layout, ctx.shape)
+        scored = layout.scored()
+        gradients: list[Tensor | None] = []
+        for needed, factor, dtype in zip(
+            ctx.needs_input_grad[:2], (token_weights, logp), ctx.dtypes, strict=True
+        ):
+            product = per_token if factor is None else per_token * _keep(factor, scored)
+            gradients.append(_keep(product, scored).to(dtype) if needed else None)
+        return (*gradients, None, None)
+
+
+def _at_tokens(per_sequence: Tensor, layout: _Layout, shape: torch.Size) -> Tensor:
+    """Each sequence's value at its tokens, shaped (B, T) or (N,); 0 at tokens of no sequence."""
+    if layout.boundaries is not None:
+        tokens = torch.arange(shape[0], device=per_sequence.device)
+        place = torch.searchsorted(layout.boundaries, tokens, right=True)
+    elif layout.ids is not None:
+        place = layout.ids.clamp(-1, layout.num_sequences) + 1
+    else:
+        return per_sequence[:, None].expand(shape)
+    return torch.nn.functional.pad(per_sequence, (1, 1))[place]
+
+
+def _contiguous_rows(values: Tensor) -> Tensor:
+    return values if values.stride(-1) == 1 else values.contiguous()
 
 
 def _check_kinds(
@@ -200,7 +302,7 @@ def _check_boundaries(
                 f"cu_seqlens must rise from 0 to N = {logp.numel()}, got {first} to {last}"
                 + (", not rising throughout" if (first, last) == (0, logp.numel()) else "")
             )
-    return cu_seqlens.long()
+    return cu_seqlens.long().contiguous()
 
 
 def _check_ids(

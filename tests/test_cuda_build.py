@@ -15,7 +15,7 @@ from fastpref import _extension
 from fastpref.scoring.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ROOT / "csrc" / "cuda" / "row_kernels.cu"
+SOURCES = ROOT / "csrc" / "cuda"
 
 
 def from_setup(name: str) -> list[str]:
@@ -34,20 +34,15 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
 
 
-needs_source = pytest.mark.skipif(not KERNELS.exists(), reason="not run from a checkout")
-
-
-@needs_source
-@pytest.mark.slow
-@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-def test_kernels_keep_to_registers_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
+def compile_kernels(source: Path, directory: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """What ptxas says of every kernel for every architecture, and their PTX for Hopper."""
     # All architectures in one call, so that the sources are parsed for the host once.
     numbers = [re.sub(r"\.", "", name) for name in from_setup("CUDA_ARCHITECTURES")]
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     command = [str(find_nvcc()), *from_setup("NVCC"), *targets, f"-I{ROOT / 'csrc'}"]
-    command += ["-fatbin", "-Xptxas=-v", "--keep", f"--keep-dir={tmp_path}", str(KERNELS)]
+    command += ["-fatbin", "-Xptxas=-v", "--keep", f"--keep-dir={directory}", str(source)]
     done = subprocess.run(
-        [*command, "-o", "kernels.fatbin"], cwd=tmp_path, capture_output=True, text=True
+        [*command, "-o", "kernels.fatbin"], cwd=directory, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     compiled = re.findall(
@@ -56,19 +51,50 @@ def test_kernels_keep_to_registers_and_move_16_bytes_at_a_time(tmp_path: Path) -
         done.stderr,
         re.DOTALL,
     )
-    # Two kernels of exp_rows and one of each other operator, for every element type.
-    assert len({(entry, target) for entry, target, *_ in compiled}) == 20 * len(numbers)
+    (listing,) = directory.glob("*90a.ptx")
+    entries = listing.read_text().split(".visible .entry ")[1:]
+    assert len({(entry, target) for entry, target, *_ in compiled}) == len(entries) * len(numbers)
+    return compiled, entries
+
+
+needs_nvcc = pytest.mark.skipif(
+    find_nvcc() is None or not SOURCES.exists(), reason="needs nvcc and a checkout"
+)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_kernels_keep_to_registers_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
+    compiled, entries = compile_kernels(SOURCES / "row_kernels.cu", tmp_path)
+    # Four kernels of exp_rows and one of each other operator, for every element type.
+    assert len(entries) == 28
     for entry, target, stack, stores, loads, registers in compiled:
         assert (stack, stores, loads) == ("0", "0", "0"), (entry, target)
         # Two blocks of 512 threads a multiprocessor; one for float64.
         assert int(registers) <= (128 if re.search("kernelId", entry) else 64), (entry, target)
-    (listing, *_) = tmp_path.glob("*.ptx")
-    entries = listing.read_text().split(".visible .entry ")[1:]
-    assert len(entries) == 20
+    wide_load = r"ld\.global\.(v4|v2\.[fbu]64)|cp\.async\.c[ag]\.shared\.global .*, 16"
     for text in entries:
-        assert re.search(r"ld\.global\.(v4|v2\.[fbu]64)", text), text.split("(")[0]
-        if "gather_dot" not in text:
-            assert re.search(r"st\.global\.(v4|v2\.[fbu]64)", text), text.split("(")[0]
+        name = text.split("(")[0]
+        assert re.search(wide_load, text), name
+        assert ("barrier.cluster" in text) == ("cluster_kernel" in name), name
+        if "gather_dot" not in name:
+            assert re.search(r"st\.global\.(v4|v2\.[fbu]64)", text), name
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kernels", "most_registers"),
+    [("sequence_sums", 4, 64), ("pair_head", 2, 128)],  # 512 threads, two blocks and one
+)
+def test_kernels_after_the_tokens_keep_to_registers(
+    tmp_path: Path, name: str, kernels: int, most_registers: int
+) -> None:
+    compiled, entries = compile_kernels(SOURCES / f"{name}.cu", tmp_path)
+    assert len(entries) == kernels
+    for entry, target, stack, stores, loads, registers in compiled:
+        assert (stack, stores, loads) == ("0", "0", "0"), (entry, target)
+        assert int(registers) <= most_registers, (entry, target)
 
 
 @pytest.mark.skipif(not _extension.OPS_LIBRARY.exists(), reason="fastpref/_ops.so is not built")
@@ -77,7 +103,8 @@ def test_cuda_kernels_are_registered_exactly_where_the_build_says_so() -> None:
     if built is None:
         pytest.skip("the build left no facts about CUDA")
     assert _extension.ops_unavailable_reason() is None
-    for name in ("exp_rows_", "logit_grad_", "gather_dot", "scale_rows_"):
+    rows = ("exp_rows_", "logit_grad_", "gather_dot", "scale_rows_")
+    for name in (*rows, "sequence_sums", "pair_head"):
         has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpref::{name}", "CUDA")
         assert has == (not built.startswith("not built")), name
 

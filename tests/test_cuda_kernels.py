@@ -85,15 +85,19 @@ def make_rows(dtype: torch.dtype, cols: int, map: LogitMap) -> Rows:
 
 @pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
 @pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_exp_rows(kernels: Kernels, dtype: torch.dtype, statistics: bool, map: LogitMap) -> None:
+def test_exp_rows(
+    kernels: Kernels, dtype: torch.dtype, statistics: bool, map: LogitMap, blocks: int
+) -> None:
     # Several pieces a thread, an odd number of columns: every row is aligned differently.
     rows = make_rows(dtype, 9001, map)
     guarded, tile, target, anchor, bias, logit, slope, own = rows
     before = guarded.clone()
-    read_only = kernels.exp_rows(tile, target, anchor, bias, map, False, statistics)
+    arguments = (tile, target, anchor, bias, map)
+    read_only = kernels.exp_rows(*arguments, False, statistics, blocks=blocks)
     assert torch.equal(guarded, before)
-    sums = kernels.exp_rows(tile, target, anchor, bias, map, True, statistics)
+    sums = kernels.exp_rows(*arguments, True, statistics, blocks=blocks)
     assert bool((guarded[:, 0] == 7).all()) and bool((guarded[:, -2:] == 7).all())
 
     position = torch.arange(tile.shape[1])[None] == target[:, None]
@@ -152,15 +156,18 @@ def test_logits_far_from_their_anchor_cost_no_digits(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("cols", [1, 5, 40])
+@pytest.mark.parametrize("blocks", [1, 8])
 @pytest.mark.parametrize("dtype", ELEMENTS)
 def test_exp_rows_with_fewer_columns_than_threads(
-    kernels: Kernels, dtype: torch.dtype, cols: int
+    kernels: Kernels, dtype: torch.dtype, blocks: int, cols: int
 ) -> None:
+    """Some blocks of the cluster have none at all."""
     buffer = torch.randn(4, cols + 1).to(dtype)
     before, tile = buffer.double().clone(), buffer[:, 1:]
     target = torch.tensor([0, cols - 1, -1, cols])
     anchor = torch.zeros(4, dtype=statistics_dtype(dtype))
-    sums = kernels.exp_rows(tile, target, anchor, None, MAPS["plain"], True, False)
+    arguments = (tile, target, anchor, None, MAPS["plain"])
+    sums = kernels.exp_rows(*arguments, True, False, blocks=blocks)
     assert torch.equal(buffer[:, 0].double(), before[:, 0])
     exps = before[:, 1:].exp().masked_fill(torch.arange(cols)[None] == target[:, None], 0.0)
     torch.testing.assert_close(sums.sum.double(), exps.sum(1), rtol=1e-6, atol=0)
@@ -169,14 +176,17 @@ def test_exp_rows_with_fewer_columns_than_threads(
 
 
 @pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_no_barrier_is_missing(kernels: Kernels, dtype: torch.dtype, statistics: bool) -> None:
+def test_no_barrier_is_missing(
+    kernels: Kernels, dtype: torch.dtype, blocks: int, statistics: bool
+) -> None:
     """The order in which warps run between barriers changes no bit."""
     written, results = [], []
     for backwards in (False, True):
         rows = make_rows(dtype, 4099, MAPS["capped"])
         arguments = (rows.tile, rows.target, rows.anchor, rows.bias, MAPS["capped"])
-        sums = kernels.exp_rows(*arguments, True, statistics, backwards)
+        sums = kernels.exp_rows(*arguments, True, statistics, backwards, blocks)
         written.append(rows.guarded)
         results.append([one for one in sums if one is not None])
     assert torch.equal(*written)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both row kernels are made of: element types, 16-byte pieces of a row, the logit map, block reductions.
+// What the row kernels are made of: element types, 16-byte pieces of a row, the logit map.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -77,23 +77,24 @@ struct alignas(n * sizeof(T)) Piece {
 // Calls visit(piece, its first column) on this thread's pieces of the row, always the same ones in the same order.
 // Rows of an odd number of columns start anywhere: single columns come first, up to a 16-byte boundary, and last.
 template <class T, class Visit>
-__device__ __forceinline__ void for_each_piece(T* row, int64_t cols, Visit visit) {
+__device__ __forceinline__ void for_each_piece(T* row, int cols, Visit visit) {
   using Value = std::remove_const_t<T>;
   constexpr int kWidth = 16 / sizeof(T);
   using Single = std::conditional_t<std::is_const_v<T>, const Piece<Value, 1>, Piece<Value, 1>>;
   using Wide = std::conditional_t<std::is_const_v<T>, const Piece<Value, kWidth>, Piece<Value, kWidth>>;
   const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
-  const int64_t to_boundary = (kWidth - misaligned) % kWidth;
-  const int64_t head = cols < to_boundary ? cols : to_boundary;
-  const int64_t wide = (cols - head) / kWidth;
-  const int64_t tail = head + wide * kWidth;
-  if (threadIdx.x < head) visit(reinterpret_cast<Single&>(row[threadIdx.x]), int64_t{threadIdx.x});
-  for (int64_t i = threadIdx.x; i < wide; i += kThreads) {
-    const int64_t column = head + i * kWidth;
+  const int to_boundary = (kWidth - misaligned) % kWidth;
+  const int head = cols < to_boundary ? cols : to_boundary;
+  const int wide = (cols - head) / kWidth;
+  const int tail = head + wide * kWidth;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < head) visit(reinterpret_cast<Single&>(row[thread]), thread);
+  for (int i = thread; i < wide; i += kThreads) {
+    const int column = head + i * kWidth;
     visit(reinterpret_cast<Wide&>(row[column]), column);
   }
-  if (threadIdx.x < cols - tail) {
-    const int64_t column = tail + threadIdx.x;
+  if (thread < cols - tail) {
+    const int column = tail + thread;
     visit(reinterpret_cast<Single&>(row[column]), column);
   }
 }
@@ -131,14 +132,15 @@ struct Map {
   const A* bias;
   A scale, inner, cap;  // inner = scale / cap
 
-  __device__ explicit Map(const cpu::LogitMap& map)
-      : bias(static_cast<const A*>(map.bias)),
+  // Of the columns from `first` on.
+  __device__ explicit Map(const cpu::LogitMap& map, int first = 0)
+      : bias(map.bias == nullptr ? nullptr : static_cast<const A*>(map.bias) + first),
         scale(static_cast<A>(map.scale)),
         inner(map.cap == 0 ? A(0) : static_cast<A>(map.scale / map.cap)),
         cap(static_cast<A>(map.cap)) {}
 
   template <class T, int n>
-  __device__ __forceinline__ Logits<A, n> apply(const Piece<T, n>& products, int64_t column) const {
+  __device__ __forceinline__ Logits<A, n> apply(const Piece<T, n>& products, int column) const {
     // One access to memory; element by element the compiler would have to make it several.
     const Piece<T, n> piece = products;
     Logits<A, n> logits;
@@ -158,48 +160,5 @@ struct Map {
     return logits;
   }
 };
-
-struct Sum {
-  template <class V>
-  __device__ V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-struct Largest {
-  template <class V>
-  __device__ V operator()(V a, V b) const {
-    return larger(a, b);
-  }
-};
-struct Smallest {
-  template <class V>
-  __device__ V operator()(V a, V b) const {
-    return b < a ? b : a;
-  }
-};
-
-// The values of all threads combined, in every thread. Each exchange combines the same two values on both sides and the
-// operations commute, so all threads hold the same bits, and the same ones in every run.
-template <class V, class Combine>
-__device__ V block_reduce(V value, Combine combine) {
-  static_assert(kThreads % kWarp == 0 && kThreads / kWarp <= kWarp, "one warp combines the warps");
-  constexpr int kWarps = kThreads / kWarp;
-  __shared__ V of_warp[kWarps];
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
-  // An earlier reduction may still be reading: overwritten now, some threads would combine values of both.
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  // Lanes beyond the warps repeat them, and the exchanges stay among kWarps neighbours.
-  value = of_warp[threadIdx.x % kWarps];
-#pragma unroll
-  for (int distance = kWarps / 2; distance > 0; distance /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-  }
-  return value;
-}
 
 }  // namespace fastpref::cuda

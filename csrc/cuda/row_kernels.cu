@@ -8,41 +8,81 @@
 namespace fastpref::cuda {
 namespace {
 
-// Calls launch(zero) with a zero of the element type.
+// Answers launch(zero) with a zero of the element type.
 template <class Launch>
 cudaError_t with_element(cpu::Element element, Launch launch) {
   switch (element) {
     case cpu::Element::float64:
-      launch(double{});
-      break;
+      return launch(double{});
     case cpu::Element::float32:
-      launch(float{});
-      break;
+      return launch(float{});
     case cpu::Element::bfloat16:
-      launch(__nv_bfloat16{});
-      break;
+      return launch(__nv_bfloat16{});
     case cpu::Element::float16:
-      launch(__half{});
-      break;
+      return launch(__half{});
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 unsigned blocks(int64_t rows) { return static_cast<unsigned>(rows); }
+
+// What a block is given of a row that it shares. Two blocks have the registers of a multiprocessor between them.
+constexpr int kStagedBytes = 64 << 10;
+constexpr int kMostStagedBytes = 96 << 10;
+constexpr int kMostBlocks = 8;  // of a cluster that runs on every chip with clusters
+
+// How many blocks share a row of `call`; 1: it is short, too long, or there are no clusters.
+template <class T>
+int blocks_of_row(const cpu::ExpRows& call, const void* kernel) {
+  const int cols = static_cast<int>(call.tile.cols);
+  const auto bytes = [&](int blocks) { return staged_bytes<T>(columns_of_block(cols, blocks)); };
+  int blocks = 1;
+  while (blocks < kMostBlocks && bytes(blocks) > kStagedBytes) blocks *= 2;
+  if (blocks == 1 || bytes(blocks) > kMostStagedBytes || call.tile.rows > kMostRows / blocks) return 1;
+  // Compiled for less, also where it runs on more, the kernel is empty.
+  cudaFuncAttributes attributes;
+  const bool there = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  return there ? blocks : 1;
+}
+
+template <class T>
+cudaError_t launch_exp_rows_cluster(void (*kernel)(cpu::ExpRows), const cpu::ExpRows& call, int blocks_of_row,
+                                    cudaStream_t stream) {
+  const int bytes = staged_bytes<T>(columns_of_block(static_cast<int>(call.tile.cols), blocks_of_row));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks_of_row), 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = blocks(call.tile.rows * blocks_of_row);
+  launch.blockDim = kThreads;
+  launch.dynamicSmemBytes = bytes;
+  launch.stream = stream;
+  launch.attrs = &cluster;
+  launch.numAttrs = 1;
+  return cudaLaunchKernelEx(&launch, kernel, call);
+}
 
 }  // namespace
 
 cudaError_t launch_exp_rows(cpu::Element element, const cpu::ExpRows& call, cudaStream_t stream) {
   return with_element(element, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = call.best_index == nullptr ? exp_rows_kernel<T, false> : exp_rows_kernel<T, true>;
+    const bool statistics = call.best_index != nullptr;
+    const auto of_cluster = statistics ? exp_rows_cluster_kernel<T, true> : exp_rows_cluster_kernel<T, false>;
+    const int of_row = blocks_of_row<T>(call, reinterpret_cast<const void*>(of_cluster));
+    if (of_row > 1) return launch_exp_rows_cluster<T>(of_cluster, call, of_row, stream);
+    const auto kernel = statistics ? exp_rows_kernel<T, true> : exp_rows_kernel<T, false>;
     kernel<<<blocks(call.tile.rows), kThreads, 0, stream>>>(call);
+    return cudaGetLastError();
   });
 }
 
 cudaError_t launch_logit_grad(cpu::Element element, const cpu::LogitGrad& call, cudaStream_t stream) {
   return with_element(element, [&](auto zero) {
     logit_grad_kernel<decltype(zero)><<<blocks(call.tile.rows), kThreads, 0, stream>>>(call);
+    return cudaGetLastError();
   });
 }
 
@@ -50,12 +90,15 @@ cudaError_t launch_gather_dot(cpu::Element element, const cpu::GatherDot& call, 
                               cudaStream_t stream) {
   return with_element(element, [&](auto zero) {
     gather_dot_kernel<decltype(zero)><<<blocks(rows), kThreads, 0, stream>>>(call, vocab);
+    return cudaGetLastError();
   });
 }
 
 cudaError_t launch_scale_rows(cpu::Element element, const cpu::ScaleRows& call, int64_t rows, cudaStream_t stream) {
-  return with_element(
-      element, [&](auto zero) { scale_rows_kernel<decltype(zero)><<<blocks(rows), kThreads, 0, stream>>>(call); });
+  return with_element(element, [&](auto zero) {
+    scale_rows_kernel<decltype(zero)><<<blocks(rows), kThreads, 0, stream>>>(call);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace fastpref::cuda

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The row kernels, one block a row. What they compute is written in cpu/row_kernels.inl; here is how.
+// The row kernels, one block a row, or for long rows one cluster of blocks. What they compute is written in
+// cpu/row_kernels.inl; here is how.
 //
 // exp_rows overwrites the products that it reads, and only at the end of a row is it known whether the anchor will do:
 // an exponential that overflowed could not be turned back. So a thread that meets a logit more than kGuard above the
@@ -9,9 +10,15 @@
 // a moved one twice.
 //
 // A thread only ever touches its own pieces, so the passes over a row need no barrier between them.
+//
+// A cluster splits a row among its blocks. Each copies its columns to shared memory, works on them there, and copies
+// them back, so that also a moved row, or one of halves, is read from memory once and written once.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "elements.cuh"
+#include "teams.cuh"
 
 namespace fastpref::cuda {
 
@@ -25,20 +32,33 @@ constexpr int kResidentBlocks = std::is_same_v<T, double> ? 1 : 2;
 
 // Position of `target` in a piece that starts at `column`; -1 when it is elsewhere.
 template <int n>
-__device__ inline int position_in_piece(int64_t target, int64_t column) {
-  const int64_t position = target - column;
-  return position >= 0 && position < n ? static_cast<int>(position) : -1;
+__device__ inline int position_in_piece(int target, int column) {
+  const int position = target - column;
+  return position >= 0 && position < n ? position : -1;
 }
 
-// This thread's part of one row of exp_rows.
-template <class T, bool kStatistics>
+// A target among `columns`, counted from their first; -1 when it is elsewhere.
+__device__ inline int target_among(int64_t target, Columns columns) {
+  const int64_t place = target - columns.first;
+  return place >= 0 && place < columns.count ? static_cast<int>(place) : -1;
+}
+
+template <class T>
+__device__ inline T* row_of(const cpu::Tile& tile, int64_t i) {
+  // 64 bits before it is multiplied: rows times columns passes 2^31.
+  return static_cast<T*>(tile.data) + i * tile.row_stride;
+}
+
+// This thread's part of some columns of one row of exp_rows, which `team` has among all its threads.
+template <class T, bool kStatistics, class Team>
 struct ExpRow {
   using A = typename AccumulateType<T>::type;
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr int kNever = std::numeric_limits<int>::max();
 
-  T* row;
-  int64_t cols, target;
+  Team team;
+  T* row;            // the first of the columns, in memory or in a copy
+  int cols, target;  // how many; the target among them, or -1
   Map<A> map;
   bool write;  // as the sums are taken. Halves are written once, at the end
   A anchor;
@@ -47,26 +67,27 @@ struct ExpRow {
   A highest = -infinity<A>();    // of all columns but the target's
   A own_logit = -infinity<A>();  // the target's, in the thread that has it
   A best = -infinity<A>();       // of all columns, and its first column
-  int64_t best_index = -1;
+  int best_index = -1;
 
-  __device__ ExpRow(const cpu::ExpRows& call, int64_t i)
-      : row(static_cast<T*>(call.tile.data) + i * call.tile.row_stride),
-        cols(call.tile.cols),
-        target(call.tile.target[i]),
-        map(call.map),
+  __device__ ExpRow(const cpu::ExpRows& call, int64_t i, T* row, Columns columns, Team team)
+      : team(team),
+        row(row),
+        cols(columns.count),
+        target(target_among(call.tile.target[i], columns)),
+        map(call.map, columns.first),
         write(call.write && !kHalf),
         anchor(static_cast<const A*>(call.anchor)[i]) {}
 
   __device__ __forceinline__ void anchor_at_maximum() {
     A top = -infinity<A>();
-    for_each_piece(row, cols, [&](const auto& piece, int64_t column) {
+    for_each_piece(row, cols, [&](const auto& piece, int column) {
       constexpr int n = std::decay_t<decltype(piece)>::kSize;
       const auto logits = map.apply(piece, column);
       const int own = position_in_piece<n>(target, column);
 #pragma unroll
       for (int j = 0; j < n; ++j) top = j == own ? top : larger(top, logits.t[j]);
     });
-    top = block_reduce(top, Largest{});
+    top = team.reduce(top, Largest{});
     // Nothing but -inf here: any finite anchor below every other part's.
     anchor = top == -infinity<A>() ? static_cast<A>(kLowestAnchor) : top;
   }
@@ -113,7 +134,7 @@ struct ExpRow {
   // Returns how many pieces this thread took before it met a logit too far above the anchor.
   __device__ __forceinline__ int take_row() {
     int number = 0, taken = kNever;
-    for_each_piece(row, cols, [&](auto& piece, int64_t column) {
+    for_each_piece(row, cols, [&](auto& piece, int column) {
       constexpr int n = std::decay_t<decltype(piece)>::kSize;
       const auto logits = map.apply(piece, column);
       const int own = position_in_piece<n>(target, column);
@@ -126,14 +147,14 @@ struct ExpRow {
   }
 
   __device__ __forceinline__ void move_anchor(int taken) {
-    const A moved = block_reduce(highest, Largest{});
+    const A moved = team.reduce(highest, Largest{});
     const A factor = exp_difference<T>(anchor, moved);
     anchor = moved;
     sum *= factor;
     weighted *= factor;
     squares *= factor * factor;
     int number = 0;
-    for_each_piece(row, cols, [&](auto& piece, int64_t column) {
+    for_each_piece(row, cols, [&](auto& piece, int column) {
       constexpr int n = std::decay_t<decltype(piece)>::kSize;
       if (number++ >= taken) {
         take(piece, map.apply(piece, column), position_in_piece<n>(target, column));
@@ -149,11 +170,11 @@ struct ExpRow {
   // A half holds nothing above 65504: it keeps exp(t - anchor - offset), probabilities as far as this tile knows them.
   __device__ __forceinline__ A write_probabilities(A row_sum) {
     // Through the sum and not the maximum, which would lose a NaN.
-    const A norm = row_sum + block_reduce(exponential(own_logit - anchor), Sum{});
+    const A norm = row_sum + team.reduce(exponential(own_logit - anchor), Sum{});
     const A offset = norm == 0 ? A(0) : log(norm);
     // Rounded here as it is by those who undo it.
     const A lse = anchor + offset;
-    for_each_piece(row, cols, [&](auto& piece, int64_t column) {
+    for_each_piece(row, cols, [&](auto& piece, int column) {
       constexpr int n = std::decay_t<decltype(piece)>::kSize;
       const auto logits = map.apply(piece, column);
       const int own = position_in_piece<n>(target, column);
@@ -168,37 +189,37 @@ struct ExpRow {
   }
 };
 
-template <class T, bool kStatistics>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) exp_rows_kernel(cpu::ExpRows call) {
+// Exponentials and sums of row i, whose given columns are at `columns_of_row`.
+template <class T, bool kStatistics, class Team>
+__device__ __forceinline__ void exp_row(const cpu::ExpRows& call, int64_t i, T* columns_of_row, Columns columns,
+                                        Team team) {
   using A = typename AccumulateType<T>::type;
-  // 64 bits before it is multiplied: rows times columns passes 2^31.
-  const int64_t i = blockIdx.x;
-  ExpRow<T, kStatistics> row(call, i);
+  ExpRow<T, kStatistics, Team> row(call, i, columns_of_row, columns, team);
   if (!(fabs(row.anchor) < infinity<A>())) row.anchor_at_maximum();
   const int taken = row.take_row();
-  if (__syncthreads_or(taken != row.kNever)) row.move_anchor(taken);
-  const A sum = block_reduce(row.sum, Sum{});
+  if (team.any(taken != row.kNever)) row.move_anchor(taken);
+  const A sum = team.reduce(row.sum, Sum{});
   A offset = 0;
   if constexpr (row.kHalf) {
     if (call.write) offset = row.write_probabilities(sum);
   }
   A* sums = static_cast<A*>(call.sums) + i;
   const int64_t rows = call.tile.rows;
-  const bool writer = threadIdx.x == 0;
+  const bool writer = team.first_thread();
   if (writer) {
     sums[0] = row.anchor;
     sums[rows] = sum;
     sums[2 * rows] = offset;
   }
   if constexpr (kStatistics) {
-    const A best = block_reduce(row.best, Largest{});
+    const A best = team.reduce(row.best, Largest{});
     // Of equal maxima the first column wins.
-    const int64_t candidate = row.best == best ? row.best_index : std::numeric_limits<int64_t>::max();
-    const int64_t best_index = block_reduce(candidate, Smallest{});
+    const int64_t candidate = row.best == best ? row.best_index + columns.first : std::numeric_limits<int64_t>::max();
+    const int64_t best_index = team.reduce(candidate, Smallest{});
     const A below = row.sum > 0 ? (row.best - best) * row.sum : A(0);
-    const A weighted = block_reduce(row.weighted + below, Sum{});
-    const A squares = block_reduce(row.squares, Sum{});
-    const A total = block_reduce(row.total, Sum{});
+    const A weighted = team.reduce(row.weighted + below, Sum{});
+    const A squares = team.reduce(row.squares, Sum{});
+    const A total = team.reduce(row.total, Sum{});
     if (writer) {
       sums[3 * rows] = best;
       sums[4 * rows] = weighted;
@@ -207,6 +228,54 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) exp_rows_kernel(
       call.best_index[i] = best_index;
     }
   }
+}
+
+template <class T, bool kStatistics>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) exp_rows_kernel(cpu::ExpRows call) {
+  const int64_t i = blockIdx.x;
+  exp_row<T, kStatistics>(call, i, row_of<T>(call.tile, i), Block{}.share(static_cast<int>(call.tile.cols)), Block{});
+}
+
+#ifdef FASTPREF_CLUSTERS
+// Starts copying to where `to` has the alignment of `from`: the same threads then have the same pieces of both.
+template <class T>
+__device__ __forceinline__ void copy_async(T* to, const T* from, int count) {
+  for_each_piece(from, count, [&](const auto& piece, int column) {
+    if constexpr (sizeof(piece) == 16) {
+      __pipeline_memcpy_async(to + column, &piece, sizeof(piece));
+    } else {
+      to[column] = piece.values[0];
+    }
+  });
+  __pipeline_commit();
+}
+#endif
+
+// The shared memory of a block that holds `columns` of a row, wherever that begins.
+template <class T>
+constexpr int64_t staged_bytes(int columns) {
+  return columns * static_cast<int64_t>(sizeof(T)) + 16;
+}
+
+// Empty where there are no clusters: is_clustered() says so, and then it must not be launched.
+template <class T, bool kStatistics>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) exp_rows_cluster_kernel(cpu::ExpRows call) {
+#ifdef FASTPREF_CLUSTERS
+  const Cluster cluster;
+  const int64_t i = blockIdx.x / cluster.blocks();
+  const Columns columns = cluster.share(static_cast<int>(call.tile.cols));
+  extern __shared__ __align__(16) unsigned char staged[];
+  const auto in_memory = [&] { return row_of<T>(call.tile, i) + columns.first; };
+  const auto copy = [&] { return reinterpret_cast<T*>(staged + reinterpret_cast<uintptr_t>(in_memory()) % 16); };
+  copy_async<T>(copy(), in_memory(), columns.count);
+  __pipeline_wait_prior(0);
+  exp_row<T, kStatistics>(call, i, copy(), columns, cluster);
+  if (!call.write) return;
+  for_each_piece(in_memory(), columns.count, [&](auto& piece, int column) {
+    using Whole = std::decay_t<decltype(piece)>;
+    piece = load_piece<T, Whole::kSize>(copy() + column);
+  });
+#endif
 }
 
 template <class T>
@@ -221,25 +290,25 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) logit_grad_kerne
   const A own_p = exponential(logp);
   A own_value = own_p * h - g * expm1(logp);
   if (k != 0 && own_p > 0) own_value -= k * own_p * (logp + entropy);
-  const int64_t target = call.tile.target[i];
+  const int cols = static_cast<int>(call.tile.cols);
+  const int target = target_among(call.tile.target[i], {0, cols});
   const Map<A> map(call.map);
-  for_each_piece(static_cast<T*>(call.tile.data) + i * call.tile.row_stride, call.tile.cols,
-                 [&](auto& piece, int64_t column) {
-                   constexpr int n = std::decay_t<decltype(piece)>::kSize;
-                   const auto logits = map.apply(piece, column);
-                   const int own = position_in_piece<n>(target, column);
-                   Piece<T, n> grad;
+  for_each_piece(row_of<T>(call.tile, i), cols, [&](auto& piece, int column) {
+    constexpr int n = std::decay_t<decltype(piece)>::kSize;
+    const auto logits = map.apply(piece, column);
+    const int own = position_in_piece<n>(target, column);
+    Piece<T, n> grad;
 #pragma unroll
-                   for (int j = 0; j < n; ++j) {
-                     const A p = exp_difference<T>(logits.t[j], anchor) * inverse;
-                     A value = p * (h - g);
-                     // p log p is 0 where p is, also at a logit of -inf.
-                     if (k != 0 && p > 0) value -= k * p * (logits.t[j] - anchor + entropy_less_log_norm);
-                     if (j == own) value = own_value;
-                     store(grad.values[j], map.scale * logits.slope[j] * value);
-                   }
-                   piece = grad;
-                 });
+    for (int j = 0; j < n; ++j) {
+      const A p = exp_difference<T>(logits.t[j], anchor) * inverse;
+      A value = p * (h - g);
+      // p log p is 0 where p is, also at a logit of -inf.
+      if (k != 0 && p > 0) value -= k * p * (logits.t[j] - anchor + entropy_less_log_norm);
+      if (j == own) value = own_value;
+      store(grad.values[j], map.scale * logits.slope[j] * value);
+    }
+    piece = grad;
+  });
 }
 
 // Checking an index on the host would wait for the device: a row whose index is outside [0, vocab) gets NaN.
@@ -251,8 +320,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) gather_dot_kerne
   A sum = 0;
   if (inside) {
     const T* weight = static_cast<const T*>(call.weight) + index * call.weight_stride;
-    for_each_piece(static_cast<const T*>(call.hidden) + i * call.hidden_stride, call.width,
-                   [&](const auto& piece, int64_t column) {
+    for_each_piece(static_cast<const T*>(call.hidden) + i * call.hidden_stride, static_cast<int>(call.width),
+                   [&](const auto& piece, int column) {
                      constexpr int n = std::decay_t<decltype(piece)>::kSize;
                      const Piece<T, n> x = piece, w = load_piece<T, n>(weight + column);
                      A piece_sum = 0;
@@ -271,8 +340,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) scale_rows_kerne
   const int64_t i = blockIdx.x;
   T* out = static_cast<T*>(call.out) + i * call.out_stride;
   const A factor = static_cast<const A*>(call.factor)[i];
-  for_each_piece(static_cast<const T*>(call.in) + i * call.in_stride, call.width,
-                 [&](const auto& piece, int64_t column) {
+  for_each_piece(static_cast<const T*>(call.in) + i * call.in_stride, static_cast<int>(call.width),
+                 [&](const auto& piece, int column) {
                    constexpr int n = std::decay_t<decltype(piece)>::kSize;
                    const Piece<T, n> values = piece;
                    Piece<T, n> scaled;

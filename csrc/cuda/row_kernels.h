@@ -10,6 +10,8 @@ namespace fastpref::cuda {
 
 // A row is a block, and a grid has no more blocks than this along x.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
+// Columns are counted in 32 bits: the registers of 64 are missed elsewhere.
+constexpr int64_t kMostColumns = (int64_t{1} << 31) - 1;
 
 cudaError_t launch_exp_rows(cpu::Element element, const cpu::ExpRows& call, cudaStream_t stream);
 cudaError_t launch_logit_grad(cpu::Element element, const cpu::LogitGrad& call, cudaStream_t stream);

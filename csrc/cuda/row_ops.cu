@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA implementations of the operators that ops.cpp defines. Only torch's stable ABI and the static CUDA runtime
-// are used, so that the library also loads where torch has no CUDA.
+// The CUDA implementations of the row operators that ops.cpp defines.
 
 #include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,39 +10,13 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "launch.cuh"
 #include "row_kernels.h"
-
-// Weak, because a torch without CUDA does not have it; visible, because a hidden one would be null everywhere.
-extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {
 
+using fastpref::cuda::on_device_of;
 using torch::stable::Tensor;
-
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "the CUDA runtime of fastpref answered: ", cudaGetErrorString(error),
-                  "; backend='torch' does without it");
-}
-
-// Calls launch(stream) on the device of a matrix with torch's current stream of it.
-template <class Launch>
-void on_device_of(const Tensor& matrix, Launch launch) {
-  const int64_t rows = matrix.size(0);
-  // A grid of no blocks is an error.
-  if (rows == 0) return;
-  STD_TORCH_CHECK(rows <= fastpref::cuda::kMostRows, "a matrix must have fewer than 2^31 rows, got ", rows,
-                  "; split it");
-  const int32_t device = matrix.get_device_index();
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "this torch names no CUDA stream to fastpref; use backend='torch'");
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  // The runtime linked into this library is not the one that torch's guard tells.
-  check(cudaSetDevice(device));
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  check(launch(static_cast<cudaStream_t>(stream)));
-}
 
 std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, std::optional<Tensor> bias, double scale,
                                     double cap, bool write, bool statistics) {

@@ -22,6 +22,9 @@ from .signature import POLICY_LOGPS, REQUIRED, ExtraFacts, Signature, Unit
 Scope: TypeAlias = Literal["unit", "pair", "list", "batch", "running"]
 SCOPES: tuple[Scope, ...] = ("unit", "pair", "list", "batch", "running")  # narrow to wide
 
+# Given all hyperparameters by name: why they cannot go together, or None when they can.
+Condition: TypeAlias = Callable[..., str | None]
+
 _RESULTS: Mapping[Unit, type[Any]] = {
     "pair": PairLosses,
     "unit": UnitLosses,
@@ -37,9 +40,24 @@ _SHAPES: Mapping[Unit, tuple[str, int]] = {
 
 _CATALOGUE: dict[str, "Objective"] = {}
 _FORMULAS: dict[Callable[..., Any], Callable[..., Any]] = {}  # public function -> as written
+_CONDITIONS: dict[Callable[..., Any], Condition] = {}
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Losses)
+
+
+class Composite:
+    """A function made of objectives (modifiers.py). It says its signature itself, and what is set
+    on it is set in them."""
+
+    signature: Signature
+
+    def __call__(self, *logps: Tensor | None, **keywords: Any) -> Losses:
+        raise NotImplementedError
+
+    def replace(self, **hyperparameters: Any) -> "Composite":
+        """The same with some hyperparameters changed, all of them known."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,10 @@ class Objective:
             raise ValueError(f"unit must be one of {', '.join(_RESULTS)}, got {self.unit!r}")
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
-        signature = Signature.of(self.function, self.unit)
+        if isinstance(self.function, Composite):
+            signature = self.function.signature
+        else:
+            signature = Signature.of(self.function, self.unit)
         object.__setattr__(self, "signature", signature)
         takes_reference = self.unit != "token" and len(signature.logps) > POLICY_LOGPS[self.unit]
         if self.needs_reference and not takes_reference:
@@ -82,8 +103,7 @@ class Objective:
             object.__setattr__(self, "needs_reference", takes_reference)
         known = signature.hyperparameters
         _refuse_unknown(self.name, "hyperparameter", [name for name, _ in self.settings], known)
-        for name, value in self.settings:
-            known[name].check(f"{self.name}: {name}", value)
+        self._check_hyperparameters(dict(self.settings))
 
     @property
     def name(self) -> str:
@@ -103,8 +123,13 @@ class Objective:
 
     def replace(self, **hyperparameters: Any) -> "Objective":
         """The same objective with some hyperparameters changed; checks them all."""
-        settings = dict(self.settings) | hyperparameters
-        changed = dataclasses.replace(self, settings=tuple(settings.items()))
+        if isinstance(self.function, Composite):
+            known = self.signature.hyperparameters
+            _refuse_unknown(self.name, "hyperparameter", hyperparameters, known)
+            changed = dataclasses.replace(self, function=self.function.replace(**hyperparameters))
+        else:
+            settings = dict(self.settings) | hyperparameters
+            changed = dataclasses.replace(self, settings=tuple(settings.items()))
         missing = [name for name, value in changed.hyperparameters.items() if value is REQUIRED]
         if missing:
             raise TypeError(f"{self.name} needs a value for {', '.join(missing)}")
@@ -118,21 +143,29 @@ class Objective:
 
     def evaluate(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Losses:
         """Check everything, run the formula in fp32 or fp64, and detach all but the losses."""
+        args, logps = self.check(args, keywords)
+        formula = self._registered(_FORMULAS) or self.function
+        result = formula(
+            *map(upcast, args),
+            **{name: self._prepared(name, value) for name, value in keywords.items()},
+        )
+        return self._finished(result, [upcast(value) for value in logps])
+
+    def check(
+        self, args: tuple[Any, ...], keywords: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], list[Any]]:
+        """Raise unless these can be evaluated; returns ``args`` without references that have no
+        use, and all log-probabilities, in the order of the signature."""
         names = self.signature.logps
-        while len(args) > len(names) and args[-1] is None:  # a reference it has no use for
+        while len(args) > len(names) and args[-1] is None:
             args = args[:-1]
         if len(args) > len(names):
             raise TypeError(f"{self.name} takes ({', '.join(names)}), got {len(args)} tensors")
         given = dict(zip(names, args, strict=False)) | dict(keywords)
         logps = [given.get(name) for name in names]
         self._check_logps(logps)
-        self._check_keywords(given, cast(Tensor, logps[0]).shape)
-        formula = _FORMULAS.get(self.function, self.function)
-        result = formula(
-            *map(_upcast, args),
-            **{name: self._prepared(name, value) for name, value in keywords.items()},
-        )
-        return self._finished(result, [_upcast(value) for value in logps])
+        self._check_keywords(given, cast(Tensor, logps[0]))
+        return args, logps
 
     def _check_logps(self, logps: list[Any]) -> None:
         names, policy = self.signature.logps, POLICY_LOGPS[self.unit]
@@ -161,25 +194,33 @@ class Objective:
                     f"and {name} {tuple(value.shape)}"
                 )
 
-    def _check_keywords(self, given: Mapping[str, Any], shape: torch.Size) -> None:
+    def _check_keywords(self, given: Mapping[str, Any], logps: Tensor) -> None:
         for name, facts in self.extras.items():
             value = given.get(name)
-            if value is None and facts.required:
+            if value is not None:
+                facts.check(f"{self.name}: {name}", value, logps)
+            elif facts.required:
                 raise TypeError(f"{self.name} needs the extra {name}")
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"{self.name}: {name} must be a tensor, got {type(value).__name__}")
-            if value is not None and facts.aligned and value.shape != shape:
-                raise ValueError(
-                    f"{self.name}: {name} must be shaped like the log-probs, {tuple(shape)}, "
-                    f"got {tuple(value.shape)}"
-                )
-        for name, parameter in self.signature.hyperparameters.items():
-            if name in given:
-                parameter.check(f"{self.name}: {name}", given[name])
+        chosen = {name: given[name] for name in self.signature.hyperparameters if name in given}
+        self._check_hyperparameters(chosen)
+
+    def _check_hyperparameters(self, chosen: Mapping[str, Any]) -> None:
+        for name, value in chosen.items():
+            self.signature.hyperparameters[name].check(f"{self.name}: {name}", value)
+        values, condition = self.hyperparameters | dict(chosen), self._registered(_CONDITIONS)
+        if condition is None or any(value is REQUIRED for value in values.values()):
+            return
+        reason = condition(**values)
+        if reason is not None:
+            raise ValueError(f"{self.name}: {reason}")
+
+    def _registered(self, by_function: Mapping[Callable[..., Any], Any]) -> Any:
+        # A composite is in no table, and torch.compile cannot hash it.
+        return None if isinstance(self.function, Composite) else by_function.get(self.function)
 
     def _prepared(self, name: str, value: Any) -> Any:
         facts = self.extras.get(name)
-        value = _upcast(value)
+        value = upcast(value)
         return value.detach() if facts and not facts.differentiable and value is not None else value
 
     def _finished(self, result: Any, logps: list[Any]) -> Losses:
@@ -202,7 +243,7 @@ class Objective:
 
 
 def objective(
-    *, unit: Unit, scope: Scope, needs_reference: bool
+    *, unit: Unit, scope: Scope, needs_reference: bool, condition: Condition | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare and register an objective of this package; the rest is in its signature."""
 
@@ -211,6 +252,8 @@ def objective(
         def function(*args: P.args, **keywords: P.kwargs) -> R:
             return cast(R, declared.evaluate(args, keywords))
 
+        if condition is not None:
+            _CONDITIONS[function] = condition
         declared = Objective(function, unit=unit, scope=scope, needs_reference=needs_reference)
         _FORMULAS[function] = formula
         _CATALOGUE[declared.name] = declared
@@ -282,7 +325,7 @@ def _log_ratios(logps: list[Any], policy: int) -> list[Any]:
     return [p if ref is None else p - ref for p, ref in pairs]
 
 
-def _upcast(value: Any) -> Any:
+def upcast(value: Any) -> Any:
     """Half precision to fp32: a sum of a thousand tokens in bf16 is several nats off."""
     half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value

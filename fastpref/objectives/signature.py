@@ -6,8 +6,10 @@ what it is, the engine what to fill in, and the check what to allow:
 
     chosen_lengths: Filled          an extra shaped like the log-probs, filled in by the engine
     reward_margin: Extra            an extra shaped like the log-probs, given by the caller
+    running_mean: State             a number that the training keeps, 0-dim
     beta: Positive = 0.1            a hyperparameter and its domain
     normalize: Literal["mean", "sum"] = "mean"
+    dp_group: Group = None          the process group of batch-wide statistics
 """
 
 import inspect
@@ -19,6 +21,8 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Annotated, Any, Literal, TypeAlias
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Unit: TypeAlias = Literal["pair", "unit", "list", "token"]
@@ -38,9 +42,17 @@ class Domain:
     high: float = math.inf
     includes: tuple[float, ...] = ()  # the ends that belong to it
     meaning: str = ""
+    per_unit: bool = False  # a hyperparameter may also be a tensor, one value a response
 
     def contains(self, value: Any) -> bool:
         return bool(self.low < value < self.high) or value in self.includes
+
+    def holds(self, values: Tensor) -> Tensor:
+        """Elementwise ``contains``."""
+        inside = (values > self.low) & (values < self.high)
+        for end in self.includes:
+            inside |= values == end
+        return inside
 
     def __str__(self) -> str:
         if math.inf == self.high == -self.low:
@@ -51,14 +63,67 @@ class Domain:
         return f"in {left}{self.low:g}, {self.high:g}{right if self.high in self.includes else ')'}"
 
 
+# Of an extra beside the log-probabilities: like them; one value a response (their first dimension);
+# rows of any width, one a response; one number.
+Shape: TypeAlias = Literal["logps", "unit", "rows", "number"]
+
+
+@dataclass(frozen=True, slots=True)
+class _ShapeRule:
+    admits: Callable[[Tensor, Tensor], bool]
+    text: Callable[[Tensor], str]
+
+
+_SHAPES: Mapping[Shape, _ShapeRule] = {
+    "logps": _ShapeRule(
+        lambda value, logps: value.shape == logps.shape,
+        lambda logps: f"shaped like the log-probs, {tuple(logps.shape)}",
+    ),
+    "unit": _ShapeRule(
+        lambda value, logps: value.shape == logps.shape[:1],
+        lambda logps: f"one value a response, {tuple(logps.shape[:1])}",
+    ),
+    "rows": _ShapeRule(
+        lambda value, logps: value.dim() == 2 and value.shape[:1] == logps.shape[:1],
+        lambda logps: f"one row a response, ({logps.shape[0]}, D)",
+    ),
+    "number": _ShapeRule(
+        lambda value, logps: value.dim() == 0,
+        lambda logps: "a 0-dim tensor",
+    ),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ExtraFacts:
     """What the engine must know about an extra."""
 
     required: bool = True
-    aligned: bool = False  # shaped like the log-probabilities
+    shapes: tuple[Shape, ...] = ()  # those allowed; any where there are none
     filled: bool = False  # preference_loss makes it when the caller does not
     differentiable: bool = False  # otherwise detached
+    domain: Domain | None = None  # of its values
+
+    @property
+    def aligned(self) -> bool:
+        """Whether it has one value a log-probability."""
+        return "logps" in self.shapes
+
+    def check(self, label: str, value: Any, logps: Tensor) -> None:
+        """Raise TypeError or ValueError, starting with ``label``, unless ``value`` will do beside
+        ``logps``."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
+        allowed = [_SHAPES[shape] for shape in self.shapes]
+        if allowed and not any(shape.admits(value, logps) for shape in allowed):
+            wanted = " or ".join(shape.text(logps) for shape in allowed)
+            raise ValueError(f"{label} must be {wanted}, got {tuple(value.shape)}")
+        # Elsewhere reading values would wait for the device.
+        readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.domain is not None and readable:
+            outside = value.detach()[~self.domain.holds(value.detach())]
+            if outside.numel():
+                raise ValueError(f"{label} must be {self.domain}, got {outside[0].item():g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +134,7 @@ class Hyperparameter:
     domain: Domain | None = None
     choices: tuple[Any, ...] | None = None
     optional: bool = False  # None is allowed
+    kind: type[Any] | None = None  # what it must be an instance of
 
     def check(self, label: str, value: Any) -> None:
         """Raise TypeError or ValueError, starting with ``label``, unless ``value`` is allowed."""
@@ -79,21 +145,38 @@ class Hyperparameter:
                 options = ", ".join(map(repr, self.choices))
                 raise ValueError(f"{label} must be one of {options}, got {value!r}")
         elif self.domain is not None:
+            if self.domain.per_unit and isinstance(value, Tensor):
+                return
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{label} must be a number, got {type(value).__name__}")
             if not self.domain.contains(value):
                 meaning = f" ({self.domain.meaning})" if self.domain.meaning else ""
                 raise ValueError(f"{label} must be {self.domain}{meaning}, got {value!r}")
+        elif self.kind is not None and not isinstance(value, self.kind):
+            raise TypeError(
+                f"{label} must be a {self.kind.__name__} or None, got {type(value).__name__}"
+            )
 
 
-Extra: TypeAlias = Annotated[Tensor, ExtraFacts(aligned=True)]
-Filled: TypeAlias = Annotated[Tensor, ExtraFacts(aligned=True, filled=True)]
+Extra: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("logps",))]
+Filled: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("logps",), filled=True)]
 FilledWithGrad: TypeAlias = Annotated[
-    Tensor, ExtraFacts(aligned=True, filled=True, differentiable=True)
+    Tensor, ExtraFacts(shapes=("logps",), filled=True, differentiable=True)
 ]
+State: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("number",))]
+PerResponse: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("unit",))]
+PerResponseOrToken: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("unit", "logps"))]
+Embeddings: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("rows",))]
+Probabilities: TypeAlias = Annotated[
+    Tensor, ExtraFacts(shapes=("logps",), domain=Domain(0.0, 1.0, includes=(0.0, 1.0)))
+]
+PositiveExtra: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("logps",), domain=Domain(low=0.0))]
 
+Group: TypeAlias = Annotated[dist.ProcessGroup | None, dist.ProcessGroup]
 Finite: TypeAlias = Annotated[float, Domain()]
 Positive: TypeAlias = Annotated[float, Domain(low=0.0)]
+NotNegative: TypeAlias = Annotated[float, Domain(low=0.0, includes=(0.0,))]
+PositivePerResponse: TypeAlias = Annotated[float | Tensor, Domain(low=0.0, per_unit=True)]
 LabelSmoothing: TypeAlias = Annotated[
     float,
     Domain(0.0, 0.5, includes=(0.0,), meaning="the share of flipped labels; at 1/2 none informs"),
@@ -155,8 +238,13 @@ def _hyperparameter(default: Any, alternatives: tuple[Any, ...]) -> Hyperparamet
         for value in typing.get_args(hint)
     )
     domains = [fact for hint in alternatives if (fact := _fact(hint, Domain)) is not None]
+    kinds = [fact for hint in alternatives if (fact := _fact(hint, type)) is not None]
     return Hyperparameter(
-        default, domains[0] if domains else None, choices or None, type(None) in alternatives
+        default,
+        domains[0] if domains else None,
+        choices or None,
+        optional=type(None) in alternatives or default is None,
+        kind=kinds[0] if kinds else None,
     )
 
 

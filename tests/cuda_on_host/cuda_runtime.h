@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // A stand-in for the CUDA headers with which g++ compiles the row kernels: the threads of one block run as coroutines.
 // Between two barriers of the block its warps run one after the other, forwards or backwards, each as far ahead as it
-// can, so that a missing barrier makes results depend on the direction.
+// can, so that a missing barrier makes results depend on the direction. The blocks of a cluster run on threads of the
+// host, each with its own copy of all that is shared within a block.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -18,7 +23,9 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __host__
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __shared__ thread_local
 
 namespace host {
 #include "cpu/elements.inl"
@@ -26,25 +33,45 @@ namespace host {
 struct Index {
   unsigned x;
 };
-enum class Wait { none, warp, block, end };
-constexpr int kWarp = 32, kMostThreads = 1024;
+enum class Wait { none, warp, block, cluster, end };
+constexpr int kWarp = 32, kMostThreads = 1024, kMostBlocks = 8, kStack = 1 << 16;
 
 struct Thread {
   ucontext_t entry;
   jmp_buf resumption;
   bool started;
-  std::vector<char> stack = std::vector<char>(1 << 16);
+  std::unique_ptr<char[]> stack;
   Wait wait;
   int exchanges;
 };
-inline Thread threads[kMostThreads];
-inline jmp_buf scheduler;
-inline Index thread_index, block_index;
-inline unsigned char exchanged[2][kMostThreads][8];
-inline int votes[kMostThreads];
-inline int block_size;
-inline void (*body)(void*);
-inline void* body_argument;
+// Of one block.
+inline thread_local Thread threads[kMostThreads];
+inline thread_local jmp_buf scheduler;
+inline thread_local Index thread_index, block_index;
+inline thread_local unsigned char exchanged[2][kMostThreads][8];
+inline thread_local int votes[kMostThreads];
+inline thread_local int block_size;
+inline thread_local void (*body)(void*);
+inline thread_local void* body_argument;
+inline thread_local int block_rank;
+
+// Of the cluster.
+inline int cluster_size = 1;
+inline char* block_memory[kMostBlocks];  // one and the same variable of each block
+inline std::mutex cluster_mutex;
+inline std::condition_variable cluster_barrier;
+inline int arrived, barriers_passed;
+
+inline void wait_for_cluster() {
+  std::unique_lock lock(cluster_mutex);
+  const int passed = barriers_passed;
+  if (++arrived == cluster_size) {
+    arrived = 0;
+    ++barriers_passed;
+    cluster_barrier.notify_all();
+  }
+  cluster_barrier.wait(lock, [&] { return barriers_passed != passed; });
+}
 
 inline void wait(Wait barrier) {
   Thread& self = threads[thread_index.x];
@@ -87,9 +114,10 @@ void run_block(unsigned index, int size, bool backwards, Body call) {
   body_argument = &call;
   for (int i = 0; i < size; ++i) {
     Thread& thread = threads[i];
+    if (thread.stack == nullptr) thread.stack.reset(new char[kStack]);
     getcontext(&thread.entry);
-    thread.entry.uc_stack.ss_sp = thread.stack.data();
-    thread.entry.uc_stack.ss_size = thread.stack.size();
+    thread.entry.uc_stack.ss_sp = thread.stack.get();
+    thread.entry.uc_stack.ss_size = kStack;
     makecontext(&thread.entry, start, 0);
     thread.started = false;
     thread.exchanges = 0;
@@ -101,7 +129,24 @@ void run_block(unsigned index, int size, bool backwards, Body call) {
       if (i > 0 && reached != all) abort();  // a barrier that some warps do not reach
       all = reached;
     }
+    if (all == Wait::cluster) wait_for_cluster();
   }
+}
+
+// Every other block runs its warps in the other direction.
+template <class Body>
+void run_cluster(unsigned first, int blocks, int size, bool backwards, Body call) {
+  cluster_size = blocks;
+  std::vector<std::thread> running;
+  for (int rank = 0; rank < blocks; ++rank) {
+    running.emplace_back([=] {
+      block_rank = rank;
+      block_memory[rank] = reinterpret_cast<char*>(&block_rank);
+      wait_for_cluster();
+      run_block(first + rank, size, backwards != (rank % 2 == 1), call);
+    });
+  }
+  for (auto& block : running) block.join();
 }
 }  // namespace host
 
@@ -126,6 +171,26 @@ inline __half __float2half_rn(float x) {
   host::store(y.value, x);
   return y;
 }
+
+// Asynchronous copies come at once: a wait that is missing is not seen.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) { memcpy(to, from, size); }
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(int) {}
+
+namespace cooperative_groups {
+struct cluster_group {
+  unsigned num_blocks() const { return host::cluster_size; }
+  unsigned block_rank() const { return host::block_rank; }
+  void sync() const { host::wait(host::Wait::cluster); }
+  template <class V>
+  V* map_shared_rank(V* here, int rank) const {
+    // Thread-local variables lie alike on every thread.
+    const auto distance = reinterpret_cast<char*>(here) - host::block_memory[host::block_rank];
+    return reinterpret_cast<V*>(host::block_memory[rank] + distance);
+  }
+};
+inline cluster_group this_cluster() { return {}; }
+}  // namespace cooperative_groups
 
 inline void __syncthreads() { host::wait(host::Wait::block); }
 inline int __syncthreads_or(int vote) {

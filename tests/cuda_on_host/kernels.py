@@ -28,14 +28,21 @@ def unavailable_reason() -> str | None:
     return None if CSRC.exists() else "not run from a checkout"
 
 
-def compile_kernels(directory: Path) -> "Kernels":
-    library = directory / "row_kernels.so"
-    command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC"]
-    command += [f"-I{HERE}", f"-I{CSRC}", str(HERE / "row_kernels.cpp"), "-o", str(library)]
+def compile_library(directory: Path, name: str) -> ctypes.CDLL:
+    """The functions of ``name``.cpp beside this file."""
+    library = directory / f"{name}.so"
+    command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread"]
+    # What is shared in a block is thread-local here, and needs no initialisation.
+    command += ["-fno-extern-tls-init", f"-I{HERE}", f"-I{CSRC}"]
+    command += [str(HERE / f"{name}.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
-    return Kernels(ctypes.CDLL(str(library)))
+    return ctypes.CDLL(str(library))
+
+
+def compile_kernels(directory: Path) -> "Kernels":
+    return Kernels(compile_library(directory, "row_kernels"))
 
 
 class TileStruct(ctypes.Structure):
@@ -113,7 +120,9 @@ class Kernels(NamedTuple):
         write: bool,
         statistics: bool,
         backwards: bool = False,
+        blocks: int = 1,
     ) -> RowSums:
+        """``blocks`` share a row as a cluster."""
         rows = tile.shape[0]
         sums = torch.full((7 if statistics else 3, rows), torch.nan, dtype=anchor.dtype)
         best_index = torch.full((rows,), -7) if statistics else None
@@ -125,9 +134,13 @@ class Kernels(NamedTuple):
             pointer(best_index),
             write,
         )
-        self.library.exp_rows(
-            ELEMENTS.index(tile.dtype), ctypes.byref(call), ctypes.c_bool(backwards)
-        )
+        element = ELEMENTS.index(tile.dtype)
+        if blocks == 1:
+            self.library.exp_rows(element, ctypes.byref(call), ctypes.c_bool(backwards))
+        else:
+            self.library.exp_rows_cluster(
+                element, ctypes.byref(call), blocks, ctypes.c_bool(backwards)
+            )
         if not statistics:
             return RowSums(*sums)
         new_anchor, total_exp, offset, best, weighted, squares, total = sums

@@ -18,7 +18,19 @@ void run(const Kernel<Arguments...>* kernels, int element, int64_t rows, bool ba
   }
 }
 
+template <class... Arguments>
+void run_clusters(const Kernel<Arguments...>* kernels, int element, int64_t rows, int blocks, bool backwards,
+                  Arguments... arguments) {
+  for (int64_t row = 0; row < rows; ++row) {
+    host::run_cluster(row * blocks, blocks, kThreads, backwards, [=] { kernels[element](arguments...); });
+  }
+}
+
 }  // namespace
+
+namespace fastpref::cuda {
+thread_local __align__(16) unsigned char staged[1 << 16];
+}
 
 extern "C" void exp_rows(int element, const cpu::ExpRows* call, bool backwards) {
   const Kernel<cpu::ExpRows> sums[] = {exp_rows_kernel<double, false>, exp_rows_kernel<float, false>,
@@ -26,6 +38,16 @@ extern "C" void exp_rows(int element, const cpu::ExpRows* call, bool backwards) 
   const Kernel<cpu::ExpRows> all[] = {exp_rows_kernel<double, true>, exp_rows_kernel<float, true>,
                                       exp_rows_kernel<__nv_bfloat16, true>, exp_rows_kernel<__half, true>};
   run(call->best_index == nullptr ? sums : all, element, call->tile.rows, backwards, *call);
+}
+
+extern "C" void exp_rows_cluster(int element, const cpu::ExpRows* call, int blocks, bool backwards) {
+  const Kernel<cpu::ExpRows> sums[] = {exp_rows_cluster_kernel<double, false>, exp_rows_cluster_kernel<float, false>,
+                                       exp_rows_cluster_kernel<__nv_bfloat16, false>,
+                                       exp_rows_cluster_kernel<__half, false>};
+  const Kernel<cpu::ExpRows> all[] = {exp_rows_cluster_kernel<double, true>, exp_rows_cluster_kernel<float, true>,
+                                      exp_rows_cluster_kernel<__nv_bfloat16, true>,
+                                      exp_rows_cluster_kernel<__half, true>};
+  run_clusters(call->best_index == nullptr ? sums : all, element, call->tile.rows, blocks, backwards, *call);
 }
 
 extern "C" void logit_grad(int element, const cpu::LogitGrad* call, bool backwards) {

@@ -8,7 +8,8 @@
 and, with STATISTICS, over the same columns: 1 the largest t (the target's included), 2 the sum of
 e (t - that), 3 the sum of e^2, 4 the sum of t (the target's left out), and in ``best_index`` the
 first column of the largest. ``exps``, where given, receives e (times the slope under a cap) in its
-own dtype.
+own dtype; halves receive the logarithm of that, packed for probabilities.py, which takes the
+exponentials once the sums are known.
 
 The anchor is known before the product, so tiles need nothing of each other: no running maximum, no
 rescaling, no atomics, and partial sums that add up in a fixed order (row_sums.py). An anchor far
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .logit_map import exp_difference, map_logits
+from .probabilities import pack_logarithms
 
 KINDS = 5  # of sums, with statistics
 
@@ -137,23 +139,29 @@ def finish_slice(
         tl.store(sums + 3 * kind + at, tl.sum(e * e, 1), stored)
         tl.store(sums + 4 * kind + at, tl.sum(tl.where(other, t, 0.0), 1), stored)
         tl.store(best_index + at, first, stored)
-    if CAPPED:
-        e *= slope
-    store_tile(exps, e, ids, mask, row, cols, col, columns, exps_stride, DESCRIPTORS)
+    if exps is not None:
+        element: tl.constexpr = exps.dtype if DESCRIPTORS else exps.dtype.element_ty
+        if element == tl.float16:
+            x = t - a[:, None]
+            if CAPPED:
+                x += tl.log(slope)
+            e = pack_logarithms(tl.where(other, x, -float("inf")))
+        elif CAPPED:
+            e *= slope
+        store_tile(exps, e, ids, mask, row, cols, col, columns, exps_stride, DESCRIPTORS)
 
 
 @triton.jit
 def store_tile(
     matrix, values, ids, mask, row, cols, col, columns, stride, DESCRIPTORS: tl.constexpr
 ):
-    if matrix is not None:
-        if DESCRIPTORS:
-            matrix.store([row, col], values.to(matrix.dtype))
-        else:
-            # 64-bit: N V passes 2^31.
-            at = ids.to(tl.int64)[:, None] * stride + cols[None, :]
-            inside = mask[:, None] & (cols < columns)[None, :]
-            tl.store(matrix + at, values.to(matrix.dtype.element_ty), inside)
+    if DESCRIPTORS:
+        matrix.store([row, col], values.to(matrix.dtype))
+    else:
+        # 64-bit: N V passes 2^31.
+        at = ids.to(tl.int64)[:, None] * stride + cols[None, :]
+        inside = mask[:, None] & (cols < columns)[None, :]
+        tl.store(matrix + at, values.to(matrix.dtype.element_ty), inside)
 
 
 @triton.jit

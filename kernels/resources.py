@@ -17,7 +17,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gather_dot, linear_exp, linear_grad, reanchor, row_sums, scale_rows, tiles
+from . import (
+    linear_exp,
+    linear_grad,
+    probabilities,
+    reanchor,
+    row_scores,
+    row_sums,
+    scale_rows,
+    target_logits,
+    tiles,
+)
 
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 # In the disassembly, by compute capability: float32 is multiplied on the ordinary units, exactly.
@@ -68,8 +78,10 @@ def variants(capability: int, element: str) -> Iterator[Variant]:
             yield _gradient(chip, chip.heavy[size].ordinary, element, entropy, capped)
     for statistics in (False, True):
         yield from _sums(statistics)
-    blocks = {"BLOCK_ROWS": 16, "BLOCK_WIDTH": 128}
-    yield Variant(gather_dot.gather_dot_kernel, "gather_dot", blocks, {}, element, 4, 3)
+    if element == "fp16":
+        yield probabilities_variant()
+    for capped in (False, True):
+        yield from _glue(element, capped)
     blocks = {"BLOCK_WIDTH": 1024}
     yield Variant(scale_rows.scale_rows_kernel, "scale_rows", blocks, {}, element, 4, 3)
 
@@ -160,6 +172,28 @@ def _gradient(
     return Variant(kernel, name, constants, described, element, shape.warps, shape.stages)
 
 
+def probabilities_variant() -> Variant:
+    constants = {"BLOCK_COLS": probabilities.COLS, "ALIGNED": True}
+    kernel = probabilities.probabilities_kernel
+    return Variant(kernel, "probabilities", constants, {}, "fp16", 4, 3)
+
+
+def _glue(element: str, capped: bool) -> Iterator[Variant]:
+    blocks = {
+        "BLOCK_ROWS": target_logits.ROWS,
+        "BLOCK_WIDTH": target_logits.WIDTH,
+        "CAPPED": capped,
+    }
+    name = _label("target_logits", capped)
+    yield Variant(target_logits.target_logits_kernel, name, blocks, {}, element, 4, 3)
+    for statistics in (False, True):
+        constants: dict[str, Any] = {"BLOCK_ROWS": row_scores.ROWS, "CAPPED": capped}
+        if not statistics:
+            constants |= {"best": None}
+        name = _label("row_scores", capped, statistics=statistics)
+        yield Variant(row_scores.row_scores_kernel, name, constants, {}, element, 4, 3)
+
+
 def _sums(statistics: bool) -> Iterator[Variant]:
     constants: dict[str, Any] = {"BLOCK_ROWS": row_sums.ROWS, "BLOCK_TILES": row_sums.TILES}
     if not statistics:
@@ -179,7 +213,7 @@ def _sums(statistics: bool) -> Iterator[Variant]:
 
 _POINTERS = {
     "target": "*i64",
-    "index": "*i64",
+    "column": "*i64",
     "best_index": "*i32",
     "out_index": "*i64",
     "flag": "*i8",
@@ -187,8 +221,21 @@ _POINTERS = {
     "count": "*i32",
 }
 _FLOATS = (
-    *("bias", "anchor", "sums", "largest", "dot", "factor", "norm", "logp", "entropy"),
-    *("grad_logp", "grad_lse", "grad_entropy"),
+    *(
+        "bias",
+        "anchor",
+        "sums",
+        "largest",
+        "sum",
+        "raw",
+        "logit",
+        "best",
+        "factor",
+        "norm",
+        "logp",
+        "entropy",
+    ),
+    *("grad_logp", "grad_lse", "grad_entropy", "target_logit", "offset", "scores"),
 )
 _MATRICES = ("hidden", "weight", "exps", "grads", "matrix")
 
@@ -210,8 +257,8 @@ def _type(variant: Variant, argument: str) -> str:
     return "fp32" if argument in ("scale", "inner", "cap") else "i32"
 
 
-def read(variant: Variant, capability: int) -> Resources:
-    """Compiles the variant for the capability and reads its machine code."""
+def build(variant: Variant, capability: int) -> Any:
+    """The variant, compiled for the capability."""
     names = variant.kernel.arg_names
     types = {name: _type(variant, name) for name in names}
     aligned = {
@@ -219,11 +266,16 @@ def read(variant: Variant, capability: int) -> Resources:
         for at, name in enumerate(names)
         if types[name].startswith("*") or (name in _WIDE and types[name] == "i32")
     }
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(variant.kernel, types, variant.constants, aligned),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
+
+
+def read(variant: Variant, capability: int) -> Resources:
+    """What the machine code of the variant says, compiled for the capability."""
+    compiled = build(variant, capability)
     usage, code = (_dump(compiled.asm["cubin"], flag) for flag in ("-res-usage", "-sass"))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:

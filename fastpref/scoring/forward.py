@@ -19,7 +19,15 @@ from torch import Tensor
 
 from . import vocab_parallel
 from .backends import RowBackend
-from .rows import RowScores, merge, row_scores, token_scores
+from .rows import (
+    RowScores,
+    TargetLogits,
+    exponential_scale,
+    merge,
+    row_scores,
+    token_scores,
+    write_target,
+)
 from .schedule import Plan
 from .types import Head, TokenScores, needs_statistics
 from .workspace import Lease
@@ -46,14 +54,6 @@ class Kept:
     direct: Tensor | None = None  # E W, (N, H)
 
 
-class TargetLogit(NamedTuple):
-    """Of each row: the target's column here (-1: not here), its raw logit, its logit."""
-
-    column: Tensor
-    raw: Tensor
-    logit: Tensor
-
-
 def forward(
     run: Run, hidden: Tensor, target: Tensor, outputs: tuple[str, ...]
 ) -> tuple[TokenScores, Kept]:
@@ -78,9 +78,10 @@ def forward(
         parts.append(_score_chunk(run, hidden[chunk], target[chunk], buffer, write, outputs))
         if direct is not None and buffer is not None:
             torch.mm(buffer, weight, out=direct[chunk])
-    scores = TokenScores._make(map(_concatenate, zip(*(part[0] for part in parts), strict=True)))
-    row = RowScores._make(torch.cat(one) for one in zip(*(part[1] for part in parts), strict=True))
-    scale = torch.cat([part[2] for part in parts])
+    chunk_scores, chunk_rows, chunk_scales = zip(*parts, strict=True)
+    scores = TokenScores._make(map(_concatenate, zip(*chunk_scores, strict=True)))
+    row = RowScores._make(map(_concatenate, zip(*chunk_rows, strict=True)))
+    scale = chunk_scales[0] if len(chunk_scales) == 1 else torch.cat(chunk_scales)
     return scores, Kept(
         target, row, scale, scores.entropy, None if exps is None else exps.tensor, direct
     )
@@ -97,6 +98,8 @@ def _chunks(total: int, kept: int, rows: int) -> Iterator[slice]:
 
 def _concatenate(parts: tuple[Tensor | None, ...]) -> Tensor | None:
     present = [part for part in parts if part is not None]
+    if len(present) == 1:
+        return present[0]
     return torch.cat(present) if present else None
 
 
@@ -111,7 +114,7 @@ def _score_chunk(
     """Scores, row scores and scale of some rows. With ``write``, ``buffer`` (rows, V) ends as E;
     without a buffer, the backend works in none."""
     head = run.head
-    own = target_logit(run, hidden, target)
+    own = target_logits(run, hidden, target)
     vocab = head.weight.shape[0]
     cols = vocab if buffer is None else buffer.shape[1]
     parts = []
@@ -121,43 +124,43 @@ def _score_chunk(
             hidden,
             head.weight[slab],
             None if buffer is None else buffer[:, : slab.stop - start],
-            own.column - start,
+            own.column - start if start else own.column,
             own.logit,
             None if head.bias is None else head.bias[slab],
             head.map,
             write,
             needs_statistics(outputs),
         )
-        if sums.best_index is not None:
+        if sums.best_index is not None and start + head.start:
             sums = sums._replace(best_index=sums.best_index + (start + head.start))
         parts.append(sums)
-    local = merge(parts)
-    sums = vocab_parallel.merge_ranks(local, run.group)
-    rows = row_scores(sums, own.logit)
-    # The anchors may lie far apart: their difference is rounded only after exp.
-    moved = local.anchor.double() + local.offset.double() - rows.anchor.double()
-    scale = (moved.exp() / rows.norm.double()).to(rows.norm.dtype)
-    if write and buffer is not None:
-        if run.group is not None:
-            scale = _raise_scale(run, buffer, scale)
-        _write_target(buffer, own, rows, scale, head)
+    sums = merge(parts)
+    kept = buffer if write else None
+    if run.group is None:
+        rows, scale = run.backend.settle(sums, own, kept, head.map)
+    else:
+        local, sums = sums, vocab_parallel.merge_ranks(sums, run.group)
+        rows = row_scores(sums, own.logit)
+        scale = exponential_scale(local, rows)
+        if kept is not None:
+            scale = _raise_scale(run, kept, scale)
+            write_target(kept, own, rows, scale, head.map)
     return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale
 
 
-def target_logit(run: Run, hidden: Tensor, target: Tensor) -> TargetLogit:
+def target_logits(run: Run, hidden: Tensor, target: Tensor) -> TargetLogits:
     """By a gather and a dot product in the statistics' dtype; NaN for a target nobody holds."""
     head = run.head
-    column = target - head.start
-    here = (column >= 0) & (column < head.weight.shape[0])
-    index = torch.where(here, column, 0)
-    raw = run.backend.gather_dot(hidden, head.weight, index)
-    if head.bias is not None:
-        raw += head.bias[index]
+    column = target - head.start if head.start else target
+    own = run.backend.target_logits(hidden, head.weight, column, head.bias, head.map)
+    if run.group is None:
+        return own
     # A target has one owner: the sum over ranks is its value, and the count says if there was one.
-    shared = torch.stack([torch.where(here, raw, 0.0), here.to(raw.dtype)])
+    here = own.column >= 0
+    shared = torch.stack([torch.where(here, own.raw, 0.0), here.to(own.raw.dtype)])
     raw, owners = vocab_parallel.sum_over_ranks(shared, run.group)
     raw = torch.where(owners > 0, raw, torch.nan)
-    return TargetLogit(torch.where(here, column, -1), raw, head.map.logit(raw))
+    return TargetLogits(own.column, raw, head.map.logit(raw))
 
 
 def _raise_scale(run: Run, exps: Tensor, scale: Tensor) -> Tensor:
@@ -169,12 +172,3 @@ def _raise_scale(run: Run, exps: Tensor, scale: Tensor) -> Tensor:
     factor = torch.where(scale < floor, scale / floor, 1.0)
     run.backend.scale_rows(exps, factor, exps)
     return torch.where(scale < floor, floor, scale)
-
-
-def _write_target(
-    exps: Tensor, own: TargetLogit, rows: RowScores, scale: Tensor, head: Head
-) -> None:
-    value = torch.expm1(rows.logp) / scale * head.map.slope(own.raw)
-    # index_put_ touches one element a row; scatter_ on CPU copies the whole matrix.
-    index = (torch.arange(exps.shape[0], device=exps.device), own.column.clamp(min=0))
-    exps.index_put_(index, torch.where(own.column >= 0, value.to(exps.dtype), exps[index]))

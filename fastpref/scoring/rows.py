@@ -12,13 +12,13 @@ which is -log1p(S), without cancellation, in the usual case a = t_y.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .types import TokenScores
+from .types import LogitMap, TokenScores
 
 
 class RowSums(NamedTuple):
@@ -73,6 +73,31 @@ def _given(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
+class TargetLogits(NamedTuple):
+    """Of each row, (rows,)."""
+
+    column: Tensor  # the target's column, -1 where it is elsewhere
+    raw: Tensor  # its product plus bias; NaN where it is elsewhere
+    logit: Tensor
+
+
+def target_logits(
+    dot: Callable[[Tensor], Tensor],
+    target: Tensor,
+    columns: int,
+    bias: Tensor | None,
+    map: LogitMap,
+) -> TargetLogits:
+    """From ``dot``, the products of each row with the given columns, one a row."""
+    here = (target >= 0) & (target < columns)
+    index = torch.where(here, target, 0)
+    raw = dot(index)
+    if bias is not None:
+        raw += bias[index]
+    raw = torch.where(here, raw, torch.nan)
+    return TargetLogits(torch.where(here, target, -1), raw, map.logit(raw))
+
+
 class RowScores(NamedTuple):
     """What backward needs of each row beside its exponentials, each (rows,). The anchor need not be
     that of the exponentials."""
@@ -96,6 +121,35 @@ def row_scores(sums: RowSums, target_logit: Tensor) -> RowScores:
     return rows._replace(
         anchor=sums.best, norm=moved.to(norm.dtype), log_norm=moved.log().to(norm.dtype)
     )
+
+
+def settle(
+    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+) -> tuple[RowScores, Tensor]:
+    """Scores of rows whose every column is in ``sums``, and the scale p / e of their exponentials,
+    which become the matrix E of forward.py where given."""
+    rows = row_scores(sums, own.logit)
+    scale = exponential_scale(sums, rows)
+    if exps is not None:
+        write_target(exps, own, rows, scale, map)
+    return rows, scale
+
+
+def exponential_scale(sums: RowSums, rows: RowScores) -> Tensor:
+    """p / e of exponentials with the sums' anchor and offset."""
+    # The anchors may lie far apart: their difference is rounded only after exp.
+    moved = sums.anchor.double() + sums.offset.double() - rows.anchor.double()
+    return (moved.exp() / rows.norm.double()).to(rows.norm.dtype)
+
+
+def write_target(
+    exps: Tensor, own: TargetLogits, rows: RowScores, scale: Tensor, map: LogitMap
+) -> None:
+    """The target's column of E: (p - 1) / scale, times the map's slope."""
+    value = torch.expm1(rows.logp) / scale * map.slope(own.raw)
+    # index_put_ touches one element a row; scatter_ on CPU copies the whole matrix.
+    index = (torch.arange(exps.shape[0], device=exps.device), own.column.clamp(min=0))
+    exps.index_put_(index, torch.where(own.column >= 0, value.to(exps.dtype), exps[index]))
 
 
 def token_scores(

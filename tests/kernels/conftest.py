@@ -28,6 +28,7 @@ def products_of_tiles(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def silent_overflow():
-    """An exponential that overflows is a case the kernels handle, numpy need not warn."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    """An exponential that overflows or a sum of 0 is a case the kernels handle, numpy need not
+    warn."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         yield

@@ -2,13 +2,15 @@
 """linear_logprob on the triton backend against float64: the error contract over schedules, logit
 maps, odd shapes, overflowing rows and statistics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastpref import ScoringOptions, explain, linear_logprob
 from fastpref.scoring.backends import fused
 from fastpref.scoring.types import OUTPUTS, LogitMap
-from tests.scoring.cases import make_case, run, upstream_of, verify
+from tests.scoring.cases import Case, check_scores, make_case, run, upstream_of, verify
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
 
 pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
@@ -158,6 +160,50 @@ def test_targets_outside_the_vocabulary(dtype, target):
     assert hidden.grad.isfinite().all() and not hidden.grad[3].any()
 
 
+def check_gradients(case: Case, dtype: torch.dtype, schedule: str) -> None:
+    """The error contract, for a case that ``make_case`` does not make."""
+    upstream = upstream_of(case, ("logp",))
+    actual = run(case, options=options(dtype, schedule), upstream=upstream)
+    eager, exact = (
+        run(case.to(one), upstream=upstream, reference=True) for one in (dtype, torch.float64)
+    )
+    check_scores(case, actual, eager, exact)
+
+
+@dtypes
+@pytest.mark.parametrize("above", [13, 26, 39])
+@pytest.mark.parametrize("map", [{}, {"softcap": 50.0}], ids=["plain", "capped"])
+def test_targets_below_what_is_most_probable(dtype, above, map):
+    """By what the first exponentials still hold: the rows are not projected again. The logits are
+    small but for one, which eager has exactly."""
+    case = make_case(dtype=dtype, spread=0.5, **SIZES, **map)
+    hidden, weight, target = case.hidden.clone(), case.weight.clone(), case.target.clone()
+    weight[:, 0], weight[7, 1:], hidden[:, 0] = 0, 0, 0
+    weight[7, 0], hidden[::3, 0] = 1, above
+    target[target == 7] = 8
+    check_gradients(replace(case, hidden=hidden, weight=weight, target=target), dtype, "keep")
+
+
+@dtypes
+def test_logits_far_beyond_a_cap(dtype):
+    """Their slopes are tiny, and must be so to a relative error."""
+    sizes = {"rows": 65, "hidden": 1, "vocab": 130}
+    verify(options(dtype, "keep"), dtype, spread=0.3, softcap=2.0, below=0.2, **sizes)
+
+
+@dtypes
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+def test_gradients_with_masked_columns(dtype, schedule):
+    """A bias of -inf on half of the columns, none of them a target."""
+    case = make_case(dtype=dtype, bias=True, ignored=0.2, **SIZES)
+    bias = case.bias.clone()
+    bias[torch.rand(len(bias), generator=torch.Generator().manual_seed(5)) < 0.5] = -torch.inf
+    bias[case.target[case.scored]] = 0
+    assert 50 < bias.isinf().sum() < 200
+    case = replace(case, bias=bias)
+    check_gradients(case, dtype, schedule)
+
+
 @pytest.mark.parametrize("statistics", [False, True])
 def test_masked_columns(statistics):
     """A bias of -inf takes columns out: the target's own, all others, and a whole column tile."""
@@ -223,13 +269,22 @@ def test_the_same_bits_every_time(dtype):
         assert torch.equal(value, runs[1][name]), name
 
 
-def test_halves_also_take_what_the_pass_in_place_takes():
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+def test_only_doubles_take_a_pass_in_place(monkeypatch, schedule):
     sizes = (10, 5000, "cpu")
-    in_place = fused.plain.temporary_bytes(*sizes, torch.float16, False)
-    assert fused.temporary_bytes(*sizes, torch.float16, False) == in_place
-    assert fused.temporary_bytes(*sizes, torch.bfloat16, False) < in_place
-    double = fused.plain.temporary_bytes(*sizes, torch.float64, False)
-    assert fused.temporary_bytes(*sizes, torch.float64, False) == double
+    bytes_of = {one: fused.temporary_bytes(*sizes, one, False) for one in fused.DTYPES}
+    assert len(set(bytes_of.values())) == 1
+    double = fused.temporary_bytes(*sizes, torch.float64, False)
+    assert double == fused.plain.temporary_bytes(*sizes, torch.float64, False)
+
+    def in_place(device_type):
+        raise RuntimeError("a pass in place")
+
+    monkeypatch.setattr(fused, "_in_place", in_place)
+    for dtype in fused.DTYPES:
+        verify(options(dtype, schedule), dtype, **SIZES)
+    with pytest.raises(RuntimeError, match="a pass in place"):
+        verify(options(torch.float64, schedule), torch.float64, **SIZES)
 
 
 def test_scoring_takes_no_tile():

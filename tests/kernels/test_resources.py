@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastpref.kernels import tiles
+from fastpref.kernels import probabilities, tiles
 
 PRODUCTS = ("linear_exp", "linear_grad", "reanchor", "largest_logit")
 
@@ -43,6 +43,22 @@ def test_machine_code(element: str) -> None:
             ("linear_exp", "linear_grad")
         )
         assert (row["tensor_loads"] > 0) == described, what
+
+
+def test_halves_are_read_and_written_16_bytes_at_a_time() -> None:
+    """Whatever the number of columns, and with rows that start at odd multiples of 16 bytes."""
+    code = (
+        "from fastpref.kernels import resources\n"
+        "for capability in (80, 90, 100):\n"
+        "    variant = resources.probabilities_variant()\n"
+        "    print(resources.build(variant, capability).asm['ptx'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    wide = probabilities.COLS // (4 * 32 * 8)  # pieces of eight, of a thread
+    for access in ("ld", "st"):
+        assert done.stdout.count(f"{access}.global.v4.b32") == 3 * wide
+        # Seven columns at most are left over, and looked at once.
+        assert done.stdout.count(f"{access}.global.b16") == 3
 
 
 def test_slices_of_flagged_rows_lie_as_those_of_all() -> None:

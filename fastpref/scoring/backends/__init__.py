@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..rows import RowSums
+from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
 from .choice import Size, by_speed
 
@@ -31,15 +31,12 @@ class UpstreamGradient(NamedTuple):
 
 
 class RowKernels(Protocol):
-    """What plain.py, compiled.py and fused.py all have."""
+    """What rows of any backend need."""
 
     def temporary_bytes(
         self, rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
     ) -> int:
         """Most memory that a pass over (rows, cols) takes beside a tile."""
-
-    def gather_dot(self, hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        """hidden[i] . weight[index[i]], (rows,) in the statistics' dtype."""
 
     def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         """factor[i] rows[i], (rows, H), into ``out``, which may be ``rows``; rounded once."""
@@ -74,6 +71,21 @@ class RowBackend(RowKernels, Protocol):
         map: LogitMap,
     ) -> None:
         """The tile becomes the gradient with respect to the raw products hidden weight^T."""
+
+    def target_logits(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+    ) -> TargetLogits:
+        """Those of each row's target, in the statistics' dtype."""
+
+    def settle(
+        self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+    ) -> tuple[RowScores, Tensor]:
+        """As ``rows.settle``."""
 
     def needs_tile(self, dtype: torch.dtype, write: bool) -> bool:
         """Whether ``project`` needs a (rows, cols) tile to work in."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The triton backend: products that leave the chip as exponentials (kernels/linear_exp.py).
 
-It forms no tile of products where none is to be kept, and keeps logits in float32 up to the
-exponential whatever the inputs. Needs no host sync.
+It forms no tile of products where none is to be kept, and takes its sums from float32 logits
+whatever the inputs. Needs no host sync.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...kernels import gather_dot as gather
-from ...kernels import linear_exp, linear_grad, reanchor, row_sums, tiles
-from ...kernels import scale_rows as scaling
-from ..rows import RowSums
+from ...kernels import linear_exp, linear_grad, probabilities, reanchor, row_sums, tiles
+from .. import rows
+from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
-from . import RowBackend, UpstreamGradient, compiled, cuda, plain
+from . import RowBackend, UpstreamGradient, compiled, cuda, glue, plain
 from .tiled import Tiled
 
 INTERPRETED = not isinstance(linear_exp.linear_exp_kernel, triton.JITFunction)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = glue.DTYPES
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -49,15 +48,12 @@ def temporary_bytes(
     rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
 ) -> int:
     """Most memory that a pass over a (rows, cols) tile takes beside it: partial sums."""
-    in_place = 0
-    if dtype not in DTYPES or dtype == torch.float16:
-        other = _in_place(device_type)
-        in_place = other.temporary_bytes(rows, cols, device_type, dtype, statistics)
     if dtype not in DTYPES:
-        return in_place
+        other = _in_place(device_type)
+        return other.temporary_bytes(rows, cols, device_type, dtype, statistics)
     kinds = linear_exp.KINDS + 1 if statistics else 1
     slices = -(-cols // (16 if INTERPRETED else tiles.LEAST_SLICE))
-    return max(in_place, 4 * rows * (kinds * slices + kinds + 3))
+    return 4 * rows * (kinds * slices + kinds + 3)
 
 
 def _in_place(device_type: str) -> RowBackend:
@@ -76,8 +72,7 @@ def project(
     write: bool,
     statistics: bool,
 ) -> RowSums:
-    # A half holds nothing above 65504: its exponentials take a second look at the row.
-    if tile is not None and (hidden.dtype not in DTYPES or (write and tile.dtype == torch.float16)):
+    if hidden.dtype not in DTYPES:
         other = _in_place(hidden.device.type)
         return other.project(hidden, weight, tile, target, anchor, bias, map, write, statistics)
     return _Projection(hidden, weight, tile if write else None, target, bias, map, statistics).run(
@@ -111,9 +106,10 @@ class _Projection:
             self.best_index = target.new_empty((self.slices, self.rows), dtype=torch.int32)
             self.out_index = target.new_empty(self.rows)
 
-    def run(self, anchor: Tensor) -> RowSums:
+    def run(self, target_logit: Tensor) -> RowSums:
         # Flagged rows get another one here, and the target's logit is still needed.
-        anchor = anchor.clone()
+        anchor = target_logit.clone()
+        offset = torch.zeros_like(anchor)
         if self.rows:
             self._project(anchor)
             flag = anchor.new_empty(self.rows, dtype=torch.int8)
@@ -129,7 +125,8 @@ class _Projection:
                 BLOCK_TILES=row_sums.TILES,
             )
             self._reanchor(anchor, flag)
-        offset = torch.zeros_like(anchor)
+            if self.exps is not None and self.exps.dtype == torch.float16:
+                self._exponentiate(self.exps, target_logit, anchor, offset)
         if self.out_index is None:
             return RowSums(anchor, self.out[0], offset)
         best, weighted, squares, total = self.out[1:]
@@ -207,6 +204,23 @@ class _Projection:
             self.rows,
             BLOCK_ROWS=row_sums.ROWS,
             BLOCK_TILES=row_sums.TILES,
+        )
+
+    def _exponentiate(
+        self, exps: Tensor, target_logit: Tensor, anchor: Tensor, offset: Tensor
+    ) -> None:
+        blocks = triton.cdiv(exps.shape[1], probabilities.COLS)
+        probabilities.probabilities_kernel[(self.rows * blocks,)](
+            exps,
+            exps.stride(0),
+            self.target,
+            target_logit,
+            anchor,
+            self.out[0],
+            offset,
+            exps.shape[1],
+            BLOCK_COLS=probabilities.COLS,
+            ALIGNED=_aligned(exps),
         )
 
 
@@ -292,8 +306,12 @@ def _operands(
 
 def _describable(matrix: Tensor) -> bool:
     """Whether the copy engine takes it: 16-byte aligned rows."""
-    aligned = (matrix.stride(0) * matrix.dtype.itemsize) % 16 == 0 and matrix.data_ptr() % 16 == 0
-    return matrix.stride(1) == 1 and aligned and min(matrix.shape) > 0
+    return matrix.stride(1) == 1 and _aligned(matrix) and min(matrix.shape) > 0
+
+
+def _aligned(matrix: Tensor) -> bool:
+    row = matrix.stride(0) * matrix.dtype.itemsize
+    return row % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def _describe(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
@@ -331,31 +349,24 @@ def _exact(hidden: Tensor) -> bool:
     return hidden.dtype == torch.float32
 
 
-def gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    if hidden.dtype not in DTYPES or hidden.stride(1) != 1 or weight.stride(1) != 1:
-        return plain.gather_dot(hidden, weight, index)
-    dot = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    if dot.numel():
-        rows = 16
-        gather.gather_dot_kernel[(triton.cdiv(dot.numel(), rows),)](
-            hidden,
-            weight,
-            index,
-            dot,
-            *hidden.shape,
-            hidden.stride(0),
-            weight.stride(0),
-            BLOCK_ROWS=rows,
-            BLOCK_WIDTH=128,
-        )
-    return dot
+def target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
+) -> TargetLogits:
+    if glue.matrices_supported(hidden, weight) is not None:
+        other = _in_place(hidden.device.type)
+        return other.target_logits(hidden, weight, target, bias, map)
+    return glue.target_logits(hidden, weight, target, bias, map)
+
+
+def settle(
+    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+) -> tuple[RowScores, Tensor]:
+    if sums.sum.dtype != torch.float32:
+        return rows.settle(sums, own, exps, map)
+    return glue.settle(sums, own, exps, map)
 
 
 def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    if rows.dtype not in DTYPES or rows.stride(1) != 1 or out.stride(1) != 1:
+    if glue.matrices_supported(rows, out) is not None:
         return plain.scale_rows(rows, factor, out)
-    if rows.numel():
-        scaling.scale_rows_kernel[(rows.shape[0],)](
-            rows, factor, out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_WIDTH=1024
-        )
-    return out
+    return glue.scale_rows(rows, factor, out)

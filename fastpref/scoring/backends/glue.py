@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of the small Triton kernels between the products: one each, without a host sync."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ...kernels import row_scores
+from ...kernels import scale_rows as scaling
+from ...kernels import target_logits as targets
+from ..rows import RowScores, RowSums, TargetLogits
+from ..types import LogitMap
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def matrices_supported(*matrices: Tensor) -> str | None:
+    """Why the kernels cannot read these, or None when they can."""
+    for one in matrices:
+        if one.dtype not in DTYPES:
+            return f"matrices must be bfloat16, float16 or float32, got {one.dtype}"
+        if one.stride(1) != 1:
+            return f"matrices must have contiguous rows, got strides {one.stride()}"
+    return None
+
+
+def target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
+) -> TargetLogits:
+    raw = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    found = TargetLogits(torch.empty_like(target), raw, torch.empty_like(raw))
+    if raw.numel():
+        targets.target_logits_kernel[(triton.cdiv(raw.numel(), targets.ROWS),)](
+            hidden,
+            weight,
+            bias,
+            target,
+            *found,
+            hidden.shape[0],
+            *weight.shape,
+            hidden.stride(0),
+            weight.stride(0),
+            *_map_arguments(map),
+            BLOCK_ROWS=targets.ROWS,
+            BLOCK_WIDTH=targets.WIDTH,
+            CAPPED=map.cap != 0,
+        )
+    return found
+
+
+def settle(
+    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+) -> tuple[RowScores, Tensor]:
+    out = sums.sum.new_empty((5, sums.sum.shape[0]))
+    if out.numel():
+        row_scores.row_scores_kernel[(triton.cdiv(out.shape[1], row_scores.ROWS),)](
+            sums.sum,
+            sums.anchor,
+            sums.offset,
+            sums.best,
+            *own,
+            exps,
+            out,
+            out.shape[1],
+            0 if exps is None else exps.stride(0),
+            *_map_arguments(map),
+            BLOCK_ROWS=row_scores.ROWS,
+            CAPPED=map.cap != 0,
+        )
+    *scores, scale = out
+    return RowScores(*scores), scale
+
+
+def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    if rows.numel():
+        scaling.scale_rows_kernel[(rows.shape[0],)](
+            rows, factor, out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_WIDTH=1024
+        )
+    return out
+
+
+def _map_arguments(map: LogitMap) -> tuple[float, float, float]:
+    """In the order of the kernels' arguments."""
+    return map.scale, map.scale / map.cap if map.cap else 0.0, map.cap

@@ -2,17 +2,20 @@
 """Fused preference losses: hidden states to log-probabilities to losses, without the logits."""
 
 from . import _extension, objectives
+from .preference import PreferenceOutput, preference_loss
 from .scoring import ScoringOptions, TokenScores, explain, linear_logprob
 from .sequences import sequence_logp
 
 __version__ = "0.1.0"
 __all__ = [
+    "PreferenceOutput",
     "ScoringOptions",
     "TokenScores",
     "__version__",
     "explain",
     "linear_logprob",
     "objectives",
+    "preference_loss",
     "sequence_logp",
 ]
 

@@ -17,6 +17,13 @@ import torch
 from torch import Tensor
 
 from ._extension import cuda_operators_serve
+from .token_weights import decay_weights as decay_weights
+from .token_weights import divergence_mask as divergence_mask
+from .token_weights import length_desensitized_weights as length_desensitized_weights
+from .token_weights import sampled_weights as sampled_weights
+from .token_weights import step_weights as step_weights
+from .token_weights import token_credit as token_credit
+from .token_weights import turn_mask as turn_mask
 
 # Of the operator; others it is given in float64.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

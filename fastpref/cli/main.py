@@ -15,6 +15,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "env": "what this installation can do, and why it cannot do the rest",
     "demo": "a preference training inside TRL, stock against fastpref",
+    "objectives": "every objective with its formula, its paper and what it needs",
     "kernels": "registers, shared memory and matrix instructions of the Triton kernels",
     "bench": "measure fastpref against the alternatives",
 }

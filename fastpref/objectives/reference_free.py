@@ -5,18 +5,37 @@ Every function takes ``(policy_chosen_logps, policy_rejected_logps)``, each ``(P
 scored tokens; the reference parameters are there for a common signature and must stay None. Returns
 ``PairLosses`` whose rewards are ``beta`` times the score that is compared. In the formulas s is the
 summed and sbar = s / n the mean log-probability (0 for an empty response), w the chosen and l the
-rejected response.
+rejected response, and nll = ``chosen_nll``, by default -sbar_w, which carries a gradient.
 """
 
+import torch
 from torch import Tensor
 
+from .batch import gather
 from .registry import objective
 from .results import PairLosses
-from .signature import Filled, FilledWithGrad, Finite, LabelSmoothing, Positive
-from .terms import bradley_terry_nll, mean_nll, per_token
+from .signature import (
+    Filled,
+    FilledWithGrad,
+    Finite,
+    Group,
+    LabelSmoothing,
+    NotNegative,
+    Positive,
+)
+from .terms import (
+    bradley_terry_nll,
+    log1mexp,
+    mean_and_std,
+    mean_nll,
+    per_token,
+    saturating_expm1,
+    sft_term,
+    softplus,
+)
 
 
-@objective(unit="pair", scope="pair", needs_reference=False)
+@objective(unit="pair", scope="pair", needs_reference=False, reduction="mean")
 def simpo(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -41,6 +60,209 @@ def simpo(
     rejected = beta * per_token(policy_rejected_logps, rejected_lengths)
     losses = bradley_terry_nll(chosen - rejected - gamma, label_smoothing)
     return PairLosses(losses, chosen, rejected)
+
+
+@objective(unit="pair", scope="pair", needs_reference=False, reduction="mean")
+def alpha_po(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Filled,
+    rejected_lengths: Filled,
+    alpha: Finite = 0.25,
+    beta: Positive = 2.5,
+    gamma: Finite = 0.1,
+) -> PairLosses:
+    """SimPO with a reward bent by alpha; alpha = 0 is ``simpo``.
+
+        r = beta (1 - exp(-alpha sbar)) / alpha
+        loss = softplus(-(r_w - r_l - gamma))
+
+    Gupta et al. 2025 (AlphaPO), arXiv:2501.03884. ``gamma`` is the margin itself, not its ratio to
+    beta. Defaults lie in the paper's ranges. Rewards are r. Not ``alpha_dpo``.
+    """
+    chosen = beta * _bent(per_token(policy_chosen_logps, chosen_lengths), alpha)
+    rejected = beta * _bent(per_token(policy_rejected_logps, rejected_lengths), alpha)
+    losses = softplus(gamma - (chosen - rejected))
+    return PairLosses(losses, chosen, rejected)
+
+
+def _bent(mean: Tensor, alpha: float) -> Tensor:
+    """(1 - exp(-alpha mean)) / alpha; a line from the exponent 60 on, which fp32 needs."""
+    if abs(alpha) < 1e-20:  # the limit, exact to rounding
+        return mean
+    return -saturating_expm1(-alpha * mean) / alpha
+
+
+@objective(unit="pair", scope="pair", needs_reference=False)
+def cpo(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Filled | None = None,
+    chosen_nll: FilledWithGrad | None = None,
+    beta: Positive = 0.1,
+    label_smoothing: LabelSmoothing = 0.0,
+    sft_weight: NotNegative = 1.0,
+) -> PairLosses:
+    """Contrastive preference optimization: DPO with a uniform reference, and an SFT term.
+
+        m = beta (s_w - s_l)
+        loss = softplus(-m) + eps m + sft_weight nll
+
+    Xu et al. 2024, arXiv:2401.08417; defaults are TRL's. There, nll is the mean over all tokens of
+    the batch, here the mean over responses of theirs. Neither constrained nor controllable PO.
+    """
+    chosen, rejected = beta * policy_chosen_logps, beta * policy_rejected_logps
+    losses = bradley_terry_nll(chosen - rejected, label_smoothing)
+    losses = losses + sft_term(sft_weight, chosen_nll, policy_chosen_logps, chosen_lengths)
+    return PairLosses(losses, chosen, rejected)
+
+
+@objective(unit="pair", scope="pair", needs_reference=False, reduction="mean")
+def orpo(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Filled,
+    rejected_lengths: Filled,
+    chosen_nll: FilledWithGrad | None = None,
+    beta: Positive = 0.1,
+    sft_weight: NotNegative = 1.0,
+) -> PairLosses:
+    """Odds ratio preference optimization: SFT and the log odds ratio of the two responses.
+
+        log_odds_ratio = (sbar_w - sbar_l) - (log(1 - e^sbar_w) - log(1 - e^sbar_l))
+        loss = sft_weight nll + beta softplus(-log_odds_ratio)
+
+    Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7 (lambda is beta, default that of the authors'
+    code). TRL and the authors take nll over prompt and response: pass that as ``chosen_nll``.
+    """
+    chosen = per_token(policy_chosen_logps, chosen_lengths)
+    rejected = per_token(policy_rejected_logps, rejected_lengths)
+    log_odds_ratio = (chosen - rejected) - (_log1m(chosen) - _log1m(rejected))
+    losses = beta * softplus(-log_odds_ratio)
+    losses = losses + sft_term(sft_weight, chosen_nll, policy_chosen_logps, chosen_lengths)
+    return PairLosses(losses, beta * chosen, beta * rejected)
+
+
+@objective(unit="pair", scope="unit", needs_reference=False, reduction="mean")
+def asft(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Filled,
+    rejected_lengths: Filled,
+    chosen_nll: FilledWithGrad | None = None,
+    beta: Positive = 0.1,
+    sft_weight: NotNegative = 1.0,
+) -> PairLosses:
+    """Aligned supervised fine-tuning: the likelihood of each response by itself, up or down.
+
+        loss = sft_weight nll - beta (sbar_w + log(1 - e^sbar_l))
+
+    Wang et al. 2024, arXiv:2409.10571: -log sigmoid(f_w) - log sigmoid(-f_l) of the log odds
+    f = sbar - log(1 - e^sbar). The default beta was not confirmed at the source; it is that of
+    ``orpo``, whose loss at the same settings is never larger. Not anchored SFT, also called ASFT.
+    """
+    chosen = per_token(policy_chosen_logps, chosen_lengths)
+    rejected = per_token(policy_rejected_logps, rejected_lengths)
+    losses = -beta * (chosen + _log1m(rejected))
+    losses = losses + sft_term(sft_weight, chosen_nll, policy_chosen_logps, chosen_lengths)
+    return PairLosses(losses, beta * chosen, beta * rejected)
+
+
+def _log1m(mean: Tensor) -> Tensor:
+    """log(1 - e^mean), constant above -1e-7: infinite at 0, with a slope of 1e7 when so near."""
+    return log1mexp(mean.clamp(max=-1e-7))
+
+
+@objective(unit="pair", scope="unit", needs_reference=False, reduction="mean")
+def simper(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Filled,
+    rejected_lengths: Filled,
+) -> PairLosses:
+    """Inverse perplexities, with nothing to set.
+
+        loss = -exp(sbar_w) + exp(sbar_l)
+
+    Xiao et al. 2025 (SimPER), arXiv:2502.00883. Rewards are sbar. The exponential of an empty
+    response is 1.
+    """
+    chosen = per_token(policy_chosen_logps, chosen_lengths)
+    rejected = per_token(policy_rejected_logps, rejected_lengths)
+    return PairLosses(torch.exp(rejected) - torch.exp(chosen), chosen, rejected)
+
+
+@objective(unit="pair", scope="pair", needs_reference=False)
+def slic(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Filled | None = None,
+    chosen_nll: FilledWithGrad | None = None,
+    delta: NotNegative = 1.0,
+    sft_weight: NotNegative = 0.1,
+) -> PairLosses:
+    """Sequence likelihood calibration: a hinge on log-probabilities, and an SFT term.
+
+        loss = max(0, delta - s_w + s_l) + sft_weight nll
+
+    Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425; defaults are those of HALOs, whose SFT term is
+    summed over tokens. Rewards are s. The hinge on the DPO margin is ``hinge``.
+    """
+    losses = torch.relu(delta - policy_chosen_logps + policy_rejected_logps)
+    losses = losses + sft_term(sft_weight, chosen_nll, policy_chosen_logps, chosen_lengths)
+    return PairLosses(losses, policy_chosen_logps, policy_rejected_logps)
+
+
+@objective(unit="pair", scope="batch", needs_reference=False, reduction="mean")
+def amapo(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Filled,
+    rejected_lengths: Filled,
+    beta: Positive = 2.5,
+    label_smoothing: LabelSmoothing = 0.0,
+    dp_group: Group = None,
+) -> PairLosses:
+    """Adaptive-margin preference optimization: a target margin for pairs below the batch's mean.
+
+        d = sbar_w - sbar_l,  mu and sd its mean and deviation over the batch of ``dp_group``
+        m = beta d - sg[margin],  margin = beta exp(mu (mu - d) / sd) if d < mu else 0
+        loss = softplus(-m) + eps m
+
+    Deng et al. 2025, arXiv:2511.09385, with sg a stopped gradient; the default beta lies between
+    the authors' 2 and 3. sd is a sample's; where it is 0, as of a single pair, so is the margin.
+    """
+    chosen = per_token(policy_chosen_logps, chosen_lengths)
+    rejected = per_token(policy_rejected_logps, rejected_lengths)
+    gap = chosen - rejected
+    mean, spread = mean_and_std(gather(gap.detach(), dp_group))
+    below = (mean - gap.detach()).clamp(min=0)
+    exponent = mean * below / spread
+    # Cut at e^60, against overflow in fp32: the loss there is a line, whatever the margin.
+    margin = beta * torch.where(below > 0, torch.exp(exponent.clamp(max=60.0)), 0)
+    losses = bradley_terry_nll(beta * gap - margin, label_smoothing)
+    return PairLosses(losses, beta * chosen, beta * rejected)
 
 
 @objective(unit="pair", scope="unit", needs_reference=False)

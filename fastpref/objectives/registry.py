@@ -22,6 +22,7 @@ from .signature import POLICY_LOGPS, REQUIRED, ExtraFacts, Signature, Unit
 Scope: TypeAlias = Literal["unit", "pair", "list", "batch", "running"]
 SCOPES: tuple[Scope, ...] = ("unit", "pair", "list", "batch", "running")  # narrow to wide
 
+Reduction: TypeAlias = Literal["sum", "mean"]
 # Given all hyperparameters by name: why they cannot go together, or None when they can.
 Condition: TypeAlias = Callable[..., str | None]
 
@@ -41,6 +42,7 @@ _SHAPES: Mapping[Unit, tuple[str, int]] = {
 _CATALOGUE: dict[str, "Objective"] = {}
 _FORMULAS: dict[Callable[..., Any], Callable[..., Any]] = {}  # public function -> as written
 _CONDITIONS: dict[Callable[..., Any], Condition] = {}
+_REDUCTIONS: dict[Callable[..., Any], Reduction] = {}
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Losses)
@@ -115,6 +117,14 @@ class Objective:
         """Every hyperparameter with its value; a required one not yet set is ``REQUIRED``."""
         defaults = {name: p.default for name, p in self.signature.hyperparameters.items()}
         return defaults | dict(self.settings)
+
+    @property
+    def reduction(self) -> Reduction:
+        """Whether it compares sums over a response or means over its tokens. It takes sums either
+        way, and for means the lengths beside them."""
+        declared = self._registered(_REDUCTIONS) or "sum"
+        chosen = self.hyperparameters.get("normalize", "mean")  # as ipo lets its user
+        return "mean" if declared == chosen == "mean" else "sum"
 
     @property
     def extras(self) -> Mapping[str, ExtraFacts]:
@@ -243,7 +253,12 @@ class Objective:
 
 
 def objective(
-    *, unit: Unit, scope: Scope, needs_reference: bool, condition: Condition | None = None
+    *,
+    unit: Unit,
+    scope: Scope,
+    needs_reference: bool,
+    reduction: Reduction = "sum",
+    condition: Condition | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare and register an objective of this package; the rest is in its signature."""
 
@@ -252,6 +267,7 @@ def objective(
         def function(*args: P.args, **keywords: P.kwargs) -> R:
             return cast(R, declared.evaluate(args, keywords))
 
+        _REDUCTIONS[function] = reduction
         if condition is not None:
             _CONDITIONS[function] = condition
         declared = Objective(function, unit=unit, scope=scope, needs_reference=needs_reference)
@@ -285,6 +301,11 @@ def get(name: str, **hyperparameters: Any) -> Objective:
 def names() -> tuple[str, ...]:
     """The names of all objectives, in the order of the catalogue."""
     return tuple(_CATALOGUE)
+
+
+def catalogue() -> tuple[Objective, ...]:
+    """All objectives, as declared: a required hyperparameter is not set."""
+    return tuple(_CATALOGUE.values())
 
 
 def as_objective(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The terms the objectives are written in, each in the form that is stable in fp32."""
 
+import math
 from typing import cast
 
 import torch
@@ -33,6 +34,52 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
-def bradley_terry_nll(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) of x <= 0; -inf at 0, so keep away from there."""
+    near = x > -math.log(2)
+    # Each branch only sees what it is right for: an infinite slope times 0 would be NaN.
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
+    )
+
+
+def bradley_terry_nll(margin: Tensor, label_smoothing: float | Tensor = 0.0) -> Tensor:
     """-(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin), as softplus(-m) + eps m."""
     return softplus(-margin) + label_smoothing * margin
+
+
+def sft_term(
+    weight: float, nll: Tensor | None, logps: Tensor, lengths: Tensor | None
+) -> Tensor | float:
+    """``weight`` times ``mean_nll``, which a weight of 0 does not need."""
+    if weight == 0 and nll is None and lengths is None:
+        return 0.0
+    return weight * mean_nll(nll, logps, lengths)
+
+
+def saturating_expm1(x: Tensor, limit: float = 60.0) -> Tensor:
+    """exp(x) - 1, continued by its tangent above 60: finite in fp32 at 1e5, and never flat.
+
+    A ``limit`` of 20 keeps the square finite too.
+    """
+    return torch.expm1(x.clamp(max=limit)) + math.exp(limit) * torch.relu(x - limit)
+
+
+def saturating_exp(x: Tensor) -> Tensor:
+    """exp(x), continued by its tangent above 60 like ``saturating_expm1``; exact far below 0."""
+    return torch.exp(x.clamp(max=60.0)) + math.exp(60.0) * torch.relu(x - 60.0)
+
+
+def mallows_dispersion(ref_entropy: Tensor, phi: float) -> Tensor:
+    """How sharply a prompt is answered, -phi log(entropy over log V): the weight of its margin."""
+    return -phi * torch.log(ref_entropy)
+
+
+def mean_and_std(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a batch (n,); the deviation is a sample's (n - 1), and 0 of one value or of equal ones."""
+    mean = values.mean()
+    mean = mean + (values - mean).mean()  # or rounding would give equal values a spread
+    variance = (values - mean).square().sum() / max(len(values) - 1, 1)
+    return mean, variance.sqrt()

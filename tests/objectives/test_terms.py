@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shared terms, at the places where a naive form fails."""
 
+import mpmath
 import numpy as np
 import torch
 
@@ -28,3 +29,14 @@ def test_per_token_is_zero_for_an_empty_response():
     assert mean.tolist() == [-2.0, 0.0, 0.0]
     gradient = torch.autograd.grad(mean.sum(), total)[0]
     assert gradient.tolist() == [torch.tensor(1 / 3).item(), 0.0, 0.0]
+
+
+def test_log1mexp_keeps_its_digits_and_its_slope():
+    x = -torch.logspace(-12, 3, 400, dtype=torch.float64)
+    x.requires_grad_()
+    y = terms.log1mexp(x)
+    with mpmath.workdps(50):
+        exact = [float(mpmath.log1p(-mpmath.exp(mpmath.mpf(v)))) for v in x.tolist()]
+    np.testing.assert_allclose(y.detach(), exact, rtol=1e-13)
+    slope = -1 / np.expm1(-x.detach().numpy())
+    np.testing.assert_allclose(torch.autograd.grad(y.sum(), x)[0], slope, rtol=1e-12)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An objective on the sums of a batch: its losses, the rewards of each row, and its metrics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .filling import Material
+from .objectives import ListLosses, Objective, TokenLosses, UnitLosses
+from .pair_head import pair_head
+
+
+class Evaluated(NamedTuple):
+    losses: Tensor  # one a unit, differentiable
+    rewards: Tensor  # (B,) in row order, detached
+    metrics: dict[str, Tensor]  # 0-dim, detached
+
+
+def evaluate(
+    objective: Objective,
+    sums: Tensor,
+    ref_sums: Tensor | None,
+    material: Material,
+    extras: dict[str, Tensor],
+) -> Evaluated:
+    """``sums`` and ``ref_sums`` (B,) in row order; ``extras`` complete."""
+    if objective.unit == "token":
+        return _tokens(objective, sums, ref_sums, material, extras)
+    arrangement = material.arrangement
+    logps = arrangement.split(sums)
+    if ref_sums is not None:
+        logps += arrangement.split(ref_sums)
+    if objective.unit == "pair":
+        pairs = pair_head(objective, *logps, **extras)
+        rewards = arrangement.join(pairs.chosen_rewards, pairs.rejected_rewards)
+        return Evaluated(pairs.losses, rewards, pairs.metrics)
+    result = objective(*logps, **extras)
+    if not isinstance(result, UnitLosses | ListLosses):
+        raise TypeError(f"{objective.name} returned {type(result).__name__}")
+    metrics = {"rewards/mean": result.rewards.mean(), "logps/mean": sums.detach().mean()}
+    if objective.unit == "unit" and "labels" in extras:
+        metrics |= _by_label(result.rewards, sums.detach(), extras["labels"] != 0)
+    if objective.unit == "list" and "scores" in extras:
+        best = result.rewards.argmax(1) == extras["scores"].argmax(1)
+        metrics["rewards/accuracies"] = best.to(sums.dtype).mean()
+    return Evaluated(result.losses, arrangement.join(result.rewards), metrics)
+
+
+def _by_label(rewards: Tensor, logps: Tensor, desirable: Tensor) -> dict[str, Tensor]:
+    """Means over the desirable and the undesirable rows; 0 where there are none."""
+    metrics = {}
+    for side, rows in (("chosen", desirable), ("rejected", ~desirable)):
+        count = rows.sum().clamp(min=1)
+        for name, values in (("rewards", rewards), ("logps", logps)):
+            metrics[f"{name}/{side}"] = torch.where(rows, values, 0).sum() / count
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+def _tokens(
+    objective: Objective,
+    sums: Tensor,
+    ref_sums: Tensor | None,
+    material: Material,
+    extras: dict[str, Tensor],
+) -> Evaluated:
+    """Rewards are log-ratios to the reference, or without one the policy's own log-probs: these
+    objectives know rewards only as advantages."""
+    keywords = dict(extras)
+    old = keywords.pop("old_token_logp", None)
+    result = objective(material.policy.logp, old, **keywords)
+    if not isinstance(result, TokenLosses):
+        raise TypeError(f"{objective.name} returned {type(result).__name__}")
+    logps, tokens = sums.detach(), material.batch.lengths.sum().clamp(min=1)
+    metrics = {
+        "logps/mean": logps.mean(),
+        "clip_ratio/region_mean": result.is_clipped.to(logps.dtype).sum() / tokens,
+    }
+    if result.kl is not None:
+        metrics["kl"] = result.kl.sum() / tokens
+    return Evaluated(result.losses, logps if ref_sums is None else logps - ref_sums, metrics)

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy-gradient objectives on the log-probabilities of tokens.
+
+Every function takes ``(policy_token_logp, old_token_logp)``, each ``(B, T)``: old is the policy
+that sampled the responses, None that it is the policy itself, unchanged since. ``mask`` ``(B, T)``
+is nonzero at scored tokens; no other is read, and NaN there reaches nothing. ``advantages`` are
+``(B,)`` or ``(B, T)``. With ``ref_token_logp`` the result's ``kl`` estimates the divergence from
+that reference; ``beta`` > 0 adds it to the losses of the tokens and needs it. ``ratio`` and ``kl``
+are 0 where the mask is; an empty response has loss 0 and counts in B.
+
+In the formulas r = policy / old of a token, A its advantage, el and eh the epsilons,
+d = log(reference / policy), k3 = exp(d) - d - 1; mean_t and sum_t run over the scored tokens of a
+response, N is their number in the whole batch. Above 60 the exponential of a log-ratio is continued
+by its tangent.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import gather
+from .registry import objective
+from .results import TokenLosses
+from .signature import Extra, Group, NotNegative, PerResponseOrToken, Positive
+from .terms import per_token, saturating_exp, saturating_expm1
+
+
+@objective(unit="token", scope="unit", needs_reference=False)
+def grpo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    beta: NotNegative = 0.0,
+    epsilon_low: NotNegative = 0.2,
+    epsilon_high: NotNegative = 0.2,
+    delta: Positive | None = None,
+) -> TokenLosses:
+    """Group relative policy optimization: the clipped surrogate, a mean over each response.
+
+        loss = mean_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3]
+
+    Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, eq. 3 and 4, where beta is 0.04; the defaults
+    are those trainers have. ``delta`` caps r in the first term, which bounds the loss of A < 0 too
+    (INTELLECT-2; more than 1 + epsilon_high is meant). Not group-robust preference optimization.
+    """
+    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    values, is_clipped = _clipped(tokens, tokens.ratio, epsilon_low, epsilon_high, delta)
+    return tokens.result(tokens.mean(values + tokens.penalty(beta)), is_clipped)
+
+
+@objective(unit="token", scope="batch", needs_reference=False)
+def bnpo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    beta: NotNegative = 0.0,
+    epsilon_low: NotNegative = 0.2,
+    epsilon_high: NotNegative = 0.2,
+    delta: Positive | None = None,
+) -> TokenLosses:
+    """The clipped surrogate of GRPO as a mean over all tokens of this process's batch.
+
+        loss = (B / N) sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3]
+
+    What TRL calls bnpo, on the surrogate of arXiv:2402.03300; a batch of one is GRPO's loss. Over
+    the tokens of all processes it is ``dapo``. Not beta normalization policy optimization
+    (arXiv:2506.02864), which is another way to make advantages.
+    """
+    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    values, is_clipped = _clipped(tokens, tokens.ratio, epsilon_low, epsilon_high, delta)
+    return tokens.result(tokens.batch_mean(values + tokens.penalty(beta)), is_clipped)
+
+
+@objective(unit="token", scope="unit", needs_reference=False)
+def dr_grpo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    max_completion_length: Positive,
+    beta: NotNegative = 0.0,
+    epsilon_low: NotNegative = 0.2,
+    epsilon_high: NotNegative = 0.2,
+    delta: Positive | None = None,
+) -> TokenLosses:
+    """GRPO done right: the clipped surrogate divided by a constant, which favours no length.
+
+        loss = sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3] / L
+
+    Liu et al. 2025, arXiv:2503.20783. Its advantages are only centred:
+    ``group_advantages(..., normalize="none")``. L is ``max_completion_length``, which has no
+    default: the longest response the sampler may return.
+    """
+    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    values, is_clipped = _clipped(tokens, tokens.ratio, epsilon_low, epsilon_high, delta)
+    sums = (values + tokens.penalty(beta)).sum(-1)
+    return tokens.result(sums / max_completion_length, is_clipped)
+
+
+@objective(unit="token", scope="batch", needs_reference=False)
+def dapo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    beta: NotNegative = 0.0,
+    epsilon_low: NotNegative = 0.2,
+    epsilon_high: NotNegative = 0.28,
+    delta: Positive | None = None,
+    dp_group: Group = None,
+) -> TokenLosses:
+    """Decoupled clip policy optimization: a higher upper clip, a mean over all tokens.
+
+        loss = (B / N) sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3]
+
+    Yu et al. 2025, arXiv:2503.14476, whose clip range is the default. B and N are those of all
+    ranks of ``dp_group``. Dynamic sampling and the penalty on overlong responses are matters of the
+    sampler and of the reward. Not direct advantage policy optimization (arXiv:2412.18279).
+    """
+    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    values, is_clipped = _clipped(tokens, tokens.ratio, epsilon_low, epsilon_high, delta)
+    return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group), is_clipped)
+
+
+@objective(unit="token", scope="unit", needs_reference=False)
+def gspo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    beta: NotNegative = 0.0,
+    epsilon_low: NotNegative = 0.0003,
+    epsilon_high: NotNegative = 0.0004,
+) -> TokenLosses:
+    """Group sequence policy optimization: one ratio a response, the geometric mean of its tokens'.
+
+        s = exp(mean_t log r)
+        loss = mean_t [-min(s A, clip(s, 1 - el, 1 + eh) A) + beta k3]
+
+    Zheng et al. 2025, arXiv:2507.18071, eq. 5, whose clip range is the default. The result's
+    ``ratio`` is s at every token.
+    """
+    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    mean_log_ratio = tokens.mean(tokens.log_ratio)[:, None].expand_as(tokens.log_ratio)
+    ratio = saturating_exp(mean_log_ratio)
+    values, is_clipped = _clipped(tokens, ratio, epsilon_low, epsilon_high)
+    return tokens.result(tokens.mean(values + tokens.penalty(beta)), is_clipped, ratio)
+
+
+@objective(unit="token", scope="batch", needs_reference=False)
+def cispo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    beta: NotNegative = 0.0,
+    epsilon_high: Positive = 5.0,
+    dp_group: Group = None,
+) -> TokenLosses:
+    """Clipped importance sampling: the weight is clipped, so every token keeps its gradient.
+
+        loss = (B / N) sum_t [-sg[min(r, eh)] A log policy + beta k3]
+
+    MiniMax 2025 (MiniMax-M1), arXiv:2506.13585, without a lower bound as there. B and N are those
+    of all ranks of ``dp_group``. ``epsilon_high`` bounds r itself, not its distance from 1, as in
+    ScaleRL (arXiv:2510.13786), whose value is the default.
+    """
+    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    weights = tokens.ratio.detach().clamp(max=epsilon_high)
+    values = -weights * tokens.advantages * tokens.logp
+    is_clipped = (tokens.ratio > epsilon_high) & (tokens.advantages > 0)
+    return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group), is_clipped)
+
+
+@objective(unit="token", scope="unit", needs_reference=False)
+def sapo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    beta: NotNegative = 0.0,
+    tau_positive: Positive = 1.0,
+    tau_negative: Positive = 1.05,
+) -> TokenLosses:
+    """Soft adaptive policy optimization: a sigmoid gate where others clip.
+
+        loss = mean_t [-A (4 / tau) sigmoid(tau (r - 1)) + beta k3]
+        tau = tau_positive where A > 0, else tau_negative
+
+    Gao et al. 2025, arXiv:2511.20347, whose temperatures are the defaults. Nothing is clipped.
+    Not self-augmented preference optimization (arXiv:2405.20830).
+    """
+    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    positive = tokens.advantages > 0
+    tau = torch.full_like(tokens.logp, tau_negative).masked_fill(positive, tau_positive)
+    gate = torch.sigmoid(tau * saturating_expm1(tokens.log_ratio)) * (4 / tau)
+    losses = tokens.mean(-tokens.advantages * gate + tokens.penalty(beta))
+    return tokens.result(losses, torch.zeros_like(positive))
+
+
+@objective(unit="token", scope="unit", needs_reference=False)
+def gmpo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    beta: NotNegative = 0.0,
+    epsilon_low: NotNegative = 0.4,
+    epsilon_high: NotNegative = 0.4,
+) -> TokenLosses:
+    """Geometric-mean policy optimization: tokens are clipped, then their ratios averaged in logs.
+
+        c = min(log r, eh) where A > 0, max(log r, -el) where A < 0
+        loss = mean_t [-A exp(mean_t c) + beta k3]
+
+    Zhao et al. 2025, arXiv:2507.20673; the range is that of the paper's experiments,
+    (exp(-0.4), exp(0.4)). The result's ``ratio`` is r of each token, before the clip.
+    """
+    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    is_clipped = ((tokens.log_ratio > epsilon_high) & (tokens.advantages > 0)) | (
+        (tokens.log_ratio < -epsilon_low) & (tokens.advantages < 0)
+    )
+    bounded = tokens.log_ratio.clamp(-epsilon_low, epsilon_high)
+    mean_log_ratio = tokens.mean(torch.where(is_clipped, bounded, tokens.log_ratio))
+    ratio = saturating_exp(mean_log_ratio)
+    losses = tokens.mean(-tokens.advantages * ratio[:, None] + tokens.penalty(beta))
+    return tokens.result(losses, is_clipped)
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a batch, (B, T) each: 0 (``ratio``: 1) where the mask is 0."""
+
+    scored: Tensor
+    logp: Tensor
+    log_ratio: Tensor
+    ratio: Tensor
+    advantages: Tensor
+    kl: Tensor | None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(B,) means over the scored tokens of each response."""
+        return per_token(values.sum(-1), self.scored.sum(-1))
+
+    def batch_mean(self, values: Tensor, group: Group = None) -> Tensor:
+        """(B,) shares of the mean over all scored tokens: it is their mean, over all ranks."""
+        lengths = gather(self.scored.sum(-1), group)
+        return values.sum(-1) * lengths.numel() / lengths.sum().clamp(min=1)
+
+    def penalty(self, beta: float) -> Tensor | float:
+        if self.kl is not None:
+            return beta * self.kl
+        if beta > 0:
+            raise ValueError(
+                f"beta={beta:g} weighs the divergence from a reference; pass ref_token_logp, got "
+                "None, or beta=0"
+            )
+        return 0.0
+
+    def result(
+        self, losses: Tensor, is_clipped: Tensor, ratio: Tensor | None = None
+    ) -> TokenLosses:
+        ratio = self.ratio if ratio is None else ratio
+        return TokenLosses(losses, torch.where(self.scored, ratio, 0), is_clipped, self.kl)
+
+
+def _read(
+    mask: Tensor,
+    policy: Tensor,
+    old: Tensor | None,
+    advantages: Tensor,
+    ref: Tensor | None,
+) -> _Tokens:
+    scored = mask != 0
+    logp = torch.where(scored, policy, 0)
+    log_ratio = logp - (logp.detach() if old is None else torch.where(scored, old, 0))
+    per_response = advantages.dim() == 1
+    advantages = torch.where(scored, advantages[:, None] if per_response else advantages, 0)
+    kl = None
+    if ref is not None:
+        away = torch.where(scored, ref, 0) - logp
+        kl = saturating_expm1(away) - away
+    return _Tokens(scored, logp, log_ratio, saturating_exp(log_ratio), advantages, kl)
+
+
+def _clipped(
+    tokens: _Tokens, ratio: Tensor, low: float, high: float, delta: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """-min(ratio A, clip(ratio) A) of each token, and where the clip took its gradient away."""
+    advantages = tokens.advantages
+    capped = ratio if delta is None else ratio.clamp(max=delta)
+    values = -torch.minimum(capped * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    is_clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
+    return values, is_clipped

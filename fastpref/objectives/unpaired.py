@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives on single responses, each good or bad by itself.
+
+Every function takes ``(policy_logps, ref_logps)``, each ``(B,)`` sums over the scored tokens, and
+returns ``UnitLosses`` whose rewards are ``beta`` times the log-ratio. ``labels`` is True where a
+response is desirable. In the formulas x = log(policy / reference); of two signs the upper one is
+for desirable responses.
+"""
+
+import torch
+from torch import Tensor
+
+from .batch import gather
+from .registry import objective
+from .results import UnitLosses
+from .signature import Extra, Filled, Finite, Group, Positive, PositivePerResponse, State
+from .terms import log_ratio, per_token, softplus
+
+
+@objective(unit="unit", scope="batch", needs_reference=True)
+def kto(
+    policy_logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    labels: Extra,
+    kl: State | None = None,
+    beta: Positive = 0.1,
+    desirable_weight: Positive = 1.0,
+    undesirable_weight: Positive = 1.0,
+    dp_group: Group = None,
+) -> UnitLosses:
+    """Kahneman-Tversky optimization: a bounded value of each response against the batch's KL.
+
+        loss = weight (1 - sigmoid(+-beta (x - kl)))
+        kl = max(0, mean of x over the batch), no gradient
+
+    Ethayarajh et al. 2024, arXiv:2402.01306. The paper estimates ``kl`` on mismatched prompts and
+    responses, as max(0, their mean x): pass that for the published loss (it is used as it is); by
+    default the batch's own responses serve. The authors' advice for unequal labels: desirable
+    weight times number of desirable responses, 1 to 3/2 times that product of the undesirable.
+    """
+    ratios = log_ratio(policy_logps, ref_logps)
+    if kl is None:
+        kl = gather(ratios.detach(), dp_group).mean().clamp(min=0)
+    margins = beta * (ratios - kl)
+    losses = torch.where(
+        labels.bool(),
+        desirable_weight * torch.sigmoid(-margins),
+        undesirable_weight * torch.sigmoid(margins),
+    )
+    return UnitLosses(losses, beta * ratios)
+
+
+@objective(unit="unit", scope="running", needs_reference=True)
+def bco(
+    policy_logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    labels: Extra,
+    delta: State | None = None,
+    sample_weights: Extra | None = None,
+    beta: Positive = 0.1,
+    dp_group: Group = None,
+) -> UnitLosses:
+    """Binary classifier optimization: is the reward above or below a shift?
+
+        loss = w softplus(-+(beta x - delta))
+        delta = mean of beta x over the batch, no gradient
+
+    Jung et al. 2024, arXiv:2404.04656. There ``delta`` is a running mean of the rewards, half of it
+    from each label: pass that for the published loss. ``sample_weights`` w are the density ratios
+    that the paper puts on undesirable responses when the prompts of the two labels differ; here
+    they multiply whatever row they are given for.
+    """
+    rewards = beta * log_ratio(policy_logps, ref_logps)
+    if delta is None:
+        delta = gather(rewards.detach(), dp_group).mean()
+    margins = rewards - delta
+    losses = softplus(torch.where(labels.bool(), -margins, margins))
+    if sample_weights is not None:
+        losses = sample_weights * losses
+    return UnitLosses(losses, rewards)
+
+
+@objective(unit="unit", scope="unit", needs_reference=True)
+def apo_zero_unpaired(
+    policy_logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    labels: Extra,
+    beta: Positive = 0.1,
+    desirable_weight: Positive = 1.0,
+    undesirable_weight: Positive = 1.0,
+) -> UnitLosses:
+    """Anchored preference optimization (zero) of single responses: KTO with its KL at 0.
+
+        loss = weight (1 - sigmoid(+-beta x))
+
+    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, whose two terms need no pair. For a policy
+    that is worse than the desirable responses.
+    """
+    rewards = beta * log_ratio(policy_logps, ref_logps)
+    losses = torch.where(
+        labels.bool(),
+        desirable_weight * torch.sigmoid(-rewards),
+        undesirable_weight * torch.sigmoid(rewards),
+    )
+    return UnitLosses(losses, rewards)
+
+
+@objective(unit="unit", scope="unit", needs_reference=True)
+def npo(
+    policy_logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    beta: Positive = 0.1,
+) -> UnitLosses:
+    """Negative preference optimization: unlearn every response of the batch.
+
+        loss = (2 / beta) softplus(beta x)
+
+    Zhang et al. 2024, arXiv:2404.05868. Gradient ascent on the likelihood as beta goes to 0.
+    """
+    rewards = beta * log_ratio(policy_logps, ref_logps)
+    return UnitLosses((2 / beta) * softplus(rewards), rewards)
+
+
+@objective(unit="unit", scope="unit", needs_reference=False, reduction="mean")
+def simnpo(
+    policy_logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    lengths: Filled,
+    beta: Positive = 2.5,
+    gamma: Finite = 0.0,
+) -> UnitLosses:
+    """Simple negative preference optimization: NPO on mean log-probabilities, no reference.
+
+        loss = (2 / beta) softplus(beta s / n + gamma)
+
+    Fan et al. 2024, arXiv:2410.07163; s the summed log-probability of n tokens (0 for an empty
+    response). Defaults are the authors' for TOFU. Rewards are beta s / n.
+    """
+    rewards = beta * per_token(policy_logps, lengths)
+    return UnitLosses((2 / beta) * softplus(rewards + gamma), rewards)
+
+
+@objective(unit="unit", scope="unit", needs_reference=True)
+def ddo(
+    policy_logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    labels: Extra,
+    beta: Positive = 0.02,
+    alpha: PositivePerResponse = 1.0,
+) -> UnitLosses:
+    """Direct discriminative optimization: tell real responses from the reference's own.
+
+        loss = softplus(-beta x) if real, alpha softplus(beta x) if generated
+
+    Zheng et al. 2025, arXiv:2503.01103; ``labels`` is False where the reference generated the
+    response. ``alpha`` may be one value a response. The paper adds the means over real and over
+    generated responses: twice ``losses.mean()`` where they are equally many.
+    """
+    rewards = beta * log_ratio(policy_logps, ref_logps)
+    losses = torch.where(labels.bool(), softplus(-rewards), alpha * softplus(rewards))
+    return UnitLosses(losses, rewards)

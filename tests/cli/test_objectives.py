@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m fastpref objectives``, and the README's copy of its tables."""
+
+from pathlib import Path
+
+import pytest
+
+from fastpref import objectives
+from fastpref.cli import objectives as command
+from fastpref.cli.main import main
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_every_objective_has_its_formula_and_its_paper() -> None:
+    rows = [row for family in command.tables().values() for row in family]
+    assert sorted(row.name for row in rows) == sorted(objectives.names())
+    without_formula = [row.name for row in rows if not row.loss]
+    without_paper = [row.name for row in rows if not row.paper]
+    assert without_formula == []
+    assert without_paper == ["sft"]
+    assert all(80 >= len(row.loss.split("; ")[0]) for row in rows)
+    simpo = next(row for row in rows if row.name == "simpo")
+    assert simpo.loss == "softplus(-m) + eps m; m = beta (sbar_w - sbar_l) - gamma"
+
+
+def test_the_tables_of_the_readme_are_the_catalogue() -> None:
+    if not README.exists():
+        pytest.skip("not run from a checkout")
+    assert command.markdown() in README.read_text(encoding="utf-8")
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["objectives"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in objectives.names())
+    assert "needs reference, chosen_lengths\N{DEGREE SIGN}" in printed
+
+
+def test_one_objective(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["objectives", "dpo"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("dpo(policy_chosen_logps") and "arXiv:2305.18290" in printed
+    assert main(["objectives", "dop"]) == 2
+    assert "no objective is called 'dop'; perhaps dpo" in capsys.readouterr().err

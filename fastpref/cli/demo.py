@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..demo import DemoError, quiet, require_libraries, stay_offline
 from ..demo.arithmetic import SHIPPED
-from ..demo.data import MIN_PAIRS, Pair, load_pairs, split
+from ..demo.console import Console
+from ..demo.data import MIN_EXAMPLES, Example, Preferences, load, split
 from ..demo.recipe import MAX_LENGTH, Recipe, plan
+from ..objectives import Objective
 
 SAMPLES = 3
 
@@ -25,16 +27,19 @@ def add_parser(subparsers: Any) -> None:
         "demo",
         help="train a small model on preferences with TRL and fastpref, and compare",
         description=(
-            "Trains a small language model on preference pairs: a warm-up on both completions, "
-            "then preference training through TRL's DPOTrainer scoring with fastpref, measured "
-            "before and after on held-out pairs. Then compares fastpref with TRL's own head."
+            "Trains a small language model on preferences: a warm-up on both completions, then "
+            "preference training through TRL's DPOTrainer scoring with fastpref, measured before "
+            "and after on held-out pairs. Then compares fastpref with TRL's own head; or, with "
+            "--compare, several objectives with each other."
         ),
     )
     parser.add_argument(
         "--data",
         type=Path,
         metavar="FILE.jsonl",
-        help='pairs, one JSON object with "prompt", "chosen" and "rejected" a line '
+        help='one JSON object a line: pairs with "prompt", "chosen" and "rejected", or lists with '
+        '"prompt", "completions" and "rewards"; what an objective needs of a pair, such as '
+        '"reward_margin", is a further field '
         "(default: arithmetic problems that come with fastpref)",
     )
     parser.add_argument(
@@ -44,18 +49,24 @@ def add_parser(subparsers: Any) -> None:
         help="start from the transformers model and tokenizer in this directory "
         "(default: a small Llama, built and warmed up here)",
     )
-    parser.add_argument(
+    objective = parser.add_mutually_exclusive_group()
+    objective.add_argument(
         "--objective",
-        default="dpo",
         metavar="NAME",
         help="an objective of fastpref.objectives (default: dpo)",
+    )
+    objective.add_argument(
+        "--compare",
+        metavar="NAME,NAME,...",
+        help="train with each of these objectives from the same model and show what became of it",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("demo-output"),
         metavar="DIR",
-        help="where the model, results.json and loss.png go (default: demo-output)",
+        help="where the model, results.json and loss.png go; with --compare results.json alone "
+        "and the model they all start from (default: demo-output)",
     )
     parser.add_argument(
         "--steps",
@@ -76,52 +87,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class Console:
-    """Lines of progress with the time since the start; rewritten in place on a terminal."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.began = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.began
-
-    def say(self, label: str, text: str, end: str = "\n") -> None:
-        """One line under a label."""
-        minutes, seconds = divmod(int(self.seconds), 60)
-        print(
-            f"{minutes:2}:{seconds:02}  {label:<10} {text}", end=end, file=self.stream, flush=True
-        )
-
-    def block(self, lines: Sequence[str]) -> None:
-        """Indented lines between blank ones."""
-        print("", *(f"  {line}" for line in lines), "", sep="\n", file=self.stream, flush=True)
-
-    def progress(self, label: str) -> "Steps":
-        """What a training calls after every step."""
-        return Steps(self, label)
-
-
-class Steps:
-    """Shows every step on a terminal, about ten of them in a log, and keeps the losses."""
-
-    def __init__(self, console: Console, label: str) -> None:
-        self.console, self.label = console, label
-        self.losses: list[float] = []
-
-    def __call__(self, step: int, steps: int, loss: float) -> None:
-        self.losses.append(loss)
-        text = f"step {step:{len(str(steps))}} of {steps}   loss {loss:.4f}"
-        last = step == steps
-        if self.console.stream.isatty():
-            print("\r", end="", file=self.console.stream)
-            self.console.say(self.label, text, end="\n" if last else "")
-        elif last or step == 1 or step % -(-steps // 10) == 0:
-            self.console.say(self.label, text)
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What the preference training starts from."""
@@ -130,82 +95,94 @@ class Prepared:
     tokenizer: Any
     start: Path  # where the same model and tokenizer are saved
     recipe: Recipe
-    train: list[Pair]
-    held_out: list[Pair]
+    train: list[Example]
+    held_out: list[Example]
 
 
 def _demo(args: argparse.Namespace, console: Console) -> None:
-    pairs = _checked(args)
+    chosen, preferences = _checked(args)
     console.say("start", "loading PyTorch, transformers and TRL")
     quiet()
     from ..demo import measure, training
 
     with training.scored_by("fastpref"):
-        prepared = _prepare(args, pairs, console)
-        before = _measure(prepared, "before", console)
-        losses = _train(args, prepared, console)
-        after = _measure(prepared, "after", console)
-    _show_samples(prepared.held_out, before["completions"], after["completions"], console)
+        prepared = _prepare(args, preferences, console)
+        if args.compare is None:
+            found = _train_one(args, chosen[0], prepared, console)
+        else:
+            found = _train_each(args, chosen, prepared, console)
     results = {
         "data": str(args.data or SHIPPED.name),
         "model": args.model and str(args.model),
-        "objective": args.objective,
         "device": str(training.device()),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "pairs": {"trained_on": len(prepared.train), "held_out": len(prepared.held_out)},
+        "examples": {
+            "trained_on": len(prepared.train),
+            "held_out": len(prepared.held_out),
+            "of_equal_rewards": preferences.undecided,
+        },
         "recipe": asdict(prepared.recipe),
-        "before": before,
-        "after": after,
-        "losses": losses,
-        "comparison": _compare(args, prepared, console),
+        **found,
         "seconds": round(console.seconds, 1),
         "memory_peak": measure.memory("VmHWM"),
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    console.say("done", f"the model, results.json and loss.png are in {args.out}")
+    made = "the model, results.json and loss.png are" if args.compare is None else "results.json is"
+    console.say("done", f"{made} in {args.out}")
 
 
-def _checked(args: argparse.Namespace) -> list[Pair]:
-    """The pairs, once all that can be checked before the libraries are loaded is in order."""
+def _checked(args: argparse.Namespace) -> tuple[list[Objective], Preferences]:
+    """The objectives and the data, once all that can be checked before the libraries are loaded
+    is in order."""
     require_libraries()
     stay_offline()
     from ..demo.objective import columns, find
 
     if args.steps is not None and args.steps < 1:
         raise DemoError(f"--steps {args.steps}: expected at least 1")
-    return load_pairs(args.data or SHIPPED, columns(find(args.objective)))
+    names = [args.objective or "dpo"] if args.compare is None else args.compare.split(",")
+    chosen = [find(name.strip()) for name in dict.fromkeys(names)]
+    preferences = load(args.data or SHIPPED, columns(*chosen))
+    lists = any(objective.unit == "list" for objective in chosen)
+    return chosen, preferences if lists else preferences.pairs()
 
 
-def _prepare(args: argparse.Namespace, pairs: list[Pair], console: Console) -> Prepared:
+def _prepare(args: argparse.Namespace, preferences: Preferences, console: Console) -> Prepared:
     """Load the model, or build one and warm it up."""
     import torch
 
     from ..demo import model as models
     from ..demo import training
+    from ..demo.tokens import sequence_lengths
 
     torch.manual_seed(args.seed)
+    examples = preferences.examples
     if args.model is None:
-        tokenizer = models.train_tokenizer(pairs, models.VOCABULARY)
+        tokenizer = models.train_tokenizer(examples, models.VOCABULARY)
         model = models.build_model(tokenizer, models.ModelSize())
     else:
         model, tokenizer = models.load_model(args.model)
     model.to(training.device())
-    lengths = training.sequence_lengths(tokenizer, pairs)
-    fitting = [(pair, n) for pair, n in zip(pairs, lengths, strict=True) if n <= MAX_LENGTH]
-    if len(fitting) < MIN_PAIRS:
+    lengths = sequence_lengths(tokenizer, examples)
+    fitting = [(e, n) for e, n in zip(examples, lengths, strict=True) if n <= MAX_LENGTH]
+    kind = "lists" if any(len(example.completions) > 2 for example in examples) else "pairs"
+    if len(fitting) < MIN_EXAMPLES:
         raise DemoError(
-            f"{args.data}: only {len(fitting)} of {len(pairs)} pairs have at most {MAX_LENGTH} "
-            f"tokens, expected at least {MIN_PAIRS}"
+            f"{args.data}: only {len(fitting)} of {len(examples)} {kind} have at most {MAX_LENGTH} "
+            f"tokens, expected at least {MIN_EXAMPLES}"
         )
-    train, held_out = split([pair for pair, _ in fitting], args.seed)
+    train, held_out = split([example for example, _ in fitting], args.seed)
     recipe = plan(
         [n for _, n in fitting], built=args.model is None, steps=args.steps, seed=args.seed
     )
-    left_out = len(pairs) - len(fitting)
+    left_out = {
+        "lists of equal rewards": preferences.undecided,
+        f"longer than {MAX_LENGTH} tokens": len(examples) - len(fitting),
+    }
     console.say(
         "data",
-        f"{args.data or SHIPPED.name}: {len(train)} pairs to train on, {len(held_out)} held out"
-        + (f", {left_out} longer than {MAX_LENGTH} tokens left out" if left_out else ""),
+        f"{args.data or SHIPPED.name}: {len(train)} {kind} to train on, {len(held_out)} held out"
+        + "".join(f", {count} {what} left out" for what, count in left_out.items() if count),
     )
     console.say(
         "model",
@@ -224,52 +201,112 @@ def _prepare(args: argparse.Namespace, pairs: list[Pair], console: Console) -> P
     return Prepared(model, tokenizer, args.out / "warmed-up", recipe, train, held_out)
 
 
+def _train_one(
+    args: argparse.Namespace, objective: Objective, prepared: Prepared, console: Console
+) -> dict[str, Any]:
+    """Train with one objective, show what changed, and compare the two heads."""
+    from ..demo import model as models
+
+    held_out = prepared.held_out
+    before = _measure(prepared, "before", console)
+    losses = _train(objective, prepared.model, prepared, args.out, console)
+    models.save(prepared.model, prepared.tokenizer, args.out / "model")
+    after = _measure(prepared, "after", console)
+    _show_samples(held_out, before["completions"], after["completions"], console)
+    return {
+        "objective": objective.name,
+        "before": before,
+        "after": after,
+        "losses": losses,
+        "comparison": _compare_heads(args, objective, prepared, console),
+    }
+
+
 def _measure(prepared: Prepared, label: str, console: Console) -> dict[str, Any]:
     """The share of held-out pairs in the right order, and some completions."""
-    from ..demo.training import complete, preferred_share
+    from ..demo.training import complete
 
     model, tokenizer, held_out = prepared.model, prepared.tokenizer, prepared.held_out
-    share = preferred_share(model, tokenizer, held_out)
-    console.say(
-        label,
-        f"the chosen completion is the likelier one in {share:.1%} of {len(held_out)} "
-        "held-out pairs",
-    )
-    written = [complete(model, tokenizer, pair) for pair in held_out[:SAMPLES]]
+    share, _ = _held_out(model, prepared, label, console)
+    written = [complete(model, tokenizer, example) for example in held_out[:SAMPLES]]
     return {"preferred_share": share, "completions": written}
 
 
-def _train(args: argparse.Namespace, prepared: Prepared, console: Console) -> list[float]:
-    """Train on the preferences, save the model, and return the losses."""
-    from ..demo import model as models
-    from ..demo.objective import find
+def _held_out(
+    model: Any, prepared: Prepared, label: str, console: Console
+) -> tuple[float, list[float]]:
+    """The share of held-out pairs in the right order, and the gap of every pair."""
+    from ..demo.training import preference_gaps, preferred_share
+
+    gaps = preference_gaps(model, prepared.tokenizer, prepared.held_out)
+    share = preferred_share(gaps)
+    console.say(
+        label,
+        f"the chosen completion is the likelier one in {share:.1%} of {len(gaps)} held-out pairs",
+    )
+    return share, gaps
+
+
+def _train(
+    objective: Objective, model: Any, prepared: Prepared, directory: Path, console: Console
+) -> list[float]:
+    """Train `model` on the preferences and return the losses."""
+    from ..demo.model import load_model
     from ..demo.training import preference_trainer
 
-    progress = console.progress(args.objective)
-    reference, _ = models.load_model(prepared.start)
+    progress = console.progress(objective.name)
+    reference, _ = load_model(prepared.start)
     trainer = preference_trainer(
-        prepared.model,
+        model,
         reference,
         prepared.tokenizer,
         prepared.train,
-        find(args.objective),
+        objective,
         prepared.recipe,
-        directory=args.out,
+        directory=directory,
         progress=progress,
     )
     trainer.train()
-    models.save(prepared.model, prepared.tokenizer, args.out / "model")
     return progress.losses
 
 
+def _train_each(
+    args: argparse.Namespace, chosen: Sequence[Objective], prepared: Prepared, console: Console
+) -> dict[str, Any]:
+    """Train with each objective from the same model, and show what became of it."""
+    from ..demo.model import load_model
+    from ..demo.variants import Outcome, table
+
+    share, before = _held_out(prepared.model, prepared, "before", console)
+    outcomes = {}
+    for objective in chosen:
+        model, _ = load_model(prepared.start)
+        began = time.monotonic()
+        losses = _train(objective, model, prepared, args.out, console)
+        seconds = round(time.monotonic() - began, 1)
+        _, after = _held_out(model, prepared, "after", console)
+        outcomes[objective.name] = Outcome.of(before, after, losses, seconds)
+    console.block(
+        [
+            f"{prepared.recipe.steps} steps from the same weights with each objective; log-ratio "
+            "margin in nats, the mean of held-out pairs:",
+            *table(share, outcomes),
+        ]
+    )
+    return {
+        "before": {"preferred_share": share},
+        "objectives": {name: asdict(outcome) for name, outcome in outcomes.items()},
+    }
+
+
 def _show_samples(
-    held_out: Sequence[Pair], before: Sequence[str], after: Sequence[str], console: Console
+    held_out: Sequence[Example], before: Sequence[str], after: Sequence[str], console: Console
 ) -> None:
     lines: list[str] = []
-    for pair, first, second in zip(held_out, before, after, strict=False):
+    for example, first, second in zip(held_out, before, after, strict=False):
         texts = {
-            "held-out prompt": pair.prompt,
-            "chosen": pair.chosen,
+            "held-out prompt": example.prompt,
+            "chosen": example.chosen,
             "model before": first,
             "model after": second,
         }
@@ -280,23 +317,27 @@ def _show_samples(
     console.block(lines[:-1])
 
 
-def _compare(args: argparse.Namespace, prepared: Prepared, console: Console) -> dict[str, Any]:
+def _compare_heads(
+    args: argparse.Namespace, objective: Objective, prepared: Prepared, console: Console
+) -> dict[str, Any]:
     """Run both heads, show the table, draw the losses, and return all that was measured."""
     from ..demo import compare
+    from ..demo.training import batch_size
 
     recipe = prepared.recipe.to_compare()
+    needed = recipe.steps * batch_size(objective, prepared.train, recipe)
     names = {"stock": f"TRL {version('trl')}", "fastpref": "fastpref"}
     results = compare.run(
         prepared.start,
-        prepared.train[: recipe.steps * recipe.batch],
-        args.objective,
+        prepared.train[:needed],
+        objective.name,
         recipe,
         lambda head: console.progress(names[head]),
     )
     console.block(
         [
-            f"{recipe.steps} steps of {recipe.batch} pairs from the same weights, each side in a "
-            "process of its own; times of the fastest step:",
+            f"{recipe.steps} steps of about {recipe.batch} completions from the same weights, each "
+            "side in a process of its own; times of the fastest step:",
             *compare.table(results, names["stock"]),
         ]
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A preference training from end to end: data, warm-up, DPO through TRL, and a comparison.
+"""A preference training from end to end: data, warm-up, any objective through TRL, a comparison.
 
-`data` and `arithmetic` need nothing but Python. The other modules import transformers, TRL and
-datasets at their top; import them after `require_libraries`.
+`arithmetic`, `console`, `data`, `objective` and `recipe` need nothing but torch. The other modules
+import transformers, TRL and datasets at their top; import them after `require_libraries`.
 """
 
 import logging

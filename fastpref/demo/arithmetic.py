@@ -11,11 +11,12 @@ Python guarantees across versions, so the shipped file can be made again byte fo
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .words import ADJECTIVES, BOXES, FIRST_STEPS, ITEMS, NAMES, NEXT_STEPS, PLACES, WORDINGS
 
@@ -166,8 +167,9 @@ def _write(openings: Sequence[str], lines: Sequence[str], answer: int, noun: str
     return " ".join([*worked, f"Answer: {answer} {noun}"])
 
 
-def make_pair(random: Random) -> dict[str, str]:
-    """One problem as ``{"prompt", "chosen", "rejected"}``."""
+def make_pair(random: Random) -> dict[str, Any]:
+    """One problem as ``{"prompt", "chosen", "rejected", "reward_margin"}``, of which the last says
+    how far off the wrong answer is: log(1 + |wrong - right|)."""
     kind = pick(random, tuple(MISTAKES))
     openings = (pick(random, FIRST_STEPS), pick(random, NEXT_STEPS))
     while True:
@@ -180,19 +182,20 @@ def make_pair(random: Random) -> dict[str, str]:
                 "prompt": problem.question + "\n",
                 "chosen": _write(openings, lines, right, problem.noun),
                 "rejected": _write(openings, spoiled, wrong, problem.noun),
+                "reward_margin": round(math.log1p(abs(wrong - right)), 4),
             }
 
 
-def make_pairs(count: int, seed: int = SHIPPED_SEED) -> list[dict[str, str]]:
+def make_pairs(count: int, seed: int = SHIPPED_SEED) -> list[dict[str, Any]]:
     """`count` pairs with different prompts; a longer list starts with the shorter one."""
     random = Random(seed)
-    pairs: dict[str, dict[str, str]] = {}
+    pairs: dict[str, dict[str, Any]] = {}
     while len(pairs) < count:
         pair = make_pair(random)
         pairs.setdefault(pair["prompt"], pair)
     return list(pairs.values())
 
 
-def to_jsonl(pairs: Sequence[Mapping[str, str]]) -> str:
+def to_jsonl(pairs: Sequence[Mapping[str, Any]]) -> str:
     """`pairs` as JSON Lines."""
     return "".join(json.dumps(pair) + "\n" for pair in pairs)

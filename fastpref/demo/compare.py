@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .data import Pair
+from .data import Example
 from .recipe import Recipe
 from .training import Head, Progress
 
@@ -42,7 +42,7 @@ class Measured:
 
 def run(
     start: Path,
-    pairs: Sequence[Pair],
+    examples: Sequence[Example],
     objective: str,
     recipe: Recipe,
     progress: Callable[[Head], Progress],
@@ -52,17 +52,25 @@ def run(
     Raises:
         RuntimeError: with the end of its output, if a process fails.
     """
-    job = {
-        "start": str(start),
-        "pairs": [asdict(pair) for pair in pairs],
-        "objective": objective,
-        "recipe": asdict(recipe),
-    }
     results = {}
     with tempfile.TemporaryDirectory(prefix="fastpref-demo-") as directory:
         for head in HEADS:
-            results[head] = _run_one({**job, "head": head}, Path(directory), progress(head))
+            job = _job(start, examples, objective, recipe, head)
+            results[head] = _run_one(job, Path(directory), progress(head))
     return results
+
+
+def _job(
+    start: Path, examples: Sequence[Example], objective: str, recipe: Recipe, head: Head
+) -> dict[str, Any]:
+    """What a process is to do, as JSON can hold it."""
+    return {
+        "start": str(start),
+        "examples": [asdict(example) for example in examples],
+        "objective": objective,
+        "recipe": asdict(recipe),
+        "head": head,
+    }
 
 
 def _run_one(job: Mapping[str, Any], directory: Path, progress: Progress) -> Measured:

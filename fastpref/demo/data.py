@@ -1,41 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference pairs from a JSON Lines file, checked line by line, and their split."""
+"""Preference data from a JSON Lines file, pairs or lists, checked line by line; their split."""
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..objectives.signature import Domain
 from . import DemoError
 
-FIELDS = ("prompt", "chosen", "rejected")
-MIN_PAIRS = 10
-_EXPECTED = 'expected a JSON object with the text fields "prompt", "chosen" and "rejected"'
+MIN_EXAMPLES = 10
+_EXPECTED = (
+    'expected a JSON object with the texts "prompt", "chosen" and "rejected", or with the text '
+    '"prompt", the list "completions" of two texts or more and the list "rewards" of as many '
+    "numbers"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A prompt, the completion that is preferred and the one that is not.
+class Example:
+    """A prompt and K completions of it; the larger its reward, the better a completion is.
 
     `numbers` holds the columns an objective asks for, such as ``reward_margin``.
     """
 
     prompt: str
-    chosen: str
-    rejected: str
-    numbers: dict[str, float] = field(default_factory=dict)
+    completions: Sequence[str]  # K of them, K >= 2
+    rewards: Sequence[float]
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def pair(
+        cls, prompt: str, chosen: str, rejected: str, numbers: Mapping[str, float] | None = None
+    ) -> "Example":
+        """A list of two, the first of which is preferred."""
+        return cls(prompt, (chosen, rejected), (1.0, 0.0), numbers or {})
+
+    @property
+    def best(self) -> int:
+        """The place of the first completion with the largest reward."""
+        return self.rewards.index(max(self.rewards))
+
+    @property
+    def worst(self) -> int:
+        """The place of the first completion with the smallest reward."""
+        return self.rewards.index(min(self.rewards))
+
+    @property
+    def chosen(self) -> str:
+        """The first best completion."""
+        return self.completions[self.best]
+
+    @property
+    def rejected(self) -> str:
+        """The first worst completion."""
+        return self.completions[self.worst]
 
 
-def load_pairs(path: Path, numbers: Sequence[str] = ()) -> list[Pair]:
-    """The pairs of a file with one JSON object a line; blank lines are passed over.
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """The examples of a file."""
+
+    examples: list[Example]
+    undecided: int  # lists that are left out because all their rewards are equal
+
+    def pairs(self) -> "Preferences":
+        """Of every example the best and the worst completion alone."""
+        pairs = [Example.pair(e.prompt, e.chosen, e.rejected, e.numbers) for e in self.examples]
+        return replace(self, examples=pairs)
+
+
+def load(path: Path, columns: Mapping[str, Domain] | None = None) -> Preferences:
+    """What a file with one JSON object a line prefers; blank lines are passed over.
 
     Args:
-        path: a file in UTF-8. Every object has the texts "prompt", "chosen" and "rejected", none
-            of them blank, and may have other fields.
-        numbers: names of further fields that must be there and hold finite numbers.
+        path: a file in UTF-8. Every object has the texts "prompt", "chosen" and "rejected"; or
+            "prompt", a list "completions" and a list "rewards". No text is blank, and there may be
+            other fields.
+        columns: names of further fields that must be there, and the numbers allowed in them. Where
+            there is no "reward_margin" it is the difference of "score_chosen" and "score_rejected",
+            which for a list are its largest and its smallest reward.
 
     Raises:
         DemoError: naming the file, the line and what was expected there.
@@ -44,21 +90,31 @@ def load_pairs(path: Path, numbers: Sequence[str] = ()) -> list[Pair]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DemoError(f"{path}: cannot be read: {error.strerror}") from None
-    pairs = []
+    examples, undecided = [], 0
     for at, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                pairs.append(_parse(line, numbers))
+                example = _parse(line, columns or {})
             except ValueError as error:
                 raise DemoError(f"{path}, line {at}: {error}") from None
-    if len(pairs) < MIN_PAIRS:
-        raise DemoError(f"{path}: {len(pairs)} pairs, expected at least {MIN_PAIRS}, one a line")
-    return pairs
+            if example is None:
+                undecided += 1
+            else:
+                examples.append(example)
+    if len(examples) < MIN_EXAMPLES:
+        without = f", without {undecided} lists of equal rewards" if undecided else ""
+        raise DemoError(
+            f"{path}: {len(examples)} examples{without}, expected at least {MIN_EXAMPLES}, "
+            "one a line"
+        )
+    return Preferences(examples, undecided)
 
 
-def _parse(line: bytes, numbers: Sequence[str]) -> Pair:
+def _parse(line: bytes, columns: Mapping[str, Domain]) -> Example | None:
+    """The example of a line; None if it is a list without a preference."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        # An integer that no float can hold becomes an infinity, which no column allows.
+        record = json.loads(line.decode("utf-8"), parse_int=float)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason}); {_EXPECTED}") from None
     except json.JSONDecodeError as error:
@@ -67,23 +123,77 @@ def _parse(line: bytes, numbers: Sequence[str]) -> Pair:
         ) from None
     if not isinstance(record, dict):
         raise ValueError(f"found a JSON {_kind(record)}; {_EXPECTED}")
-    for name in FIELDS:
-        if name not in record:
-            raise ValueError(f'the field "{name}" is missing; {_EXPECTED}')
-        if not isinstance(record[name], str):
-            raise ValueError(f'the field "{name}" is a {_kind(record[name])}; {_EXPECTED}')
-        if not record[name].strip():
-            raise ValueError(f'the field "{name}" is empty; expected some text to score')
-    found = {name: _number(record, name) for name in numbers}
-    return Pair(record["prompt"], record["chosen"], record["rejected"], found)
+    if "completions" in record and "chosen" not in record:
+        completions, rewards = _ranked(record)
+        if len(set(rewards)) == 1:
+            return None
+        record = {"score_chosen": max(rewards), "score_rejected": min(rewards), **record}
+    else:
+        completions, rewards = [_text(record, name) for name in ("chosen", "rejected")], [1.0, 0.0]
+    numbers = {name: _column(record, name, domain) for name, domain in columns.items()}
+    return Example(_text(record, "prompt"), completions, rewards, numbers)
 
 
-def _number(record: dict[str, Any], name: str) -> float:
+def _ranked(record: dict[str, Any]) -> tuple[list[str], list[float]]:
+    """The completions of a list and their rewards."""
+    completions, rewards = (_list(record, name) for name in ("completions", "rewards"))
+    if len(completions) < 2:
+        raise ValueError(f'the list "completions" has {len(completions)} of them; {_EXPECTED}')
+    if len(rewards) != len(completions):
+        raise ValueError(
+            f'the list "rewards" has {len(rewards)} numbers for {len(completions)} completions; '
+            f"{_EXPECTED}"
+        )
+    for place, value in enumerate(completions, start=1):
+        _check_text(f'text {place} of "completions"', value)
+    for place, value in enumerate(rewards, start=1):
+        if not isinstance(value, float) or not Domain().contains(value):
+            raise ValueError(
+                f'number {place} of "rewards" is {value!r}; expected a finite number for every '
+                "completion"
+            )
+    return completions, rewards
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    value = _field(record, name)
+    _check_text(f'the field "{name}"', value)
+    return str(value)
+
+
+def _list(record: dict[str, Any], name: str) -> list[Any]:
+    value = _field(record, name)
+    if not isinstance(value, list):
+        raise ValueError(f'the field "{name}" is a {_kind(value)}; {_EXPECTED}')
+    return value
+
+
+def _field(record: dict[str, Any], name: str) -> Any:
+    if name not in record:
+        raise ValueError(f'the field "{name}" is missing; {_EXPECTED}')
+    return record[name]
+
+
+def _check_text(label: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{label} is a {_kind(value)}; {_EXPECTED}")
+    if not value.strip():
+        raise ValueError(f"{label} is empty; expected some text to score")
+
+
+def _column(record: dict[str, Any], name: str, domain: Domain) -> float:
+    """The number an objective asks for."""
+    scores = ("score_chosen", "score_rejected")
+    if name == "reward_margin" and name not in record and all(score in record for score in scores):
+        chosen, rejected = (_column(record, score, Domain()) for score in scores)
+        record = {name: chosen - rejected}
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, float) or not domain.contains(value):
         found = f"is {value!r}" if name in record else "is missing"
-        raise ValueError(f'the field "{name}" {found}; the objective needs a finite number there')
-    return float(value)
+        raise ValueError(
+            f'the field "{name}" {found}; the objective needs a number there that is {domain}'
+        )
+    return value
 
 
 def _kind(value: object) -> str:
@@ -91,9 +201,9 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), "number")
 
 
-def split(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and pairs held out: an eighth of them, at most 150, drawn by `seed`."""
-    shuffled = list(pairs)
+def split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and examples held out: an eighth, at most 150, drawn by `seed`."""
+    shuffled = list(examples)
     Random(seed).shuffle(shuffled)
-    held_out = max(1, min(150, len(pairs) // 8))
+    held_out = max(1, min(150, len(examples) // 8))
     return shuffled[held_out:], shuffled[:held_out]

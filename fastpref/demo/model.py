@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model of the demo: a small Llama and a tokenizer made from the data, or a local directory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from . import DemoError
-from .data import Pair
+from .data import Example
 
 VOCABULARY = 8192
 
@@ -32,14 +32,14 @@ class ModelSize:
     positions: int = 512
 
 
-def train_tokenizer(pairs: Iterable[Pair], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer with `vocabulary` tokens, trained on the pairs' text.
+def train_tokenizer(examples: Iterable[Example], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer with `vocabulary` tokens, trained on the examples' text.
 
     The whole numbers below 10,000 are part of its training text. They make a number one token, as
     in the tokenizers of large models, and fill a vocabulary for which a small file has too few
     words.
     """
-    texts = [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
+    texts = [text for example in examples for text in (example.prompt, *example.completions)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,24 +100,3 @@ def save(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write model and tokenizer where `load_model` finds them."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-def encode(tokenizer: Any, pairs: Sequence[Pair]) -> list[dict[str, list[int]]]:
-    """Token ids ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` of every pair.
-
-    Split as TRL splits them: a completion starts where the tokens of prompt and completion together
-    depart from those of the prompt alone, and ends with the end-of-sequence token.
-    """
-    eos = tokenizer.eos_token
-    prompts = tokenizer([pair.prompt for pair in pairs])["input_ids"]
-    chosen = tokenizer([pair.prompt + pair.chosen + eos for pair in pairs])["input_ids"]
-    rejected = tokenizer([pair.prompt + pair.rejected + eos for pair in pairs])["input_ids"]
-    examples = []
-    for prompt, better, worse in zip(prompts, chosen, rejected, strict=True):
-        at = 0
-        while at < len(prompt) and prompt[at] == better[at] == worse[at]:
-            at += 1
-        examples.append(
-            {"prompt_ids": prompt[:at], "chosen_ids": better[at:], "rejected_ids": worse[at:]}
-        )
-    return examples

@@ -2,13 +2,14 @@
 """Which objectives the demo can train with, by fastpref's names, and what they need of the data.
 
 A name that TRL has a loss type for runs as TRL's own loss, with fastpref's hyperparameters; the
-others run as fastpref's (`trainer.ObjectiveTrainer`).
+others run as fastpref's (`trainer.PairTrainer`, `trainer.ListTrainer`).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from .. import objectives
+from ..objectives.signature import Domain
 from . import DemoError
 
 LOSS_TYPES: Mapping[str, str] = {
@@ -28,10 +29,12 @@ LOSS_TYPES: Mapping[str, str] = {
     "sigmoid_norm": "sigmoid_norm",
 }
 _CONFIG_NAMES = {"beta": "beta", "label_smoothing": "label_smoothing", "tau": "discopop_tau"}
-_FILLED: Mapping[str, tuple[str, ...]] = {
+# What a batch gives of itself, by family.
+_GIVEN: Mapping[str, tuple[str, ...]] = {
     "pair": ("chosen_lengths", "rejected_lengths"),
     "unit": ("lengths", "labels"),
-    "list": ("lengths", "scores"),
+    "list": ("lengths", "mask", "scores"),
+    "token": (),
 }
 
 
@@ -46,18 +49,22 @@ def find(name: str) -> objectives.Objective:
     Raises:
         DemoError: with the reason and the valid names.
     """
-    reason = _refusal(name) if name in objectives.names() else "is not an objective"
+    known = name in objectives.names()
+    reason = _refusal(name) if known else "is not the name of an objective"
     if reason is not None:
-        raise DemoError(f"--objective {name}: {reason}; choose from {', '.join(choices())}")
+        raise DemoError(f"objective {name}: {reason}; choose from {', '.join(choices())}")
     return objectives.get(name)
 
 
-def columns(objective: objectives.Objective) -> tuple[str, ...]:
-    """The extras of `objective` that must be columns of the data set."""
-    filled = _FILLED[objective.unit]
-    return tuple(
-        name for name, facts in objective.extras.items() if facts.required and name not in filled
-    )
+def columns(*chosen: objectives.Objective) -> dict[str, Domain]:
+    """The extras of the objectives that must be columns of the data set, and the numbers allowed
+    there."""
+    found: dict[str, Domain] = {}
+    for objective in chosen:
+        for name, facts in objective.extras.items():
+            if facts.required and name not in _GIVEN[objective.unit]:
+                found[name] = facts.domain or found.get(name, Domain())
+    return found
 
 
 def _refusal(name: str) -> str | None:
@@ -65,16 +72,19 @@ def _refusal(name: str) -> str | None:
     try:
         objective = objectives.get(name)
     except TypeError as error:
-        return str(error)
+        return str(error).removeprefix(f"{name} ")
     if objective.unit == "token":
-        return "needs sampled completions with advantages, not pairs"
-    missing = columns(objective)
-    if not missing or name in LOSS_TYPES:
-        return None
-    if objective.unit != "pair" or any(not objective.extras[extra].aligned for extra in missing):
-        return f"needs {', '.join(missing)}, which a set of pairs does not have"
-    if any(objective.extras[extra].filled for extra in missing):
-        return f"needs {', '.join(missing)}, which only fastpref.preference_loss fills in"
+        return "needs sampled completions with advantages, not preferences"
+    extras = {extra: objective.extras[extra] for extra in columns(objective)}
+    filled = [extra for extra, facts in extras.items() if facts.filled]
+    state = [extra for extra, facts in extras.items() if facts.shapes == ("number",)]
+    other = [extra for extra, facts in extras.items() if not facts.aligned]
+    if filled:
+        return f"needs {', '.join(filled)}, which only fastpref.preference_loss fills in"
+    if state:
+        return f"needs {', '.join(state)}, state of a training, which the demo does not keep"
+    if other or (extras and objective.unit != "pair"):
+        return f"needs {', '.join(other or extras)}, which preference data does not have"
     return None
 
 

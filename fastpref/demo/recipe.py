@@ -14,13 +14,13 @@ _COMPARED_STEPS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The sizes of a training; batches in sequences for the warm-up, then in pairs."""
+    """The sizes of a training; batches in completions."""
 
     warm_up_steps: int
     warm_up_batch: int = 16
     warm_up_rate: float = 2e-3
     steps: int
-    batch: int = 16
+    batch: int = 32
     rate: float
     max_length: int = MAX_LENGTH
     seed: int = 0
@@ -40,7 +40,7 @@ def plan(lengths: Sequence[int], *, built: bool, steps: int | None, seed: int) -
     """
     recipe = Recipe(warm_up_steps=0, steps=1, rate=1e-4 if built else 1e-5, seed=seed)
     length = mean(lengths)
-    chosen = _within(_PREFERENCE_TOKENS / (2 * recipe.batch * length), _PREFERENCE_STEPS)
+    chosen = _within(_PREFERENCE_TOKENS / (recipe.batch * length), _PREFERENCE_STEPS)
     warm_up = _within(_WARM_UP_TOKENS / (recipe.warm_up_batch * length), _WARM_UP_STEPS)
     return replace(recipe, steps=steps or chosen, warm_up_steps=warm_up if built else 0)
 

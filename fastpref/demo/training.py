@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from random import Random
+from statistics import mean
 from typing import Any, Literal, cast
 
 import torch
@@ -15,10 +16,10 @@ from trl import DPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from .. import linear_logprob, objectives, sequence_logp
-from .data import Pair
-from .model import encode
+from .data import Example
 from .objective import config_arguments
 from .recipe import Recipe
+from .tokens import TokenIds, encode, pad
 from .trainer import make_trainer
 
 Head = Literal["stock", "fastpref"]
@@ -39,23 +40,11 @@ def scored_by(head: Head) -> AbstractContextManager[Any]:
     return trl.patched()
 
 
-def sequence_lengths(tokenizer: Any, pairs: Sequence[Pair]) -> list[int]:
-    """Tokens of each pair's longer sequence, prompt and completion."""
-    return [
-        len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
-        for ids in encode(tokenizer, pairs)
-    ]
-
-
 def warm_up(
-    model: Any, tokenizer: Any, pairs: Sequence[Pair], recipe: Recipe, progress: Progress
+    model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, progress: Progress
 ) -> None:
     """Teach a model of `build_model` to write completions, chosen and rejected alike."""
-    sequences = [
-        (ids["prompt_ids"], ids[side])
-        for ids in encode(tokenizer, pairs)
-        for side in ("chosen_ids", "rejected_ids")
-    ]
+    sequences = _chosen_and_rejected(tokenizer, examples)
     batches = _batches(sequences, recipe.warm_up_batch, Random(recipe.seed))
     total = recipe.warm_up_steps
     optimizer = torch.optim.AdamW(
@@ -66,7 +55,7 @@ def warm_up(
     )
     model.train()
     for step in range(total):
-        ids, attended, labels = _pad(next(batches), tokenizer.pad_token_id, model.device)
+        ids, attended, labels = pad(next(batches), tokenizer.pad_token_id, model.device)
         states = model.base_model(input_ids=ids, attention_mask=attended).last_hidden_state
         weight = model.get_output_embeddings().weight
         scores = linear_logprob(states[:, :-1], weight, labels[:, 1:])
@@ -80,11 +69,19 @@ def warm_up(
     model.eval()
 
 
-def _batches(
-    sequences: Sequence[tuple[list[int], list[int]]], size: int, random: Random
-) -> Iterator[list[tuple[list[int], list[int]]]]:
+def _chosen_and_rejected(tokenizer: Any, examples: Sequence[Example]) -> list[TokenIds]:
+    """Two sequences of every example: the chosen one, then the rejected one."""
+    encoded = encode(tokenizer, examples)
+    return [
+        (ids.prompt, ids.completions[place])
+        for example, ids in zip(examples, encoded, strict=True)
+        for place in (example.best, example.worst)
+    ]
+
+
+def _batches(sequences: Sequence[TokenIds], size: int, random: Random) -> Iterator[list[TokenIds]]:
     """Batches of `size` sequences without end, shuffled anew in every epoch."""
-    queue: list[tuple[list[int], list[int]]] = []
+    queue: list[TokenIds] = []
     while True:
         while len(queue) < size:
             queue += random.sample(sequences, len(sequences))
@@ -92,51 +89,34 @@ def _batches(
         queue = queue[size:]
 
 
-def _pad(
-    sequences: Sequence[tuple[list[int], list[int]]], pad: int, where: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and labels (-100 on prompts and padding), each ``(B, T)``."""
-    longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    ids = torch.full((len(sequences), longest), pad)
-    attended = torch.zeros_like(ids)
-    labels = torch.full_like(ids, -100)
-    for row, (prompt, completion) in enumerate(sequences):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
-        attended[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(completion)
-    return ids.to(where), attended.to(where), labels.to(where)
-
-
-def preferred_share(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> float:
-    """The share of `pairs` whose chosen completion has the higher log-probability."""
+def preference_gaps(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[float]:
+    """How much larger, in nats, the log-probability of each chosen completion is than that of the
+    rejected one."""
     add_fused_lm_head(model)
     model.eval()
-    examples = encode(tokenizer, pairs)
-    preferred = 0
+    gaps: list[float] = []
     for at in range(0, len(examples), 16):
-        batch = examples[at : at + 16]
-        sequences = [
-            (ids["prompt_ids"], ids[side])
-            for side in ("chosen_ids", "rejected_ids")
-            for ids in batch
-        ]
-        ids, attended, labels = _pad(sequences, tokenizer.pad_token_id, model.device)
+        sequences = _chosen_and_rejected(tokenizer, examples[at : at + 16])
+        ids, attended, labels = pad(sequences, tokenizer.pad_token_id, model.device)
         with torch.no_grad():
             outputs = model(
                 input_ids=ids, attention_mask=attended, labels=labels, fused_lm_head=True
             )
         logps = sequence_logp(outputs.log_probs, mask=labels[:, 1:] != -100)
-        chosen, rejected = logps.chunk(2)
-        preferred += int((chosen > rejected).sum())
-    return preferred / len(pairs)
+        gaps += (logps[0::2] - logps[1::2]).tolist()
+    return gaps
 
 
-def complete(model: Any, tokenizer: Any, pair: Pair, tokens: int = 64) -> str:
+def preferred_share(gaps: Sequence[float]) -> float:
+    """The share of examples whose chosen completion has the higher log-probability."""
+    return sum(gap > 0 for gap in gaps) / len(gaps)
+
+
+def complete(model: Any, tokenizer: Any, example: Example, tokens: int = 64) -> str:
     """What `model` writes after the prompt, always taking the likeliest token."""
     # As in training, where the end of a prompt may be part of a token of the completion; in the
     # extreme the whole of it is.
-    prompt = encode(tokenizer, [pair])[0]["prompt_ids"] or tokenizer(pair.prompt)["input_ids"]
+    prompt = encode(tokenizer, [example])[0].prompt or tokenizer(example.prompt)["input_ids"]
     ids = torch.tensor([prompt], device=model.device)
     model.eval()
     written = model.generate(
@@ -161,18 +141,40 @@ class _Report(TrainerCallback):
             self.progress(state.global_step, state.max_steps, float(logs["loss"]))
 
 
+def batch_size(objective: objectives.Objective, examples: Sequence[Example], recipe: Recipe) -> int:
+    """Examples a batch, so that it has about ``recipe.batch`` completions."""
+    lists = objective.unit == "list"
+    completions = mean(len(example.completions) for example in examples) if lists else 2
+    return max(1, round(recipe.batch / completions))
+
+
+def _rows(
+    tokenizer: Any, examples: Sequence[Example], objective: objectives.Objective
+) -> list[dict[str, Any]]:
+    """The data set of a trainer: tokens for lists, text for pairs, of which TRL makes tokens."""
+    if objective.unit == "list":
+        return [
+            {"prompt_ids": ids.prompt, "completion_ids": ids.completions, "scores": example.rewards}
+            for example, ids in zip(examples, encode(tokenizer, examples), strict=True)
+        ]
+    return [
+        {"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected, **e.numbers}
+        for e in examples
+    ]
+
+
 def preference_trainer(
     model: Any,
     reference: Any,
     tokenizer: Any,
-    pairs: Sequence[Pair],
+    examples: Sequence[Example],
     objective: objectives.Objective,
     recipe: Recipe,
     *,
     directory: Path,
     progress: Progress,
 ) -> Any:
-    """A trainer of TRL over `pairs`; its ``train()`` does ``recipe.steps`` steps and saves nothing.
+    """A trainer of TRL over `examples`; ``train()`` does ``recipe.steps`` steps and saves nothing.
 
     Args:
         model: the policy; trained in place.
@@ -180,7 +182,7 @@ def preference_trainer(
     """
     config = DPOConfig(
         output_dir=str(directory),
-        per_device_train_batch_size=recipe.batch,
+        per_device_train_batch_size=batch_size(objective, examples, recipe),
         max_steps=recipe.steps,
         learning_rate=recipe.rate,
         warmup_steps=min(5, recipe.steps // 2),
@@ -199,16 +201,12 @@ def preference_trainer(
     )
     # Of several GPUs one is used: Trainer would take all in nn.DataParallel, which TRL refuses.
     config._n_gpu = min(config.n_gpu, 1)
-    rows = [
-        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, **pair.numbers}
-        for pair in pairs
-    ]
     trainer = make_trainer(
         objective,
         model=model,
         ref_model=reference,
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(_rows(tokenizer, examples, objective)),
         processing_class=tokenizer,
         callbacks=[_Report(progress)],
     )

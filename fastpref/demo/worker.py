@@ -18,7 +18,7 @@ stay_offline()
 
 import torch  # noqa: E402
 
-from .data import Pair  # noqa: E402
+from .data import Example  # noqa: E402
 from .measure import HeadClock, StepClock, memory  # noqa: E402
 from .model import load_model  # noqa: E402
 from .objective import find  # noqa: E402
@@ -37,7 +37,7 @@ def train(job: dict[str, Any], directory: Path) -> dict[str, Any]:
             model,
             reference,
             tokenizer,
-            [Pair(**pair) for pair in job["pairs"]],
+            [Example(**example) for example in job["examples"]],
             find(job["objective"]),
             recipe,
             directory=directory,

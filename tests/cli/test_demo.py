@@ -2,6 +2,7 @@
 """The demo command: what stops it, and one run of it from end to end."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,27 @@ def test_missing_file_stops_it(capsys):
 
 def test_unknown_objective_stops_it_with_the_choices(capsys):
     message = refused(capsys, "--objective", "dpoo")
-    assert "--objective dpoo" in message and "dpo, " in message
+    assert "objective dpoo" in message and "dpo, " in message
+    assert "objective ip:" in refused(capsys, "--compare", "dpo, ip")
+
+
+def test_compare_with_objective_stops_it(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--compare", "dpo,ipo", "--objective", "dpo"])
+    assert stopped.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_list_that_is_none_stops_it_with_file_and_line(tmp_path, capsys):
+    line = '{"prompt": "a", "completions": ["b", "c"], "rewards": [1]}'
+    path = pairs_file(tmp_path, bad_line=line)
+    message = refused(capsys, "--data", path, "--objective", "adpo")
+    assert f"{path}, line 7: " in message and "1 numbers for 2 completions" in message
+
+
+def test_column_that_is_missing_stops_it(tmp_path, capsys):
+    message = refused(capsys, "--data", pairs_file(tmp_path), "--objective", "madpo")
+    assert 'line 1: the field "reward_margin" is missing' in message
 
 
 def test_directory_that_is_no_model_stops_it(tmp_path, capsys):
@@ -78,34 +99,48 @@ def test_missing_library_is_named_with_the_extra(monkeypatch, capsys):
     require_libraries()
 
 
-def test_demo_runs_from_end_to_end(tmp_path, capsys):
+@pytest.fixture
+def tiny(tmp_path):
+    """Where a tiny model is saved that was never trained."""
     from fastpref.demo import quiet, stay_offline
 
     stay_offline()
     quiet()
     import torch
 
-    from fastpref.demo.data import load_pairs
+    from fastpref.demo.data import load
     from fastpref.demo.model import ModelSize, build_model, save, train_tokenizer
 
-    data = pairs_file(tmp_path)
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(load_pairs(data), 400)
+    tokenizer = train_tokenizer(load(pairs_file(tmp_path)).examples, 400)
     size = ModelSize(vocabulary=400, hidden=32, layers=1, heads=2)
     save(build_model(tokenizer, size), tokenizer, tmp_path / "tiny")
+    return tmp_path / "tiny"
 
-    arguments = ["--data", data, "--model", tmp_path / "tiny", "--steps", 2, "--out", "out"]
+
+def results_of(*arguments):
+    """What a demo of two steps wrote."""
+    arguments = ["--steps", 2, "--out", "out", *arguments]
     assert main(["demo", *map(str, arguments)]) == 0
+    return json.loads(Path("out/results.json").read_text())
+
+
+def test_demo_runs_from_end_to_end(tmp_path, tiny, capsys):
+    results = results_of("--data", pairs_file(tmp_path), "--model", tiny)
     out, _ = capsys.readouterr()
     assert "14 pairs to train on, 2 held out" in out
     assert "step 2 of 2" in out
     assert out.count("held-out prompt") == 2  # of at most three
     assert "largest difference in loss" in out
 
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["objective"] == "dpo" and len(results["losses"]) == 2
     assert 0 <= results["after"]["preferred_share"] <= 1
-    compared = results["comparison"]
+    assert_heads_agree(results["comparison"])
+    assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
+def assert_heads_agree(compared):
     assert compared["largest_loss_difference"] < 1e-5
     for head in ("stock", "fastpref"):
         assert len(compared[head]["losses"]) == 2
@@ -115,5 +150,45 @@ def test_demo_runs_from_end_to_end(tmp_path, capsys):
                 compared[head]["head_seconds"], compared[head]["step_seconds"], strict=True
             )
         )
-    assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
+def lists_file(directory):
+    lists = [
+        {"prompt": f"How many figs in {n}?\n", "completions": ["Two.", "Ten figs.", "Figs."]}
+        for n in range(18)
+    ]
+    for n, listed in enumerate(lists):
+        listed["rewards"] = [n, 1, 0] if n > 1 else [1, 1, 1]
+        if n % 2:
+            listed = {name: listed[name][:2] for name in ("completions", "rewards")}
+            lists[n].update(listed)
+    path = directory / "lists.jsonl"
+    path.write_text("\n".join(map(json.dumps, lists)) + "\n")
+    return path
+
+
+@pytest.mark.slow
+def test_demo_trains_on_lists_with_both_heads(tmp_path, tiny, capsys):
+    data = lists_file(tmp_path)
+    results = results_of("--data", data, "--model", tiny, "--objective", "adpo")
+    assert "adpo       step 2 of 2" in capsys.readouterr().out
+    assert results["examples"] == {"trained_on": 14, "held_out": 2, "of_equal_rewards": 2}
+    assert_heads_agree(results["comparison"])
+
+
+def test_objectives_are_compared_from_the_same_model(tmp_path, tiny, capsys):
+    results = results_of(
+        "--data", lists_file(tmp_path), "--model", tiny, "--compare", "dpo, madpo,kto,adpo,dpo"
+    )
+    out, _ = capsys.readouterr()
+    assert "14 lists to train on, 2 held out, 2 lists of equal rewards left out" in out
+    assert out.count("step 2 of 2") == 4 and "largest difference in loss" not in out
+    assert list(results["objectives"]) == ["dpo", "madpo", "kto", "adpo"]
+    for name, outcome in results["objectives"].items():
+        assert f"\n  {name} " in out
+        assert len(outcome["losses"]) == 2 and outcome["seconds"] > 0
+        assert 0 <= outcome["preferred_share"] <= 1 and outcome["log_ratio_margin"] != 0
+    # At the first step the policy is the reference.
+    assert results["objectives"]["dpo"]["losses"][0] == pytest.approx(0.6931, abs=1e-3)
+    assert results["objectives"]["kto"]["losses"][0] == pytest.approx(0.5, abs=1e-3)
+    assert "comparison" not in results and not (tmp_path / "out" / "loss.png").exists()

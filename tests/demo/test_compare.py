@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table and the picture of the comparison, and what a failed process says."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("trl")
 
-from fastpref.demo.compare import Measured, largest_difference, picture, run, table
-from fastpref.demo.data import Pair
+from fastpref.demo.compare import (
+    HEADS,
+    Measured,
+    _job,
+    largest_difference,
+    picture,
+    run,
+    table,
+)
+from fastpref.demo.data import Example
+from fastpref.demo.model import save
 from fastpref.demo.recipe import Recipe
+from fastpref.demo.worker import train
 
 MIB = 1 << 20
 RESULTS = {
@@ -36,7 +49,25 @@ def test_picture_is_a_png(tmp_path):
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("objective", ["madpo", "adpo"])
+def test_job_survives_json_and_is_done_alike_with_both_heads(
+    tiny, pairs, lists, tmp_path, objective
+):
+    save(*tiny, tmp_path)
+    numbers = {"reward_margin": 1.5}
+    examples = [replace(e, numbers=numbers) for e in (pairs if objective == "madpo" else lists)]
+    recipe = Recipe(warm_up_steps=0, steps=3, batch=16, rate=1e-3)
+    losses = {}
+    for head in HEADS:
+        job = _job(tmp_path, examples, objective, recipe, head)
+        measured = Measured(**train(json.loads(json.dumps(job)), tmp_path))
+        assert len(measured.losses) == len(measured.step_seconds) == 3
+        losses[head] = measured.losses
+    assert losses["fastpref"] == pytest.approx(losses["stock"], rel=1e-5)
+    assert losses["stock"][0] > losses["stock"][-1]
+
+
 def test_failed_process_raises_with_its_last_words(tmp_path):
     recipe = Recipe(warm_up_steps=0, steps=1, rate=1e-3)
     with pytest.raises(RuntimeError, match=r"(?s)the stock process failed.*has no config.json"):
-        run(tmp_path, [Pair("a", "b", "c")], "dpo", recipe, lambda head: lambda *_: None)
+        run(tmp_path, [Example.pair("a", "b", "c")], "dpo", recipe, lambda head: lambda *_: None)

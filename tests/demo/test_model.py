@@ -5,15 +5,15 @@ import pytest
 
 from fastpref.demo import DemoError
 from fastpref.demo.arithmetic import SHIPPED
-from fastpref.demo.data import Pair, load_pairs
+from fastpref.demo.data import load
 
 pytest.importorskip("trl")
 
-from fastpref.demo.model import VOCABULARY, encode, load_model, save, train_tokenizer
+from fastpref.demo.model import VOCABULARY, load_model, save, train_tokenizer
 
 
 def test_tokenizer_fills_the_vocabulary_and_loses_nothing():
-    pairs = load_pairs(SHIPPED)
+    pairs = load(SHIPPED).examples
     tokenizer = train_tokenizer(pairs, VOCABULARY)
     assert len(tokenizer) == VOCABULARY
     text = pairs[0].prompt + pairs[0].chosen + " é 3.5\n\n"
@@ -48,32 +48,3 @@ def test_directory_without_a_model_is_refused_in_one_line(tiny, tmp_path, damage
     message = str(caught.value)
     assert message.startswith(f"--model {directory}: ") and "\n" not in message
     assert "expected a local directory with a transformers causal LM and its tokenizer" in message
-
-
-def test_pairs_are_encoded_as_trl_encodes_them(tiny, tmp_path):
-    from datasets import Dataset
-    from trl import DPOConfig
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    model, tokenizer = tiny
-    # In the second the space after the prompt becomes part of the completion's first token.
-    pairs = [Pair("Are there 3 figs?\n", "Yes, 3.", "No."), Pair("figs: ", "31", "4 figs")]
-    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
-    config = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    trainer = DPOTrainer(
-        model=model,
-        ref_model=tiny_copy(model),
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    ours = encode(tokenizer, pairs)
-    assert tokenizer.decode(ours[1]["prompt_ids"]) == "figs:"
-    assert ours == [{name: row[name] for name in names} for row in trainer.train_dataset]
-
-
-def tiny_copy(model):
-    copied = type(model)(model.config)
-    copied.load_state_dict(model.state_dict())
-    return copied

@@ -10,11 +10,11 @@ from torch import Tensor
 from fastpref import objectives
 from fastpref.demo import DemoError
 from fastpref.demo.objective import LOSS_TYPES, choices, columns, config_arguments, find
-from fastpref.objectives.signature import ExtraFacts
+from fastpref.objectives.signature import Domain, ExtraFacts
 
 
 def test_common_objectives_can_be_chosen():
-    assert {"dpo", "ipo", "hinge", "simpo", "sft"} <= set(choices())
+    assert {"dpo", "ipo", "simpo", "madpo", "kto", "orpo", "cpo", "adpo"} <= set(choices())
     assert all(find(name).name == name for name in choices())
 
 
@@ -22,23 +22,43 @@ def test_unknown_name_is_refused_with_the_valid_ones():
     with pytest.raises(DemoError) as caught:
         find("dpo2")
     message = str(caught.value)
-    assert "--objective dpo2" in message and "dpo, " in message and "simpo" in message
+    assert "objective dpo2" in message and "dpo, " in message and "simpo" in message
 
 
-@pytest.mark.parametrize("name", ["grpo", "dpo_shift", "tdpo", "alpha_dpo"])
-def test_what_pairs_cannot_give_is_refused_with_the_reason(name):
-    if name not in objectives.names():
-        pytest.skip(f"{name} is not in the catalogue")
-    with pytest.raises(DemoError, match="needs"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("grpo", "needs sampled completions"),
+        ("dpo_shift", "needs a value for shift"),
+        ("tdpo", "needs chosen_kl, rejected_kl, which only fastpref.preference_loss fills in"),
+        ("mallows_po", "needs ref_entropy, which only fastpref.preference_loss fills in"),
+        ("alpha_dpo", "needs running_mean, running_std, state of a training"),
+        ("beta_dpo", "needs running_mean, state of a training"),
+        ("relative_po", "needs prompt_embeddings, which preference data does not have"),
+    ],
+)
+def test_what_preferences_cannot_give_is_refused_with_the_reason(name, reason):
+    with pytest.raises(DemoError, match=f"objective {name}: {reason}.*; choose from .*dpo, "):
         find(name)
 
 
 def test_extras_that_the_batch_does_not_give_are_columns():
-    def margin(chosen, rejected, *, reward_margin: Annotated[Tensor, ExtraFacts(aligned=True)]):
+    def margin(
+        chosen, rejected, *, reward_margin: Annotated[Tensor, ExtraFacts(shapes=("logps",))]
+    ):
         return rejected - chosen + reward_margin
 
-    assert columns(objectives.Objective(margin, unit="pair", scope="pair")) == ("reward_margin",)
-    assert columns(objectives.get("simpo")) == columns(objectives.get("dpo")) == ()
+    own = objectives.Objective(margin, unit="pair", scope="pair")
+    assert columns(own) == {"reward_margin": Domain()}
+    given = ("simpo", "dpo", "kto", "adpo", "rrhf", "rainbow_po")  # or optional
+    assert columns(*map(objectives.get, given)) == {}
+    probabilities = Domain(0.0, 1.0, includes=(0.0, 1.0))
+    assert columns(objectives.get("soft_label_dpo")) == {"preference_probs": probabilities}
+
+
+def test_columns_of_several_keep_the_narrower_domain():
+    for names in [("madpo", "odpo"), ("odpo", "madpo")]:
+        assert columns(*map(objectives.get, names)) == {"reward_margin": Domain(low=0.0)}
 
 
 def test_trl_gets_the_hyperparameters_of_the_objective():

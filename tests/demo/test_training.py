@@ -8,7 +8,7 @@ import pytest
 
 from fastpref import objectives
 from fastpref.demo.arithmetic import SHIPPED
-from fastpref.demo.data import Pair, load_pairs, split
+from fastpref.demo.data import Example, load, split
 from fastpref.demo.recipe import MAX_LENGTH, Recipe
 
 pytest.importorskip("trl")
@@ -16,21 +16,22 @@ pytest.importorskip("trl")
 import torch
 
 from fastpref.demo.model import ModelSize, build_model, load_model, save, train_tokenizer
+from fastpref.demo.tokens import sequence_lengths
 from fastpref.demo.training import (
     complete,
+    preference_gaps,
     preference_trainer,
     preferred_share,
     scored_by,
-    sequence_lengths,
     warm_up,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about TRL
 
 RECIPE = Recipe(
-    warm_up_steps=4, warm_up_batch=8, warm_up_rate=1e-2, steps=12, batch=8, rate=1e-2, seed=0
+    warm_up_steps=4, warm_up_batch=8, warm_up_rate=1e-2, steps=12, batch=16, rate=1e-2, seed=0
 )
-REAL_PAIRS = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_pairs.jsonl"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def train(tiny, pairs, tmp_path, objective="dpo", recipe=RECIPE):
@@ -52,6 +53,10 @@ def train(tiny, pairs, tmp_path, objective="dpo", recipe=RECIPE):
     return losses
 
 
+def share(tiny, pairs):
+    return preferred_share(preference_gaps(*tiny, pairs))
+
+
 def test_warm_up_learns_to_write_completions(tiny, pairs):
     model, tokenizer = tiny
     losses = []
@@ -64,7 +69,7 @@ def test_warm_up_learns_to_write_completions(tiny, pairs):
 
 def test_warm_up_loss_is_the_mean_over_completion_tokens(tiny, pairs):
     model, tokenizer = tiny
-    pair = Pair("Are there 3 figs?\n", "Yes, 3 figs.", "Yes, 3 figs.")
+    pair = Example.pair("Are there 3 figs?\n", "Yes, 3 figs.", "Yes, 3 figs.")
     prompt = len(tokenizer(pair.prompt)["input_ids"])
     ids = torch.tensor([tokenizer(pair.prompt + pair.chosen + "<eos>")["input_ids"]])
     with torch.no_grad():
@@ -79,13 +84,21 @@ def test_warm_up_loss_is_the_mean_over_completion_tokens(tiny, pairs):
 @pytest.mark.parametrize("head", ["stock", "fastpref"])
 def test_preference_training_reverses_a_preference(tiny, pairs, tmp_path, head):
     with scored_by(head):
-        if preferred_share(*tiny, pairs) > 0.5:
-            pairs = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
-        assert preferred_share(*tiny, pairs) < 0.5
+        if share(tiny, pairs) > 0.5:
+            pairs = [replace(pair, rewards=(0.0, 1.0)) for pair in pairs]
+        assert share(tiny, pairs) < 0.5
         losses = train(tiny, pairs, tmp_path)
-        assert preferred_share(*tiny, pairs) > 0.9
+        assert share(tiny, pairs) > 0.9
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[-1] < 0.5 and len(losses) == RECIPE.steps
+
+
+def test_training_on_lists_makes_their_best_the_likeliest(tiny, lists, tmp_path):
+    with scored_by("fastpref"):
+        before = preference_gaps(*tiny, lists)
+        train(tiny, lists, tmp_path, objective="softmax_dpo")
+        gaps = preference_gaps(*tiny, lists)
+    assert preferred_share(before) < 0.7 < 0.9 < preferred_share(gaps)
 
 
 def test_same_seed_trains_the_same_model(pairs, tmp_path, tiny):
@@ -101,51 +114,55 @@ def test_same_seed_trains_the_same_model(pairs, tmp_path, tiny):
         assert one.equal(two)
 
 
-def test_share_counts_pairs_by_summed_log_probability(tiny, pairs):
+def test_gaps_are_differences_of_summed_log_probabilities(tiny, lists):
     model, tokenizer = tiny
-    expected = 0
-    for pair in pairs:
+    for example, gap in zip(lists, preference_gaps(model, tokenizer, lists), strict=True):
         sums = []
-        prompt = len(tokenizer(pair.prompt)["input_ids"])
-        for completion in (pair.chosen, pair.rejected):
-            ids = torch.tensor([tokenizer(pair.prompt + completion + "<eos>")["input_ids"]])
+        prompt = len(tokenizer(example.prompt)["input_ids"])
+        for completion in (example.chosen, example.rejected):
+            ids = torch.tensor([tokenizer(example.prompt + completion + "<eos>")["input_ids"]])
             with torch.no_grad():
                 logp = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
-            sums.append(logp[prompt - 1 :].sum())
-        expected += int(sums[0] > sums[1])
-    assert preferred_share(model, tokenizer, pairs) == expected / len(pairs)
+            sums.append(logp[prompt - 1 :].sum().item())
+        assert gap == pytest.approx(sums[0] - sums[1], abs=1e-4)
+
+
+def test_share_counts_gaps_above_zero():
+    assert preferred_share([0.5, -1.0, 0.0, 2.0]) == 0.5
 
 
 def test_prompt_that_merges_into_the_completion_is_continued(tiny):
-    assert isinstance(complete(*tiny, Pair("fi", "gs", "gs too")), str)
+    assert isinstance(complete(*tiny, Example.pair("fi", "gs", "gs too")), str)
 
 
-def test_sequence_lengths_count_the_longer_completion(tiny):
-    _, tokenizer = tiny
-    pair = Pair("figs?\n", "Yes", "No, not 4 figs")
-    longest = len(tokenizer(pair.prompt + pair.rejected + "<eos>")["input_ids"])
-    assert sequence_lengths(tokenizer, [pair]) == [longest]
-
-
-@pytest.mark.skipif(not REAL_PAIRS.exists(), reason="no real preference data here")
-def test_real_pairs_train(tmp_path):
-    pairs = load_pairs(REAL_PAIRS)
+@pytest.mark.skipif(not REAL.exists(), reason="no real preference data here")
+@pytest.mark.parametrize(
+    ("name", "objective", "first_loss"),
+    [
+        ("gsm8k_pairs.jsonl", "dpo", 0.6931),
+        ("gsm8k_lists.jsonl", "softmax_dpo", 1.6094),  # log 5
+        ("gsm8k_lists.jsonl", "dpo", 0.6931),
+    ],
+)
+def test_real_preferences_train(tmp_path, name, objective, first_loss):
+    examples = load(REAL / name).examples
+    assert len(examples) == 1163
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(pairs, 2000)
-    lengths = sequence_lengths(tokenizer, pairs)
-    pairs = [pair for pair, n in zip(pairs, lengths, strict=True) if n <= MAX_LENGTH]
-    assert len(pairs) > 300
-    train_pairs, held_out = split(pairs[:100], 0)
+    tokenizer = train_tokenizer(examples, 2000)
+    lengths = sequence_lengths(tokenizer, examples[:200])
+    examples = [e for e, n in zip(examples, lengths, strict=False) if n <= MAX_LENGTH]
+    assert len(examples) > 50
+    train_examples, held_out = split(examples[:50], 0)
     model = build_model(tokenizer, ModelSize(vocabulary=2000, hidden=32, layers=1, heads=2))
     recipe = replace(RECIPE, warm_up_steps=2, steps=2)
     losses = []
-    warm_up(model, tokenizer, train_pairs, recipe, lambda *step: losses.append(step[2]))
+    warm_up(model, tokenizer, train_examples, recipe, lambda *step: losses.append(step[2]))
     assert losses[0] == pytest.approx(7.6, abs=0.3)  # log of the vocabulary
-    losses = train((model, tokenizer), train_pairs, tmp_path, recipe=recipe)
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
-    assert 0 <= preferred_share(model, tokenizer, held_out) <= 1
+    losses = train((model, tokenizer), train_examples, tmp_path, objective, recipe)
+    assert losses[0] == pytest.approx(first_loss, abs=1e-3)
+    assert 0 <= share((model, tokenizer), held_out) <= 1
 
 
 def test_shipped_pairs_are_short():
-    pairs = load_pairs(SHIPPED)
+    pairs = load(SHIPPED).examples
     assert max(sequence_lengths(train_tokenizer(pairs, 8192), pairs)) < 64

@@ -54,6 +54,15 @@ class Domain:
             inside |= values == end
         return inside
 
+    def check_values(self, label: str, values: Tensor) -> None:
+        """Raise ValueError unless the domain holds all ``values``; on CPU only, elsewhere reading
+        them would wait for the device."""
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        outside = values.detach()[~self.holds(values.detach())]
+        if outside.numel():
+            raise ValueError(f"{label} must be {self}, got {outside[0].item():g}")
+
     def __str__(self) -> str:
         if math.inf == self.high == -self.low:
             return "finite"
@@ -118,12 +127,8 @@ class ExtraFacts:
         if allowed and not any(shape.admits(value, logps) for shape in allowed):
             wanted = " or ".join(shape.text(logps) for shape in allowed)
             raise ValueError(f"{label} must be {wanted}, got {tuple(value.shape)}")
-        # Elsewhere reading values would wait for the device.
-        readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.domain is not None and readable:
-            outside = value.detach()[~self.domain.holds(value.detach())]
-            if outside.numel():
-                raise ValueError(f"{label} must be {self.domain}, got {outside[0].item():g}")
+        if self.domain is not None:
+            self.domain.check_values(label, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,7 @@ class Hyperparameter:
                 raise ValueError(f"{label} must be one of {options}, got {value!r}")
         elif self.domain is not None:
             if self.domain.per_unit and isinstance(value, Tensor):
+                self.domain.check_values(label, value)
                 return
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{label} must be a number, got {type(value).__name__}")

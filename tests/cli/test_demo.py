@@ -2,6 +2,7 @@
 """The demo command: what stops it, and one run of it from end to end."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,6 @@ def test_objectives_are_compared_from_the_same_model(tmp_path, tiny, capsys):
         assert len(outcome["losses"]) == 2 and outcome["seconds"] > 0
         assert 0 <= outcome["preferred_share"] <= 1 and outcome["log_ratio_margin"] != 0
     # At the first step the policy is the reference.
-    assert results["objectives"]["dpo"]["losses"][0] == pytest.approx(0.6931, abs=1e-3)
-    assert results["objectives"]["kto"]["losses"][0] == pytest.approx(0.5, abs=1e-3)
+    assert results["objectives"]["dpo"]["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert results["objectives"]["kto"]["losses"][0] == pytest.approx(0.5, abs=1e-6)
     assert "comparison" not in results and not (tmp_path / "out" / "loss.png").exists()

@@ -59,8 +59,11 @@ def test_job_survives_json_and_is_done_alike_with_both_heads(
     recipe = Recipe(warm_up_steps=0, steps=3, batch=16, rate=1e-3)
     losses = {}
     for head in HEADS:
-        job = _job(tmp_path, examples, objective, recipe, head)
-        measured = Measured(**train(json.loads(json.dumps(job)), tmp_path))
+        job = json.loads(json.dumps(_job(tmp_path, examples, objective, recipe, head)))
+        assert [e["completions"] for e in job["examples"]] == [
+            list(e.completions) for e in examples
+        ]
+        measured = Measured(**train(job, tmp_path))
         assert len(measured.losses) == len(measured.step_seconds) == 3
         losses[head] = measured.losses
     assert losses["fastpref"] == pytest.approx(losses["stock"], rel=1e-5)

@@ -50,7 +50,7 @@ def test_extras_that_the_batch_does_not_give_are_columns():
 
     own = objectives.Objective(margin, unit="pair", scope="pair")
     assert columns(own) == {"reward_margin": Domain()}
-    given = ("simpo", "dpo", "kto", "adpo", "rrhf", "rainbow_po")  # or optional
+    given = ("simpo", "dpo", "kto", "adpo", "nca", "rrhf", "rainbow_po")  # or optional
     assert columns(*map(objectives.get, given)) == {}
     probabilities = Domain(0.0, 1.0, includes=(0.0, 1.0))
     assert columns(objectives.get("soft_label_dpo")) == {"preference_probs": probabilities}

@@ -49,7 +49,9 @@ def tiny_copy(model):
 def test_completions_of_a_list_start_where_the_first_of_them_departs(tiny):
     _, tokenizer = tiny
     # The prompt ends in a space, which becomes part of the second completion's first token.
-    listed = Example("figs: ", ["31", "4 figs", "four"], [0.0, 1.0, 0.5])
+    listed = Example("figs: ", ["(31)", "4 figs", "four"], [0.0, 1.0, 0.5])
+    alone = Example("figs: ", ["(31)", "(4)"], [0.0, 1.0])
+    assert tokenizer.decode(encode(tokenizer, [alone])[0].prompt) == "figs: "
     prompt, completions = encode(tokenizer, [listed])[0]
     assert tokenizer.decode(prompt) == "figs:"
     written = [tokenizer.decode(prompt + ids) for ids in completions]

@@ -245,3 +245,9 @@ def test_two_ranks_are_one_batch(tmp_path):
 
 if __name__ == "__main__":
     work(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_ddo_checks_a_weight_for_each_response():
+    logps, labels = torch.zeros(3), torch.tensor([True, False, True])
+    with pytest.raises(ValueError, match="ddo: alpha must be > 0, got -1"):
+        objectives.ddo(logps, logps, labels=labels, alpha=torch.tensor([1.0, -1.0, 2.0]))

@@ -82,8 +82,16 @@ def cuda_operators_serve(*tensors: Tensor | None) -> bool:
         # Neither fake and distributed tensors nor torch.func's transforms know the operators.
         and all(type(one) in (torch.Tensor, Parameter) for one in given)
         and not torch._C._are_functorch_transforms_active()
+        and not any(_has_tangent(one) for one in given)
         and all(_kernels_serve(device) for device in {one.device for one in given})
     )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way for it."""
+    from torch.autograd import forward_ad
+
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 @functools.cache

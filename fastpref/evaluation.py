@@ -40,13 +40,37 @@ def evaluate(
     result = objective(*logps, **extras)
     if not isinstance(result, UnitLosses | ListLosses):
         raise TypeError(f"{objective.name} returned {type(result).__name__}")
-    metrics = {"rewards/mean": result.rewards.mean(), "logps/mean": sums.detach().mean()}
-    if objective.unit == "unit" and "labels" in extras:
-        metrics |= _by_label(result.rewards, sums.detach(), extras["labels"] != 0)
-    if objective.unit == "list" and "scores" in extras:
-        best = result.rewards.argmax(1) == extras["scores"].argmax(1)
-        metrics["rewards/accuracies"] = best.to(sums.dtype).mean()
+    if objective.unit == "list":
+        metrics = _of_lists(result.rewards, arrangement.split(sums.detach())[0], extras)
+    else:
+        metrics = {"rewards/mean": result.rewards.mean(), "logps/mean": sums.detach().mean()}
+        if "labels" in extras:
+            metrics |= _by_label(result.rewards, sums.detach(), extras["labels"] != 0)
     return Evaluated(result.losses, arrangement.join(result.rewards), metrics)
+
+
+def _of_lists(rewards: Tensor, logps: Tensor, extras: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over the responses that are there, and the share of lists whose best response has the
+    largest reward, of lists with two at least."""
+    mask = extras.get("mask")
+    present = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask != 0
+    count = present.sum().clamp(min=1)
+    metrics = {
+        "rewards/mean": torch.where(present, rewards, 0).sum() / count,
+        "logps/mean": torch.where(present, logps, 0).sum() / count,
+    }
+    quality = extras.get("scores")
+    if quality is None and "ranks" in extras:
+        quality = -extras["ranks"].float()
+    if quality is not None:
+        best, found = (
+            torch.where(present, values.float(), -torch.inf).argmax(1)
+            for values in (quality, rewards)
+        )
+        ranked = present.sum(1) > 1
+        right = ((best == found) & ranked).sum() / ranked.sum().clamp(min=1)
+        metrics["rewards/accuracies"] = right.to(rewards.dtype)
+    return metrics
 
 
 def _by_label(rewards: Tensor, logps: Tensor, desirable: Tensor) -> dict[str, Tensor]:

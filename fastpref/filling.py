@@ -68,9 +68,10 @@ class Material:
 
     batch: Batch
     arrangement: Arrangement
+    sums: Tensor  # (B,), the policy's, weighted
     policy: TokenScores
     reference: TokenScores | None
-    vocab_size: int
+    ref_vocab_size: Callable[[], int]  # of all ranks together
 
     def side(self, rows: Tensor, name: str) -> Tensor:
         """The chosen or the rejected rows, as the extra's name says; of lists and units all."""
@@ -82,7 +83,7 @@ def _lengths(material: Material, name: str) -> Tensor:
 
 
 def _nll(material: Material, name: str) -> Tensor:
-    return material.side(-material.batch.means(_given(material.policy.logp)), name)
+    return material.side(-material.sums / material.batch.lengths.clamp(min=1), name)
 
 
 def _weights(material: Material, name: str) -> Tensor:
@@ -102,7 +103,7 @@ def _ref_entropy(material: Material, name: str) -> Tensor:
     sides = material.arrangement.split
     chosen, rejected = sides(material.batch.sums(material.reference.entropy))
     tokens = sum(sides(material.batch.lengths)).clamp(min=1)  # type: ignore[union-attr]
-    share = (chosen + rejected) / tokens / math.log(material.vocab_size)
+    share = (chosen + rejected) / tokens / math.log(material.ref_vocab_size())
     edge = torch.finfo(share.dtype).eps
     return share.clamp(edge, 1 - edge)
 
@@ -168,8 +169,10 @@ def filled_extras(
                 extras[name] = value
     for name, facts in objective.extras.items():
         if facts.required and name not in extras:
+            missing = "; preference_loss cannot make it yet" if facts.filled else ""
             raise ValueError(
-                f"{objective.name} needs extras={{{name!r}: ...}}, {_shape_of(facts, objective)}"
+                f"{objective.name} needs extras={{{name!r}: ...}}, "
+                f"{_shape_of(facts, objective)}{missing}"
             )
     return extras
 

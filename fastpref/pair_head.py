@@ -146,6 +146,8 @@ def _kernel_call(
     lengths = [extras.get("chosen_lengths"), extras.get("rejected_lengths")]
     if link is None or not cuda_operators_serve(*logps, *lengths):
         return None
+    if any(name not in objective.extras for name in extras):
+        return None  # which the objective refuses
     objective.check(logps, dict(objective.settings) | extras)
     if not link.gap_per_token:
         lengths = [None, None]
@@ -203,7 +205,11 @@ def _gradients_of(
     objective: Objective, arguments: list[Tensor | None], grad_losses: Tensor
 ) -> tuple[Tensor | None, ...]:
     """By the objective itself, which is differentiable as often as is wanted."""
-    *logps, chosen_lengths, rejected_lengths = arguments
+    # Of aliases: with respect to the log-probs themselves these would be total derivatives, wrong
+    # where one is computed from another.
+    *logps, chosen_lengths, rejected_lengths = (
+        None if one is None else one.view_as(one) for one in arguments
+    )
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     extras = {name: lengths[name] for name in objective.extras}
     losses = objective(*logps, **extras).losses

@@ -21,6 +21,7 @@ from .filling import Batch, Material, filled_extras, policy_scores, reference_sc
 from .layouts import Arrangement, LayoutName, arrange
 from .objectives import Objective, as_objective
 from .scoring import ScoringOptions, TokenScores, linear_logprob
+from .scoring.vocab_parallel import vocabulary_size
 
 OUTPUTS = ("entropy", "mean_logits", "accuracy")
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,7 +47,7 @@ class PreferenceOutput(_Fields):
     - ``metrics``: 0-dim tensors by the names that TRL logs. Detached.
     """
 
-    arrangement: Arrangement
+    arrangement: Arrangement | None = None
 
     @property
     def chosen_logps(self) -> Tensor:
@@ -69,6 +70,11 @@ class PreferenceOutput(_Fields):
         return self._side(self.rewards, 1)
 
     def _side(self, rows: Tensor, side: int) -> Tensor:
+        if self.arrangement is None:
+            raise AttributeError(
+                "an output that was rebuilt from its fields no longer knows its layout; take "
+                "chosen and rejected rows from what preference_loss returned"
+            )
         sides = self.arrangement.split(rows)
         if len(sides) != 2:
             raise AttributeError("chosen and rejected rows are those of a pairwise objective")
@@ -116,7 +122,8 @@ def preference_loss(
             tokens take each row by itself.
         group_size: K, with layout="groups".
         cu_seqlens: (B + 1,) integer boundaries of packed rows.
-        ref_logps: what the reference says, (B,) sums or like ``target``; or
+        ref_logps: what the reference says, (B,) sums, or one a token like ``target`` (packed rows
+            of one token each: sums); or
         ref_hidden: its hidden states, (..., H'), scored here without gradient, through
         ref_weight, ref_bias: its head; by default ``weight`` and ``bias``.
         token_weights: like ``target``, a factor of each token in the sums of policy and reference.
@@ -137,13 +144,23 @@ def preference_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
+    _check_tensors(
+        target=target,
+        cu_seqlens=cu_seqlens,
+        ref_logps=ref_logps,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        token_weights=token_weights,
+    )
+    _check_extras(extras)
     run = _configured(objective, dp_group, hyperparameters)
     _check_reduction(reduction, denominator)
     _check_outputs(outputs)
     _check_rows(run, target, cu_seqlens, seq_group, token_weights)
     batch = Batch(target, ignore_index, cu_seqlens, seq_group)
     arrangement = arrange(layout, group_size, batch.rows, run)
-    _check_reference(run, batch, ref_logps, ref_hidden, ref_weight, ref_bias)
+    _check_reference(run, batch, ref_logps, ref_hidden, ref_weight, ref_bias, token_weights)
     given = dict(extras or {})
 
     def score(states: Tensor, head: Tensor, shift: Tensor | None, names: set[str]) -> TokenScores:
@@ -166,16 +183,29 @@ def preference_loss(
         ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
         with torch.no_grad():
             ref_tokens = score(ref_hidden, *ref_head, reference_scores(run, given))
-    elif ref_logps is not None and ref_logps.dim() == target.dim() == 2:
+    elif ref_logps is not None and not _is_sums(ref_logps, batch):
         ref_tokens = TokenScores(logp=ref_logps.detach())
     policy = score(hidden, weight, bias, policy_scores(run, given) | _scores_of(outputs))
     sums = batch.sums(_logp(policy), token_weights)
     ref_sums = None if ref_logps is None else ref_logps.detach()
     if ref_tokens is not None:
         ref_sums = batch.sums(_logp(ref_tokens), token_weights)
-    material = Material(batch, arrangement, policy, ref_tokens, weight.shape[0])
+    scored_by = weight if ref_weight is None else ref_weight
+    material = Material(
+        batch,
+        arrangement,
+        sums,
+        policy,
+        ref_tokens,
+        lambda: vocabulary_size(tp_group, scored_by.shape[0], weight.device),
+    )
     evaluated = evaluate(run, sums, ref_sums, material, filled_extras(run, given, material))
     return _output(evaluated, sums, ref_sums, material, outputs, reduction, denominator)
+
+
+def _is_sums(ref_logps: Tensor, batch: Batch) -> bool:
+    """Whether these are one number a row, and not one a token."""
+    return ref_logps.shape == (batch.rows,)
 
 
 def _configured(
@@ -243,6 +273,30 @@ def _logp(scores: TokenScores) -> Tensor:
     return scores.logp
 
 
+def _check_tensors(**tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "target"):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.tensor()"
+            )
+    cu_seqlens, ref_logps = tensors["cu_seqlens"], tensors["ref_logps"]
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or not cu_seqlens.numel()):
+        raise ValueError(f"cu_seqlens must be (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if ref_logps is not None and not ref_logps.is_floating_point():
+        raise TypeError(f"ref_logps must be floating point, got {ref_logps.dtype}")
+
+
+def _check_extras(extras: Mapping[str, Tensor] | None) -> None:
+    if extras is not None and not isinstance(extras, Mapping):
+        raise TypeError(f"extras must map names to tensors, got {type(extras).__name__}")
+    for name, value in (extras or {}).items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise TypeError(
+                "extras must map names to tensors, got "
+                f"{type(name).__name__} {name!r}: {type(value).__name__}"
+            )
+
+
 def _check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
@@ -251,6 +305,8 @@ def _check_reduction(reduction: str, denominator: float | Tensor | None) -> None
             raise ValueError(
                 f"denominator must be a number or a 0-dim tensor, got {tuple(denominator.shape)}"
             )
+    elif isinstance(denominator, bool) or not isinstance(denominator, int | float | None):
+        raise TypeError(f"denominator must be a number, got {type(denominator).__name__}")
     elif denominator is not None and not denominator > 0:
         raise ValueError(f"denominator must be positive, got {denominator!r}")
     if denominator is not None and reduction == "none":
@@ -258,7 +314,7 @@ def _check_reduction(reduction: str, denominator: float | Tensor | None) -> None
 
 
 def _check_outputs(outputs: tuple[str, ...]) -> None:
-    if isinstance(outputs, str) or any(name not in OUTPUTS for name in outputs):
+    if not isinstance(outputs, tuple | list) or any(name not in OUTPUTS for name in outputs):
         raise ValueError(f"outputs must be a tuple of names among {OUTPUTS}, got {outputs!r}")
 
 
@@ -299,6 +355,7 @@ def _check_reference(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    token_weights: Tensor | None,
 ) -> None:
     if ref_logps is not None and ref_hidden is not None:
         raise ValueError("ref_logps and ref_hidden both say what the reference does; pass one")
@@ -319,10 +376,15 @@ def _check_reference(
         )
     if ref_logps is None:
         return
-    shape, rows = tuple(ref_logps.shape), (batch.rows,)
-    allowed = [tuple(batch.target.shape)] if batch.cu_seqlens is None else []
+    shape, allowed = tuple(ref_logps.shape), [tuple(batch.target.shape)]
     if objective.unit != "token":
-        allowed.append(rows)
+        allowed.append((batch.rows,))
     if shape not in allowed:
         wanted = " or ".join(map(str, allowed))
         raise ValueError(f"ref_logps must be {wanted}, got {shape}")
+    if token_weights is not None and _is_sums(ref_logps, batch):
+        raise ValueError(
+            "token_weights weigh the reference's tokens too, and sums cannot be weighed: got "
+            f"ref_logps of shape {shape}; pass them per token, {tuple(batch.target.shape)}, or "
+            "ref_hidden"
+        )

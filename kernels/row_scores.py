@@ -47,6 +47,7 @@ def row_scores_kernel(
     exps,  # (N, V), or None
     scores,  # (5, N): logp, anchor, norm, log_norm, scale
     rows,
+    scores_stride,
     exps_stride,
     scale,
     inner,
@@ -72,10 +73,10 @@ def row_scores_kernel(
         moved += tl.load(offset + ids, mask, 0.0).to(tl.float64)
     factor = tl.exp(moved - top) / norm
     tl.store(scores + ids, logp.to(tl.float32), mask)
-    tl.store(scores + rows + ids, top.to(tl.float32), mask)
-    tl.store(scores + 2 * rows + ids, norm.to(tl.float32), mask)
-    tl.store(scores + 3 * rows + ids, log_norm.to(tl.float32), mask)
-    tl.store(scores + 4 * rows + ids, factor.to(tl.float32), mask)
+    tl.store(scores + scores_stride + ids, top.to(tl.float32), mask)
+    tl.store(scores + 2 * scores_stride + ids, norm.to(tl.float32), mask)
+    tl.store(scores + 3 * scores_stride + ids, log_norm.to(tl.float32), mask)
+    tl.store(scores + 4 * scores_stride + ids, factor.to(tl.float32), mask)
     if exps is not None:
         y = tl.load(column + ids, mask, -1)
         value = expm1(logp) / factor

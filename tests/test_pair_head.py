@@ -191,6 +191,27 @@ def test_a_second_derivative_is_that_of_the_objective(
         torch.testing.assert_close(*seconds)
 
 
+def test_log_probs_that_depend_on_each_other(kernel: PairHeadKernel) -> None:
+    """A gradient with a graph is partial, as one without is."""
+    objective, zero = objectives.get("dpo", beta=0.5), torch.zeros(4, dtype=torch.float64)
+    gradients = []
+    for create_graph in (False, True):
+        chosen = -torch.rand(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        chosen.requires_grad_()
+        losses = pair_head.pair_head(objective, chosen, chosen.flip(0), zero, zero).losses
+        weights = torch.arange(4.0)
+        gradients.append(
+            torch.autograd.grad((weights * losses).sum(), chosen, create_graph=create_graph)[0]
+        )
+    torch.testing.assert_close(*gradients)
+
+
+def test_unknown_extras_are_refused_on_any_device(either: None) -> None:
+    rows = [torch.zeros(3)] * 4
+    with pytest.raises(TypeError, match="dpo has no extra reward_margin"):
+        pair_head.pair_head(objectives.get("dpo"), *rows, reward_margin=torch.ones(3))
+
+
 def goes_to_the_kernel(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], kernel: PairHeadKernel
 ) -> bool:

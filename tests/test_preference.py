@@ -83,7 +83,7 @@ def by_hand(objective: objectives.Objective, data: Data, split, extras, weighted
         return objective(logp, old, **filled, **extras).losses
     weights = data.token_weights if weighted else 1
     sums, lengths = (logp * weights).sum(1), data.scored.sum(1)
-    means = logp.sum(1) / lengths.clamp(min=1)
+    means = sums / lengths.clamp(min=1)
     rows = [sums, (ref * weights).sum(1)] if objective.needs_reference else [sums]
     sides = split(lengths)
     filled = {"lengths": sides[0], "chosen_lengths": sides[0], "rejected_lengths": sides[-1]}

@@ -18,6 +18,8 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 namespace fastpref::cuda {
 
 inline void check(cudaError_t error) {
+  // The runtime remembers an error until it is asked; the next launch would answer with this one.
+  if (error != cudaSuccess) (void)cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "the CUDA runtime of fastpref answered: ", cudaGetErrorString(error),
                   "; backend='torch' scores without it");
 }

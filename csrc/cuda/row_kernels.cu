@@ -46,23 +46,29 @@ int blocks_of_row(const cpu::ExpRows& call, const void* kernel) {
 }
 
 template <class T>
-cudaError_t launch_exp_rows_cluster(void (*kernel)(cpu::ExpRows), const cpu::ExpRows& call, int blocks_of_row,
-                                    cudaStream_t stream) {
-  const int bytes = staged_bytes<T>(columns_of_block(static_cast<int>(call.tile.cols), blocks_of_row));
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(blocks_of_row), 1, 1};
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = blocks(call.tile.rows * blocks_of_row);
-  launch.blockDim = kThreads;
-  launch.dynamicSmemBytes = bytes;
-  launch.stream = stream;
-  launch.attrs = &cluster;
-  launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, kernel, call);
-}
+struct ClusterLaunch {
+  cudaLaunchAttribute cluster{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(const cpu::ExpRows& call, int blocks_of_row, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(blocks_of_row), 1, 1};
+    config.gridDim = blocks(call.tile.rows * blocks_of_row);
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = staged_bytes<T>(columns_of_block(static_cast<int>(call.tile.cols), blocks_of_row));
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+
+  // Whether the device, or the part of it that this process may use, can hold one cluster.
+  bool fits(void (*kernel)(cpu::ExpRows)) const {
+    int clusters = 0;
+    // One value for all calls: this is the kernel's state, which other threads see.
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostStagedBytes) == cudaSuccess &&
+           cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
+  }
+};
 
 }  // namespace
 
@@ -72,7 +78,12 @@ cudaError_t launch_exp_rows(cpu::Element element, const cpu::ExpRows& call, cuda
     const bool statistics = call.best_index != nullptr;
     const auto of_cluster = statistics ? exp_rows_cluster_kernel<T, true> : exp_rows_cluster_kernel<T, false>;
     const int of_row = blocks_of_row<T>(call, reinterpret_cast<const void*>(of_cluster));
-    if (of_row > 1) return launch_exp_rows_cluster<T>(of_cluster, call, of_row, stream);
+    if (of_row > 1) {
+      const ClusterLaunch<T> launch(call, of_row, stream);
+      if (launch.fits(of_cluster)) return cudaLaunchKernelEx(&launch.config, of_cluster, call);
+    }
+    // What a question above left behind is not this launch's error.
+    (void)cudaGetLastError();
     const auto kernel = statistics ? exp_rows_kernel<T, true> : exp_rows_kernel<T, false>;
     kernel<<<blocks(call.tile.rows), kThreads, 0, stream>>>(call);
     return cudaGetLastError();

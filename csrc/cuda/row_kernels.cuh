@@ -269,6 +269,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) exp_rows_cluster
   const auto copy = [&] { return reinterpret_cast<T*>(staged + reinterpret_cast<uintptr_t>(in_memory()) % 16); };
   copy_async<T>(copy(), in_memory(), columns.count);
   __pipeline_wait_prior(0);
+  // The wait alone does not keep the compiler from reading the copy before it.
+  __syncthreads();
   exp_row<T, kStatistics>(call, i, copy(), columns, cluster);
   if (!call.write) return;
   for_each_piece(in_memory(), columns.count, [&](auto& piece, int column) {

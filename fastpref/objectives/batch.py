@@ -16,11 +16,12 @@ def gather(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(B, ...) of each rank -> (ranks B, ...), in the order of ranks. Differentiable."""
     if group is None:
         return values
-    if not values.requires_grad:
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, values.contiguous(), group=group)
-        return torch.cat(parts)
-    return torch.cat(all_gather(values.contiguous(), group=group))
+    values = values.contiguous()
+    if values.requires_grad:
+        return torch.cat(all_gather(values, group=group))
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values, group=group)
+    return torch.cat(parts)
 
 
 def own(gathered: Tensor, group: dist.ProcessGroup | None) -> Tensor:

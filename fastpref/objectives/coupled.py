@@ -259,7 +259,8 @@ def epsilon_dpo_beta(
     the policy's s_w - s_l, the others are the extras of ``epsilon_dpo``. Reads one number from the
     device.
     """
-    return beta / (1 + epsilon * _steps(margin, margin_plus, margin_minus).mean().item())
+    steps = _steps(margin, margin_plus, margin_minus)
+    return beta / (1 + epsilon * steps.sum().item() / max(steps.numel(), 1))
 
 
 def _steps(margin: Tensor, margin_plus: Tensor, margin_minus: Tensor) -> Tensor:

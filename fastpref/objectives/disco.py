@@ -14,13 +14,10 @@ from torch import Tensor
 from .batch import gather
 from .registry import objective
 from .results import TokenLosses
-from .signature import Domain, Extra, ExtraFacts, Group, NotNegative, PerResponse, Positive
+from .signature import Domain, Extra, Group, Identifiers, NotNegative, Outcomes, Positive
 from .terms import per_token, saturating_exp, saturating_expm1
 
 Temperature: TypeAlias = Annotated[float, Domain(0.0, math.inf, includes=(math.inf,))]
-Reward: TypeAlias = Annotated[
-    Tensor, ExtraFacts(shapes=("unit",), domain=Domain(0.0, 1.0, includes=(0.0, 1.0)))
-]
 
 
 def group_advantages(
@@ -59,8 +56,8 @@ def disco(
     old_token_logp: Tensor | None = None,
     *,
     mask: Extra,
-    rewards: Reward,
-    group_ids: PerResponse,
+    rewards: Outcomes,
+    group_ids: Identifiers,
     score: Literal["log_likelihood", "likelihood_ratio"] = "log_likelihood",
     tau: Temperature | None = None,
     delta: NotNegative = 0.0001,
@@ -114,6 +111,8 @@ def _discrimination(scores: Tensor, rewards: Tensor, group_ids: Tensor, tau: flo
     positive, negatives = rewards == 1, same & (rewards == 0)
     num_positives, num_negatives = (same & positive).sum(-1), negatives.sum(-1)
     # With the best negative subtracted, neither a small tau overflows nor a large one cancels.
+    if not len(scores):
+        return scores.sum()
     best = torch.where(negatives, scores.detach(), -math.inf).amax(-1)
     below = torch.where(negatives, scores - best[:, None], 0)
     if tau == math.inf:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import lists
 from .registry import objective
 from .results import ListLosses
-from .signature import Extra, Positive
+from .signature import Extra, NotNegativeExtra, Positive, Ranks
 from .terms import log_ratio, softplus
 
 
@@ -27,7 +27,7 @@ def plackett_luce(
     *,
     mask: Extra | None = None,
     scores: Extra | None = None,
-    ranks: Extra | None = None,
+    ranks: Ranks | None = None,
     beta: Positive = 0.1,
 ) -> ListLosses:
     """DPO of a ranking: the Plackett-Luce likelihood of the order, best first.
@@ -49,7 +49,7 @@ def softmax_dpo(
     *,
     mask: Extra | None = None,
     scores: Extra | None = None,
-    ranks: Extra | None = None,
+    ranks: Ranks | None = None,
     beta: Positive = 0.1,
 ) -> ListLosses:
     """Softmax DPO (S-DPO): the best response against all others at once.
@@ -71,7 +71,7 @@ def adpo(
     *,
     mask: Extra | None = None,
     scores: Extra | None = None,
-    target_probs: Extra | None = None,
+    target_probs: NotNegativeExtra | None = None,
     tau: Positive = 0.8,
     target_kind: Literal["boltzmann", "one_hot", "plackett_luce"] = "boltzmann",
     target_tau: Positive = 0.5,
@@ -189,7 +189,7 @@ def irpo(
     *,
     mask: Extra | None = None,
     scores: Extra,
-    ranks: Extra | None = None,
+    ranks: Ranks | None = None,
     beta: Positive = 1.0,
     normalize: Literal[True, False] = True,
 ) -> ListLosses:

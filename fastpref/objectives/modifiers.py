@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .registry import SCOPES, Composite, Objective, Scope, as_objective
+from .registry import SCOPES, Composite, Objective, Reduction, Scope, as_objective
 from .results import Losses
 from .signature import POLICY_LOGPS, Domain, ExtraFacts, Hyperparameter, Signature
 
@@ -114,6 +114,11 @@ class _Modified(Composite):
 
     def own_extras(self) -> Mapping[str, ExtraFacts]:
         return {}
+
+    @property
+    def reduction(self) -> Reduction:
+        """That of the first part, whose rewards are shown."""
+        return self.objectives[0].reduction
 
     def replace(self, **hyperparameters: Any) -> "_Modified":
         parts = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import lists
 from .registry import objective
 from .results import ListLosses
-from .signature import Extra, Filled, NotNegative, Positive
+from .signature import Extra, Filled, NotNegative, Positive, Ranks
 from .terms import log_ratio, per_token
 
 
@@ -118,7 +118,7 @@ def pro(
     *,
     mask: Extra | None = None,
     scores: Extra | None = None,
-    ranks: Extra | None = None,
+    ranks: Ranks | None = None,
     lengths: Filled,
     tau: Positive = 1.0,
     sft_weight: NotNegative = 0.05,
@@ -147,7 +147,7 @@ def rrhf(
     *,
     mask: Extra | None = None,
     scores: Extra | None = None,
-    ranks: Extra | None = None,
+    ranks: Ranks | None = None,
     lengths: Filled,
     sft_weight: NotNegative = 1.0,
 ) -> ListLosses:

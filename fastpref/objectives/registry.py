@@ -54,6 +54,10 @@ class Composite:
 
     signature: Signature
 
+    @property
+    def reduction(self) -> Reduction:
+        raise NotImplementedError
+
     def __call__(self, *logps: Tensor | None, **keywords: Any) -> Losses:
         raise NotImplementedError
 
@@ -122,6 +126,8 @@ class Objective:
     def reduction(self) -> Reduction:
         """Whether it compares sums over a response or means over its tokens. It takes sums either
         way, and for means the lengths beside them."""
+        if isinstance(self.function, Composite):
+            return self.function.reduction
         declared = self._registered(_REDUCTIONS) or "sum"
         chosen = self.hyperparameters.get("normalize", "mean")  # as ipo lets its user
         return "mean" if declared == chosen == "mean" else "sum"
@@ -157,7 +163,7 @@ class Objective:
         formula = self._registered(_FORMULAS) or self.function
         result = formula(
             *map(upcast, args),
-            **{name: self._prepared(name, value) for name, value in keywords.items()},
+            **{name: self._prepared(name, value, logps[0]) for name, value in keywords.items()},
         )
         return self._finished(result, [upcast(value) for value in logps])
 
@@ -205,10 +211,11 @@ class Objective:
                 )
 
     def _check_keywords(self, given: Mapping[str, Any], logps: Tensor) -> None:
+        mask = given.get("mask") if "mask" in self.extras else None
         for name, facts in self.extras.items():
             value = given.get(name)
             if value is not None:
-                facts.check(f"{self.name}: {name}", value, logps)
+                facts.check(f"{self.name}: {name}", value, logps, mask)
             elif facts.required:
                 raise TypeError(f"{self.name} needs the extra {name}")
         chosen = {name: given[name] for name in self.signature.hyperparameters if name in given}
@@ -228,10 +235,15 @@ class Objective:
         # A composite is in no table, and torch.compile cannot hash it.
         return None if isinstance(self.function, Composite) else by_function.get(self.function)
 
-    def _prepared(self, name: str, value: Any) -> Any:
+    def _prepared(self, name: str, value: Any, logps: Tensor) -> Any:
         facts = self.extras.get(name)
-        value = upcast(value)
-        return value.detach() if facts and not facts.differentiable and value is not None else value
+        if facts is None or value is None:
+            return upcast(value)
+        if facts.shapes and not facts.identifies:
+            # Numbers of any dtype, in that of the log-probs: an integer has no logarithm, and a
+            # float64 column would turn the loss into one.
+            value = value.to(upcast(logps).dtype)
+        return upcast(value) if facts.differentiable else upcast(value).detach()
 
     def _finished(self, result: Any, logps: list[Any]) -> Losses:
         kind = _RESULTS[self.unit]

@@ -64,6 +64,8 @@ class Domain:
             raise ValueError(f"{label} must be {self}, got {outside[0].item():g}")
 
     def __str__(self) -> str:
+        if not self.low < self.high:
+            return " or ".join(f"{value:g}" for value in self.includes)
         if math.inf == self.high == -self.low:
             return "finite"
         if self.high == math.inf and self.high not in self.includes:
@@ -71,6 +73,8 @@ class Domain:
         left, right = "[" if self.low in self.includes else "(", "]"
         return f"in {left}{self.low:g}, {self.high:g}{right if self.high in self.includes else ')'}"
 
+
+_ZERO_OR_ONE = Domain(0.0, 0.0, includes=(0.0, 1.0))
 
 # Of an extra beside the log-probabilities: like them; one value a response (their first dimension);
 # rows of any width, one a response; one number.
@@ -112,23 +116,29 @@ class ExtraFacts:
     filled: bool = False  # preference_loss makes it when the caller does not
     differentiable: bool = False  # otherwise detached
     domain: Domain | None = None  # of its values
+    binary: bool = False  # its values are 0 and 1, or bool
+    identifies: bool = False  # its values name something; all others are numbers
 
     @property
     def aligned(self) -> bool:
         """Whether it has one value a log-probability."""
         return "logps" in self.shapes
 
-    def check(self, label: str, value: Any, logps: Tensor) -> None:
+    def check(self, label: str, value: Any, logps: Tensor, mask: Tensor | None) -> None:
         """Raise TypeError or ValueError, starting with ``label``, unless ``value`` will do beside
-        ``logps``."""
+        ``logps``. What stands where ``mask`` is 0 may be anything."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
         allowed = [_SHAPES[shape] for shape in self.shapes]
         if allowed and not any(shape.admits(value, logps) for shape in allowed):
             wanted = " or ".join(shape.text(logps) for shape in allowed)
             raise ValueError(f"{label} must be {wanted}, got {tuple(value.shape)}")
+        if mask is not None and mask.shape == value.shape and value.device.type == "cpu":
+            value = value[mask != 0]
         if self.domain is not None:
             self.domain.check_values(label, value)
+        if self.binary and value.dtype != torch.bool:
+            _ZERO_OR_ONE.check_values(label, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +185,15 @@ PerResponseOrToken: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("unit", "lo
 Embeddings: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("rows",))]
 Probabilities: TypeAlias = Annotated[
     Tensor, ExtraFacts(shapes=("logps",), domain=Domain(0.0, 1.0, includes=(0.0, 1.0)))
+]
+Labels: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("logps",), binary=True)]
+Outcomes: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("unit",), binary=True)]
+Identifiers: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("unit",), identifies=True)]
+Ranks: TypeAlias = Annotated[
+    Tensor, ExtraFacts(shapes=("logps",), domain=Domain(low=1.0, includes=(1.0,)))
+]
+NotNegativeExtra: TypeAlias = Annotated[
+    Tensor, ExtraFacts(shapes=("logps",), domain=Domain(low=0.0, includes=(0.0,)))
 ]
 PositiveExtra: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("logps",), domain=Domain(low=0.0))]
 

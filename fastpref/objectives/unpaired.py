@@ -13,7 +13,7 @@ from torch import Tensor
 from .batch import gather
 from .registry import objective
 from .results import UnitLosses
-from .signature import Extra, Filled, Finite, Group, Positive, PositivePerResponse, State
+from .signature import Extra, Filled, Finite, Group, Labels, Positive, PositivePerResponse, State
 from .terms import log_ratio, per_token, softplus
 
 
@@ -22,7 +22,7 @@ def kto(
     policy_logps: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    labels: Extra,
+    labels: Labels,
     kl: State | None = None,
     beta: Positive = 0.1,
     desirable_weight: Positive = 1.0,
@@ -56,7 +56,7 @@ def bco(
     policy_logps: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    labels: Extra,
+    labels: Labels,
     delta: State | None = None,
     sample_weights: Extra | None = None,
     beta: Positive = 0.1,
@@ -87,7 +87,7 @@ def apo_zero_unpaired(
     policy_logps: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    labels: Extra,
+    labels: Labels,
     beta: Positive = 0.1,
     desirable_weight: Positive = 1.0,
     undesirable_weight: Positive = 1.0,
@@ -150,7 +150,7 @@ def ddo(
     policy_logps: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    labels: Extra,
+    labels: Labels,
     beta: Positive = 0.02,
     alpha: PositivePerResponse = 1.0,
 ) -> UnitLosses:

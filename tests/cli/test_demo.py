@@ -64,7 +64,7 @@ def test_unknown_objective_stops_it_with_the_choices(capsys):
 
 def test_compare_with_objective_stops_it(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["demo", "--compare", "dpo,ipo", "--objective", "dpo"])
+        main(["demo", "--compare", "ipo", "--objective", "dpo", "--data", "missing.jsonl"])
     assert stopped.value.code == 2
     assert "not allowed with argument" in capsys.readouterr().err
 

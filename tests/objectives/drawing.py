@@ -70,7 +70,9 @@ def _values(name, facts, shape):
         return st.floats(0, 1e4, width=32)
     if name.endswith("logps") or name == "ref_token_logp":
         return st.floats(-1e4, 0, width=32)
-    if name in ("target_probs", "sample_weights", "running_std"):
+    if name == "running_std":
+        return st.just(0.0) | st.floats(2**-10, 20, width=32)
+    if name in ("target_probs", "sample_weights"):
         return st.floats(0, 20, width=32)
     return st.floats(-20, 20, width=32)
 

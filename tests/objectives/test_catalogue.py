@@ -52,7 +52,7 @@ def plain_extras(objective, dtype=torch.float32):
         size = sizes[facts.shapes[0]]
         if name in INSIDE:
             extras[name] = torch.full(size, INSIDE[name])
-        elif name == "labels":
+        elif facts.binary:
             extras[name] = torch.arange(size[0]) % 2 == 0
         elif name.endswith("lengths"):
             extras[name] = torch.arange(1, math.prod(size) + 1).reshape(size)
@@ -237,3 +237,38 @@ def test_extras_get_no_gradient_unless_declared(declared):
 def test_docstring_has_formula_and_exported(declared):
     assert "loss =" in getattr(objectives, declared.name).__doc__
     assert declared.name in objectives.__all__
+
+
+@every
+def test_numbers_of_any_dtype_are_taken_in_that_of_the_log_probs(declared):
+    objective = ready(declared)
+    logps, extras = plain_logps(objective), plain_extras(objective)
+    wide = {name: one.double() if one.is_floating_point() else one for name, one in extras.items()}
+    wide |= {name: one.int() for name, one in extras.items() if one.dtype == torch.bool}
+    expected = objective(*logps, **extras)
+    for got, want in zip(objective(*logps, **wide), expected, strict=True):
+        assert got is want is None or torch.equal(got, want)
+    assert expected.losses.dtype == torch.float32
+
+
+@those(lambda one: "labels" in one.extras)
+def test_labels_are_two(declared):
+    objective, logps = ready(declared), plain_logps(declared)
+    labels = torch.tensor([1, -1, 1, -1])
+    with pytest.raises(ValueError, match="labels must be 0 or 1, got -1"):
+        objective(*logps, labels=labels)
+    ones = objective(*logps, labels=(labels > 0).float()).losses
+    assert torch.equal(ones, objective(*logps, labels=labels > 0).losses)
+
+
+@every
+def test_nothing_at_all(declared):
+    objective = ready(declared)
+    logps = [one[:0].requires_grad_() for one in plain_logps(objective)]
+    extras = {
+        name: one if objective.extras[name].shapes == ("number",) else one[:0]
+        for name, one in plain_extras(objective).items()
+    }
+    losses = objective(*logps, **extras).losses
+    assert losses.shape == (0,)
+    (losses.sum() + sum(one.sum() for one in logps)).backward()

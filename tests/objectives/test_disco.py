@@ -178,9 +178,9 @@ def test_far_off_policy_stays_finite(score, kl_estimator):
 
 
 CASES = {
-    "rewards beyond 1": (
+    "rewards that are neither": (
         ValueError,
-        r"disco: rewards must be in \[0, 1\], got -1",
+        "disco: rewards must be 0 or 1, got -1",
         lambda: evaluate(extras=EXTRAS | {"rewards": 2 * REWARDS - 1}),
     ),
     "a group id a token": (

@@ -48,7 +48,7 @@ def evaluate(objective, **extras):
 @pytest.mark.parametrize("name", ["dpo", "simpo", "sft"])
 def test_wpo_weighs_losses_and_gradients(name, clamp):
     extras = {key: value for key, value in LENGTHS.items() if key in get(name).extras}
-    weights = WEIGHTS["chosen_weights"] * WEIGHTS["rejected_weights"]
+    weights = WEIGHTS["chosen_weights"].double() * WEIGHTS["rejected_weights"].double()
     weights = weights.clamp(max=1) if clamp else weights
     plain, slopes = evaluate(get(name), **extras)
     result, gradients = evaluate(wpo(name, clamp=clamp), **extras, **WEIGHTS)

@@ -136,6 +136,9 @@ def test_alpha_po_becomes_simpo():
     close(evaluate(objectives.alpha_po, alpha=0.0, **COUNTS), simpo)
     for alpha in (1e-9, -1e-9, 1e-300):
         close(evaluate(objectives.alpha_po, alpha=alpha, **COUNTS), simpo, rtol=1e-6, atol=1e-6)
+    fp32 = torch.tensor(LOGPS).float()
+    simpo = evaluate(objectives.simpo, fp32, gamma=0.1, **COUNTS)
+    close(evaluate(objectives.alpha_po, fp32, alpha=1e-40, **COUNTS), simpo, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [20.0, 0.01, 1e-3])

@@ -53,9 +53,11 @@ def target_logits(
 def settle(
     sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
 ) -> tuple[RowScores, Tensor]:
-    out = sums.sum.new_empty((5, sums.sum.shape[0]))
-    if out.numel():
-        row_scores.row_scores_kernel[(triton.cdiv(out.shape[1], row_scores.ROWS),)](
+    rows = sums.sum.shape[0]
+    # Each vector starts at a multiple of 16 bytes: kernels are compiled anew for any that does not.
+    out = sums.sum.new_empty((5, rows + -rows % 4))
+    if rows:
+        row_scores.row_scores_kernel[(triton.cdiv(rows, row_scores.ROWS),)](
             sums.sum,
             sums.anchor,
             sums.offset,
@@ -63,13 +65,14 @@ def settle(
             *own,
             exps,
             out,
+            rows,
             out.shape[1],
             0 if exps is None else exps.stride(0),
             *_map_arguments(map),
             BLOCK_ROWS=row_scores.ROWS,
             CAPPED=map.cap != 0,
         )
-    *scores, scale = out
+    *scores, scale = out[:, :rows]
     return RowScores(*scores), scale
 
 

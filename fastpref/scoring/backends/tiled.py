@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..rows import RowScores, RowSums, TargetLogits, settle, target_logits
 from ..types import LogitMap
-from . import RowKernels, UpstreamGradient, unavailable_reason
+from . import RowKernels, UpstreamGradient
 
 
 class TileKernels(RowKernels, Protocol):
@@ -98,27 +97,13 @@ class Tiled:
         bias: Tensor | None,
         map: LogitMap,
     ) -> TargetLogits:
-        glue = _glue(hidden.device.type)
-        if glue is not None and glue.matrices_supported(hidden, weight) is None:
-            return glue.target_logits(hidden, weight, target, bias, map)  # type: ignore[no-any-return]
         dot = functools.partial(self.kernels.gather_dot, hidden, weight)
         return target_logits(dot, target, weight.shape[0], bias, map)
 
     def settle(
         self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
     ) -> tuple[RowScores, Tensor]:
-        glue = _glue(sums.sum.device.type)
-        if glue is not None and sums.sum.dtype == torch.float32:
-            return glue.settle(sums, own, exps, map)  # type: ignore[no-any-return]
         return settle(sums, own, exps, map)
 
     def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         return self.kernels.scale_rows(rows, factor, out)
-
-
-@functools.cache
-def _glue(device_type: str) -> Any | None:
-    """Triton's kernels for what lies between products, where they can be launched."""
-    if device_type != "cuda" or unavailable_reason("triton", device_type) is not None:
-        return None
-    return importlib.import_module(".glue", __package__)

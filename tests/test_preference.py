@@ -209,3 +209,159 @@ def run_packed(objective, data: Data, **changes):
         cu_seqlens=boundaries,
         **changes,
     )
+
+
+def test_reference_log_probs_by_token_are_those_of_a_live_reference() -> None:
+    objective, data = objectives.get("dpo"), Data()
+    live = run(objective, data, token_weights=data.token_weights)
+    ref = token_logp(data.ref_hidden, data.ref_weight, data.ref_bias, data).detach()
+    arguments = (data.hidden, data.weight, data.target, objective)
+    given = preference_loss(
+        *arguments, bias=data.bias, ref_logps=ref, token_weights=data.token_weights
+    )
+    torch.testing.assert_close(given.losses, live.losses)
+    keep = torch.ones(B, T, dtype=torch.bool)
+    packed = preference_loss(
+        data.hidden[keep],
+        data.weight,
+        data.target[keep],
+        objective,
+        bias=data.bias,
+        cu_seqlens=torch.arange(0, B * T + 1, T),
+        ref_logps=ref[keep],
+        token_weights=data.token_weights[keep],
+    )
+    torch.testing.assert_close(packed.losses, live.losses)
+    sums = preference_loss(*arguments, bias=data.bias, ref_logps=ref.sum(1))
+    torch.testing.assert_close(sums.losses, run(objective, data).losses)
+    with pytest.raises(ValueError, match="sums cannot be weighed"):
+        preference_loss(*arguments, ref_logps=ref.sum(1), token_weights=data.token_weights)
+
+
+def test_reductions_and_denominator() -> None:
+    objective, data = objectives.get("ipo"), Data()
+    each = run(objective, data, reduction="none").loss
+    assert each.shape == (4,) and each.requires_grad
+    assert torch.equal(run(objective, data, reduction="sum").loss, each.sum())
+    assert torch.equal(run(objective, data).loss, each.mean())
+    for denominator in (16, torch.tensor(16.0)):
+        loss = run(objective, data, denominator=denominator).loss
+        torch.testing.assert_close(loss, each.sum() / 16, check_dtype=False)
+
+
+def test_accumulated_batches_have_the_gradient_of_the_whole_one() -> None:
+    objective, data = objectives.get("dpo"), Data()
+    (whole,) = torch.autograd.grad(run(objective, data, layout="interleaved").loss, data.weight)
+    parts = torch.zeros_like(whole)
+    for rows in (slice(0, 2), slice(2, 8)):
+        loss = preference_loss(
+            data.hidden[rows],
+            data.weight,
+            data.target[rows],
+            objective,
+            layout="interleaved",
+            bias=data.bias,
+            ref_hidden=data.ref_hidden[rows],
+            ref_weight=data.ref_weight,
+            ref_bias=data.ref_bias,
+            denominator=4,
+        ).loss
+        parts += torch.autograd.grad(loss, data.weight)[0]
+    torch.testing.assert_close(parts, whole)
+
+
+def test_metrics_of_lists_leave_absent_responses_out() -> None:
+    data = Data()
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    scores = torch.tensor([[1.0, 2, torch.nan, 9], [0.1, 0.5, 0.2, torch.nan]])
+    output = run(
+        objectives.get("adpo"),
+        data,
+        layout="groups",
+        group_size=4,
+        extras={"mask": mask, "scores": scores},
+    )
+    rewards = output.rewards.view(2, 4)
+    right = [rewards[0, :2].argmax() == 1, rewards[1, :3].argmax() == 1]
+    assert output.metrics["rewards/accuracies"].item() == sum(right) / 2
+    there = rewards[mask != 0]
+    torch.testing.assert_close(output.metrics["rewards/mean"], there.mean())
+
+
+def test_further_metrics() -> None:
+    data = Data()
+    output = run(objectives.get("dpo"), data, outputs=("entropy", "mean_logits", "accuracy"))
+    safe = torch.where(data.scored[..., None], data.hidden, 0)
+    logits = (safe @ data.weight.t() + data.bias).detach()
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    hit = logits.argmax(-1) == data.target
+    chosen = data.scored & (torch.arange(B) < 4)[:, None]
+    rejected = data.scored & ~chosen
+    for name, values, tokens in (
+        ("entropy", entropy, data.scored),
+        ("logits/chosen", logits.mean(-1), chosen),
+        ("logits/rejected", logits.mean(-1), rejected),
+        ("mean_token_accuracy", hit.double(), chosen),
+    ):
+        expected = values[tokens].mean()
+        torch.testing.assert_close(output.metrics[name], expected, check_dtype=False)
+        assert output.metrics[name].dim() == 0 and not output.metrics[name].requires_grad
+
+
+WRONG = {
+    "target": ({"target": [1]}, TypeError, "target must be a torch.Tensor, got list"),
+    "odd rows": ({"layout": "halves", "rows": 7}, ValueError, "an even number of rows, got 7"),
+    "lists": ({"objective": "adpo"}, ValueError, "adpo compares lists: pass layout='groups'"),
+    "uneven groups": (
+        {"objective": "adpo", "layout": "groups", "group_size": 3},
+        ValueError,
+        "group_size must divide the number of rows, got 3 and 8 rows",
+    ),
+    "no reference": ({"ref_hidden": None}, ValueError, "dpo compares with a reference: pass"),
+    "useless reference": ({"objective": "simpo"}, ValueError, "simpo takes no reference"),
+    "missing extra": (
+        {"objective": "madpo"},
+        ValueError,
+        r"madpo needs extras={'reward_margin': ...}, a \(P,\) tensor",
+    ),
+    "unknown extra": ({"extras": {"foo": torch.ones(4)}}, TypeError, "dpo has no extra foo"),
+    "extras": ({"extras": [1]}, TypeError, "extras must map names to tensors, got list"),
+    "layout": ({"layout": "rows"}, ValueError, "layout must be 'halves', 'interleaved'"),
+    "index": ({"layout": torch.tensor([[0, 8]])}, ValueError, "layout must name rows from 0 to 7"),
+    "both references": ({"ref_logps": torch.zeros(8)}, ValueError, "both say what the reference"),
+    "cu_seqlens": ({"cu_seqlens": torch.tensor([0, 8])}, ValueError, r"target must be \(B, T\)"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+    "denominator": ({"denominator": "3"}, TypeError, "denominator must be a number, got str"),
+    "outputs": ({"outputs": None}, ValueError, "outputs must be a tuple of names"),
+    "weights": ({"token_weights": torch.ones(8)}, ValueError, "token_weights must be shaped like"),
+    "hyperparameter": ({"gamma": 1.0}, TypeError, "dpo has no hyperparameter gamma"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_named(case: str) -> None:
+    changes, error, message = WRONG[case]
+    rows, data = changes.get("rows", B), Data()
+    given = {
+        "hidden": data.hidden[:rows],
+        "weight": data.weight,
+        "target": data.target[:rows],
+        "objective": "dpo",
+        "ref_hidden": data.ref_hidden[:rows],
+        "ref_weight": data.ref_weight,
+    }
+    given |= {name: value for name, value in changes.items() if name != "rows"}
+    if given["ref_hidden"] is None:
+        given["ref_weight"] = None
+    with pytest.raises(error, match=message):
+        preference_loss(**given)
+
+
+def test_an_output_that_was_rebuilt_says_what_it_lost() -> None:
+    output = run(objectives.get("dpo"), Data())
+    with pytest.raises(AttributeError, match="rebuilt from its fields"):
+        _ = output._replace(loss=output.loss * 2).chosen_logps
+    unit = run(objectives.get("npo"), Data())
+    with pytest.raises(AttributeError, match="of a pairwise objective"):
+        _ = unit.chosen_logps

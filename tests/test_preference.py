@@ -270,6 +270,30 @@ def test_accumulated_batches_have_the_gradient_of_the_whole_one() -> None:
     torch.testing.assert_close(parts, whole)
 
 
+@pytest.mark.parametrize("name", ["dapo", "bnpo", "cispo"])
+def test_accumulation_of_what_is_divided_by_tokens(name: str) -> None:
+    objective, data = objectives.get(name), Data()
+    extras = {key: EXTRAS["token"][key] for key in ("advantages", "old_token_logp")}
+
+    def loss(rows: slice, denominator: float | None) -> Tensor:
+        return preference_loss(
+            data.hidden[rows],
+            data.weight,
+            data.target[rows],
+            objective,
+            bias=data.bias,
+            extras={key: one[rows] for key, one in extras.items()},
+            denominator=denominator,
+        ).loss
+
+    tokens = data.scored.sum(1)
+    parts = [
+        loss(rows, len(tokens[rows]) * tokens.sum().item() / tokens[rows].sum().item())
+        for rows in (slice(0, 3), slice(3, 8))
+    ]
+    torch.testing.assert_close(sum(parts), loss(slice(0, 8), None))
+
+
 def test_metrics_of_lists_leave_absent_responses_out() -> None:
     data = Data()
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])

@@ -9,6 +9,7 @@ in one place, ``Objective.evaluate``, so a function's body holds its equation an
 import dataclasses
 import difflib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
@@ -48,22 +49,24 @@ P = ParamSpec("P")
 R = TypeVar("R", bound=Losses)
 
 
-class Composite:
+class Composite(ABC):
     """A function made of objectives (modifiers.py). It says its signature itself, and what is set
     on it is set in them."""
 
     signature: Signature
 
     @property
+    @abstractmethod
     def reduction(self) -> Reduction:
-        raise NotImplementedError
+        """As that of an ``Objective``."""
 
+    @abstractmethod
     def __call__(self, *logps: Tensor | None, **keywords: Any) -> Losses:
-        raise NotImplementedError
+        """As a function of its unit."""
 
+    @abstractmethod
     def replace(self, **hyperparameters: Any) -> "Composite":
         """The same with some hyperparameters changed, all of them known."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ import torch
 from fastpref import objectives
 from fastpref.objectives import ListLosses, PairLosses, TokenLosses, UnitLosses, registry
 
-from .formulas import listwise, numeric, pair, token, unit
+from .formulas import listwise, numeric, pair, pair_examples, reference_free, token, unit
 
 RNG = np.random.default_rng(7)
 RESULTS = {"pair": PairLosses, "unit": UnitLosses, "list": ListLosses, "token": TokenLosses}
 SHAPES = {"pair": (12,), "unit": (12,), "list": (5, 4), "token": (12, 9)}
-FORMULAS = pair.FORMULAS | unit.FORMULAS | listwise.FORMULAS | token.FORMULAS
-EXAMPLES = pair.EXAMPLES | unit.EXAMPLES | listwise.EXAMPLES | token.EXAMPLES
+FORMULAS = (
+    pair.FORMULAS | reference_free.FORMULAS | unit.FORMULAS | listwise.FORMULAS | token.FORMULAS
+)
+EXAMPLES = pair_examples.EXAMPLES | unit.EXAMPLES | listwise.EXAMPLES | token.EXAMPLES
 CASES = [
     pytest.param(name, example, id=f"{name}-{number}")
     for name in FORMULAS

@@ -2,19 +2,15 @@
 """Objectives on tokens: TRL, identities, edge cases, and two ranks against one process."""
 
 import collections
-import contextlib
 import math
-import subprocess
-import sys
 import types
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from fastpref import objectives
+from tests.objectives import two_ranks
 
 B, T = 8, 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -32,7 +28,6 @@ GROUPS = {
     "rewards": torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]),
     "group_ids": torch.tensor([7, 7, -2, -2, 7, 7, 0, 0]),
 }
-TIMEOUT = timedelta(seconds=20)  # of one collective
 
 
 def get(name, **hyperparameters):
@@ -351,30 +346,16 @@ def loss_and_slopes(case, rows, group):
     return values.detach()
 
 
-def work(rank, directory):
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(directory / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=TIMEOUT)
+def halves(rank):
     rows = slice(rank * B // 2, (rank + 1) * B // 2)
-    results = {case: loss_and_slopes(case, rows, dist.group.WORLD) for case in COUPLED}
-    torch.save(results, directory / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return {case: loss_and_slopes(case, rows, dist.group.WORLD) for case in COUPLED}
 
 
 def test_two_ranks_are_one_batch(tmp_path):
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(subprocess.Popen([sys.executable, __file__, str(rank), tmp_path]))
-            for rank in range(2)
-        ]
-        for process in processes:
-            stack.callback(process.kill)
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    for rank in range(2):
-        results = torch.load(tmp_path / f"rank{rank}.pt")
+    for found in two_ranks.results(__file__, tmp_path):
         for case in COUPLED:
-            close(results[case], loss_and_slopes(case, slice(None), None))
+            close(found[case], loss_and_slopes(case, slice(None), None))
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    two_ranks.main(halves)

@@ -2,13 +2,8 @@
 """Unpaired objectives: identities, edge cases, TRL, and two ranks against one process."""
 
 import collections
-import contextlib
 import math
-import subprocess
-import sys
 import types
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fastpref import objectives
+from tests.objectives import two_ranks
 
 GENERATOR = torch.Generator().manual_seed(0)
 POLICY, REF = -40 * torch.rand(2, 12, generator=GENERATOR, dtype=torch.float64)
 LABELS = torch.arange(12) % 3 > 0
 COUPLED = {"kto": {"beta": 0.3}, "bco": {"beta": 0.3}}
-TIMEOUT = timedelta(seconds=20)  # of one collective
 
 
 def close(actual, expected, tolerance=1e-9):
@@ -218,36 +213,22 @@ def loss_and_gradient(name, rows, group):
     return values.detach()
 
 
-def work(rank, directory):
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(directory / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=TIMEOUT)
+def halves(rank):
     rows = slice(6 * rank, 6 * rank + 6)
-    results = {name: loss_and_gradient(name, rows, dist.group.WORLD) for name in COUPLED}
-    torch.save(results, directory / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    return {name: loss_and_gradient(name, rows, dist.group.WORLD) for name in COUPLED}
 
 
 def test_two_ranks_are_one_batch(tmp_path):
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(subprocess.Popen([sys.executable, __file__, str(rank), tmp_path]))
-            for rank in range(2)
-        ]
-        for process in processes:
-            stack.callback(process.kill)
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    for rank in range(2):
-        results = torch.load(tmp_path / f"rank{rank}.pt")
+    for found in two_ranks.results(__file__, tmp_path):
         for name in COUPLED:
-            close(results[name], loss_and_gradient(name, slice(None), None))
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+            close(found[name], loss_and_gradient(name, slice(None), None))
 
 
 def test_ddo_checks_a_weight_for_each_response():
     logps, labels = torch.zeros(3), torch.tensor([True, False, True])
     with pytest.raises(ValueError, match="ddo: alpha must be > 0, got -1"):
         objectives.ddo(logps, logps, labels=labels, alpha=torch.tensor([1.0, -1.0, 2.0]))
+
+
+if __name__ == "__main__":
+    two_ranks.main(halves)

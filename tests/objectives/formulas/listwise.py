@@ -72,7 +72,7 @@ def lambda_loss(u, scores, ranks):
 
     G = 2^score - 1, D(r) = log(1 + r).
     """
-    # Choice: natural logarithm (Annex A says so of rank_dpo, and LiPO prints log), a plain sum over
+    # Choice: natural logarithm (said of rank_dpo, and LiPO prints log), a plain sum over
     # pairs, no division by the ideal DCG. Equal scores make no pair.
     gain, discount = 2.0**scores - 1.0, 1.0 / np.log(1.0 + ranks)
     weight = np.abs(np.subtract.outer(gain, gain) * np.subtract.outer(discount, discount))
@@ -99,7 +99,7 @@ def lipo(x, *, scores, beta=0.1, variant="lambda", alpha=10.0):
     if variant == "lambda":
         return lambda_loss(u, scores, positions(frozen(u))), frozen(u)
     # Choice: -NDCG, that is -DCG over the ideal DCG, as the name and allRank's code have it (the
-    # line of losses.md has no divisor); 0 where no response has a gain. Soft position
+    # line of the catalogue has no divisor); 0 where no response has a gain. Soft position
     # 1 + sum_{j != i} S(-alpha (u_i - u_j)), discount log2(1 + position).
     gain = 2.0**scores - 1.0
     ideal = np.sum(gain / np.log2(1.0 + positions(scores)))
@@ -157,7 +157,7 @@ def pro(x, *, scores=None, ranks=None, lengths, tau=1.0, sft_weight=0.05):
     """2306.17492: -sum_k log softmax over the k-th and worse of sbar / tau, + weight nll(best)."""
     sbar = mean_per_token(x, lengths)
     order = best_first(scores, ranks)
-    # Choice: nll is per token, -sbar, as `chosen_nll` is by default everywhere in Annex A. Rewards
+    # Choice: nll is per token, -sbar, as `chosen_nll` is by default everywhere. Rewards
     # are sbar / tau, what the softmax compares.
     loss = plackett_luce_of(sbar[order] / tau) - sft_weight * sbar[order[0]]
     return loss, frozen(sbar / tau)
@@ -166,7 +166,7 @@ def pro(x, *, scores=None, ranks=None, lengths, tau=1.0, sft_weight=0.05):
 def rrhf(x, *, scores=None, ranks=None, lengths, sft_weight=1.0):
     """2304.05302: sum over pairs of relu(sbar_worse - sbar_better), + weight nll(best)."""
     sbar = mean_per_token(x, lengths)
-    # Choice: of equal scores the earlier is the better (Annex A: ties keep input order), so they
+    # Choice: of equal scores the earlier is the better (ties keep input order), so they
     # make a pair, which the paper's strict r_i < r_j does not. nll is per token, as for pro.
     s = sbar[best_first(scores, ranks)]
     pairs = sum(np.sum(relu(s[i + 1 :] - s[i])) for i in range(len(s)))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pairwise objectives of Annex A, written in numpy from their papers.
+"""The pairwise objectives with a reference, written in numpy from their papers.
 
-Every formula takes the arrays (policy_chosen, policy_rejected, ref_chosen, ref_rejected), without
-a reference the first two, and returns (losses, chosen_rewards, rejected_rewards). Letters: w and l
-are chosen and rejected, x = policy - reference, m = beta (x_w - x_l), s a sum of log-probabilities,
-n its number of tokens, `_bar` a mean per token. Where a paper and its code leave something open, a
-comment `# Choice:` says what is taken and why.
+Every formula takes the arrays (policy_chosen, policy_rejected, ref_chosen, ref_rejected) and
+returns (losses, chosen_rewards, rejected_rewards). Letters: w and l are chosen and rejected,
+x = policy - reference, m = beta (x_w - x_l), s a sum of log-probabilities, n its number of tokens,
+`_bar` a mean per token. Where a paper and its code leave something open, a comment `# Choice:` says
+what is taken and why.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,6 @@ from .numeric import (
     arctan,
     clip,
     frozen,
-    log1mexp,
     log_sigmoid,
     logsumexp,
     mean_per_token,
@@ -51,7 +50,7 @@ def smoothed(m, label_smoothing):
 
 def chosen_sft(sft_weight, policy_chosen, chosen_nll, chosen_lengths):
     """sft_weight nll, where nll is by default the mean over the chosen tokens."""
-    # Choice: without either extra the term exists only at weight 0, since Annex A's default of
+    # Choice: without either extra the term exists only at weight 0, since the default of
     # chosen_nll needs the lengths (flex_dpo has none).
     if chosen_nll is None and chosen_lengths is None:
         if sft_weight != 0:
@@ -59,9 +58,6 @@ def chosen_sft(sft_weight, policy_chosen, chosen_nll, chosen_lengths):
         return 0.0
     nll = mean_per_token(-policy_chosen, chosen_lengths) if chosen_nll is None else chosen_nll
     return sft_weight * nll
-
-
-# With a reference.
 
 
 @formula
@@ -190,7 +186,7 @@ def sigmoid_norm(*logps, chosen_lengths, rejected_lengths, beta=5.0):
     # Tulu 3, 2411.15124: DPO on means over tokens.
     x_w, x_l = log_ratios(*logps)
     gap = mean_per_token(x_w, chosen_lengths) - mean_per_token(x_l, rejected_lengths)
-    # Choice: the rewards are beta times the summed log-ratio, Annex A's rule and TRL's code.
+    # Choice: the rewards are beta times the summed log-ratio, the catalogue's rule and TRL's code.
     return rewarded(softplus(-beta * gap), beta * x_w, beta * x_l)
 
 
@@ -207,7 +203,7 @@ def f_dpo(*logps, beta=0.1, divergence="reverse_kl", alpha=None):
         return -np.exp(-alpha * x) / alpha
 
     x_w, x_l = log_ratios(*logps)
-    # Choice: the rewards are beta x for every divergence, as Annex A says and TRL does.
+    # Choice: the rewards are beta x for every divergence, as the catalogue says and TRL does.
     return rewarded(softplus(-beta * (phi(x_w) - phi(x_l))), beta * x_w, beta * x_l)
 
 
@@ -327,7 +323,7 @@ def beta_dpo(*logps, running_mean, keep=None, beta=0.1, alpha=0.6, beta_min=0.00
     # Choice: the code divides the sum over kept pairs by their number, so a kept loss counts
     # P / kept and a dropped one 0: the plain mean is then the published loss.
     losses = softplus(-batch_beta * gap) * keep * (keep.size / np.sum(keep))
-    # Choice: the rewards have the given beta, not the batch's (Annex A's rule, the official code).
+    # Choice: the rewards have the given beta, not the batch's (as in the official code).
     return rewarded(losses, beta * x_w, beta * x_l)
 
 
@@ -350,7 +346,7 @@ def alpha_dpo(
     x_bar_w, x_bar_l = mean_per_token(x_w, chosen_lengths), mean_per_token(x_l, rejected_lengths)
     z = (x_bar_w - x_bar_l - running_mean) / running_std
     losses = softplus(-beta * (s_w - s_l - frozen(gamma / beta + alpha * z)))
-    # Choice: the rewards are beta x by Annex A's rule (the code logs beta (s_bar - alpha x_bar)).
+    # Choice: the rewards are beta x (the code logs beta (s_bar - alpha x_bar)).
     return rewarded(losses, beta * x_w, beta * x_l)
 
 
@@ -362,7 +358,7 @@ def epsilon_dpo(*logps, margin_plus, margin_minus, beta=0.01, epsilon=0.01):
     up = (margin_plus > margin) & (margin > margin_minus)
     down = (margin_minus > margin) & (margin > margin_plus)
     pair_beta = beta / (1 + epsilon * (up.astype(float) - down))
-    # Choice: the rewards have the given beta, by Annex A's rule (the code takes the pair's).
+    # Choice: the rewards have the given beta, by the catalogue's rule (the code takes the pair's).
     return rewarded(softplus(-pair_beta * (x_w - x_l)), beta * x_w, beta * x_l)
 
 
@@ -372,7 +368,7 @@ def relative_po(*logps, prompt_embeddings, beta=0.1, tau=0.5):
     x_w, x_l = log_ratios(*logps)
     directions = prompt_embeddings / np.linalg.norm(prompt_embeddings, axis=-1, keepdims=True)
     weights = softmax(directions @ directions.T / tau, axis=-1)
-    # Choice: the weights stand outside the logistic loss, as Annex A and losses.md write it (the
+    # Choice: the weights stand outside the logistic loss, as the catalogue has it (the
     # official code has them inside, and the plain mean over j).
     losses = np.sum(weights * softplus(-beta * (x_w[:, None] - x_l[None, :])), axis=-1)
     return rewarded(losses, beta * x_w, beta * x_l)
@@ -440,7 +436,7 @@ def rainbow_po(
         u = -phi * np.log(ref_entropy) * u
     losses = softplus(-u) if function == "logistic" else -np.log(arctan(u) / np.pi + 0.5)
     x_w, x_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    # Choice: the rewards are beta times the summed log-ratio, by Annex A's rule.
+    # Choice: the rewards are beta times the summed log-ratio, by the catalogue's rule.
     return rewarded(losses, beta * x_w, beta * x_l)
 
 
@@ -448,7 +444,7 @@ def rainbow_po(
 def dpo_shift(*logps, shift, beta=0.1):
     # 2502.07599.
     x_w, x_l = log_ratios(*logps)
-    # Choice: the rewards are beta x, unshifted, by Annex A's rule.
+    # Choice: the rewards are beta x, unshifted, by the catalogue's rule.
     return rewarded(softplus(-beta * (x_w - shift * x_l)), beta * x_w, beta * x_l)
 
 
@@ -473,7 +469,7 @@ def tdpo(*logps, chosen_kl, rejected_kl, beta=0.1, alpha=0.5, version=2):
         drift = rejected_kl - chosen_kl
     else:
         drift = alpha * (rejected_kl - frozen(chosen_kl))
-    # Choice: the rewards are beta x, without the KL, by Annex A's rule.
+    # Choice: the rewards are beta x, without the KL, by the catalogue's rule.
     return rewarded(softplus(-beta * (x_w - x_l - drift)), beta * x_w, beta * x_l)
 
 
@@ -498,304 +494,3 @@ def ofs_dpo(
     sign, lead = (1, own_gap - other_gap) if role == "fast" else (-1, other_gap - own_gap)
     losses = softplus(-beta * (x_w - x_l)) + sign * alpha * softplus(-beta * lead)
     return rewarded(losses, beta * x_w, beta * x_l)
-
-
-# Without a reference.
-
-
-@formula
-def simpo(
-    policy_chosen,
-    policy_rejected,
-    *,
-    chosen_lengths,
-    rejected_lengths,
-    beta=2.5,
-    gamma=1.0,
-    label_smoothing=0.0,
-):
-    # 2405.14734.
-    s_w = mean_per_token(policy_chosen, chosen_lengths)
-    s_l = mean_per_token(policy_rejected, rejected_lengths)
-    losses = smoothed(beta * (s_w - s_l) - gamma, label_smoothing)
-    return rewarded(losses, beta * s_w, beta * s_l)
-
-
-@formula
-def alpha_po(
-    policy_chosen,
-    policy_rejected,
-    *,
-    chosen_lengths,
-    rejected_lengths,
-    alpha=0.25,
-    beta=2.5,
-    gamma=0.1,
-):
-    # 2501.03884: r = beta (1 - p^-alpha) / alpha with p the mean probability of a token.
-    def reward(total, lengths):
-        s = mean_per_token(total, lengths)
-        return beta * s if alpha == 0 else -beta * np.expm1(-alpha * s) / alpha
-
-    # Choice: the rewards are r itself, the score compared (TRL too).
-    r_w, r_l = reward(policy_chosen, chosen_lengths), reward(policy_rejected, rejected_lengths)
-    return rewarded(softplus(-(r_w - r_l - gamma)), r_w, r_l)
-
-
-@formula
-def cpo(
-    policy_chosen,
-    policy_rejected,
-    *,
-    chosen_lengths=None,
-    chosen_nll=None,
-    beta=0.1,
-    label_smoothing=0.0,
-    sft_weight=1.0,
-):
-    # 2401.08417.
-    losses = smoothed(beta * (policy_chosen - policy_rejected), label_smoothing)
-    losses = losses + chosen_sft(sft_weight, policy_chosen, chosen_nll, chosen_lengths)
-    return rewarded(losses, beta * policy_chosen, beta * policy_rejected)
-
-
-@formula
-def orpo(
-    policy_chosen,
-    policy_rejected,
-    *,
-    chosen_lengths,
-    rejected_lengths,
-    chosen_nll=None,
-    beta=0.1,
-    sft_weight=1.0,
-):
-    # 2403.07691: odds p / (1 - p), p the mean probability of a token.
-    s_w = mean_per_token(policy_chosen, chosen_lengths)
-    s_l = mean_per_token(policy_rejected, rejected_lengths)
-    log_odds_ratio = (s_w - log1mexp(s_w)) - (s_l - log1mexp(s_l))
-    losses = chosen_sft(sft_weight, policy_chosen, chosen_nll, chosen_lengths)
-    losses = losses + beta * softplus(-log_odds_ratio)
-    # Choice: the rewards are beta times the mean log-probability (ORPO in TRL), not the log-odds.
-    return rewarded(losses, beta * s_w, beta * s_l)
-
-
-@formula
-def asft(
-    policy_chosen,
-    policy_rejected,
-    *,
-    chosen_lengths,
-    rejected_lengths,
-    chosen_nll=None,
-    beta=0.1,
-    sft_weight=1.0,
-):
-    # Aligned supervised fine-tuning, 2409.10571: -log S(logit p_w) - log S(-logit p_l).
-    s_w = mean_per_token(policy_chosen, chosen_lengths)
-    s_l = mean_per_token(policy_rejected, rejected_lengths)
-    logit_w, logit_l = s_w - log1mexp(s_w), s_l - log1mexp(s_l)
-    losses = chosen_sft(sft_weight, policy_chosen, chosen_nll, chosen_lengths)
-    losses = losses - beta * (log_sigmoid(logit_w) + log_sigmoid(-logit_l))
-    # Choice: the rewards are as in orpo, of which this is the separable form.
-    return rewarded(losses, beta * s_w, beta * s_l)
-
-
-@formula
-def simper(policy_chosen, policy_rejected, *, chosen_lengths, rejected_lengths):
-    # 2502.00883: inverse perplexities.
-    s_w = mean_per_token(policy_chosen, chosen_lengths)
-    s_l = mean_per_token(policy_rejected, rejected_lengths)
-    # Choice: the rewards are the mean log-probabilities (official code); there is no beta.
-    return rewarded(-np.exp(s_w) + np.exp(s_l), s_w, s_l)
-
-
-@formula
-def slic(
-    policy_chosen,
-    policy_rejected,
-    *,
-    chosen_lengths=None,
-    chosen_nll=None,
-    delta=1.0,
-    sft_weight=0.1,
-):
-    # 2305.10425.
-    losses = relu(delta - policy_chosen + policy_rejected)
-    losses = losses + chosen_sft(sft_weight, policy_chosen, chosen_nll, chosen_lengths)
-    # Choice: there is no beta, so the rewards are the summed log-probabilities it compares.
-    return rewarded(losses, policy_chosen, policy_rejected)
-
-
-@formula
-def amapo(
-    policy_chosen,
-    policy_rejected,
-    *,
-    chosen_lengths,
-    rejected_lengths,
-    beta=2.5,
-    label_smoothing=0.0,
-):
-    # 2511.09385: pairs below the batch's mean gap get a margin.
-    s_w = mean_per_token(policy_chosen, chosen_lengths)
-    s_l = mean_per_token(policy_rejected, rejected_lengths)
-    gap = frozen(s_w - s_l)
-    # Choice: the sample standard deviation (divisor P - 1) without an eps: the official code calls
-    # torch.std. Where it is 0 no gap lies below the mean, and the margin is 0.
-    mean, below = np.mean(gap), gap < np.mean(gap)
-    deviation = np.std(gap, ddof=1) if np.any(below) else 1.0
-    margin = beta * np.where(below, np.exp((mean - gap) / deviation * mean), 0.0)
-    losses = smoothed(beta * (s_w - s_l) - margin, label_smoothing)
-    return rewarded(losses, beta * s_w, beta * s_l)
-
-
-@formula
-def sft(policy_chosen, policy_rejected, *, chosen_lengths=None, chosen_nll=None):
-    # Choice: there is no beta and nothing compared; the rewards are the summed log-probabilities.
-    losses = chosen_sft(1.0, policy_chosen, chosen_nll, chosen_lengths)
-    return rewarded(losses, policy_chosen, policy_rejected)
-
-
-# Keyword arguments for 12 pairs. Extras do not depend on the log-probabilities.
-
-_PAIRS = 12
-_RANDOM = np.random.default_rng(20240531)
-
-
-def _lengths():
-    return {
-        "chosen_lengths": _RANDOM.integers(4, 40, _PAIRS),
-        "rejected_lengths": _RANDOM.integers(4, 40, _PAIRS),
-    }
-
-
-def _uniform(low, high):
-    return _RANDOM.uniform(low, high, _PAIRS)
-
-
-_LENGTHS = _lengths()
-_CHOSEN_LENGTHS = {"chosen_lengths": _LENGTHS["chosen_lengths"]}
-_NLL = {"chosen_nll": _uniform(0.5, 4.0)}
-_MARGIN = {"reward_margin": _RANDOM.normal(size=_PAIRS) * 3}  # Beyond tau on either side.
-_POSITIVE_MARGIN = {"reward_margin": _uniform(0.05, 6.0)}
-_ENTROPY = {"ref_entropy": _uniform(0.05, 0.95)}
-_KEEP = np.arange(_PAIRS) % 3 != 1
-_PROBS = np.concatenate([[0.0, 1.0, 0.5], _uniform(0.0, 1.0)[3:]])
-_EMBEDDINGS = _RANDOM.normal(size=(_PAIRS, 5))
-_EMBEDDINGS[3] = 2 * _EMBEDDINGS[0]  # The same direction.
-_WINS = {"chosen_win_probs": _uniform(0.4, 1.0), "rejected_win_probs": _uniform(0.0, 0.6)}
-_Q_VALUES = {"chosen_q_values": _uniform(0.0, 3.0), "rejected_q_values": _uniform(0.0, 5.0)}
-_KLS = {"chosen_kl": _uniform(0.0, 8.0), "rejected_kl": _uniform(0.0, 8.0)}
-_OTHER = {"other_chosen_logps": _uniform(-60, -5), "other_rejected_logps": _uniform(-60, -5)}
-_MOMENTS = {"running_mean": np.array(0.3), "running_std": np.array(0.7)}
-# Steps up, down and not at all, whatever the margin of the policy is.
-_STEPS = {
-    "margin_plus": np.tile([1e3, -1e3, 1e3, -1e3], 3),
-    "margin_minus": np.tile([-1e3, 1e3, 1e3, -1e3], 3),
-}
-
-EXAMPLES: dict[str, list[dict]] = {
-    "dpo": [{}, {"beta": 0.5, "label_smoothing": 0.2}],
-    "robust_dpo": [{}, {"label_smoothing": 0.0}, {"beta": 0.5, "label_smoothing": 0.45}],
-    "ipo": [{**_LENGTHS}, {"normalize": "sum"}, {**_LENGTHS, "beta": 1.0, "normalize": "mean"}],
-    "hinge": [{}, {"beta": 0.5}],
-    "exo_pair": [{}, {"beta": 0.5, "label_smoothing": 0.3}],
-    "nca_pair": [{}, {"beta": 0.5}],
-    "bco_pair": [{}, {"delta": np.array(0.8)}, {"delta": np.array(-1.5), "beta": 0.5}],
-    "sppo": [{**_WINS}, {**_WINS, "beta": 0.1}],
-    "sppo_hard": [{}, {"beta": 0.1}],
-    "aot": [{}, {"beta": 0.5, "label_smoothing": 0.2}],
-    "aot_unpaired": [{}, {"beta": 0.5, "label_smoothing": 0.2}],
-    "apo_zero": [{}, {"beta": 0.5}],
-    "apo_down": [{}, {"beta": 0.5}],
-    "discopop": [{}, {"beta": 0.1, "tau": 1.0}],
-    "sigmoid_norm": [{**_LENGTHS}, {**_LENGTHS, "beta": 1.0}],
-    "f_dpo": [
-        {},
-        {"divergence": "forward_kl", "beta": 1e-5},
-        {"divergence": "js"},
-        {"divergence": "alpha", "alpha": 0.3, "beta": 0.01},
-    ],
-    "chi_po": [{}, {"max_reward": 1.0}, {"beta": 0.01, "max_reward": 0.2}],
-    "madpo": [
-        {**_MARGIN},
-        {**_MARGIN, "c_min": 0.2, "c_max": 4.0, "slope": 0.5, "tau": 1.0},
-        {**_MARGIN, "c_min": 1.0},
-        {**_MARGIN, "c_max": 1.0, "beta": 0.5},
-    ],
-    "da_dpo": [{**_MARGIN}, {**_MARGIN, "beta": 0.05, "alpha": 0.3}],
-    "flex_dpo": [
-        {},
-        {**_NLL, "sft_weight": 0.5},
-        {**_NLL, "beta_chosen": 0.05, "beta_rejected": 0.2, "sft_weight": 0.0},
-    ],
-    "soft_label_dpo": [{"preference_probs": _PROBS}, {"preference_probs": _PROBS, "beta": 0.5}],
-    "odpo": [{**_POSITIVE_MARGIN}, {**_POSITIVE_MARGIN, "beta": 0.5, "alpha": 0.3}],
-    "rpo_reward": [
-        {**_MARGIN},
-        {**_MARGIN, "distance": "forward_kl", "eta": 0.5},
-        {**_MARGIN, "distance": "square", "beta": 0.5},
-    ],
-    "r_dpo": [{**_LENGTHS}, {**_LENGTHS, "beta": 0.5, "alpha": 0.05}],
-    "dpop": [{}, {"beta": 0.05, "penalty": 0.5}],
-    "cal_dpo": [{}, {"beta": 0.1, "calibration_weight": 0.5}],
-    "dr_dpo": [{}, {"beta": 0.5, "tau": 0.3}, {"tau": 10.0}],
-    "beta_dpo": [
-        {"running_mean": np.array(0.4)},
-        {"running_mean": np.array(-1.0), "keep": _KEEP, "alpha": 0.2},
-        {"running_mean": np.array(500.0), "beta": 0.5, "beta_min": 0.01},  # At the floor.
-    ],
-    "alpha_dpo": [
-        {**_MOMENTS, **_LENGTHS},
-        {**_MOMENTS, **_LENGTHS, "beta": 10.0, "gamma": 3.0, "alpha": 0.2},
-    ],
-    "epsilon_dpo": [{**_STEPS}, {**_STEPS, "beta": 0.5, "epsilon": 0.2}],
-    "relative_po": [
-        {"prompt_embeddings": _EMBEDDINGS},
-        {"prompt_embeddings": _EMBEDDINGS, "beta": 0.5, "tau": 0.1},
-    ],
-    "gpo": [
-        {},
-        {"function": "hinge"},
-        {"function": "square", "beta": 0.5},
-        {"function": "exponential"},
-        {"function": "truncated_square"},
-        {"function": "savage", "beta": 0.5},
-    ],
-    "focal_po": [{}, {"beta": 0.5, "gamma": 2.0}],
-    "mallows_po": [
-        {**_ENTROPY},
-        {**_ENTROPY, "loss": "ipo"},
-        {**_ENTROPY, "beta": 0.5, "phi": 1.0, "loss": "ipo"},
-    ],
-    "rainbow_po": [
-        {**_LENGTHS},
-        {**_LENGTHS, **_ENTROPY, "phi": 1.0},
-        {**_LENGTHS, "function": "cauchy", "alpha": 0.0},
-        {**_LENGTHS, **_ENTROPY, "function": "cauchy", "beta": 2.0, "alpha": 1.0, "gamma": 0.5},
-    ],
-    "dpo_shift": [{"shift": 0.75}, {"shift": 1.0, "beta": 0.5}, {"shift": 0.1}],
-    "mcts_dpo": [{**_Q_VALUES}, {**_Q_VALUES, "loss": "ipo"}, {**_Q_VALUES, "beta": 0.5}],
-    "tdpo": [{**_KLS}, {**_KLS, "version": 1}, {**_KLS, "beta": 0.5, "alpha": 1.5}],
-    "ofs_dpo": [{**_OTHER}, {**_OTHER, "role": "slow"}, {**_OTHER, "beta": 0.5, "alpha": 0.4}],
-    "simpo": [{**_LENGTHS}, {**_LENGTHS, "beta": 10.0, "gamma": 3.0, "label_smoothing": 0.2}],
-    "alpha_po": [
-        {**_LENGTHS},
-        {**_LENGTHS, "alpha": 0.0, "gamma": 1.0},
-        {**_LENGTHS, "alpha": -0.5, "beta": 10.0},
-        {**_LENGTHS, "alpha": 1e-9},
-    ],
-    "cpo": [
-        {**_CHOSEN_LENGTHS},
-        {**_NLL, "label_smoothing": 0.2, "sft_weight": 0.3},
-        {"sft_weight": 0.0, "beta": 0.5},
-        {**_CHOSEN_LENGTHS, **_NLL},
-    ],
-    "orpo": [{**_LENGTHS}, {**_LENGTHS, **_NLL, "beta": 0.5, "sft_weight": 0.3}],
-    "asft": [{**_LENGTHS}, {**_LENGTHS, **_NLL, "beta": 0.5, "sft_weight": 0.3}],
-    "simper": [{**_LENGTHS}, _lengths()],
-    "slic": [{**_CHOSEN_LENGTHS}, {**_NLL, "delta": 5.0, "sft_weight": 1.0}, {"sft_weight": 0.0}],
-    "amapo": [{**_LENGTHS}, {**_LENGTHS, "beta": 1.0, "label_smoothing": 0.2}],
-    "sft": [{**_CHOSEN_LENGTHS}, {**_NLL}],
-}

@@ -23,7 +23,7 @@ def kto(policy, ref, *, labels, kl=None, beta=0.1, desirable_weight=1.0, undesir
 def bco(policy, ref, *, labels, delta=None, sample_weights=None, beta=0.1):
     """2404.04656: -log S(r - delta) where desirable, -log S(-(r - delta)) where not; r = beta x."""
     r = beta * (policy - ref)
-    # Choice: Annex A's "batch mean of beta x" is the mean over all rows, unweighted and detached
+    # Choice: The "batch mean of beta x" is the mean over all rows, unweighted and detached
     # (the paper's is the mean of the two classes' means: the same where they are equally many).
     d = frozen(r).mean() if delta is None else delta
     losses = np.where(labels, softplus(-(r - d)), softplus(r - d))
@@ -50,7 +50,7 @@ def npo(policy, ref, *, beta=0.1):
 def simnpo(policy, *, lengths, beta=2.5, gamma=0.0):
     """2410.07163: -(2 / beta) log S(-(beta / n) log p - gamma)."""
     # Choice: a response without tokens has a mean of 0, so a loss of (2 / beta) log(1 + e^gamma),
-    # without gradient (design 5; losses.md 9 would have a loss of 0).
+    # without gradient (design 5; the catalogue 9 would have a loss of 0).
     r = beta * mean_per_token(policy, lengths)
     return (2.0 / beta) * softplus(r + gamma), frozen(r)
 

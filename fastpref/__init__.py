@@ -2,8 +2,8 @@
 """Fused preference losses: hidden states to log-probabilities to losses, without the logits."""
 
 from . import _extension, objectives
-from .preference import PreferenceOutput, preference_loss
-from .scoring import ScoringOptions, TokenScores, explain, linear_logprob
+from .preference import PreferenceOutput, explain, preference_loss
+from .scoring import ScoringOptions, TokenScores, linear_logprob
 from .sequences import sequence_logp
 
 __version__ = "0.1.0"

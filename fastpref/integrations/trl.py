@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scoring import ScoringOptions, api, autograd
+from ..scoring import ScoringOptions, autograd
+from ..scoring.request import WeightContext, prepare
 
 logger = logging.getLogger("fastpref")
 
@@ -149,22 +150,20 @@ class LogProbAdapter:
                 "fastpref.integrations.trl.unpatch()"
             )
         with _products_in_hidden_dtype(hidden, weight):
-            call = api.prepare(
+            call, parameters = prepare(
                 hidden,
                 weight,
                 targets,
-                bias,
+                bias=bias,
                 ignore_index=-1,  # no token: TRL has put 0 where it does not score
                 temperature=float(temperature),
                 logit_scale=logit_scale,
                 softcap=softcap,
                 outputs=("logp", *(OUTPUTS[name] for name in outputs if name != "log_probs")),
-                tp_group=None,
-                vocab_range=None,
                 options=_options(hidden.device),
                 weight_context=_weight_context(),
             )
-        scores = autograd.score(call, hidden, weight, bias)
+        scores = autograd.score(call, hidden, parameters)
         values = [getattr(scores, name) for name in OUTPUTS.values()]
         # float64 products give float64 scores; TRL's are float32 always.
         return tuple(
@@ -193,12 +192,12 @@ def _products_in_hidden_dtype(
     return contextlib.nullcontext()
 
 
-def _weight_context() -> autograd.WeightContext | None:
+def _weight_context() -> WeightContext | None:
     """Under ZeRO-3 the head is partitioned again before backward and must be gathered there."""
     deepspeed = importlib.import_module("transformers.integrations.deepspeed")
     if not deepspeed.is_deepspeed_zero3_enabled():
         return None
-    context: autograd.WeightContext = _trl_utils().maybe_gather_lm_head_ctx
+    context: WeightContext = _trl_utils().maybe_gather_lm_head_ctx
     return context
 
 

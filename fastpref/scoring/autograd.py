@@ -1,131 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one autograd node of scoring: hidden, weight and bias in, per-token scores out, any upstream
-gradient back."""
+"""The autograd node of scoring: hidden and the head's parameters in, per-token scores out, any
+upstream gradient back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from . import backends, vocab_parallel
-from .backward import Upstream, backward
+from . import lora, vocab_parallel
+from .backward import Gradients, Upstream, backward
 from .forward import Kept, Run, forward
-from .packing import Packing
-from .schedule import Plan
-from .types import DIFFERENTIABLE, OUTPUTS, Head, LogitMap, TokenScores, statistics_dtype
-
-# Entered around every use of weight and bias in backward: ZeRO-3 gathers partitioned parameters
-# here.
-WeightContext = Callable[[Tensor, Tensor | None], AbstractContextManager[Any]]
+from .request import Call, Parameters
+from .types import DIFFERENTIABLE, OUTPUTS, Head, TokenScores, statistics_dtype
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What one call knows beside its differentiable inputs."""
-
-    target: Tensor  # like hidden without its last dimension
-    packing: Packing
-    plan: Plan
-    map: LogitMap
-    outputs: tuple[str, ...]
-    start: int  # first vocabulary id of the weight
-    columns: int  # rows of the weight in use
-    vocab_size: int
-    group: dist.ProcessGroup | None = None
-    weight_context: WeightContext | None = None
-
-    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
-        dtype = self.plan.dtype
-        if bias is not None:
-            bias = bias[: self.columns].to(statistics_dtype(dtype)).contiguous()
-        return Head(weight[: self.columns].to(dtype), bias, self.map, self.start, self.vocab_size)
-
-
-def score(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> TokenScores:
-    return TokenScores._make(LinearScores.apply(hidden, weight, bias, call))  # type: ignore[no-untyped-call]
+def score(call: Call, hidden: Tensor, parameters: Parameters) -> TokenScores:
+    return TokenScores._make(LinearScores.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
 
 
 class LinearScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+        ctx: Any, call: Call, hidden: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         # An output nobody differentiates must not cost a gradient of zeros.
         ctx.set_materialize_grads(False)
-        plan, packing = call.plan, call.packing
-        with _on_device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-            head = call.head(weight.detach(), None if bias is None else bias.detach())
-            rows = _packed_hidden(hidden.detach(), call)
-            target = packing.gather(call.target.reshape(-1))
-            run = Run(head, plan, backends.load(plan.backend), call.group)
-            scores, kept = forward(run, rows, target, call.outputs)
-            spread = [None if value is None else _unpacked(value, call) for value in scores]
-        if plan.needs_hidden or plan.needs_weight or plan.needs_bias:
+        scores, kept, head = run_forward(call, hidden.detach(), _detached(parameters))
+        if call.request.needs_grad:
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
-            ctx.save_for_backward(hidden, weight, bias, kept.exps)
+            ctx.save_for_backward(hidden, *parameters, kept.exps)
             ctx.kept, ctx.call = replace(kept, exps=None), call
-            cast_once = call.weight_context is None and head.weight.dtype != weight.dtype
-            ctx.cast_head = head if cast_once else None
+            copied = call.plan.copies_weight and call.request.weight_context is None
+            ctx.head = head if copied else None
         ctx.mark_non_differentiable(
             *(
                 value
-                for name, value in zip(OUTPUTS, spread, strict=True)
+                for name, value in zip(OUTPUTS, scores, strict=True)
                 if value is not None and name not in DIFFERENTIABLE
             )
         )
-        return tuple(spread)
+        return tuple(scores)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, exps = ctx.saved_tensors
+        hidden, *parameters, exps = ctx.saved_tensors
         kept = replace(ctx.kept, exps=exps)
         with torch.no_grad():
-            gradients = LinearScores._gradients(ctx, kept, upstream, *saved)
-        if not torch.is_grad_enabled():
-            return (*gradients, None)
-        # Under create_graph; torch's once_differentiable looks at upstream gradients only, and
-        # would let these pass for constants where those are.
-        once = [
-            None if one is None else _OnceDifferentiable.apply(one, *saved, *upstream)  # type: ignore[no-untyped-call]
-            for one in gradients
-        ]
-        return (*once, None)
+            gradients = run_backward(
+                ctx.call, hidden, Parameters(*parameters), kept, upstream, ctx.head
+            )
+        return (None, *once_differentiable(gradients, (hidden, *parameters, *upstream)))
 
-    @staticmethod
-    def _gradients(
-        ctx: Any,
-        kept: Kept,
-        upstream: tuple[Tensor | None, ...],
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        call: Call = ctx.call
-        packing, plan = call.packing, call.plan
-        context = (
-            nullcontext() if call.weight_context is None else call.weight_context(weight, bias)
-        )
-        off = torch.autocast(hidden.device.type, enabled=False)
-        with _on_device_of(hidden), context, off:
-            head = ctx.cast_head or call.head(weight, bias)
-            rows = _packed_hidden(hidden, call)
-            run = Run(head, plan, backends.load(plan.backend), call.group)
-            gradients = backward(run, rows, kept, _packed_upstream(upstream, call))
-            d_hidden = d_weight = d_bias = None
-            if gradients.hidden is not None:
-                d_rows = vocab_parallel.sum_over_ranks(gradients.hidden, call.group)
-                d_hidden = packing.spread(d_rows).view(hidden.shape).to(hidden.dtype)
-            if gradients.weight is not None:
-                d_weight = _padded(gradients.weight, weight)
-            if gradients.bias is not None and bias is not None:
-                d_bias = _padded(gradients.bias, bias)
-        return d_hidden, d_weight, d_bias
+
+def run_forward(
+    call: Call, hidden: Tensor, parameters: Parameters
+) -> tuple[TokenScores, Kept, Head]:
+    """Scores like the target, what backward needs, and the head in the products' dtype."""
+    with products_of(hidden):
+        head = call.head(parameters)
+        rows = packed_rows(call, hidden, parameters)
+        target = call.packing.gather(call.target.reshape(-1))
+        run = Run(head, call.plan, call.backend, call.request.group)
+        scores, kept = forward(run, rows, target, call.request.outputs)
+        spread = (None if value is None else _unpacked(value, call) for value in scores)
+        return TokenScores._make(spread), kept, head
+
+
+def run_backward(
+    call: Call,
+    hidden: Tensor,
+    parameters: Parameters,
+    kept: Kept,
+    upstream: Sequence[Tensor | None],
+    head: Head | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients at hidden and at each of the parameters; None where none is needed.
+
+    ``upstream`` are gradients at the fields of TokenScores.
+    """
+    context = (
+        nullcontext()
+        if call.request.weight_context is None
+        else (call.request.weight_context(parameters.weight, parameters.bias))
+    )
+    with context, products_of(hidden):
+        rows = packed_rows(call, hidden, parameters)
+        run = Run(head or call.head(parameters), call.plan, call.backend, call.request.group)
+        gradients = backward(run, rows, kept, _packed_upstream(upstream, call))
+        d_hidden = d_a = None
+        if gradients.hidden is not None:
+            d_rows, d_a = row_gradients(call, gradients.hidden, rows, parameters)
+            d_hidden = call.packing.spread(d_rows).view(hidden.shape).to(hidden.dtype)
+        found = by_parameter(gradients, d_a, parameters)
+        return d_hidden, *like_parameters(found, parameters)
+
+
+def row_gradients(
+    call: Call, gradient: Tensor, rows: Tensor, parameters: Parameters
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient at wide ``rows`` -> at hidden's rows, and at the update's A."""
+    gradient = vocab_parallel.sum_over_ranks(gradient, call.request.group)
+    return lora.narrow_gradient(gradient, rows, parameters.lora_a, call.request.lora_scale)
+
+
+def by_parameter(
+    gradients: Gradients, d_a: Tensor | None, parameters: Parameters
+) -> tuple[Tensor | None, ...]:
+    """In the order of ``Parameters``, 0 in rows beyond those in use."""
+    weight, bias, _, b = parameters
+    d_bias = _padded(gradients.bias, bias)
+    if b is None:
+        return _padded(gradients.weight, weight), d_bias, None, None
+    return None, d_bias, d_a, _padded(gradients.weight, b)
+
+
+def like_parameters(
+    gradients: Sequence[Tensor | None], parameters: Parameters
+) -> tuple[Tensor | None, ...]:
+    """In the dtype of each."""
+    pairs = zip(gradients, parameters, strict=True)
+    return tuple(None if one is None or own is None else one.to(own.dtype) for one, own in pairs)
+
+
+def once_differentiable(
+    gradients: Sequence[Tensor | None], depends_on: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients; under create_graph such that their own derivatives raise."""
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    # torch's once_differentiable looks at upstream gradients only, and would let these pass for
+    # constants where those are.
+    return tuple(
+        None if one is None else _OnceDifferentiable.apply(one, *depends_on)  # type: ignore[no-untyped-call]
+        for one in gradients
+    )
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -138,18 +152,27 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "fastpref.linear_logprob has no second derivative; where one is needed, score with "
+            "fastpref's fused head has no second derivative; where one is needed, score with "
             "plain torch: (hidden @ weight.T).log_softmax(-1)"
         )
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its arguments' is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@contextlib.contextmanager
+def products_of(tensor: Tensor) -> Iterator[None]:
+    """On the device of ``tensor``, where Triton launches, and in the dtypes given."""
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    with device, torch.autocast(tensor.device.type, enabled=False):
+        yield
 
 
-def _packed_hidden(hidden: Tensor, call: Call) -> Tensor:
-    return call.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(call.plan.dtype)
+def packed_rows(call: Call, hidden: Tensor, parameters: Parameters) -> Tensor:
+    """The scored rows in the products' dtype, widened by an update of the weight."""
+    rows = call.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(call.plan.dtype)
+    return lora.widen(rows, parameters.lora_a, call.request.lora_scale)
+
+
+def _detached(parameters: Sequence[Tensor | None]) -> Parameters:
+    return Parameters._make(None if one is None else one.detach() for one in parameters)
 
 
 def _unpacked(values: Tensor, call: Call) -> Tensor:
@@ -160,7 +183,7 @@ def _unpacked(values: Tensor, call: Call) -> Tensor:
     )
 
 
-def _packed_upstream(upstream: tuple[Tensor | None, ...], call: Call) -> Upstream:
+def _packed_upstream(upstream: Sequence[Tensor | None], call: Call) -> Upstream:
     dtype = statistics_dtype(call.plan.dtype)
     by_name = dict(zip(OUTPUTS, upstream, strict=True))
     return Upstream(
@@ -171,11 +194,12 @@ def _packed_upstream(upstream: tuple[Tensor | None, ...], call: Call) -> Upstrea
     )
 
 
-def _padded(gradient: Tensor, like: Tensor) -> Tensor:
+def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     """The gradient of the rows in use, 0 in rows beyond them."""
-    gradient = gradient.to(like.dtype)
+    if gradient is None or like is None:
+        return None
     if gradient.shape[0] == like.shape[0]:
         return gradient
-    padded = torch.zeros_like(like)
+    padded = gradient.new_zeros(like.shape)
     padded[: gradient.shape[0]] = gradient
     return padded

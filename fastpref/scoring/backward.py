@@ -35,7 +35,8 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """With respect to hidden (N, H), weight (V, H) and the bias added to raw products, (V,)."""
+    """With respect to hidden (N, H), the weight's trained columns (V, H) and the bias added to raw
+    products, (V,)."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -47,12 +48,15 @@ class RowGroup(NamedTuple):
 
     rows: slice
     tile: Callable[[slice, Tensor], Tensor]  # (columns, flat workspace) -> (rows, columns)
-    hidden: Tensor  # (rows, H), scaled by c where the tile is not
+    hidden: Tensor  # (rows, trained columns), scaled by c where the tile is not
     after: Tensor | None  # (rows,), c where the tile is not scaled by it
 
 
-def backward(run: Run, hidden: Tensor, kept: Kept, upstream: Upstream) -> Gradients:
-    """Gradients in the head's dtype (bias: float64)."""
+def backward(
+    run: Run, hidden: Tensor, kept: Kept, upstream: Upstream, onto: Gradients | None = None
+) -> Gradients:
+    """Gradients in the head's dtype (bias: float64); those of weight and bias are added ``onto``
+    totals in the statistics' dtype (bias: float64) where these are given."""
     g = torch.zeros_like(kept.scale) if upstream.logp is None else upstream.logp
     upstream = upstream._replace(logp=g)
     # A row without upstream gradient gets none, whatever it holds.
@@ -62,9 +66,9 @@ def backward(run: Run, hidden: Tensor, kept: Kept, upstream: Upstream) -> Gradie
         return Gradients(d_hidden.masked_fill_((g == 0)[:, None], 0), None, None)
     active = _active_rows(upstream) if hidden.device.type == "cpu" else None
     if active is None:
-        return _products(run, hidden, *_row_groups(run, hidden, kept, upstream, c, None))
+        return _products(run, hidden, onto, *_row_groups(run, hidden, kept, upstream, c, None))
     some = hidden[active]
-    gradients = _products(run, some, *_row_groups(run, some, kept, upstream, c, active))
+    gradients = _products(run, some, onto, *_row_groups(run, some, kept, upstream, c, active))
     if gradients.hidden is None:
         return gradients
     d_hidden = torch.zeros_like(hidden).index_copy_(0, active, gradients.hidden)
@@ -96,18 +100,19 @@ def _row_groups(
     if gathered or inside < total:
         budget = run.plan.memory_budget - kept_rows * vocab * itemsize
         tile = recompute_tile(max(gathered, total - inside), vocab, itemsize, budget)
+    trained = hidden[:, run.head.trained :]
     groups = []
     if exps is not None:
         for rows in _split(0, inside, tile.rows if gathered else inside):
             chosen = rows if active is None else active[rows]
-            scaled = hidden[rows]
+            scaled = trained[rows]
             if run.plan.needs_weight:
                 scaled = run.backend.scale_rows(scaled, c[chosen], torch.empty_like(scaled))
             groups.append(RowGroup(rows, _kept_tile(exps, chosen), scaled, c[chosen]))
     for rows in _split(inside, total, tile.rows):
         chosen = rows if active is None else active[rows]
         source = _recomputed_tile(run, hidden[rows], kept, upstream, chosen)
-        groups.append(RowGroup(rows, source, hidden[rows], None))
+        groups.append(RowGroup(rows, source, trained[rows], None))
     return groups, tile
 
 
@@ -164,7 +169,9 @@ def _shaped(workspace: Tensor, rows: int, columns: slice) -> Tensor:
     return workspace[: rows * stride].view(rows, stride)[:, :cols]
 
 
-def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> Gradients:
+def _products(
+    run: Run, hidden: Tensor, onto: Gradients | None, groups: list[RowGroup], tile: Tile
+) -> Gradients:
     """All products, slab by slab; each slab of d weight is written once."""
     plan, weight, dtype = run.plan, run.head.weight, hidden.dtype
     slabs = _split(0, weight.shape[0], tile.cols)
@@ -172,9 +179,12 @@ def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> G
     d_hidden = d_weight = d_bias = None
     if plan.needs_hidden:
         d_hidden = hidden.new_empty(hidden.shape, dtype=dtype if len(slabs) == 1 else exact)
-    if plan.needs_weight:
-        d_weight = torch.empty_like(weight) if groups else torch.zeros_like(weight)
-    if plan.needs_bias:
+    if onto is not None:
+        d_weight, d_bias = onto.weight, onto.bias
+    elif plan.needs_weight:
+        shape = weight.shape[0], weight.shape[1] - run.head.trained
+        d_weight = weight.new_empty(shape) if groups else weight.new_zeros(shape)
+    if onto is None and plan.needs_bias:
         d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float64)
     stride = row_stride(tile.cols, dtype, hidden.device)
     work = Lease((tile.rows * stride,), dtype, hidden.device)
@@ -183,17 +193,18 @@ def _products(run: Run, hidden: Tensor, groups: list[RowGroup], tile: Tile) -> G
         slab = None
         if d_weight is not None:
             slab = d_weight[columns]
-            if len(groups) > 1 and exact != dtype:
+            if len(groups) > 1 and slab.dtype != exact:
                 slab = torch.empty_like(slab, dtype=exact)
         for group in groups:
             matrix = group.tile(columns, work.tensor)
             if slab is not None:
-                _add_product(slab, matrix.t(), group.hidden, first=group is groups[0])
+                first = onto is None and group is groups[0]
+                _add_product(slab, matrix.t(), group.hidden, first)
             if d_hidden is not None:
                 _add_product(d_hidden[group.rows], matrix, weight[columns], columns is slabs[0])
             if d_bias is not None:
                 _add_column_sums(d_bias[columns], matrix, group.after)
-        if slab is not None and d_weight is not None and slab.dtype != dtype:
+        if slab is not None and d_weight is not None and slab.dtype != d_weight.dtype:
             d_weight[columns] = slab
     if d_hidden is not None:
         for group in groups:

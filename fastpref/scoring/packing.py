@@ -48,8 +48,11 @@ class Packing(NamedTuple):
         return out
 
 
-def pack(target: Tensor, ignore_index: int, max_scored: int | None) -> Packing:
-    """How to pack the scored rows of ``target`` (...)."""
+def pack(
+    target: Tensor, ignore_index: int, max_scored: int | None, count: int | None = None
+) -> Packing:
+    """How to pack the scored rows of ``target`` (...); ``count`` is their number where the host
+    knows it."""
     flat = target.reshape(-1)
     scored = flat != ignore_index
     total = flat.shape[0]
@@ -60,7 +63,8 @@ def pack(target: Tensor, ignore_index: int, max_scored: int | None) -> Packing:
     if bound == total and (max_scored is not None or packed_already):
         return Packing(total, total, None, scored, None)
     if max_scored is None:
-        index = scored.nonzero()[:, 0]
+        index = scored.nonzero() if count is None else torch.nonzero_static(scored, size=count)
+        index = index[:, 0]
         return Packing(total, index.shape[0], index, None, None)
     index = torch.nonzero_static(scored, size=bound, fill_value=total)[:, 0]
     return Packing(total, bound, index, index < total, scored.sum() > bound)

@@ -50,15 +50,17 @@ class Problem:
     """All that the choice depends on."""
 
     scored: int  # N
-    hidden_size: int  # H
+    hidden_size: int  # H, widened by a low-rank update
+    trained_size: int  # columns of the weight gradient, H or the update's rank
     vocab_size: int  # V, columns held by the rank that holds the most
     dtype: torch.dtype  # of the products
     needs_hidden: bool
     needs_weight: bool
     needs_bias: bool
     only_logp: bool  # neither entropy nor lse can receive a gradient
-    casts_weight: bool  # to the dtype of the products
+    copies_weight: bool  # into the dtype of the products, or beside a low-rank update
     backend: str
+    device_type: str
     scores_in_tiles: bool  # forms products in memory even where it keeps no exponentials
     temporary_bytes: int  # of the backend, beside a tile
     total_memory: int  # of the device, bytes
@@ -92,7 +94,8 @@ class Plan(Problem):
         if self.schedule in ("score", "direct"):
             return 0.0
         recomputed = 1 - self.kept_rows / max(1, self.scored)
-        return float(self.needs_hidden) + float(self.needs_weight) + recomputed
+        weight = self.trained_size / self.hidden_size if self.needs_weight else 0.0
+        return float(self.needs_hidden) + weight + recomputed
 
     @property
     def units(self) -> float:
@@ -106,7 +109,7 @@ class Plan(Problem):
         held = 7 * self.scored * exact + self.kept_rows * self.vocab_size * self.itemsize
         if self.schedule == "direct":
             held += self._row_bytes
-        if self.casts_weight:
+        if self.copies_weight:
             held += self.vocab_size * self.hidden_size * self.itemsize
         return held
 
@@ -162,7 +165,7 @@ def total_memory(device: torch.device) -> int:
 
 def choose(problem: Problem, options: ScoringOptions) -> Plan:
     """The plan for ``problem``. Raises ValueError where ``options.schedule`` cannot serve it."""
-    budget = options.memory_budget or problem.total_memory // BUDGET_SHARE
+    budget = memory_budget(problem, options)
     if not problem.needs_grad:
         return _plan(problem, budget, "score", 0, _score_tile(problem, budget, options), None)
     if options.schedule == "direct" and (
@@ -182,9 +185,7 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
             rows = min(max(1, problem.scored), max(LEAST_ROWS, whole_rows))
             return _plan(problem, budget, "direct", 0, Tile(rows, problem.vocab_size), None)
     row_bytes = max(1, problem.vocab_size * problem.itemsize)
-    # A quarter stays free for a wide tile: rows to recompute, or the kept rows that have a gradient
-    # at all.
-    kept = 0 if options.schedule == "recompute" else max(0, budget - budget // 4) // row_bytes
+    kept = 0 if options.schedule == "recompute" else rows_to_keep(problem, budget)
     if kept >= problem.scored:
         whole = Tile(problem.scored, problem.vocab_size)
         return _plan(problem, budget, "keep", problem.scored, whole, None)
@@ -195,6 +196,16 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
     return _plan(
         problem, budget, "keep/recompute" if kept else "recompute", kept, forward, backward
     )
+
+
+def memory_budget(problem: Problem, options: ScoringOptions) -> int:
+    return options.memory_budget or problem.total_memory // BUDGET_SHARE
+
+
+def rows_to_keep(problem: Problem, budget: int) -> int:
+    """Rows of exponentials that ``budget`` holds. A quarter stays free for a wide tile: rows to
+    recompute, or the kept rows that have a gradient at all."""
+    return max(0, budget - budget // 4) // max(1, problem.vocab_size * problem.itemsize)
 
 
 def _score_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:

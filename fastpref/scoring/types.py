@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "cpp", "triton", "cuda"]
-Schedule = Literal["auto", "direct", "keep", "recompute"]
+Schedule = Literal["auto", "direct", "keep", "recompute", "batches"]
 
 BACKENDS: tuple[str, ...] = ("auto", "torch", "cpp", "triton", "cuda")
-SCHEDULES: tuple[str, ...] = ("auto", "direct", "keep", "recompute")
+SCHEDULES: tuple[str, ...] = ("auto", "direct", "keep", "recompute", "batches")
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,8 +62,9 @@ class ScoringOptions:
       that the choice of schedule depends on shapes and options alone. Below the least tile, the
       least tile is used.
     - ``schedule``: "direct" forms d logp / d hidden in the forward pass; "keep" keeps exponentials
-      of as many rows as the budget holds and recomputes the rest; "recompute" keeps none; or
-      "auto".
+      of as many rows as the budget holds and recomputes the rest; "recompute" keeps none;
+      "batches", of ``preference_loss`` only, takes the loss's gradient batch by batch in the
+      forward pass; or "auto".
     - ``chunk_rows``: rows of one product. None: as many as the schedule finds best.
     - ``max_scored``: upper bound on the number of scored tokens. On CUDA it saves the one host read
       that packing scored rows otherwise needs. More scored tokens than this raise ValueError on CPU
@@ -121,11 +122,12 @@ class Head(NamedTuple):
     Columns are vocabulary ids ``start`` to ``start + weight.shape[0]``.
     """
 
-    weight: Tensor  # (V, H), V the columns held here
+    weight: Tensor  # (V, H), V the columns held here; a low-rank update's B widens H
     bias: Tensor | None  # (V,), statistics dtype
     map: LogitMap
     start: int = 0
     vocab_size: int = 0  # columns held by all ranks together
+    trained: int = 0  # first inner column with a weight gradient, where the weight has one
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .types import DTYPES, OUTPUTS, LogitMap
+from .types import DTYPES, OUTPUTS, LogitMap, ScoringOptions
 
 _LEAST, _MOST = 1e-15, 1e15
 
@@ -90,6 +90,52 @@ def _check_target(target: Tensor, hidden: Tensor) -> None:
         raise TypeError(
             f"target must be int64 (or int32) token ids, got {target.dtype}; use target.long()"
         )
+
+
+def check_options(options: Any) -> ScoringOptions:
+    if options is not None and not isinstance(options, ScoringOptions):
+        raise TypeError(
+            f"options must be a fastpref.ScoringOptions or None, got {type(options).__name__}"
+        )
+    return options or ScoringOptions()
+
+
+def check_lora(lora: Any, weight: Tensor) -> float:
+    """Its scale, 0 without one."""
+    if lora is None:
+        return 0.0
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        got = f"{len(lora)} values" if isinstance(lora, (tuple, list)) else type(lora).__name__
+        raise TypeError(f"lora must be (A, B, scale), got {got}")
+    a, b, scale = lora
+    for name, tensor in (("A", a), ("B", b)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"lora's {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        _check_whole(f"lora's {name}", tensor)
+        if tensor.dtype not in DTYPES or tensor.device != weight.device:
+            raise TypeError(
+                f"lora's {name} must be floating point on {weight.device}, where weight is; got "
+                f"{tensor.dtype} on {tensor.device}"
+            )
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"lora's scale must be a number, got {type(scale).__name__}; use float()")
+    vocab, width = weight.shape
+    if (
+        a.dim() != 2
+        or b.dim() != 2
+        or (a.shape[1], b.shape[0]) != (width, vocab)
+        or (a.shape[0] != b.shape[1])
+    ):
+        raise ValueError(
+            f"lora must be A (r, {width}) and B ({vocab}, r) for weight {tuple(weight.shape)}, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}; PEFT's lora_A.weight and lora_B.weight are so"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight must be frozen beside lora, which is what is trained; call "
+            "weight.requires_grad_(False) or pass weight.detach()"
+        )
+    return float(scale)
 
 
 def check_outputs(outputs: Any) -> tuple[str, ...]:

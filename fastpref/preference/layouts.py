@@ -16,7 +16,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from .objectives import Objective
+from ..objectives import Objective
 
 LayoutName: TypeAlias = Literal["halves", "interleaved", "groups", "units"]
 LAYOUTS: tuple[LayoutName, ...] = ("halves", "interleaved", "groups", "units")

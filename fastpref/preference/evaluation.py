@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..objectives import ListLosses, Objective, TokenLosses, UnitLosses
+from ..pair_head import pair_head
 from .filling import Material
-from .objectives import ListLosses, Objective, TokenLosses, UnitLosses
-from .pair_head import pair_head
 
 
 class Evaluated(NamedTuple):

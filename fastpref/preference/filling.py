@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..objectives import Objective
+from ..objectives.signature import ExtraFacts
+from ..scoring import TokenScores
+from ..sequences import sequence_logp
 from .layouts import Arrangement
-from .objectives import Objective
-from .objectives.signature import ExtraFacts
-from .scoring import TokenScores
 from .sequence_parallel import sum_over_ranks
-from .sequences import sequence_logp
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ def fillings(objective: Objective) -> Mapping[str, Callable[[Material, str], Ten
         filled = [name for name, facts in objective.extras.items() if facts.filled]
         known = {name: make for name, make in _FILLINGS.items() if name in filled}
     return {name: make for name, make in known.items() if name in objective.extras}
+
+
+def differentiable_fillings(objective: Objective, given: Mapping[str, Tensor]) -> set[str]:
+    """Extras to be filled in that carry a gradient to more than the log-probs."""
+    return set()
 
 
 def policy_scores(objective: Objective, given: Mapping[str, Tensor]) -> set[str]:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call from hidden states to the preference loss, and what it will cost.
+
+Tokens are scored (scoring), summed by row (sequences), arranged as the objective's units (layouts),
+and evaluated (evaluation). Every step is differentiable by itself, so any objective and any
+upstream gradient go through in two passes; where that would mean scoring rows twice and the loss is
+a sum over groups of rows, one pass does it batch by batch (schedule).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, overload
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..objectives import Objective
+from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
+from ..scoring.request import Lora, prepare
+from .layouts import LayoutName
+from .output import PreferenceOutput
+from .schedule import PreferencePlan, schedule
+from .task import make_task
+
+
+def preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    objective: str | Objective | Callable[..., Any],
+    *,
+    layout: LayoutName | Tensor = "halves",
+    group_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    extras: Mapping[str, Tensor] | None = None,
+    outputs: tuple[str, ...] = (),
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    denominator: float | Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    seq_group: dist.ProcessGroup | None = None,
+    dp_group: dist.ProcessGroup | None = None,
+    options: ScoringOptions | None = None,
+    lora: Lora | None = None,
+    ref_lora: Lora | None = None,
+    **hyperparameters: Any,
+) -> PreferenceOutput:
+    """The preference loss of a batch, from the hidden states that its head would take.
+
+    Args:
+        hidden: (B, T, H), or packed (N, H) with ``cu_seqlens``.
+        weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, options: as
+            in ``linear_logprob``.
+        target: (B, T) or (N,) int64, already shifted.
+        objective: the name of one, an ``Objective``, or a pairwise function.
+        layout: which rows are compared, see layouts.py. Objectives of single responses and of
+            tokens take each row by itself.
+        group_size: K, with layout="groups".
+        cu_seqlens: (B + 1,) integer boundaries of packed rows.
+        ref_logps: what the reference says, (B,) sums, or one a token like ``target`` (packed rows
+            of one token each: sums); or
+        ref_hidden: its hidden states, (..., H'), scored here without gradient, through
+        ref_weight, ref_bias, ref_lora: its head; by default ``weight`` and ``bias``, not updated
+            by ``lora``.
+        token_weights: like ``target``, a factor of each token in the sums of policy and reference.
+            Differentiable.
+        extras: what else the objective takes, by name. Lengths and the like are filled in.
+        outputs: further metrics: "entropy", "mean_logits", "accuracy" (share of tokens that the
+            policy finds likeliest).
+        reduction: of the losses, over units.
+        denominator: what the sum of the losses is divided by instead of their number, for
+            accumulation over several batches: the number of units in all of them. Objectives that
+            divide by the batch's scored tokens (``bnpo``, ``dapo``, ``cispo``) take B N / n, with
+            B rows and n tokens in this batch and N tokens in all.
+        seq_group: process group over which the tokens of each row are spread.
+        dp_group: process group of batch-wide statistics.
+        hyperparameters: of the objective.
+
+    Returns:
+        PreferenceOutput. No host sync on CUDA beyond that of ``linear_logprob``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
+    """
+    task = make_task(
+        hidden,
+        weight,
+        target,
+        objective,
+        layout=layout,
+        group_size=group_size,
+        cu_seqlens=cu_seqlens,
+        bias=bias,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        lora=lora,
+        ref_logps=ref_logps,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        ref_lora=ref_lora,
+        token_weights=token_weights,
+        extras=extras,
+        outputs=outputs,
+        reduction=reduction,
+        denominator=denominator,
+        tp_group=tp_group,
+        seq_group=seq_group,
+        dp_group=dp_group,
+        options=options,
+        hyperparameters=hyperparameters,
+    )
+    plan = schedule(task)
+    reference = None
+    if task.reference is not None and plan.reference is not None:
+        _, ref_hidden, ref_parameters = task.reference
+        reference = autograd.score(plan.reference, ref_hidden, ref_parameters)
+    _, hidden, parameters = task.policy
+    if plan.batches is None or plan.positions is None:
+        return task.output(autograd.score(plan.policy, hidden, parameters), reference)
+    loss, scores = batches.score_with_loss(
+        plan.policy,
+        plan.batches,
+        plan.positions,
+        lambda found: task.output(found, reference).loss,
+        hidden,
+        parameters,
+    )
+    return task.output(scores, reference, loss)
+
+
+@overload
+def explain(
+    hidden: Tensor, weight: Tensor, target: Tensor, objective: None = None, **arguments: Any
+) -> Plan: ...
+
+
+@overload
+def explain(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    objective: str | Objective | Callable[..., Any],
+    **arguments: Any,
+) -> PreferencePlan: ...
+
+
+def explain(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    objective: str | Objective | Callable[..., Any] | None = None,
+    **arguments: Any,
+) -> Plan | PreferencePlan:
+    """How ``linear_logprob`` would run for the same arguments, or with an objective
+    ``preference_loss``: the schedule, its cost in u (one u is a product of 2 N H V flop) and its
+    working memory in bytes.
+
+    ``print(explain(...))`` gives one line. Nothing is computed.
+    """
+    function: Callable[..., Any] = linear_logprob if objective is None else preference_loss
+    given = (hidden, weight, target, *(() if objective is None else (objective,)))
+    bound = inspect.signature(function).bind(*given, **arguments)
+    bound.apply_defaults()
+    if objective is None:
+        call, _ = prepare(**bound.arguments)
+        return call.plan
+    return schedule(make_task(**bound.arguments)).explanation

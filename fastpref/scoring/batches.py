@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores and the gradient of a loss on them in one pass, for losses that are sums over groups of
+rows.
+
+The rows come in batches of whole groups. While a batch's exponentials are in memory the loss is
+evaluated on all scores known so far and its gradient, right for every group that is complete, goes
+through the products of the batch. Three products where keeping would need too much memory and
+recomputing would take four; in return d weight is added to once a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import (
+    by_parameter,
+    like_parameters,
+    once_differentiable,
+    products_of,
+    row_gradients,
+    run_backward,
+    run_forward,
+)
+from .backward import Gradients, Upstream, backward
+from .forward import Run, forward
+from .lora import widen
+from .request import Call, Parameters
+from .schedule import (
+    MEBIBYTE,
+    Plan,
+    Problem,
+    choose,
+    memory_budget,
+    rows_to_keep,
+)
+from .types import OUTPUTS, ScoringOptions, TokenScores, statistics_dtype
+
+# Rows of a product that take as long as adding a product onto (V, H) float32 totals: measured on
+# two cores; by bandwidth and peak of an H200.
+ACCUMULATION_ROWS = {"cpu": 100, "cuda": 700}
+
+LossOfScores = Callable[[TokenScores], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchedPlan:
+    """Batches of whole groups, with their cost. What ``explain`` returns where they run."""
+
+    plans: tuple[Plan, ...]  # of each batch
+    schedule: str = "batches"
+
+    @property
+    def largest(self) -> Plan:
+        return max(self.plans, key=lambda plan: plan.scored)
+
+    @property
+    def scored(self) -> int:
+        return sum(plan.scored for plan in self.plans)
+
+    @property
+    def units(self) -> float:
+        """Cost in u, one u being a product of all scored rows; all of it in the forward pass."""
+        rows = sum(plan.units * plan.scored for plan in self.plans)
+        return (rows + self._accumulation_rows) / max(1, self.scored)
+
+    @property
+    def _accumulation_rows(self) -> float:
+        plan = self.plans[0]
+        if not plan.needs_weight or len(self.plans) == 1:
+            return 0.0
+        share = plan.trained_size / plan.hidden_size
+        return ACCUMULATION_ROWS.get(plan.device_type, 0) * len(self.plans) * share
+
+    @property
+    def saved_bytes(self) -> int:
+        """Held from forward to backward, beside the arguments: the gradients, that of the weight in
+        the statistics' dtype."""
+        plan = self.plans[0]
+        exact = statistics_dtype(plan.dtype).itemsize
+        held = self.scored * (plan.hidden_size * plan.itemsize + 8)
+        if plan.needs_weight:
+            held += plan.vocab_size * plan.trained_size * exact
+        if plan.needs_bias:
+            held += plan.vocab_size * 8
+        return held
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Working memory at its peak, ``saved_bytes`` included, results and gradients not."""
+        return self.saved_bytes + self.largest.workspace_bytes
+
+    def __str__(self) -> str:
+        plan = self.largest
+        return (
+            f"batches on {plan.backend}: {self.units:.2f}u in {len(self.plans)} batches of whole "
+            f"groups, at most {plan.scored} of {self.scored} rows each ({plan.schedule}), "
+            f"workspace {self.workspace_bytes / MEBIBYTE:.1f} MiB "
+            f"(budget {plan.memory_budget / MEBIBYTE:.1f} MiB)"
+        )
+
+
+def choose_for_groups(
+    problem: Problem, plan: Plan, options: ScoringOptions, groups: Sequence[int] | None
+) -> Plan | BatchedPlan:
+    """Batches where they cost less than ``plan``, the best for two passes.
+
+    Args:
+        groups: scored rows of each group, in the order of the batches; None where the loss is no
+            sum over groups.
+
+    Raises:
+        ValueError: batches were asked for and cannot be.
+    """
+    forced = options.schedule == "batches"
+    if groups is None and forced:
+        raise ValueError(
+            "schedule='batches' needs a loss that is a sum over groups of rows, whose sizes the "
+            "host knows: an objective of scope unit, pair or list, not reduced by 'none', over "
+            "rows of no more than one group; use schedule='auto'"
+        )
+    if groups is None or not problem.needs_grad or not problem.scored:
+        return plan
+    if not forced and (options.schedule != "auto" or plan.kept_rows == plan.scored):
+        return plan
+    if not forced and plan.schedule == "direct":
+        return plan
+    batched = BatchedPlan(plans=tuple(_plans(problem, options, groups)))
+    return batched if forced or batched.units < plan.units else plan
+
+
+def _plans(problem: Problem, options: ScoringOptions, groups: Sequence[int]) -> Iterator[Plan]:
+    capacity = max(1, rows_to_keep(problem, memory_budget(problem, options)))
+    even = problem.scored / math.ceil(problem.scored / capacity)
+    rows = 0
+    for group in groups:
+        if rows and (rows >= even or rows + group > capacity):
+            yield choose(replace(problem, scored=rows), options)
+            rows = 0
+        rows += group
+    if rows:
+        yield choose(replace(problem, scored=rows), options)
+
+
+def score_with_loss(
+    call: Call,
+    plan: BatchedPlan,
+    positions: Tensor,
+    loss: LossOfScores,
+    hidden: Tensor,
+    parameters: Parameters,
+) -> tuple[Tensor, TokenScores]:
+    """The loss, and the scores it is of.
+
+    Args:
+        positions: (N,) scored positions of the target, those of a group together, in the order of
+            the plan's batches.
+        loss: of the scores to a 0-dim tensor; the gradient at a group's log-probabilities must not
+            depend on other groups, nor must it be NaN while those hold 0.
+
+    A gradient at the scores' ``logp`` is answered by scoring again, by ``call``'s own plan.
+    """
+    value, *scores = BatchedLoss.apply(call, plan, positions, loss, hidden, *parameters)  # type: ignore[no-untyped-call]
+    return value, TokenScores._make(scores)
+
+
+class BatchedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        plan: BatchedPlan,
+        positions: Tensor,
+        loss: LossOfScores,
+        hidden: Tensor,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        run = _OnePass(call, plan, positions, loss)
+        with products_of(hidden):
+            value, scores, d_rows, gradients = run.run(
+                hidden.detach(),
+                Parameters._make(None if one is None else one.detach() for one in parameters),
+            )
+        ctx.call = call
+        ctx.save_for_backward(hidden, *parameters, positions, d_rows, *gradients)
+        ctx.mark_non_differentiable(
+            *(
+                one
+                for name, one in zip(OUTPUTS, scores, strict=True)
+                if one is not None and name != "logp"
+            )
+        )
+        return value, *scores
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_loss: Tensor | None, *d_scores: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        hidden, parameters = saved[0], Parameters(*saved[1 : 1 + len(Parameters._fields)])
+        positions, d_rows, *d_parameters = saved[1 + len(Parameters._fields) :]
+        gradients: list[Tensor | None] = [None] * (1 + len(d_parameters))
+        with torch.no_grad():
+            if d_loss is not None:
+                scaled = [None if one is None else one * d_loss for one in d_parameters]
+                gradients = [
+                    None if d_rows is None else _spread(d_rows * d_loss, positions, hidden),
+                    *like_parameters(scaled, parameters),
+                ]
+            if any(one is not None for one in d_scores):
+                _, kept, head = run_forward(ctx.call, hidden, parameters)
+                more = run_backward(ctx.call, hidden, parameters, kept, d_scores, head)
+                gradients = [_added(a, b) for a, b in zip(gradients, more, strict=True)]
+        depends_on = (hidden, *parameters, d_loss, *d_scores)
+        return (None, None, None, None, *once_differentiable(gradients, depends_on))
+
+
+@dataclass(frozen=True)
+class _OnePass:
+    call: Call
+    plan: BatchedPlan
+    positions: Tensor
+    loss: LossOfScores
+
+    def run(
+        self, hidden: Tensor, parameters: Parameters
+    ) -> tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]:
+        """The loss, all scores, the gradient at the rows of ``positions``, and at the
+        parameters."""
+        call, flat, target = self.call, hidden.reshape(-1, hidden.shape[-1]), self.call.target
+        head, scores = call.head(parameters), self._no_scores()
+        totals, d_a = self._totals(head.weight, head.trained), None
+        d_rows = None
+        if call.request.needs_hidden:
+            d_rows = flat.new_empty((len(self.positions), flat.shape[1]), dtype=call.plan.dtype)
+        value, start = target.new_zeros(()), 0
+        for plan in self.plan.plans:
+            at = self.positions[start : start + plan.scored]
+            rows = flat.index_select(0, at).to(plan.dtype)
+            rows = widen(rows, parameters.lora_a, call.request.lora_scale)
+            run = Run(head, plan, call.backend, call.request.group)
+            own = target.view(-1).index_select(0, at)
+            found, kept = forward(run, rows, own, call.request.outputs)
+            for total, part in zip(scores, found, strict=True):
+                if total is not None and part is not None:
+                    total.view(-1).index_copy_(0, at, part)
+            value, slope = self._loss_and_slope(scores)
+            upstream = Upstream(slope.view(-1).index_select(0, at), None, None)
+            gradients = backward(run, rows, kept, upstream, onto=totals)
+            if d_rows is not None and gradients.hidden is not None:
+                d_rows[start : start + plan.scored], d_a_part = row_gradients(
+                    call, gradients.hidden, rows, parameters
+                )
+                d_a = _added(d_a, None if d_a_part is None else d_a_part.to(slope.dtype))
+            start += plan.scored
+        return value, scores, d_rows, by_parameter(totals, d_a, parameters)
+
+    def _no_scores(self) -> TokenScores:
+        request, target = self.call.request, self.call.target
+        exact = statistics_dtype(request.dtype)
+        return TokenScores(
+            **{
+                name: target.new_zeros(
+                    target.shape, dtype=torch.bool if name == "is_top1" else exact
+                )
+                for name in request.outputs
+            }
+        )
+
+    def _totals(self, weight: Tensor, trained: int) -> Gradients:
+        request, exact = self.call.request, statistics_dtype(weight.dtype)
+        d_weight = d_bias = None
+        if request.needs_weight:
+            shape = weight.shape[0], weight.shape[1] - trained
+            d_weight = weight.new_zeros(shape, dtype=exact)
+        if request.needs_bias:
+            d_bias = weight.new_zeros(weight.shape[0], dtype=torch.float64)
+        return Gradients(None, d_weight, d_bias)
+
+    def _loss_and_slope(self, scores: TokenScores) -> tuple[Tensor, Tensor]:
+        if scores.logp is None:
+            raise RuntimeError("logp was not asked for")
+        with torch.enable_grad():
+            logp = scores.logp.detach().requires_grad_()
+            value = self.loss(scores._replace(logp=logp))
+            (slope,) = torch.autograd.grad(value, logp)
+        return value.detach(), slope
+
+
+def _spread(rows: Tensor, positions: Tensor, like: Tensor) -> Tensor:
+    """(N, H) -> the shape and dtype of hidden, 0 elsewhere."""
+    out = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    out.view(-1, like.shape[-1]).index_copy_(0, positions, rows.to(like.dtype))
+    return out
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of scoring: what was asked for, checked, and how it will run.
+
+A ``Request`` follows from arguments, shapes and dtypes alone; a ``Call`` adds what depends on the
+targets: which positions are scored, and by which schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import backends, vocab_parallel
+from .backends import RowBackend
+from .backends.choice import Size
+from .packing import Packing, pack
+from .schedule import Plan, Problem, choose, total_memory
+from .types import (
+    DIFFERENTIABLE,
+    Head,
+    LogitMap,
+    ScoringOptions,
+    needs_statistics,
+    statistics_dtype,
+)
+from .validation import (
+    check_group,
+    check_ignore_index,
+    check_lora,
+    check_map,
+    check_options,
+    check_outputs,
+    check_tensors,
+    check_vocab_range,
+)
+from .vocab_parallel import Shard
+
+# Entered around every use of weight and bias in backward: ZeRO-3 gathers partitioned parameters
+# here.
+WeightContext = Callable[[Tensor, Tensor | None], AbstractContextManager[Any]]
+Lora = tuple[Tensor, Tensor, float]
+
+
+class Parameters(NamedTuple):
+    """Of a head, with the low-rank update scale B A of its weight where there is one."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    lora_a: Tensor | None = None  # A, (r, H)
+    lora_b: Tensor | None = None  # B, (V, r)
+
+    @property
+    def inner_size(self) -> int:
+        """Of the products: H, with an update H + r."""
+        rank = 0 if self.lora_a is None else self.lora_a.shape[0]
+        return self.weight.shape[1] + rank
+
+    @property
+    def trained_size(self) -> int:
+        """How many inner columns can have a weight gradient: an update leaves the weight frozen."""
+        return self.weight.shape[1] if self.lora_a is None else self.lora_a.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    dtype: torch.dtype  # of the products
+    ignore_index: int
+    map: LogitMap
+    outputs: tuple[str, ...]
+    differentiable: tuple[str, ...]  # outputs that can receive a gradient
+    needs_hidden: bool
+    needs_weight: bool  # or the update's B
+    needs_bias: bool
+    columns: int  # rows of the weight in use
+    start: int | None  # first vocabulary id of the weight; None: shards in rank order
+    lora_scale: float
+    options: ScoringOptions
+    group: dist.ProcessGroup | None = None
+    weight_context: WeightContext | None = None
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.needs_hidden or self.needs_weight or self.needs_bias
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    request: Request
+    target: Tensor  # like hidden without its last dimension
+    packing: Packing
+    plan: Plan
+    shard: Shard
+
+    def head(self, parameters: Parameters) -> Head:
+        """In the products' dtype; an update widens the weight's rows by those of B."""
+        request, dtype = self.request, self.request.dtype
+        used = slice(None, request.columns)
+        weight, bias = parameters.weight[used].to(dtype), parameters.bias
+        trained = 0
+        if parameters.lora_b is not None:
+            trained = weight.shape[1]
+            weight = torch.cat([weight, parameters.lora_b[used].to(dtype)], dim=1)
+        if bias is not None:
+            bias = bias[used].to(statistics_dtype(dtype)).contiguous()
+        start = self.shard.start if request.start is None else request.start
+        return Head(weight, bias, request.map, start, self.shard.total, trained)
+
+    @property
+    def backend(self) -> RowBackend:
+        return backends.load(self.plan.backend)
+
+
+def prepare(
+    hidden: Tensor, weight: Tensor, target: Tensor, **arguments: Any
+) -> tuple[Call, Parameters]:
+    """The arguments of ``make_request`` checked and the schedule chosen."""
+    request, parameters = make_request(hidden, weight, target, **arguments)
+    if request.options.schedule == "batches":
+        raise ValueError(
+            "schedule='batches' needs to know the objective; call fastpref.preference_loss with it"
+        )
+    target = target.to(torch.int64)
+    packing = pack(target, request.ignore_index, request.options.max_scored)
+    return plan_call(request, hidden, parameters, target, packing), parameters
+
+
+def make_request(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: tuple[str, ...] = ("logp",),
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_range: tuple[int, int] | None = None,
+    lora: Lora | None = None,
+    options: ScoringOptions | None = None,
+    differentiable: tuple[str, ...] = DIFFERENTIABLE,
+    weight_context: WeightContext | None = None,
+) -> tuple[Request, Parameters]:
+    """The arguments of ``linear_logprob``, checked; ``differentiable`` are the outputs that can
+    receive a gradient.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
+    """
+    options = check_options(options)
+    check_tensors(hidden, weight, target, bias)
+    scale = check_lora(lora, weight)
+    parameters = Parameters(weight, bias, *(() if lora is None else lora[:2]))
+    map = check_map(temperature, logit_scale, softcap)
+    outputs = check_outputs(outputs)
+    check_ignore_index(ignore_index)
+    check_group(tp_group)
+    held = check_vocab_range(vocab_range, weight.shape[0])
+    recording = torch.is_grad_enabled()
+
+    def needs(*tensors: Tensor | None) -> bool:
+        return recording and any(one is not None and one.requires_grad for one in tensors)
+
+    request = Request(
+        dtype=product_dtype(hidden, weight),
+        ignore_index=ignore_index,
+        map=map,
+        outputs=outputs,
+        differentiable=tuple(name for name in differentiable if name in outputs),
+        needs_hidden=needs(hidden, parameters.lora_a),
+        needs_weight=needs(weight, parameters.lora_b),
+        needs_bias=needs(bias),
+        columns=weight.shape[0] if held is None else held[1] - held[0],
+        start=None if held is None else held[0],
+        lora_scale=scale,
+        options=options,
+        group=tp_group,
+        weight_context=weight_context,
+    )
+    return request, parameters
+
+
+def plan_call(
+    request: Request, hidden: Tensor, parameters: Parameters, target: Tensor, packing: Packing
+) -> Call:
+    """How ``request`` runs on the positions that ``packing`` names."""
+    shard = vocab_parallel.shard_range(request.group, request.columns, hidden.device)
+    problem = make_problem(request, hidden, parameters, packing.scored, shard)
+    plan = choose(problem, request.options)
+    # A copy: backward reads it again, and a batch's labels may be overwritten until then.
+    return Call(request, target.clone(), packing, plan, shard)
+
+
+def make_problem(
+    request: Request, hidden: Tensor, parameters: Parameters, scored: int, shard: Shard
+) -> Problem:
+    dtype, device = request.dtype, hidden.device
+    size = Size(dtype, scored, parameters.inner_size, shard.widest)
+    name = backends.choose(request.options.backend, device, size)
+    backend = backends.load(name)
+    return Problem(
+        scored=scored,
+        hidden_size=parameters.inner_size,
+        trained_size=parameters.trained_size,
+        # Each chunk of rows has its collectives: all ranks must cut their rows alike.
+        vocab_size=shard.widest,
+        dtype=dtype,
+        needs_hidden=request.needs_hidden,
+        needs_weight=request.needs_weight,
+        needs_bias=request.needs_bias,
+        only_logp=set(request.differentiable) <= {"logp"},
+        copies_weight=parameters.weight.dtype != dtype or parameters.lora_b is not None,
+        backend=name,
+        device_type=device.type,
+        scores_in_tiles=backend.needs_tile(dtype, write=False),
+        temporary_bytes=backend.temporary_bytes(
+            scored, shard.widest, device.type, dtype, needs_statistics(request.outputs)
+        ),
+        total_memory=total_memory(device),
+    )
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, else the wider of the two."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)

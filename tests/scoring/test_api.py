@@ -6,15 +6,14 @@ import inspect
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
 from fastpref import ScoringOptions, TokenScores, explain, linear_logprob
 from fastpref.scoring import Plan
 from fastpref.scoring.types import OUTPUTS
 from tests.scoring.cases import BACKENDS, DTYPES, make_case
+from tests.scoring.operations import Operations
 
-aten = torch.ops.aten
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -211,22 +210,6 @@ def test_mixed_dtypes(backend, hidden_dtype, weight_dtype, product):
     assert torch.equal(logp, same)
     assert torch.equal(hidden.grad, wide[0].grad.to(hidden_dtype))
     assert torch.equal(weight.grad, wide[1].grad.to(weight_dtype))
-
-
-class Operations(TorchDispatchMode):
-    """Flop of the matrix products, and the casts of tensors of one size."""
-
-    def __init__(self, watched=-1):
-        super().__init__()
-        self.flop, self.casts, self.watched = 0, 0, watched
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (aten.mm, aten.addmm):
-            a, b = args[-2:]
-            self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        if func.overloadpacket is aten._to_copy and args[0].numel() == self.watched:
-            self.casts += 1
-        return func(*args, **(kwargs or {}))
 
 
 N, H, V = 150, 5, 2051

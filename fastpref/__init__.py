@@ -3,7 +3,7 @@
 
 from . import _extension, objectives
 from .preference import PreferenceOutput, explain, preference_loss
-from .scoring import ScoringOptions, TokenScores, linear_logprob
+from .scoring import ScoringOptions, TokenScores, linear_divergence, linear_logprob
 from .sequences import sequence_logp
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "TokenScores",
     "__version__",
     "explain",
+    "linear_divergence",
     "linear_logprob",
     "objectives",
     "preference_loss",

@@ -167,6 +167,7 @@ def make_task(
                 bias=bias if ref_weight is None else ref_bias,
                 lora=ref_lora,
                 outputs=tuple(sorted(reference_scores(configured, given))),
+                prefix="ref_",
                 **head,
             )
         reference = Projection(ref_request, ref_hidden, ref_parameters)

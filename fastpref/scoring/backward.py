@@ -199,11 +199,11 @@ def _products(
             matrix = group.tile(columns, work.tensor)
             if slab is not None:
                 first = onto is None and group is groups[0]
-                _add_product(slab, matrix.t(), group.hidden, first)
+                add_product(slab, matrix.t(), group.hidden, first)
             if d_hidden is not None:
-                _add_product(d_hidden[group.rows], matrix, weight[columns], columns is slabs[0])
+                add_product(d_hidden[group.rows], matrix, weight[columns], columns is slabs[0])
             if d_bias is not None:
-                _add_column_sums(d_bias[columns], matrix, group.after)
+                add_column_sums(d_bias[columns], matrix, group.after)
         if slab is not None and d_weight is not None and slab.dtype != d_weight.dtype:
             d_weight[columns] = slab
     if d_hidden is not None:
@@ -215,7 +215,7 @@ def _products(
     return Gradients(d_hidden, d_weight, d_bias)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total = a b when ``first``, else total += a b."""
     if total.dtype != a.dtype:
         product = torch.mm(a, b)
@@ -226,7 +226,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, out=total)
 
 
-def _add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> None:
+def add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> None:
     """total += matrix^T weights; weights of None are 1.
 
     In a single product thousands of tiny probabilities would be lost, one after the other, on the

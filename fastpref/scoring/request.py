@@ -147,16 +147,17 @@ def make_request(
     options: ScoringOptions | None = None,
     differentiable: tuple[str, ...] = DIFFERENTIABLE,
     weight_context: WeightContext | None = None,
+    prefix: str = "",
 ) -> tuple[Request, Parameters]:
     """The arguments of ``linear_logprob``, checked; ``differentiable`` are the outputs that can
-    receive a gradient.
+    receive a gradient, ``prefix`` stands before the names of the tensors where they have one.
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
     options = check_options(options)
-    check_tensors(hidden, weight, target, bias)
-    scale = check_lora(lora, weight)
+    check_tensors(hidden, weight, target, bias, prefix)
+    scale = check_lora(lora, weight, prefix)
     parameters = Parameters(weight, bias, *(() if lora is None else lora[:2]))
     map = check_map(temperature, logit_scale, softcap)
     outputs = check_outputs(outputs)

@@ -18,9 +18,13 @@ from .types import DTYPES, OUTPUTS, LogitMap, ScoringOptions
 _LEAST, _MOST = 1e-15, 1e15
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
+def check_tensors(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, prefix: str = ""
+) -> None:
+    """``prefix`` goes before the names of hidden, weight and bias in messages."""
+    hidden_name, weight_name, bias_name = (prefix + name for name in ("hidden", "weight", "bias"))
+    for name, tensor in ((hidden_name, hidden), (weight_name, weight), (bias_name, bias)):
+        if tensor is None and name == bias_name:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -34,37 +38,39 @@ def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
             )
     _check_target(target, hidden)
     if weight.dim() != 2:
-        raise ValueError(f"weight must have shape (V, H), got {tuple(weight.shape)}")
+        raise ValueError(f"{weight_name} must have shape (V, H), got {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            "hidden must end in the weight's hidden size: got hidden "
-            f"{tuple(hidden.shape)} and weight (V, H) = {tuple(weight.shape)}; "
+            f"{hidden_name} must end in the weight's hidden size: got {hidden_name} "
+            f"{tuple(hidden.shape)} and {weight_name} (V, H) = {tuple(weight.shape)}; "
             "pass the weight as nn.Linear stores it, (out, in)"
         )
     if weight.numel() == 0:
         raise ValueError(
-            "weight must have at least one row and one column, got (V, H) = "
+            f"{weight_name} must have at least one row and one column, got (V, H) = "
             f"{tuple(weight.shape)}; a partitioned parameter must be gathered first"
         )
     if hidden.shape[:-1] != target.shape:
         raise ValueError(
-            "target must have the shape of hidden without its last dimension: got target "
-            f"{tuple(target.shape)} and hidden {tuple(hidden.shape)}; "
+            f"target must have the shape of {hidden_name} without its last dimension: got target "
+            f"{tuple(target.shape)} and {hidden_name} {tuple(hidden.shape)}; "
             "shift both (hidden[:, :-1], labels[:, 1:])"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"bias must have shape ({weight.shape[0]},), one per row of weight, "
+            f"{bias_name} must have shape ({weight.shape[0]},), one per row of {weight_name}, "
             f"got {tuple(bias.shape)}"
         )
-    for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
+    for name, tensor in ((weight_name, weight), ("target", target), (bias_name, bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(
-                f"{name} must be on {hidden.device}, where hidden is; got {tensor.device}. "
+                f"{name} must be on {hidden.device}, where {hidden_name} is; got {tensor.device}. "
                 "Move it there"
             )
     if hidden.is_meta:
-        raise ValueError("hidden must hold data, got a meta tensor; materialise the model first")
+        raise ValueError(
+            f"{hidden_name} must hold data, got a meta tensor; materialise the model first"
+        )
 
 
 def _check_whole(name: str, tensor: Tensor) -> None:
@@ -100,25 +106,26 @@ def check_options(options: Any) -> ScoringOptions:
     return options or ScoringOptions()
 
 
-def check_lora(lora: Any, weight: Tensor) -> float:
+def check_lora(lora: Any, weight: Tensor, prefix: str = "") -> float:
     """Its scale, 0 without one."""
+    own = f"{prefix}lora"
     if lora is None:
         return 0.0
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         got = f"{len(lora)} values" if isinstance(lora, (tuple, list)) else type(lora).__name__
-        raise TypeError(f"lora must be (A, B, scale), got {got}")
+        raise TypeError(f"{own} must be (A, B, scale), got {got}")
     a, b, scale = lora
     for name, tensor in (("A", a), ("B", b)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"lora's {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        _check_whole(f"lora's {name}", tensor)
+            raise TypeError(f"{own}'s {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        _check_whole(f"{own}'s {name}", tensor)
         if tensor.dtype not in DTYPES or tensor.device != weight.device:
             raise TypeError(
-                f"lora's {name} must be floating point on {weight.device}, where weight is; got "
-                f"{tensor.dtype} on {tensor.device}"
+                f"{own}'s {name} must be floating point on {weight.device}, where {prefix}weight "
+                f"is; got {tensor.dtype} on {tensor.device}"
             )
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"lora's scale must be a number, got {type(scale).__name__}; use float()")
+        raise TypeError(f"{own}'s scale must be a number, got {type(scale).__name__}; use float()")
     vocab, width = weight.shape
     if (
         a.dim() != 2
@@ -127,13 +134,14 @@ def check_lora(lora: Any, weight: Tensor) -> float:
         or (a.shape[0] != b.shape[1])
     ):
         raise ValueError(
-            f"lora must be A (r, {width}) and B ({vocab}, r) for weight {tuple(weight.shape)}, got "
-            f"{tuple(a.shape)} and {tuple(b.shape)}; PEFT's lora_A.weight and lora_B.weight are so"
+            f"{own} must be A (r, {width}) and B ({vocab}, r) for {prefix}weight "
+            f"{tuple(weight.shape)}, got {tuple(a.shape)} and {tuple(b.shape)}; PEFT's "
+            "lora_A.weight and lora_B.weight are so"
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "weight must be frozen beside lora, which is what is trained; call "
-            "weight.requires_grad_(False) or pass weight.detach()"
+            f"{prefix}weight must be frozen beside {own}, which is what is trained; call "
+            f"{prefix}weight.requires_grad_(False) or pass {prefix}weight.detach()"
         )
     return float(scale)
 
@@ -154,6 +162,50 @@ def check_outputs(outputs: Any) -> tuple[str, ...]:
             f"outputs must be among {', '.join(OUTPUTS)}; got {', '.join(map(repr, unknown))}"
         )
     return tuple(outputs)
+
+
+def check_two_heads(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    mask: Tensor | None,
+) -> None:
+    """What the two must have in common; each is checked by itself elsewhere."""
+    tensors = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+    }
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 1:
+            raise ValueError(f"{name} must have a last dimension, got a 0-dim tensor")
+    shape = tuple(student_hidden.shape[:-1])
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            "teacher_hidden must hold the tokens of student_hidden, (..., H'): got "
+            f"{tuple(teacher_hidden.shape)} and {tuple(student_hidden.shape)}"
+        )
+    if teacher_hidden.device != student_hidden.device:
+        raise ValueError(
+            f"teacher_hidden must be on {student_hidden.device}, where student_hidden is; got "
+            f"{teacher_hidden.device}. Move it there"
+        )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, got {got}; use mask.bool()")
+    if mask.shape != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"mask must have the shape of student_hidden without its last dimension, {shape}, got "
+            f"{tuple(mask.shape)}"
+        )
+    if mask.device != student_hidden.device:
+        raise ValueError(f"mask must be on {student_hidden.device}, got {mask.device}")
 
 
 def check_ignore_index(ignore_index: Any) -> None:

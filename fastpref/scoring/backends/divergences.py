@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Divergences of two rows of raw products, in plain torch, with their gradients in closed form.
+
+With logits s of the student and t of the teacher, q = softmax(s), p = softmax(t):
+
+    forward_kl     D = sum p log(p / q)
+                   dD/ds = q - p
+    reverse_kl     D = sum q log(q / p)
+                   dD/ds = q (log(q / p) - D)
+    jsd            D = beta sum p log(p / m) + (1 - beta) sum q log(q / m), m = (1-beta) q + beta p
+                   dD/ds = (1 - beta) q (log(q / m) - sum q log(q / m))
+    tv             D = sum |p - q| / 2
+                   dD/ds = q (h - sum q h), h = sign(q - p) / 2
+    bhattacharyya  D = -log b, b = sum sqrt(p q)
+                   dD/ds = (q - sqrt(p q) / b) / 2
+    cosine         D = 1 - c, c = s . t / (|s| |t|)
+                   dD/ds = c s / |s|^2 - t / (|s| |t|)
+
+A column without weight counts nothing: 0 log 0 is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..types import LogitMap, statistics_dtype
+
+# Elements of one temporary. Launches are what costs on a GPU.
+_BLOCK_CPU = 1 << 20
+_BLOCK_ELSEWHERE = 1 << 25
+_TEMPORARIES = 12  # of a block, alive at once
+
+
+def temporary_bytes(rows: int, cols: int, device_type: str, dtype: torch.dtype) -> int:
+    """Most memory that a pass over two (rows, cols) tiles takes beside them."""
+    block = max(cols, min(rows * cols, _block_elements(device_type)))
+    return _TEMPORARIES * block * statistics_dtype(dtype).itemsize
+
+
+def _block_elements(device_type: str) -> int:
+    return _BLOCK_CPU if device_type == "cpu" else _BLOCK_ELSEWHERE
+
+
+def divergence_rows(
+    student: Tensor,
+    teacher: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    map: LogitMap,
+    divergence: str,
+    beta: float,
+    write: bool,
+) -> Tensor:
+    """(rows,) in the statistics' dtype; with ``write`` the student's tile becomes dD / d(raw
+    product)."""
+    formula = FORMULAS[divergence]
+    rows = max(1, _block_elements(student.device.type) // max(1, student.shape[1]))
+    values = [student.new_empty(0, dtype=statistics_dtype(student.dtype))]
+    for own, other in zip(student.split(rows), teacher.split(rows), strict=True):
+        raw = _raw(own, student_bias)
+        value, gradient = formula(map.logit(raw), map.logit(_raw(other, teacher_bias)), beta)
+        if write:
+            own.copy_(gradient * map.slope(raw) * map.scale)
+        values.append(value)
+    return torch.cat(values)
+
+
+def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:
+    raw = tile.to(statistics_dtype(tile.dtype))
+    return raw if bias is None else raw + bias
+
+
+def _forward_kl(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+    q, p = log_q.exp(), log_p.exp()
+    return _mean_of(p, log_p - log_q), q - p
+
+
+def _reverse_kl(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+    q, ratio = log_q.exp(), log_q - log_p
+    value = _mean_of(q, ratio)
+    return value, torch.where(q > 0, q * (ratio - value[:, None]), 0)
+
+
+def _jsd(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+    q, p = log_q.exp(), log_p.exp()
+    log_m = ((1 - beta) * q + beta * p).log()
+    own = _mean_of(q, log_q - log_m)
+    value = beta * _mean_of(p, log_p - log_m) + (1 - beta) * own
+    return value, torch.where(q > 0, (1 - beta) * q * (log_q - log_m - own[:, None]), 0)
+
+
+def _tv(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    q = s.softmax(1)
+    difference = q - t.softmax(1)
+    half = difference.sign() / 2
+    return difference.abs().sum(1) / 2, q * (half - (q * half).sum(1, keepdim=True))
+
+
+def _bhattacharyya(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+    root = ((log_q + log_p) / 2).exp()
+    overlap = root.sum(1)
+    return -overlap.log(), (log_q.exp() - root / overlap[:, None]) / 2
+
+
+def _cosine(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    tiny = torch.finfo(s.dtype).tiny
+    length = s.norm(dim=1, keepdim=True).clamp(min=tiny)
+    s, t = s / length, t / t.norm(dim=1, keepdim=True).clamp(min=tiny)
+    cosine = (s * t).sum(1, keepdim=True)
+    return 1 - cosine[:, 0], (cosine * s - t) / length
+
+
+def _mean_of(weights: Tensor, values: Tensor) -> Tensor:
+    """sum of weights times values, where there is weight."""
+    return torch.where(weights > 0, weights * values, 0).sum(1)
+
+
+# In the order of the compiled operator's kinds.
+FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "tv": _tv,
+    "bhattacharyya": _bhattacharyya,
+    "cosine": _cosine,
+}
+KINDS = tuple(FORMULAS)

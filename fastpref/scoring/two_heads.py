@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two heads over one vocabulary, a student's and a teacher's, whose raw products are looked at side
+by side, tile by tile."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import packed_rows
+from .backends import divergences as formulas
+from .packing import Packing, pack
+from .request import Call, Lora, Parameters, make_request, plan_call
+from .schedule import LEAST_ROWS, MOST_CHUNK_ROWS, Problem, memory_budget
+from .types import Head, ScoringOptions, statistics_dtype
+from .validation import check_two_heads
+from .workspace import Lease
+
+SCORED, IGNORED = 0, -1  # pseudo-targets: positions matter here, not tokens
+
+
+class Model(NamedTuple):
+    """Hidden states and head."""
+
+    hidden: Tensor
+    parameters: Parameters
+
+    def detached(self) -> Model:
+        own = (None if one is None else one.detach() for one in self.parameters)
+        return Model(self.hidden.detach(), Parameters._make(own))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoHeadPlan:
+    """Sizes and cost of a call.
+
+    schedule: "score" without gradient, "direct" where only hidden needs one, "keep" where the
+    budget holds the gradient matrix of all rows, else "recompute" for the rows beyond.
+    """
+
+    schedule: str
+    scored: int  # N
+    hidden_size: int
+    teacher_size: int  # of its hidden states
+    trained_size: int
+    vocab_size: int  # V, that both have
+    dtype: torch.dtype
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+    tile_rows: int
+    kept_rows: int
+    temporary_bytes: int
+    copied_bytes: int  # of weights in the products' dtype
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.needs_hidden or self.needs_weight or self.needs_bias
+
+    @property
+    def units(self) -> float:
+        """Cost in u, one u being the student's product of 2 N H V flop."""
+        both = 1 + self.teacher_size / self.hidden_size
+        again = 0.0
+        if self.needs_grad and self.schedule != "direct":
+            again = 1 - self.kept_rows / max(1, self.scored)
+        weight = self.trained_size / self.hidden_size if self.needs_weight else 0.0
+        return both * (1 + again) + float(self.needs_hidden) + weight
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Working memory at its peak, results and gradients not."""
+        itemsize, exact = self.dtype.itemsize, statistics_dtype(self.dtype).itemsize
+        tiles = 2 * self.tile_rows * self.vocab_size * itemsize + self.temporary_bytes
+        kept = self.kept_rows * self.vocab_size * itemsize
+        rows = self.scored * (4 * self.hidden_size + self.teacher_size) * itemsize
+        numbers = 4 * self.scored * exact
+        product = 0
+        if self.needs_weight and itemsize < exact:
+            product = self.vocab_size * self.trained_size * (exact + itemsize)
+        return tiles + kept + rows + numbers + product + self.copied_bytes
+
+    def chunks(self, start: int, stop: int) -> list[slice]:
+        """Of the rows to be projected; none lies on both sides of the last kept row."""
+        bounds = [start, min(max(start, self.kept_rows), stop), stop]
+        return [
+            slice(at, min(to, at + self.tile_rows))
+            for since, to in itertools.pairwise(bounds)
+            for at in range(since, to, self.tile_rows)
+        ]
+
+
+@dataclass(frozen=True)
+class TwoHeads:
+    """One call: of both models how they are scored, and on what schedule."""
+
+    student: Call
+    teacher: Call
+    plan: TwoHeadPlan
+
+    @property
+    def packing(self) -> Packing:
+        return self.student.packing
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Both models' packed rows and heads in the products' dtype, and room for a tile of each."""
+
+    rows: Tensor  # (N, H) of the student
+    teacher_rows: Tensor
+    student: Head
+    teacher: Head
+    room: Tensor  # (2 tile rows, V)
+
+    @classmethod
+    def of(cls, heads: TwoHeads, student: Model, teacher: Model) -> Tiles:
+        rows = packed_rows(heads.student, *student)
+        shape = 2 * heads.plan.tile_rows, heads.plan.vocab_size
+        return cls(
+            rows,
+            packed_rows(heads.teacher, *teacher),
+            heads.student.head(student.parameters),
+            heads.teacher.head(teacher.parameters),
+            Lease(shape, rows.dtype, rows.device).tensor,
+        )
+
+    def project(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Raw products of some rows, the student's into ``out`` where given."""
+        count, half = rows.stop - rows.start, self.room.shape[0] // 2
+        student = self.room[:count] if out is None else out
+        teacher = self.room[half : half + count]
+        torch.mm(self.rows[rows], self.student.weight.t(), out=student)
+        torch.mm(self.teacher_rows[rows], self.teacher.weight.t(), out=teacher)
+        return student, teacher
+
+
+def prepare_two_heads(
+    student: tuple[Tensor, Tensor, Tensor | None, Lora | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None, Lora | None],
+    mask: Tensor | None,
+    *,
+    options: ScoringOptions | None,
+    **map: Any,
+) -> tuple[TwoHeads, Model, Model]:
+    """(hidden, weight, bias, lora) of each, checked, and the schedule.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
+    """
+    hidden, weight = student[:2]
+    check_two_heads(hidden, weight, *teacher[:2], mask)
+    shape = hidden.shape[:-1]
+    target = torch.full(shape, SCORED, dtype=torch.int64, device=hidden.device)
+    if mask is not None:
+        target.masked_fill_(~mask, IGNORED)
+    common = (0, min(weight.shape[0], teacher[1].shape[0]))
+    calls, recording = [], torch.is_grad_enabled()
+    for prefix, (own, head, bias, lora) in (("student_", student), ("teacher_", teacher)):
+        with torch.set_grad_enabled(recording and prefix == "student_"):
+            made = make_request(
+                own,
+                head,
+                target,
+                bias=bias,
+                lora=lora,
+                ignore_index=IGNORED,
+                vocab_range=common,
+                options=options,
+                prefix=prefix,
+                **map,
+            )
+        calls.append((made[0], Model(own, made[1])))
+    dtype = torch.promote_types(*(request.dtype for request, _ in calls))
+    packing = pack(target, IGNORED, calls[0][0].options.max_scored)
+    ours, theirs = (
+        plan_call(replace(request, dtype=dtype), *model, target, packing)
+        for request, model in calls
+    )
+    heads = TwoHeads(ours, theirs, _plan(ours, theirs.plan))
+    return heads, calls[0][1], calls[1][1].detached()
+
+
+def _plan(call: Call, teacher: Problem) -> TwoHeadPlan:
+    student, options = call.plan, call.request.options
+    vocab = student.vocab_size
+    budget, row = memory_budget(student, options), max(1, vocab * student.itemsize)
+    trains = student.needs_weight or student.needs_bias
+    if not student.needs_grad:
+        schedule = "score"
+    else:
+        schedule = "keep" if trains else "direct"
+    # Two tiles, beside kept rows in a quarter of the budget.
+    share = budget // 4 if schedule == "keep" else budget
+    wanted = min(max(1, student.scored), options.chunk_rows or MOST_CHUNK_ROWS)
+    tile_rows = min(wanted, max(LEAST_ROWS, share // (2 * row)))
+    kept = 0
+    if schedule == "keep" and options.schedule != "recompute":
+        kept = min(student.scored, max(0, budget - 2 * tile_rows * row) // row)
+    if schedule == "keep" and kept < student.scored:
+        schedule = "recompute"
+    copies = sum(
+        vocab * one.hidden_size * one.itemsize for one in (student, teacher) if one.copies_weight
+    )
+    return TwoHeadPlan(
+        schedule=schedule,
+        scored=student.scored,
+        hidden_size=student.hidden_size,
+        teacher_size=teacher.hidden_size,
+        trained_size=student.trained_size,
+        vocab_size=vocab,
+        dtype=student.dtype,
+        needs_hidden=student.needs_hidden,
+        needs_weight=student.needs_weight,
+        needs_bias=student.needs_bias,
+        tile_rows=tile_rows,
+        kept_rows=kept,
+        temporary_bytes=formulas.temporary_bytes(
+            tile_rows, vocab, student.device_type, student.dtype
+        ),
+        copied_bytes=copies,
+    )

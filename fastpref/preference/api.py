@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -127,7 +128,8 @@ def preference_loss(
     reference = None
     if task.reference is not None and plan.reference is not None:
         _, ref_hidden, ref_parameters = task.reference
-        reference = autograd.score(plan.reference, ref_hidden, ref_parameters)
+        with torch.no_grad():
+            reference = autograd.score(plan.reference, ref_hidden, ref_parameters)
     _, hidden, parameters = task.policy
     if plan.batches is None or plan.positions is None:
         return task.output(autograd.score(plan.policy, hidden, parameters), reference)

@@ -19,6 +19,7 @@ from ..objectives import Objective
 from ..objectives.signature import ExtraFacts
 from ..scoring import TokenScores
 from ..sequences import sequence_logp
+from .comparison import Comparison
 from .layouts import Arrangement
 from .sequence_parallel import sum_over_ranks
 
@@ -66,12 +67,39 @@ class Batch:
 class Material:
     """What extras can be made of."""
 
+    objective: Objective
     batch: Batch
     arrangement: Arrangement
+    token_weights: Tensor | None
     sums: Tensor  # (B,), the policy's, weighted
     policy: TokenScores
     reference: TokenScores | None
-    ref_vocab_size: Callable[[], int]  # of all ranks together
+    comparison: Comparison | None  # with the hidden states of the reference
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """(B,), sums of KL(reference, policy) over each row's tokens."""
+        return self.batch.sums(self._compared.kl, self.token_weights)
+
+    @cached_property
+    def margins(self) -> tuple[Tensor, Tensor]:
+        """(P,), gaps of the log-probs under mixed logits."""
+        epsilon = self.objective.hyperparameters["epsilon"]
+        gaps = []
+        for logp in self._compared.mixed_logp(epsilon):
+            chosen, rejected = self.arrangement.split(self.batch.sums(logp, self.token_weights))
+            gaps.append(chosen - rejected)
+        return gaps[0], gaps[1]
+
+    @property
+    def _compared(self) -> Comparison:
+        if self.comparison is None:
+            filled = [name for name in fillings(self.objective) if name in _COMPARED]
+            raise ValueError(
+                f"{self.objective.name} compares whole distributions: pass the reference's "
+                f"ref_hidden, or extras={{{', '.join(f'{name!r}: ...' for name in filled)}}}"
+            )
+        return self.comparison
 
     def side(self, rows: Tensor, name: str) -> Tensor:
         """The chosen or the rejected rows, as the extra's name says; of lists and units all."""
@@ -95,17 +123,25 @@ def _weights(material: Material, name: str) -> Tensor:
 
 def _ref_entropy(material: Material, name: str) -> Tensor:
     """Mean entropy of the reference over both responses, a share of log V."""
-    if material.reference is None or material.reference.entropy is None:
+    if material.comparison is None or material.reference is None:
         raise ValueError(
             "ref_entropy is filled in from the hidden states of the reference: pass ref_hidden, or "
             "extras={'ref_entropy': ...}"
         )
     sides = material.arrangement.split
-    chosen, rejected = sides(material.batch.sums(material.reference.entropy))
+    chosen, rejected = sides(material.batch.sums(_given(material.reference.entropy)))
     tokens = sum(sides(material.batch.lengths)).clamp(min=1)  # type: ignore[union-attr]
-    share = (chosen + rejected) / tokens / math.log(material.ref_vocab_size())
+    share = (chosen + rejected) / tokens / math.log(material.comparison.ref_vocabulary_size)
     edge = torch.finfo(share.dtype).eps
     return share.clamp(edge, 1 - edge)
+
+
+def _kl(material: Material, name: str) -> Tensor:
+    return material.side(material.kl, name)
+
+
+def _margin(material: Material, name: str) -> Tensor:
+    return material.margins[0 if name == "margin_plus" else 1]
 
 
 def _mask(material: Material, name: str) -> Tensor:
@@ -124,7 +160,12 @@ _FILLINGS: Mapping[str, Callable[[Material, str], Tensor | None]] = {
     "chosen_weights": _weights,
     "rejected_weights": _weights,
     "ref_entropy": _ref_entropy,
+    "chosen_kl": _kl,
+    "rejected_kl": _kl,
+    "margin_plus": _margin,
+    "margin_minus": _margin,
 }
+_COMPARED = ("chosen_kl", "rejected_kl", "margin_plus", "margin_minus")
 _TOKEN_FILLINGS: Mapping[str, Callable[[Material, str], Tensor | None]] = {
     "mask": _mask,
     "ref_token_logp": _ref_token_logp,
@@ -143,7 +184,7 @@ def fillings(objective: Objective) -> Mapping[str, Callable[[Material, str], Ten
 
 def differentiable_fillings(objective: Objective, given: Mapping[str, Tensor]) -> set[str]:
     """Extras to be filled in that carry a gradient to more than the log-probs."""
-    return set()
+    return {"chosen_kl", "rejected_kl"} & (set(fillings(objective)) - set(given))
 
 
 def policy_scores(objective: Objective, given: Mapping[str, Tensor]) -> set[str]:
@@ -174,10 +215,8 @@ def filled_extras(
                 extras[name] = value
     for name, facts in objective.extras.items():
         if facts.required and name not in extras:
-            missing = "; preference_loss cannot make it yet" if facts.filled else ""
             raise ValueError(
-                f"{objective.name} needs extras={{{name!r}: ...}}, "
-                f"{_shape_of(facts, objective)}{missing}"
+                f"{objective.name} needs extras={{{name!r}: ...}}, {_shape_of(facts, objective)}"
             )
     return extras
 

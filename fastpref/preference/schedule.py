@@ -18,9 +18,10 @@ from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing, pack
 from ..scoring.request import Call, make_problem, plan_call
 from ..scoring.schedule import MEBIBYTE, Plan
+from .comparison import Projection
 from .filling import differentiable_fillings
 from .layouts import Indexed
-from .task import Projection, Task
+from .task import Task
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,21 +13,13 @@ from torch import Tensor
 
 from ..objectives import Objective, as_objective
 from ..scoring import ScoringOptions, TokenScores
-from ..scoring.request import Lora, Parameters, Request, make_request
-from ..scoring.vocab_parallel import vocabulary_size
+from ..scoring.request import Lora, make_request
 from . import arguments
+from .comparison import Comparison, Projection
 from .evaluation import evaluate
 from .filling import Batch, Material, filled_extras, policy_scores, reference_scores
 from .layouts import Arrangement, LayoutName, arrange
 from .output import PreferenceOutput, further_metrics, logp_of, scores_of
-
-
-class Projection(NamedTuple):
-    """A model's hidden states and head."""
-
-    request: Request
-    hidden: Tensor
-    parameters: Parameters
 
 
 @dataclass(frozen=True)
@@ -55,8 +47,18 @@ class Task:
         ref_sums = ref_logps
         if reference is not None:
             ref_sums = batch.sums(logp_of(reference), self.token_weights)
+        comparison = None
+        if self.reference is not None:
+            comparison = Comparison(self.policy, self.reference, batch.target, batch.ignore_index)
         material = Material(
-            batch, self.arrangement, sums, policy, reference, self._ref_vocabulary_size
+            self.objective,
+            batch,
+            self.arrangement,
+            self.token_weights,
+            sums,
+            policy,
+            reference,
+            comparison,
         )
         extras = filled_extras(self.objective, self.extras, material)
         evaluated = evaluate(self.objective, sums, ref_sums, material, extras)
@@ -76,10 +78,6 @@ class Task:
             return losses.mean()
         loss = losses if self.reduction == "none" else losses.sum()
         return loss if self.denominator is None else loss / self.denominator
-
-    def _ref_vocabulary_size(self) -> int:
-        request, hidden, parameters = self.reference or self.policy
-        return vocabulary_size(request.group, parameters.weight.shape[0], hidden.device)
 
 
 def make_task(

@@ -139,7 +139,7 @@ def test_shapes(shape) -> None:
     assert hidden.grad.shape == hidden.shape and weight.grad.isfinite().all()
 
 
-@every_divergence
+@pytest.mark.parametrize("divergence", DIVERGENCES[:-1])
 def test_columns_outside_the_vocabulary(divergence: str) -> None:
     """A bias of -inf takes a column out of one model's distribution, or of both."""
     models = Models()
@@ -147,8 +147,6 @@ def test_columns_outside_the_vocabulary(divergence: str) -> None:
     closed[[0, 4]] = -torch.inf
     teacher = models.teacher_bias.clone()
     teacher[[0, 7]] = -torch.inf
-    if divergence == "cosine":
-        pytest.skip("logits themselves are compared")
     value = models.run(divergence=divergence, student_bias=closed, teacher_bias=teacher)
     student = logits_of(models.hidden, models.weight, closed)
     other = logits_of(models.teacher_hidden, models.teacher_weight[:V], teacher[:V])

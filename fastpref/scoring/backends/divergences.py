@@ -21,7 +21,7 @@ A column without weight counts nothing: 0 log 0 is 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -57,15 +57,31 @@ def divergence_rows(
     """(rows,) in the statistics' dtype; with ``write`` the student's tile becomes dD / d(raw
     product)."""
     formula = FORMULAS[divergence]
-    rows = max(1, _block_elements(student.device.type) // max(1, student.shape[1]))
     values = [student.new_empty(0, dtype=statistics_dtype(student.dtype))]
-    for own, other in zip(student.split(rows), teacher.split(rows), strict=True):
-        raw = _raw(own, student_bias)
-        value, gradient = formula(map.logit(raw), map.logit(_raw(other, teacher_bias)), beta)
+    for rows, own, other in logit_blocks(student, teacher, student_bias, teacher_bias, map):
+        value, gradient = formula(own, other, beta)
         if write:
-            own.copy_(gradient * map.slope(raw) * map.scale)
+            tile = student[rows]
+            tile.copy_(gradient * map.slope(_raw(tile, student_bias)) * map.scale)
         values.append(value)
     return torch.cat(values)
+
+
+def logit_blocks(
+    student: Tensor,
+    teacher: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    map: LogitMap,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of two tiles of raw products, and their logits in the statistics' dtype, a few at a
+    time."""
+    total, cols = student.shape
+    step = max(1, _block_elements(student.device.type) // max(1, cols))
+    for start in range(0, total, step):
+        rows = slice(start, min(total, start + step))
+        own, other = _raw(student[rows], student_bias), _raw(teacher[rows], teacher_bias)
+        yield rows, map.logit(own), map.logit(other)
 
 
 def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:

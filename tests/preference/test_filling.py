@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extras that are made of whole distributions, against whole logits in plain torch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpref import ScoringOptions, objectives, preference_loss
+from tests.preference.cases import Data, compare, halves, run, run_packed, token_logp
+
+MAPS = {"plain": {}, "capped": {"softcap": 4.0, "temperature": 1.3, "logit_scale": 0.7}}
+
+
+def logits(data: Data, policy: bool, map) -> Tensor:
+    hidden, weight, bias = (
+        (data.hidden, data.weight, data.bias)
+        if policy
+        else (data.ref_hidden, data.ref_weight, data.ref_bias)
+    )
+    z = torch.where(data.scored[..., None], hidden, 0) @ weight.t() + bias
+    z = z * map.get("logit_scale", 1)
+    if map:
+        z = map["softcap"] * torch.tanh(z / map["softcap"]) / map["temperature"]
+    return z
+
+
+def gathered(values: Tensor, data: Data) -> Tensor:
+    own = values.log_softmax(-1).gather(-1, data.target.clamp(min=0)[..., None])[..., 0]
+    return torch.where(data.scored, own, 0)
+
+
+def sums(values: Tensor, data: Data, weighted: bool) -> Tensor:
+    return (values * data.token_weights if weighted else values).sum(1)
+
+
+def reference_losses(objective, data: Data, map, weighted: bool) -> Tensor:
+    policy, reference = logits(data, True, map), logits(data, False, map)
+    rows = [sums(gathered(one, data), data, weighted) for one in (policy, reference)]
+    if objective.name == "tdpo":
+        log_q, log_p = policy.log_softmax(-1), reference.log_softmax(-1)
+        kl = torch.where(data.scored, (log_p.exp() * (log_p - log_q)).sum(-1), 0)
+        chosen, rejected = halves(sums(kl, data, weighted))
+        extras = {"chosen_kl": chosen, "rejected_kl": rejected}
+    else:
+        epsilon = objective.hyperparameters["epsilon"]
+        extras = {}
+        for name, sign in (("margin_plus", 1), ("margin_minus", -1)):
+            mixed = policy + sign * epsilon * (policy - reference)
+            chosen, rejected = halves(sums(gathered(mixed, data), data, weighted))
+            extras[name] = chosen - rejected
+    return objective(*(side for row in rows for side in halves(row)), **extras).losses
+
+
+CONFIGURATIONS = [
+    ("tdpo", {"version": 1}),
+    ("tdpo", {"version": 2}),
+    ("epsilon_dpo", {"epsilon": 0.3}),
+]
+
+
+@pytest.mark.parametrize("name, hyperparameters", CONFIGURATIONS)
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_of_two_distributions(name, hyperparameters, map, weighted, budget) -> None:
+    objective, data = objectives.get(name, **hyperparameters), Data()
+    losses = reference_losses(objective, data, MAPS[map], weighted)
+    changes = dict(MAPS[map], options=ScoringOptions(memory_budget=budget))
+    if weighted:
+        changes["token_weights"] = data.token_weights
+    compare(data, losses, run(objective, data, **changes))
+
+
+@pytest.mark.parametrize("name, hyperparameters", CONFIGURATIONS)
+def test_packed_rows(name, hyperparameters) -> None:
+    objective, data = objectives.get(name, **hyperparameters), Data()
+    losses = reference_losses(objective, data, {}, False)
+    compare(data, losses, run_packed(objective, data))
+
+
+def test_steps_of_epsilon_dpo_go_either_way() -> None:
+    """Else the margins would not be looked at in the tests above."""
+    objective, data = objectives.get("epsilon_dpo", epsilon=0.3), Data()
+    plain = run(objectives.get("dpo", beta=0.01), data).losses
+    assert (run(objective, data).losses != plain).any()
+
+
+def test_given_extras_are_taken() -> None:
+    objective, data = objectives.get("tdpo"), Data()
+    extras = {"chosen_kl": torch.zeros(4).double(), "rejected_kl": torch.zeros(4).double()}
+    got = run(objective, data, extras=extras)
+    want = run(objectives.get("dpo"), data)
+    torch.testing.assert_close(got.losses, want.losses)
+
+
+@pytest.mark.parametrize("name", ["tdpo", "epsilon_dpo"])
+def test_without_the_reference_itself(name: str) -> None:
+    objective, data = objectives.get(name), Data()
+    ref = token_logp(data.ref_hidden, data.ref_weight, data.ref_bias, data).detach()
+    with pytest.raises(ValueError, match=f"{name} compares whole distributions: .* ref_hidden"):
+        preference_loss(data.hidden, data.weight, data.target, objective, ref_logps=ref)
+
+
+def test_what_carries_a_gradient_takes_two_passes() -> None:
+    data = Data()
+    data.token_weights.requires_grad_(False)
+    given = {name: torch.zeros(4).double() for name in ("chosen_kl", "rejected_kl")}
+    batches = {"options": ScoringOptions(schedule="batches")}
+    with pytest.raises(ValueError, match="a sum over groups of rows"):
+        run(objectives.get("tdpo"), data, **batches)
+    run(objectives.get("tdpo"), data, extras=given, **batches).loss.backward()

@@ -81,7 +81,7 @@ class FusedLinearKTOLoss(torch.nn.Module):
         check_head(_input, lin_weight, target)
         if preference_labels is None:
             raise ValueError("preference_labels must say which rows are desirable, got None")
-        check_rows("preference_labels", preference_labels, target.shape[:1])
+        check_rows("preference_labels", preference_labels, (len(target),))
         logps, logits = self._scored(_input, lin_weight, target, bias)
         ref_logps = torch.zeros_like(logps)
         if self.use_ref_model:

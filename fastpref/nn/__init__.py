@@ -2,9 +2,7 @@
 """The losses as modules that take what Liger-Kernel 0.8.5's ``LigerFusedLinear*Loss`` classes take.
 
 Each has their constructor and ``forward``, argument by argument, and returns the same tuple, so
-that only the import changes:
-
-    from fastpref.nn import FusedLinearDPOLoss as LigerFusedLinearDPOLoss
+that only the import changes: ``from fastpref.nn import FusedLinearDPOLoss``.
 
 ``compiled`` and ``chunk_size`` are taken and have no effect. In all of them: what is not scored is
 never computed; a row without scored tokens counts as 0 and never gives NaN; log-probabilities in

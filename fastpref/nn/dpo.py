@@ -132,5 +132,4 @@ class FusedLinearDPOLoss(PairedLoss):
             }
         else:
             reference = {"ref_logps": torch.zeros(target.shape, device=target.device)}
-        pairs = self.evaluate(lin_weight, _input, target, bias, **reference)
-        return self.results(pairs, self.nll(pairs))
+        return self.run(lin_weight, _input, target, bias, **reference)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import objectives
@@ -61,14 +62,14 @@ class FusedLinearORPOLoss(PairedLoss):
         """
         check_pairs(lin_weight, _input, target)
         if nll_target is None or not self.compute_nll_loss:
-            pairs = self.evaluate(lin_weight, _input, target, bias)
-            return self._finished(pairs, self.nll(pairs))
+            return self.run(lin_weight, _input, target, bias)
         check_rows("nll_target", nll_target, tuple(target.shape))
         rows, chosen = len(target), len(target) // 2
         ours, theirs = target[:chosen], nll_target[:chosen]
         shared = ((ours == self.ignore_index) | (ours == theirs)).all(-1)
         rest = torch.where(shared[:, None] & (ours == theirs), self.ignore_index, theirs)
         pairs = self.evaluate(
+            self.objective(),
             lin_weight,
             torch.cat([_input, _input[:chosen]]),
             torch.cat([target, rest]),
@@ -77,9 +78,10 @@ class FusedLinearORPOLoss(PairedLoss):
         )
         logps = torch.where(shared, pairs.sums[:chosen], 0) + pairs.sums[rows:]
         tokens = (theirs != self.ignore_index).sum()
-        return self._finished(pairs, -logps.sum() / tokens.clamp(min=1))
+        nll = -logps.sum() / tokens.clamp(min=1)
+        return self.results(pairs, pairs.output.loss + nll, nll)
 
-    def _finished(self, pairs: Pairs, nll: Tensor) -> Results:
-        means = pairs.sums.detach() / pairs.lengths.clamp(min=1)
-        gaps = log_odds_ratio(*pairs.halves(means))
-        return self.results(pairs, nll, -pairs.output.losses.mean() / self.beta, gaps.mean())
+    def results(self, pairs: Pairs, loss: Tensor, nll: Tensor) -> Results:
+        loss, common = super().results(pairs, loss, nll)
+        gaps = log_odds_ratio(common[0].detach(), common[1].detach())
+        return loss, (*common, F.logsigmoid(gaps).mean(), gaps.mean())

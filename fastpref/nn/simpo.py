@@ -53,5 +53,4 @@ class FusedLinearSimPOLoss(PairedLoss):
     ) -> Results:
         """The mean loss of P pairs, as ``FusedLinearDPOLoss.forward`` without a reference."""
         check_pairs(lin_weight, _input, target)
-        pairs = self.evaluate(lin_weight, _input, target, bias)
-        return self.results(pairs, self.nll(pairs))
+        return self.run(lin_weight, _input, target, bias)

@@ -9,17 +9,21 @@ never computed; a row without scored tokens counts as 0 and never gives NaN; log
 the returned tuple carry their gradient; a setting that the chosen loss has not is refused.
 """
 
+from .cosine_similarity import FusedLinearCosineSimilarityLoss
 from .cpo import FusedLinearCPOLoss
 from .dpo import FusedLinearDPOLoss
 from .grpo import FusedLinearGRPOLoss
+from .jsd import FusedLinearJSDLoss
 from .kto import FusedLinearKTOLoss
 from .orpo import FusedLinearORPOLoss
 from .simpo import FusedLinearSimPOLoss
 
 __all__ = [
     "FusedLinearCPOLoss",
+    "FusedLinearCosineSimilarityLoss",
     "FusedLinearDPOLoss",
     "FusedLinearGRPOLoss",
+    "FusedLinearJSDLoss",
     "FusedLinearKTOLoss",
     "FusedLinearORPOLoss",
     "FusedLinearSimPOLoss",

@@ -13,19 +13,40 @@ def check_head(
     names: tuple[str, str, str] = ("_input", "lin_weight", "target"),
 ) -> None:
     """Raise unless these are hidden states (B, T, H), a head (V, H) and its targets (B, T)."""
-    for name, value in zip(names, (states, weight, target), strict=True):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    shapes = [tuple(one.shape) for one in (states, weight, target)]
+    _check_kinds(names, (states, weight, target))
     if states.dim() != 3 or target.dim() != 2 or states.shape[:2] != target.shape:
         raise ValueError(
-            f"{names[0]} must be (B, T, H) and {names[2]} (B, T), got {shapes[0]} and {shapes[2]}; "
-            f"mind the order of the arguments: {names[1]} is {shapes[1]}"
+            f"{names[0]} must be (B, T, H) and {names[2]} (B, T), got {tuple(states.shape)} and "
+            f"{tuple(target.shape)}; mind the order of the arguments: {names[1]} is "
+            f"{tuple(weight.shape)}"
         )
-    if weight.dim() != 2 or weight.shape[1] != states.shape[2]:
+    _check_weight(names, states, weight)
+
+
+def check_tokens(model: str, states: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """Raise unless these are hidden states (..., H) of ``model``, its head (V, H) and labels
+    (...)."""
+    names = (f"{model}_input", f"{model}_weight", "true_labels")
+    _check_kinds(names, (states, weight, labels))
+    if states.shape[:-1] != labels.shape:
         raise ValueError(
-            f"{names[1]} must be (V, H) with H = {states.shape[2]} of {names[0]}, got {shapes[1]}; "
-            "pass the weight as nn.Linear stores it"
+            f"{names[0]} must be (..., H) and true_labels (...), got {tuple(states.shape)} and "
+            f"{tuple(labels.shape)}; shift both"
+        )
+    _check_weight(names, states, weight)
+
+
+def _check_kinds(names: tuple[str, str, str], values: tuple[Tensor, Tensor, Tensor]) -> None:
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_weight(names: tuple[str, str, str], states: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] != states.shape[-1]:
+        raise ValueError(
+            f"{names[1]} must be (V, H) with H = {states.shape[-1]} of {names[0]}, got "
+            f"{tuple(weight.shape)}; pass the weight as nn.Linear stores it"
         )
 
 

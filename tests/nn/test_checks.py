@@ -30,6 +30,16 @@ CASES = {
         "lin_weight must be a torch.Tensor, got NoneType",
         lambda: checks.check_head(HIDDEN, None, TARGET),
     ),
+    "labels of other tokens": (
+        ValueError,
+        r"teacher_input must be \(..., H\) and true_labels \(...\), got \(2, 3, 4\) and \(2, 2\)",
+        lambda: checks.check_tokens("teacher", HIDDEN, WEIGHT, TARGET[:, 1:]),
+    ),
+    "weight of a student": (
+        ValueError,
+        r"student_weight must be \(V, H\) with H = 4 of student_input, got \(9, 3\)",
+        lambda: checks.check_tokens("student", HIDDEN, WEIGHT[:, 1:], TARGET),
+    ),
     "no reference": (
         ValueError,
         "use_ref_model=True compares with a reference: pass ref_input, got None",
@@ -62,5 +72,6 @@ def test_errors(case):
 
 def test_what_fits_passes():
     checks.check_head(HIDDEN, WEIGHT, TARGET)
+    checks.check_tokens("student", HIDDEN, WEIGHT, TARGET)
     checks.check_reference(HIDDEN, None, TARGET)
     checks.check_rows("advantages", torch.zeros(2), (2,), (2, 3))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused preference losses: hidden states to log-probabilities to losses, without the logits."""
 
-from . import _extension, objectives
+from . import _extension, nn, objectives
 from .preference import PreferenceOutput, explain, preference_loss
 from .scoring import ScoringOptions, TokenScores, linear_divergence, linear_logprob
 from .sequences import sequence_logp
@@ -15,6 +15,7 @@ __all__ = [
     "explain",
     "linear_divergence",
     "linear_logprob",
+    "nn",
     "objectives",
     "preference_loss",
     "sequence_logp",

@@ -78,7 +78,7 @@ from .listwise import adpo, exo_listwise, info_nca, irpo, nca, plackett_luce, so
 from .ranking import lipo, pro, rank_dpo, rrhf, tpo
 
 # isort: split
-from .policy import bnpo, cispo, dapo, dr_grpo, gmpo, grpo, gspo, sapo
+from .policy import bnpo, cispo, dapo, dr_grpo, gmpo, grpo, gspo, luspo, sapo, vespo
 
 # isort: split
 from .disco import disco, group_advantages
@@ -145,6 +145,7 @@ __all__ = [
     "irpo",
     "kto",
     "lipo",
+    "luspo",
     "madpo",
     "mallows_po",
     "mcts_dpo",
@@ -177,5 +178,6 @@ __all__ = [
     "sppo_hard",
     "tdpo",
     "tpo",
+    "vespo",
     "wpo",
 ]

@@ -8,22 +8,38 @@ is nonzero at scored tokens; no other is read, and NaN there reaches nothing. ``
 that reference; ``beta`` > 0 adds it to the losses of the tokens and needs it. ``ratio`` and ``kl``
 are 0 where the mask is; an empty response has loss 0 and counts in B.
 
+With ``importance_sampling_level="sequence"`` s = exp(mean_t log r) stands at every token for r.
+``use_bias_correction_kl`` multiplies k3 by that ratio, which carries a gradient: an unbiased
+estimate off policy (DeepSeek-AI 2025, DeepSeek-V3.2, arXiv:2512.02556).
+
 In the formulas r = policy / old of a token, A its advantage, el and eh the epsilons,
 d = log(reference / policy), k3 = exp(d) - d - 1; mean_t and sum_t run over the scored tokens of a
 response, N is their number in the whole batch. Above 60 the exponential of a log-ratio is continued
 by its tangent.
 """
 
-from typing import NamedTuple
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .batch import gather
 from .registry import objective
 from .results import TokenLosses
-from .signature import Extra, Group, NotNegative, PerResponseOrToken, Positive
-from .terms import per_token, saturating_exp, saturating_expm1
+from .signature import (
+    Domain,
+    Extra,
+    ExtraFacts,
+    Group,
+    NotNegative,
+    PerResponseOrToken,
+    Positive,
+)
+from .terms import saturating_exp, saturating_expm1
+from .tokens import RatioLevel, Switch, clipped, read
+
+SamplerRatio: TypeAlias = Annotated[
+    Tensor, ExtraFacts(shapes=("unit", "logps"), domain=Domain(low=0.0, includes=(0.0,)))
+]
 
 
 @objective(unit="token", scope="unit", needs_reference=False)
@@ -38,6 +54,8 @@ def grpo(
     epsilon_low: NotNegative = 0.2,
     epsilon_high: NotNegative = 0.2,
     delta: Positive | None = None,
+    importance_sampling_level: RatioLevel = "token",
+    use_bias_correction_kl: Switch = False,
 ) -> TokenLosses:
     """Group relative policy optimization: the clipped surrogate, a mean over each response.
 
@@ -47,8 +65,9 @@ def grpo(
     are those trainers have. ``delta`` caps r in the first term, which bounds the loss of A < 0 too
     (INTELLECT-2; more than 1 + epsilon_high is meant). Not group-robust preference optimization.
     """
-    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
-    values, is_clipped = _clipped(tokens, tokens.ratio, epsilon_low, epsilon_high, delta)
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
+    values, is_clipped = clipped(tokens, epsilon_low, epsilon_high, delta)
     return tokens.result(tokens.mean(values + tokens.penalty(beta)), is_clipped)
 
 
@@ -64,6 +83,8 @@ def bnpo(
     epsilon_low: NotNegative = 0.2,
     epsilon_high: NotNegative = 0.2,
     delta: Positive | None = None,
+    importance_sampling_level: RatioLevel = "token",
+    use_bias_correction_kl: Switch = False,
 ) -> TokenLosses:
     """The clipped surrogate of GRPO as a mean over all tokens of this process's batch.
 
@@ -73,8 +94,9 @@ def bnpo(
     the tokens of all processes it is ``dapo``. Not beta normalization policy optimization
     (arXiv:2506.02864), which is another way to make advantages.
     """
-    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
-    values, is_clipped = _clipped(tokens, tokens.ratio, epsilon_low, epsilon_high, delta)
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
+    values, is_clipped = clipped(tokens, epsilon_low, epsilon_high, delta)
     return tokens.result(tokens.batch_mean(values + tokens.penalty(beta)), is_clipped)
 
 
@@ -91,6 +113,8 @@ def dr_grpo(
     epsilon_low: NotNegative = 0.2,
     epsilon_high: NotNegative = 0.2,
     delta: Positive | None = None,
+    importance_sampling_level: RatioLevel = "token",
+    use_bias_correction_kl: Switch = False,
 ) -> TokenLosses:
     """GRPO done right: the clipped surrogate divided by a constant, which favours no length.
 
@@ -100,8 +124,9 @@ def dr_grpo(
     ``group_advantages(..., normalize="none")``. L is ``max_completion_length``, which has no
     default: the longest response the sampler may return.
     """
-    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
-    values, is_clipped = _clipped(tokens, tokens.ratio, epsilon_low, epsilon_high, delta)
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
+    values, is_clipped = clipped(tokens, epsilon_low, epsilon_high, delta)
     sums = (values + tokens.penalty(beta)).sum(-1)
     return tokens.result(sums / max_completion_length, is_clipped)
 
@@ -118,6 +143,8 @@ def dapo(
     epsilon_low: NotNegative = 0.2,
     epsilon_high: NotNegative = 0.28,
     delta: Positive | None = None,
+    importance_sampling_level: RatioLevel = "token",
+    use_bias_correction_kl: Switch = False,
     dp_group: Group = None,
 ) -> TokenLosses:
     """Decoupled clip policy optimization: a higher upper clip, a mean over all tokens.
@@ -128,8 +155,9 @@ def dapo(
     ranks of ``dp_group``. Dynamic sampling and the penalty on overlong responses are matters of the
     sampler and of the reward. Not direct advantage policy optimization (arXiv:2412.18279).
     """
-    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
-    values, is_clipped = _clipped(tokens, tokens.ratio, epsilon_low, epsilon_high, delta)
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
+    values, is_clipped = clipped(tokens, epsilon_low, epsilon_high, delta)
     return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group), is_clipped)
 
 
@@ -144,6 +172,7 @@ def gspo(
     beta: NotNegative = 0.0,
     epsilon_low: NotNegative = 0.0003,
     epsilon_high: NotNegative = 0.0004,
+    use_bias_correction_kl: Switch = False,
 ) -> TokenLosses:
     """Group sequence policy optimization: one ratio a response, the geometric mean of its tokens'.
 
@@ -153,11 +182,10 @@ def gspo(
     Zheng et al. 2025, arXiv:2507.18071, eq. 5, whose clip range is the default. The result's
     ``ratio`` is s at every token.
     """
-    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
-    mean_log_ratio = tokens.mean(tokens.log_ratio)[:, None].expand_as(tokens.log_ratio)
-    ratio = saturating_exp(mean_log_ratio)
-    values, is_clipped = _clipped(tokens, ratio, epsilon_low, epsilon_high)
-    return tokens.result(tokens.mean(values + tokens.penalty(beta)), is_clipped, ratio)
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, "sequence", use_bias_correction_kl)
+    values, is_clipped = clipped(tokens, epsilon_low, epsilon_high)
+    return tokens.result(tokens.mean(values + tokens.penalty(beta)), is_clipped)
 
 
 @objective(unit="token", scope="batch", needs_reference=False)
@@ -170,6 +198,7 @@ def cispo(
     ref_token_logp: Extra | None = None,
     beta: NotNegative = 0.0,
     epsilon_high: Positive = 5.0,
+    use_bias_correction_kl: Switch = False,
     dp_group: Group = None,
 ) -> TokenLosses:
     """Clipped importance sampling: the weight is clipped, so every token keeps its gradient.
@@ -180,7 +209,8 @@ def cispo(
     of all ranks of ``dp_group``. ``epsilon_high`` bounds r itself, not its distance from 1, as in
     ScaleRL (arXiv:2510.13786), whose value is the default.
     """
-    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
     weights = tokens.ratio.detach().clamp(max=epsilon_high)
     values = -weights * tokens.advantages * tokens.logp
     is_clipped = (tokens.ratio > epsilon_high) & (tokens.advantages > 0)
@@ -198,6 +228,7 @@ def sapo(
     beta: NotNegative = 0.0,
     tau_positive: Positive = 1.0,
     tau_negative: Positive = 1.05,
+    use_bias_correction_kl: Switch = False,
 ) -> TokenLosses:
     """Soft adaptive policy optimization: a sigmoid gate where others clip.
 
@@ -207,12 +238,85 @@ def sapo(
     Gao et al. 2025, arXiv:2511.20347, whose temperatures are the defaults. Nothing is clipped.
     Not self-augmented preference optimization (arXiv:2405.20830).
     """
-    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
     positive = tokens.advantages > 0
     tau = torch.full_like(tokens.logp, tau_negative).masked_fill(positive, tau_positive)
     gate = torch.sigmoid(tau * saturating_expm1(tokens.log_ratio)) * (4 / tau)
     losses = tokens.mean(-tokens.advantages * gate + tokens.penalty(beta))
-    return tokens.result(losses, torch.zeros_like(positive))
+    return tokens.result(losses)
+
+
+@objective(unit="token", scope="unit", needs_reference=False)
+def luspo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    beta: NotNegative = 0.0,
+    epsilon_low: NotNegative = 0.0003,
+    epsilon_high: NotNegative = 0.0004,
+    delta: Positive | None = None,
+    importance_sampling_level: RatioLevel = "sequence",
+    use_bias_correction_kl: Switch = False,
+) -> TokenLosses:
+    """Length-unbiased sequence policy optimization: GSPO times the length of the response.
+
+        s = exp(mean_t log r)
+        loss = sum_t [-min(s A, clip(s, 1 - el, 1 + eh) A) + beta k3]
+
+    Liu et al. 2026, arXiv:2602.05261. The clip range is that of ``gspo``; the paper's own was not
+    confirmed at the source. A mean of these losses grows with the lengths: mind the learning rate.
+    """
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
+    values, is_clipped = clipped(tokens, epsilon_low, epsilon_high, delta)
+    return tokens.result((values + tokens.penalty(beta)).sum(-1), is_clipped)
+
+
+@objective(unit="token", scope="batch", needs_reference=False)
+def vespo(
+    policy_token_logp: Tensor,
+    old_token_logp: Tensor | None = None,
+    *,
+    mask: Extra,
+    advantages: PerResponseOrToken,
+    ref_token_logp: Extra | None = None,
+    sampler_ratio: SamplerRatio | None = None,
+    beta: NotNegative = 0.0,
+    k_positive: Positive = 2.0,
+    lambda_positive: Positive = 3.0,
+    k_negative: Positive = 3.0,
+    lambda_negative: Positive = 2.0,
+    use_bias_correction_kl: Switch = False,
+    dp_group: Group = None,
+) -> TokenLosses:
+    """Variational sequence-level soft policy optimization: a smooth weight of the whole response.
+
+        w = prod_t r
+        loss = (B / N) sum_t [-sg[w^k exp(lambda (1 - w))] A log policy + beta k3]
+
+    arXiv:2602.10693 (2026); k and lambda are the positive ones where A >= 0, and the defaults those
+    of TRL. ``sampler_ratio`` is old / sampler of a response or of each token, where the sampler's
+    likelihoods differ from the old policy's; its product multiplies w. The result's ``ratio`` is r
+    of each token, and nothing is clipped. B and N are those of all ranks of ``dp_group``.
+    """
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
+    log_weight = tokens.log_ratio.detach().sum(-1, keepdim=True)
+    if sampler_ratio is not None:
+        correction = sampler_ratio.log()
+        if correction.dim() == 2:
+            correction = torch.where(tokens.scored, correction, 0).sum(-1)
+        log_weight = log_weight + correction[:, None]
+    positive = tokens.advantages >= 0
+    power = torch.full_like(tokens.logp, k_negative).masked_fill(positive, k_positive)
+    rate = torch.full_like(tokens.logp, lambda_negative).masked_fill(positive, lambda_positive)
+    weights = saturating_exp(power * log_weight - rate * saturating_expm1(log_weight))
+    values = -weights * tokens.advantages * tokens.logp
+    return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group))
 
 
 @objective(unit="token", scope="unit", needs_reference=False)
@@ -235,7 +339,8 @@ def gmpo(
     Zhao et al. 2025, arXiv:2507.20673; the range is that of the paper's experiments,
     (exp(-0.4), exp(0.4)). The result's ``ratio`` is r of each token, before the clip.
     """
-    tokens = _read(mask, policy_token_logp, old_token_logp, advantages, ref_token_logp)
+    logps = policy_token_logp, old_token_logp, ref_token_logp
+    tokens = read(mask, advantages, logps)
     is_clipped = ((tokens.log_ratio > epsilon_high) & (tokens.advantages > 0)) | (
         (tokens.log_ratio < -epsilon_low) & (tokens.advantages < 0)
     )
@@ -244,69 +349,3 @@ def gmpo(
     ratio = saturating_exp(mean_log_ratio)
     losses = tokens.mean(-tokens.advantages * ratio[:, None] + tokens.penalty(beta))
     return tokens.result(losses, is_clipped)
-
-
-class _Tokens(NamedTuple):
-    """The tokens of a batch, (B, T) each: 0 (``ratio``: 1) where the mask is 0."""
-
-    scored: Tensor
-    logp: Tensor
-    log_ratio: Tensor
-    ratio: Tensor
-    advantages: Tensor
-    kl: Tensor | None
-
-    def mean(self, values: Tensor) -> Tensor:
-        """(B,) means over the scored tokens of each response."""
-        return per_token(values.sum(-1), self.scored.sum(-1))
-
-    def batch_mean(self, values: Tensor, group: Group = None) -> Tensor:
-        """(B,) shares of the mean over all scored tokens: it is their mean, over all ranks."""
-        lengths = gather(self.scored.sum(-1), group)
-        return values.sum(-1) * lengths.numel() / lengths.sum().clamp(min=1)
-
-    def penalty(self, beta: float) -> Tensor | float:
-        if self.kl is not None:
-            return beta * self.kl
-        if beta > 0:
-            raise ValueError(
-                f"beta={beta:g} weighs the divergence from a reference; pass ref_token_logp, got "
-                "None, or beta=0"
-            )
-        return 0.0
-
-    def result(
-        self, losses: Tensor, is_clipped: Tensor, ratio: Tensor | None = None
-    ) -> TokenLosses:
-        ratio = self.ratio if ratio is None else ratio
-        return TokenLosses(losses, torch.where(self.scored, ratio, 0), is_clipped, self.kl)
-
-
-def _read(
-    mask: Tensor,
-    policy: Tensor,
-    old: Tensor | None,
-    advantages: Tensor,
-    ref: Tensor | None,
-) -> _Tokens:
-    scored = mask != 0
-    logp = torch.where(scored, policy, 0)
-    log_ratio = logp - (logp.detach() if old is None else torch.where(scored, old, 0))
-    per_response = advantages.dim() == 1
-    advantages = torch.where(scored, advantages[:, None] if per_response else advantages, 0)
-    kl = None
-    if ref is not None:
-        away = torch.where(scored, ref, 0) - logp
-        kl = saturating_expm1(away) - away
-    return _Tokens(scored, logp, log_ratio, saturating_exp(log_ratio), advantages, kl)
-
-
-def _clipped(
-    tokens: _Tokens, ratio: Tensor, low: float, high: float, delta: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """-min(ratio A, clip(ratio) A) of each token, and where the clip took its gradient away."""
-    advantages = tokens.advantages
-    capped = ratio if delta is None else ratio.clamp(max=delta)
-    values = -torch.minimum(capped * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    is_clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
-    return values, is_clipped

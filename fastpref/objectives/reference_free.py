@@ -146,10 +146,14 @@ def orpo(
     """
     chosen = per_token(policy_chosen_logps, chosen_lengths)
     rejected = per_token(policy_rejected_logps, rejected_lengths)
-    log_odds_ratio = (chosen - rejected) - (_log1m(chosen) - _log1m(rejected))
-    losses = beta * softplus(-log_odds_ratio)
+    losses = beta * softplus(-log_odds_ratio(chosen, rejected))
     losses = losses + sft_term(sft_weight, chosen_nll, policy_chosen_logps, chosen_lengths)
     return PairLosses(losses, beta * chosen, beta * rejected)
+
+
+def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Of two mean log-probabilities; finite where one of them is 0."""
+    return (chosen - rejected) - (_log1m(chosen) - _log1m(rejected))
 
 
 @objective(unit="pair", scope="unit", needs_reference=False, reduction="mean")

@@ -98,7 +98,7 @@ def test_finite_in_fp32(declared, data):
 # test_formulas.py has their gradients.
 DETACH = (
     *("beta_dpo", "alpha_dpo", "epsilon_dpo", "relative_po", "amapo", "kto", "bco", "lipo"),
-    *("tpo", "cispo", "tdpo", "ofs_dpo", "disco", "adpo"),
+    *("tpo", "cispo", "vespo", "tdpo", "ofs_dpo", "disco", "adpo"),
 )
 
 

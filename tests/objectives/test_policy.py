@@ -23,7 +23,11 @@ MASK = torch.arange(T) < LENGTHS[:, None]
 
 REQUIRED = {"dr_grpo": {"max_completion_length": 16}}
 CLIPPED = ["grpo", "bnpo", "dr_grpo", "dapo"]
-NAMES = [*CLIPPED, "gspo", "cispo", "sapo", "gmpo"]
+NAMES = [*CLIPPED, "gspo", "cispo", "sapo", "luspo", "vespo", "gmpo"]
+BY_TOKENS = ("bnpo", "dapo", "cispo", "vespo")
+# What the terms of a response are divided by, where that is not its length.
+COUNTS = dict.fromkeys(BY_TOKENS, MASK.sum() / B)
+COUNTS |= {"dr_grpo": torch.tensor(16), "luspo": torch.ones(B)}
 GROUPS = {
     "rewards": torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]),
     "group_ids": torch.tensor([7, 7, -2, -2, 7, 7, 0, 0]),
@@ -56,6 +60,8 @@ class Trainer(types.SimpleNamespace):
     def __init__(self, policy, **settings):
         args = {"delta": None, "use_bias_correction_kl": False}
         args |= {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
+        args |= {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0}
+        args |= {"vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
         super().__init__(
             accelerator=types.SimpleNamespace(
                 num_processes=1, gather=lambda value: value, reduce=lambda value, **_: value
@@ -88,6 +94,7 @@ class Trainer(types.SimpleNamespace):
         }
         if old is not None:
             inputs["old_per_token_logps"] = old
+        self.get_gamma_weights = getattr(trainer, "get_gamma_weights", None)
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)  # of the tensors TRL makes of its settings
         try:
@@ -113,14 +120,23 @@ class Trainer(types.SimpleNamespace):
         ("sapo", {"tau_negative": 3.0}, {"args": {"sapo_temperature_neg": 3.0}}),
         ("gspo", {"epsilon_low": 0.1, "epsilon_high": 0.2}, {"epsilon_low": 0.1}),
         ("gspo", {}, {"epsilon_low": 3e-4, "epsilon_high": 4e-4}),
+        ("luspo", {}, {"epsilon_low": 3e-4, "epsilon_high": 4e-4}),
+        ("vespo", {}, {}),
+        ("vespo", {"k_negative": 1.5}, {"args": {"vespo_k_neg": 1.5}}),
+        ("bnpo", {"importance_sampling_level": "sequence"}, {}),
+        ("dapo", {"use_bias_correction_kl": True}, {"epsilon_high": 0.28}),
+        ("grpo", {"importance_sampling_level": "sequence", "use_bias_correction_kl": True}, {}),
     ],
 )
 def test_agrees_with_trl(name, hyperparameters, trl, advantages, old, beta):
     trainer = pytest.importorskip("trl").GRPOTrainer
     policy = POLICY.clone().requires_grad_()
-    settings = {"epsilon_low": 0.2, "epsilon_high": 0.2, "loss_type": name, "beta": beta} | trl
-    if name == "gspo":
-        settings |= {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+    settings = {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": beta} | trl
+    settings["loss_type"] = "grpo" if name == "gspo" else name
+    level = "sequence" if name in ("gspo", "luspo") else "token"
+    settings["importance_sampling_level"] = hyperparameters.get("importance_sampling_level", level)
+    corrected = {"use_bias_correction_kl": hyperparameters.get("use_bias_correction_kl", False)}
+    settings["args"] = settings.get("args", {}) | corrected
     theirs = Trainer(policy, **settings).loss(trainer, old, advantages)
     extras = {"mask": MASK.long(), "advantages": advantages, "ref_token_logp": REF}
     losses = get(name, beta=beta, **hyperparameters)(policy, old, **extras).losses
@@ -143,9 +159,7 @@ def test_gmpo_agrees_with_trl(beta):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_step_is_reinforce(name):
     """On-policy, every one has the gradient of -A log policy, over its own number of tokens."""
-    count = {"bnpo": MASK.sum() / B, "dapo": MASK.sum() / B, "cispo": MASK.sum() / B}
-    count["dr_grpo"] = torch.tensor(16)
-    expected = -(ADVANTAGES / count.get(name, LENGTHS))[:, None] * MASK
+    expected = -(ADVANTAGES / COUNTS.get(name, LENGTHS))[:, None] * MASK
     for old in (None, POLICY):
         result, gradient = evaluate(name, old=old)
         close(gradient, expected)
@@ -180,6 +194,41 @@ def test_geometric_means_agree_where_nothing_is_clipped():
     means = ((POLICY - OLD) * MASK).sum(-1) / LENGTHS
     close(gspo.ratio, means.exp()[:, None] * MASK)
     close(gmpo.ratio, (POLICY - OLD).exp() * MASK)
+
+
+def test_one_ratio_a_response_by_either_name():
+    clip = {"epsilon_low": 0.1, "epsilon_high": 0.2, "beta": 0.3, "ref": REF}
+    gspo, gspo_slope = evaluate("gspo", **clip)
+    grpo, grpo_slope = evaluate("grpo", importance_sampling_level="sequence", **clip)
+    close((gspo.losses, gspo.ratio, gspo_slope), (grpo.losses, grpo.ratio, grpo_slope))
+    luspo, luspo_slope = evaluate("luspo", **clip)
+    close((luspo.losses, luspo_slope), (LENGTHS * gspo.losses, LENGTHS[:, None] * gspo_slope))
+
+
+def test_vespo_weighs_a_response_by_its_ratio_to_the_sampler():
+    sampler = OLD - torch.where(MASK, 0.1, 0)
+    direct, direct_slope = evaluate("vespo", old=sampler)
+    keywords = {"sampler_ratio": torch.full((B, T), 0.1).exp()}
+    policy = POLICY.clone().requires_grad_()
+    extras = {"mask": MASK, "advantages": ADVANTAGES}
+    for ratio in (keywords["sampler_ratio"].double(), (0.1 * LENGTHS).exp()):
+        losses = get("vespo")(policy, OLD, **extras, sampler_ratio=ratio).losses
+        close((losses, slope(losses, policy)), (direct.losses, direct_slope), 1e-6)
+    ratio = torch.where(torch.arange(T) == 0, 0.0, 1.0).expand(B, T)
+    rejected = get("vespo")(policy, OLD, **extras, sampler_ratio=ratio).losses
+    assert (rejected == 0).all()
+
+
+@pytest.mark.parametrize("name", [one for one in NAMES if one != "gmpo"])
+def test_corrected_kl_is_the_kl_times_the_ratio(name):
+    plain, _ = evaluate(name, ref=REF)
+    result, gradient = evaluate(name, ref=REF, use_bias_correction_kl=True)
+    close(result.kl, plain.kl * plain.ratio)
+    close((result.losses, result.ratio), (plain.losses, plain.ratio))
+    far = {"policy": -OLD * 3e3, "old": OLD * 3e3, "ref": 3e3 * REF}
+    far = {key: value.float() for key, value in far.items()}
+    result, gradient = evaluate(name, **far, beta=1.0, use_bias_correction_kl=True)
+    assert all(torch.isfinite(value).all() for value in (*result, gradient))
 
 
 RATIOS = torch.tensor([[0.7, 0.9, 1.1, 1.5], [0.7, 0.9, 1.1, 1.5]], dtype=torch.float64)
@@ -232,7 +281,7 @@ def test_an_empty_response_counts_as_zero(name):
     others = torch.arange(B) != 2
     rows = {"policy": POLICY[others], "old": OLD[others], "mask": mask[others], "ref": REF[others]}
     alone, _ = evaluate(name, **rows, advantages=ADVANTAGES[others], beta=0.1)
-    share = B / (B - 1) if name in ("bnpo", "dapo", "cispo") else 1
+    share = B / (B - 1) if name in BY_TOKENS else 1
     close(result.losses[others], share * alone.losses)
     nothing, gradient = evaluate(name, mask=torch.zeros(B, T))
     assert (nothing.losses == 0).all() and (gradient == 0).all()
@@ -247,8 +296,7 @@ def test_the_penalty_is_the_mean_of_kl(name):
     close(watched.kl, expected)
     without = torch.zeros(B, dtype=torch.float64)
     penalised, gradient = evaluate(name, ref=REF, beta=0.7, advantages=without)
-    count = {"bnpo": MASK.sum() / B, "dapo": MASK.sum() / B, "cispo": MASK.sum() / B}
-    count = count.get(name, torch.tensor(16) if name == "dr_grpo" else LENGTHS)
+    count = COUNTS.get(name, LENGTHS)
     close(penalised.losses, 0.7 * expected.sum(-1) / count)
     close(gradient, 0.7 * (1 - (REF - POLICY).exp()) * MASK / count.reshape(-1, 1))
 
@@ -322,6 +370,7 @@ def test_nothing_is_read_back(name):
 COUPLED = {
     "dapo": {"beta": 0.1},
     "cispo": {"beta": 0.1},
+    "vespo": {"beta": 0.1},
     "disco": {"tau": 0.5, "delta": 0.01},
     "disco-b on ratios": {"tau": math.inf, "score": "likelihood_ratio", "kl_estimator": "kl"},
 }

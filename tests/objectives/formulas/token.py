@@ -65,10 +65,38 @@ def results(losses, ratio, is_clipped, kl, mask):
     return losses, ratio, mask & is_clipped, kl
 
 
-def clipped_surrogate(policy, old, mask, advantages, ref, beta, low, high, delta, aggregate):
+def corrected(kl, ratio, use_bias_correction_kl):
+    """2512.02556: the estimate of the divergence times the importance ratio."""
+    # Choice: the ratio carries a gradient, as in TRL.
+    return kl if kl is None or not use_bias_correction_kl else kl * ratio
+
+
+def ratios(policy, old, mask, level="token"):
+    """By token, or one a sequence: the geometric mean of its tokens'."""
+    logs = log_ratios(policy, old, mask)
+    return np.exp(logs if level == "token" else mean_in_sequence(logs, mask)[:, None])
+
+
+def clipped_surrogate(
+    policy,
+    old,
+    mask,
+    advantages,
+    ref,
+    aggregate,
+    *,
+    beta=0.0,
+    epsilon_low=0.2,
+    epsilon_high=0.2,
+    delta=None,
+    importance_sampling_level="token",
+    use_bias_correction_kl=False,
+):
     """1707.06347: -min(r A, clip(r, 1 - low, 1 + high) A); delta also caps r in the first term."""
+    low, high = epsilon_low, epsilon_high
     a, kl = per_token(advantages), k3(policy, ref, mask)
-    ratio = np.exp(log_ratios(policy, old, mask))
+    ratio = ratios(policy, old, mask, importance_sampling_level)
+    kl = corrected(kl, ratio, use_bias_correction_kl)
     loss = -minimum(clip(ratio, None, delta) * a, clip(ratio, 1.0 - low, 1.0 + high) * a)
     # Choice: is_clipped is about 1 - low and 1 + high only, as TRL's clip ratio is; a token that
     # delta caps (A < 0, ratio > delta) has no gradient either but is not counted.
@@ -76,79 +104,43 @@ def clipped_surrogate(policy, old, mask, advantages, ref, beta, low, high, delta
     return results(aggregate(with_kl(loss, kl, beta), mask), ratio, is_clipped, kl, mask)
 
 
-def grpo(
-    policy,
-    old=None,
-    *,
-    mask,
-    advantages,
-    ref_token_logp=None,
-    beta=0.0,
-    epsilon_low=0.2,
-    epsilon_high=0.2,
-    delta=None,
-):
+def grpo(policy, old=None, *, mask, advantages, ref_token_logp=None, **settings):
     """2402.03300: mean over the tokens of a sequence, then over sequences."""
-    bounds = beta, epsilon_low, epsilon_high, delta
     return clipped_surrogate(
-        policy, old, mask, advantages, ref_token_logp, *bounds, mean_in_sequence
+        policy, old, mask, advantages, ref_token_logp, mean_in_sequence, **settings
     )
 
 
-def bnpo(
-    policy,
-    old=None,
-    *,
-    mask,
-    advantages,
-    ref_token_logp=None,
-    beta=0.0,
-    epsilon_low=0.2,
-    epsilon_high=0.2,
-    delta=None,
-):
+def bnpo(policy, old=None, *, mask, advantages, ref_token_logp=None, **settings):
     """TRL's `bnpo`: mean over the tokens of the local batch."""
-    bounds = beta, epsilon_low, epsilon_high, delta
-    return clipped_surrogate(policy, old, mask, advantages, ref_token_logp, *bounds, mean_in_batch)
+    return clipped_surrogate(
+        policy, old, mask, advantages, ref_token_logp, mean_in_batch, **settings
+    )
 
 
 def dr_grpo(
-    policy,
-    old=None,
-    *,
-    mask,
-    advantages,
-    ref_token_logp=None,
-    max_completion_length,
-    beta=0.0,
-    epsilon_low=0.2,
-    epsilon_high=0.2,
-    delta=None,
+    policy, old=None, *, mask, advantages, ref_token_logp=None, max_completion_length, **settings
 ):
     """2503.20783: sum over tokens / max_completion_length."""
 
     def aggregate(token_loss, mask):
         return np.sum(np.where(mask, token_loss, 0.0), axis=1) / max_completion_length
 
-    bounds = beta, epsilon_low, epsilon_high, delta
-    return clipped_surrogate(policy, old, mask, advantages, ref_token_logp, *bounds, aggregate)
+    return clipped_surrogate(policy, old, mask, advantages, ref_token_logp, aggregate, **settings)
 
 
-def dapo(
-    policy,
-    old=None,
-    *,
-    mask,
-    advantages,
-    ref_token_logp=None,
-    beta=0.0,
-    epsilon_low=0.2,
-    epsilon_high=0.28,
-    delta=None,
-):
+def dapo(policy, old=None, *, mask, advantages, ref_token_logp=None, epsilon_high=0.28, **settings):
     """2503.14476: mean over the tokens of the whole batch; a wider upper bound."""
-    bounds = beta, epsilon_low, epsilon_high, delta
-    return clipped_surrogate(policy, old, mask, advantages, ref_token_logp, *bounds, mean_in_batch)
+    return clipped_surrogate(
+        policy,
+        old,
+        mask,
+        advantages,
+        ref_token_logp,
+        mean_in_batch,
+        epsilon_high=epsilon_high,
+        **settings,
+    )
 
 
 def gspo(
@@ -161,12 +153,14 @@ def gspo(
     beta=0.0,
     epsilon_low=0.0003,
     epsilon_high=0.0004,
+    use_bias_correction_kl=False,
 ):
     """2507.18071: the clipped surrogate of exp(mean log ratio), one per sequence."""
     a, kl = per_token(advantages), k3(policy, ref_token_logp, mask)
     # Choice: advantages by token share the sequence's ratio, and the mean over tokens is taken (not
     # GSPO-token). ratio and is_clipped repeat the sequence's over its tokens.
-    ratio = np.exp(mean_in_sequence(log_ratios(policy, old, mask), mask))[:, None]
+    ratio = ratios(policy, old, mask, "sequence")
+    kl = corrected(kl, ratio, use_bias_correction_kl)
     low, high = 1.0 - epsilon_low, 1.0 + epsilon_high
     loss = -minimum(ratio * a, clip(ratio, low, high) * a)
     losses = mean_in_sequence(with_kl(loss, kl, beta), mask)
@@ -182,10 +176,12 @@ def cispo(
     ref_token_logp=None,
     beta=0.0,
     epsilon_high=5.0,
+    use_bias_correction_kl=False,
 ):
     """2506.13585: -sg[min(ratio, epsilon_high)] A log p, mean over the tokens of the batch."""
     a, kl = per_token(advantages), k3(policy, ref_token_logp, mask)
-    ratio = frozen(np.exp(log_ratios(policy, old, mask)))
+    kl = corrected(kl, ratios(policy, old, mask), use_bias_correction_kl)
+    ratio = frozen(ratios(policy, old, mask))
     loss = -np.minimum(ratio, epsilon_high) * a * np.where(mask, policy, 0.0)
     losses = mean_in_batch(with_kl(loss, kl, beta), mask)
     # Choice: only where A > 0, as TRL counts, though the cap holds for either sign.
@@ -202,14 +198,72 @@ def sapo(
     beta=0.0,
     tau_positive=1.0,
     tau_negative=1.05,
+    use_bias_correction_kl=False,
 ):
     """2511.20347: -A (4 / tau) S(tau (ratio - 1)), tau by the sign of A."""
     a, kl = per_token(advantages), k3(policy, ref_token_logp, mask)
-    ratio = np.exp(log_ratios(policy, old, mask))
+    ratio = ratios(policy, old, mask)
+    kl = corrected(kl, ratio, use_bias_correction_kl)
     tau = np.where(a > 0, tau_positive, tau_negative)
     loss = -a * (4.0 / tau) * sigmoid(tau * (ratio - 1.0))
     # Choice: a soft gate clips nothing.
     losses = mean_in_sequence(with_kl(loss, kl, beta), mask)
+    return results(losses, ratio, np.zeros(mask.shape, dtype=bool), kl, mask)
+
+
+def luspo(
+    policy,
+    old=None,
+    *,
+    mask,
+    advantages,
+    ref_token_logp=None,
+    epsilon_low=0.0003,
+    epsilon_high=0.0004,
+    importance_sampling_level="sequence",
+    **settings,
+):
+    """2602.05261: GSPO's loss of a sequence times its length."""
+
+    def aggregate(token_loss, mask):
+        return mask.sum(axis=1) * mean_in_sequence(token_loss, mask)
+
+    settings |= {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
+    settings |= {"importance_sampling_level": importance_sampling_level}
+    return clipped_surrogate(policy, old, mask, advantages, ref_token_logp, aggregate, **settings)
+
+
+def vespo(
+    policy,
+    old=None,
+    *,
+    mask,
+    advantages,
+    ref_token_logp=None,
+    sampler_ratio=None,
+    beta=0.0,
+    k_positive=2.0,
+    lambda_positive=3.0,
+    k_negative=3.0,
+    lambda_negative=2.0,
+    use_bias_correction_kl=False,
+):
+    """2602.10693: -sg[phi(w)] A log p, phi(w) = e^lambda w^k e^(-lambda w), w = prod ratio."""
+    a, kl = per_token(advantages), k3(policy, ref_token_logp, mask)
+    ratio = ratios(policy, old, mask)
+    kl = corrected(kl, ratio, use_bias_correction_kl)
+    w = np.prod(frozen(np.where(mask, ratio, 1.0)), axis=1)
+    if sampler_ratio is not None:
+        # Choice: a factor of a response, or of each scored token.
+        per_response = sampler_ratio.ndim == 1
+        w = w * (
+            sampler_ratio if per_response else np.prod(np.where(mask, sampler_ratio, 1.0), axis=1)
+        )
+    k = np.where(a >= 0, k_positive, k_negative)
+    rate = np.where(a >= 0, lambda_positive, lambda_negative)
+    phi = np.exp(rate) * w[:, None] ** k * np.exp(-rate * w[:, None])
+    loss = -phi * a * np.where(mask, policy, 0.0)
+    losses = mean_in_batch(with_kl(loss, kl, beta), mask)
     return results(losses, ratio, np.zeros(mask.shape, dtype=bool), kl, mask)
 
 
@@ -304,6 +358,8 @@ FORMULAS = {
     "gspo": gspo,
     "cispo": cispo,
     "sapo": sapo,
+    "luspo": luspo,
+    "vespo": vespo,
     "gmpo": gmpo,
     "disco": disco,
 }
@@ -325,6 +381,7 @@ _shuffle = _draw.permutation(_B)
 _plain = {"mask": _mask, "advantages": _advantages}
 _by_token = {"mask": _holes, "advantages": _advantages_by_token}
 _penalised = {"mask": _holes, "advantages": _advantages, "ref_token_logp": _ref, "beta": 0.04}
+_corrected = {**_penalised, "use_bias_correction_kl": True}
 _groups = {"mask": _mask, "rewards": _rewards, "group_ids": _group_ids}
 _shuffled = {
     "mask": _holes,
@@ -333,17 +390,55 @@ _shuffled = {
 }
 
 EXAMPLES = {
-    "grpo": [_plain, _penalised, {**_by_token, "epsilon_high": 0.4, "delta": 1.6}],
-    "bnpo": [_plain, _penalised, {**_by_token, "epsilon_low": 0.3, "delta": 1.6}],
+    "grpo": [
+        _plain,
+        _penalised,
+        {**_by_token, "epsilon_high": 0.4, "delta": 1.6},
+        {**_corrected, "importance_sampling_level": "sequence", "epsilon_low": 0.02},
+        _corrected,
+    ],
+    "bnpo": [_plain, _corrected, _penalised, {**_by_token, "epsilon_low": 0.3, "delta": 1.6}],
     "dr_grpo": [
         {**_plain, "max_completion_length": 16},
         {**_penalised, "max_completion_length": 9},
+        {**_corrected, "max_completion_length": 9, "importance_sampling_level": "sequence"},
         {**_by_token, "max_completion_length": 9, "delta": 1.6},
     ],
-    "dapo": [_plain, _penalised, {**_by_token, "delta": 1.6}],
-    "gspo": [_plain, {**_penalised, "epsilon_low": 0.1, "epsilon_high": 0.2}, _by_token],
-    "cispo": [_plain, {**_penalised, "epsilon_high": 1.2}, {**_by_token, "epsilon_high": 1.5}],
-    "sapo": [_plain, _penalised, {**_by_token, "tau_positive": 2.0, "tau_negative": 3.0}],
+    "dapo": [
+        _plain,
+        {**_corrected, "importance_sampling_level": "sequence"},
+        _penalised,
+        {**_by_token, "delta": 1.6},
+    ],
+    "gspo": [
+        _plain,
+        {**_penalised, "epsilon_low": 0.1, "epsilon_high": 0.2},
+        _by_token,
+        _corrected,
+    ],
+    "cispo": [
+        _plain,
+        {**_penalised, "epsilon_high": 1.2},
+        {**_by_token, "epsilon_high": 1.5},
+        _corrected,
+    ],
+    "sapo": [
+        _plain,
+        _penalised,
+        {**_by_token, "tau_positive": 2.0, "tau_negative": 3.0},
+        _corrected,
+    ],
+    "luspo": [
+        _plain,
+        {**_penalised, "epsilon_low": 0.1, "epsilon_high": 0.2},
+        {**_corrected, "importance_sampling_level": "token", "delta": 1.1},
+    ],
+    "vespo": [
+        _plain,
+        {**_corrected, "sampler_ratio": _draw.uniform(0.5, 1.5, _B)},
+        {**_by_token, "sampler_ratio": _draw.uniform(0.8, 1.2, (_B, _T))},
+        {**_plain, "k_positive": 1.5, "k_negative": 1.0, "lambda_positive": 0.5},
+    ],
     "gmpo": [_plain, {**_penalised, "epsilon_low": 0.2, "epsilon_high": 0.3}],
     "disco": [
         _groups,

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The angle between the logits of two models as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..scoring import linear_divergence
+from .distillation import DistillationLoss, Model
+
+
+class FusedLinearCosineSimilarityLoss(DistillationLoss):
+    """Takes what Liger-Kernel 0.8.5's LigerFusedLinearCosineSimilarityLoss takes.
+
+        loss = weight_soft_loss beta (1 - cos) + weight_hard_loss CE, means over scored tokens
+
+    Args:
+        weight_hard_loss, weight_soft_loss: of the cross-entropy of the labels and of the angle.
+        beta: a factor of the angle.
+        ignore_index: label of a token that is not scored.
+        temperature: > 0; an angle does not depend on it.
+        compiled, chunk_size: without effect.
+        return_soft_hard_loss: return (loss, beta (1 - cos), cross-entropy).
+
+    Raises:
+        ValueError: naming the setting, what came, and what was expected.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
+        super().__init__(
+            weight_hard_loss,
+            weight_soft_loss,
+            beta,
+            ignore_index,
+            temperature,
+            compiled,
+            chunk_size,
+            return_soft_hard_loss,
+        )
+
+    def divergence(self, student: Model, teacher: Model, mask: Tensor) -> Tensor:
+        angle = linear_divergence(
+            student.hidden,
+            student.weight,
+            teacher.hidden,
+            teacher.weight,
+            mask,
+            divergence="cosine",
+            student_bias=student.bias,
+            teacher_bias=teacher.bias,
+        )
+        return self.beta * angle

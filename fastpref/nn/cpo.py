@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contrastive preference optimization as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import objectives
+from ..objectives import Objective
+from .paired import PairedLoss, Results, check_pairs
+
+
+class FusedLinearCPOLoss(PairedLoss):
+    """Takes what Liger-Kernel 0.8.5's LigerFusedLinearCPOLoss takes.
+
+    Args:
+        ignore_index: target of a position that is not scored.
+        beta, label_smoothing: of the objective.
+        alpha: weight of the mean negative log-likelihood of the chosen responses' tokens,
+        compute_nll_loss: which this adds.
+        average_log_prob: compare means over tokens instead of sums.
+        compiled, chunk_size: without effect.
+
+    Raises:
+        ValueError, TypeError: naming the setting, what came, and what was expected.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        label_smoothing: float = 0.0,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+    ) -> None:
+        super().__init__(
+            ignore_index, alpha, compute_nll_loss, average_log_prob, compiled, chunk_size
+        )
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.objective()
+
+    def objective(self) -> Objective:
+        # Its own likelihood term is a mean over responses, not over all their tokens.
+        smoothing = self.label_smoothing
+        return objectives.get("cpo", beta=self.beta, label_smoothing=smoothing, sft_weight=0.0)
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Results:
+        """The mean loss of P pairs, as ``FusedLinearDPOLoss.forward`` without a reference."""
+        check_pairs(lin_weight, _input, target)
+        return self.run(lin_weight, _input, target, bias)

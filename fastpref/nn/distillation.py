@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the losses between two models share: a divergence of their distributions, and the
+cross-entropy of the labels beside it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..scoring import linear_logprob
+from .checks import check_tokens
+
+# The loss, or with return_soft_hard_loss (loss, divergence, cross-entropy).
+Distilled: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+class Model(NamedTuple):
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+class DistillationLoss(torch.nn.Module):
+    """Base of the losses between student and teacher, means over the tokens that are scored."""
+
+    def __init__(
+        self,
+        weight_hard_loss: float,
+        weight_soft_loss: float,
+        beta: float,
+        ignore_index: int,
+        temperature: float,
+        compiled: bool,
+        chunk_size: int,
+        return_soft_hard_loss: bool,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(
+                f"temperature must be > 0, got {temperature!r}; logits are divided by it"
+            )
+        self.weight_hard_loss = weight_hard_loss
+        self.weight_soft_loss = weight_soft_loss
+        self.beta = beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.compiled = compiled
+        self.chunk_size = chunk_size
+        self.return_soft_hard_loss = return_soft_hard_loss
+
+    def divergence(self, student: Model, teacher: Model, mask: Tensor) -> Tensor:
+        """Shaped like ``mask``, 0 where that is False."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Distilled:
+        """The loss of a batch of tokens.
+
+        Args:
+            student_input: (..., H).
+            student_weight: (V, H), with student_bias (V,): the head.
+            teacher_input: (..., H'), scored without gradient through
+            teacher_weight, teacher_bias: (V', H') and (V',). Where V' > V the student's further
+                logits are 0.
+            true_labels: (...) int64, already shifted; what is ``ignore_index`` counts nowhere.
+
+        Returns:
+            loss (0-dim), or with ``return_soft_hard_loss`` (loss, divergence, cross-entropy), all
+            differentiable.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came, what was expected, the remedy.
+        """
+        check_tokens("student", student_input, student_weight, true_labels)
+        check_tokens("teacher", teacher_input, teacher_weight, true_labels)
+        mask = true_labels != self.ignore_index
+        tokens = mask.sum().clamp(min=1)
+        student = _padded(Model(student_input, student_weight, student_bias), len(teacher_weight))
+        teacher = Model(teacher_input, teacher_weight, teacher_bias)
+        soft = self.divergence(student, teacher, mask).sum() / tokens
+        loss, hard = self.weight_soft_loss * soft, soft.new_zeros(())
+        if self.weight_hard_loss or self.return_soft_hard_loss:
+            scores = linear_logprob(
+                student_input,
+                student_weight,
+                true_labels,
+                bias=student_bias,
+                ignore_index=self.ignore_index,
+            )
+            hard = -cast(Tensor, scores.logp).sum() / tokens
+            loss = loss + self.weight_hard_loss * hard
+        return (loss, soft, hard) if self.return_soft_hard_loss else loss
+
+
+def _padded(model: Model, columns: int) -> Model:
+    """With zeros in the head up to ``columns`` rows."""
+    missing = columns - len(model.weight)
+    if missing < 0:
+        raise ValueError(
+            f"teacher_weight must have at least the {len(model.weight)} rows of student_weight, "
+            f"got {columns}; a vocabulary that the teacher lacks cannot be compared"
+        )
+    if missing == 0:
+        return model
+    bias = None if model.bias is None else F.pad(model.bias, (0, missing))
+    return Model(model.hidden, F.pad(model.weight, (0, 0, 0, missing)), bias)

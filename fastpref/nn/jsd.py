@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generalized Jensen-Shannon divergence of two models as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..scoring import linear_divergence
+from .distillation import DistillationLoss, Model
+
+
+class FusedLinearJSDLoss(DistillationLoss):
+    """Takes what Liger-Kernel 0.8.5's LigerFusedLinearJSDLoss takes.
+
+        loss = weight_soft_loss JSD + weight_hard_loss CE, means over scored tokens
+        JSD = beta KL(teacher, m) + (1 - beta) KL(student, m), m = beta teacher + (1 - beta) student
+
+    Agarwal et al. 2023 (GKD), arXiv:2306.13649; beta 0 is KL(teacher, student), beta 1
+    KL(student, teacher).
+
+    Args:
+        weight_hard_loss, weight_soft_loss: of the cross-entropy of the labels and the divergence.
+        beta: in [0, 1].
+        ignore_index: label of a token that is not scored.
+        temperature: > 0, of both distributions in the divergence.
+        compiled, chunk_size: without effect.
+        return_soft_hard_loss: return (loss, divergence, cross-entropy).
+
+    Raises:
+        ValueError: naming the setting, what came, and what was expected.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
+        super().__init__(
+            weight_hard_loss,
+            weight_soft_loss,
+            beta,
+            ignore_index,
+            temperature,
+            compiled,
+            chunk_size,
+            return_soft_hard_loss,
+        )
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must be in [0, 1], the share of the teacher, got {beta!r}")
+
+    def divergence(self, student: Model, teacher: Model, mask: Tensor) -> Tensor:
+        return linear_divergence(
+            student.hidden,
+            student.weight,
+            teacher.hidden,
+            teacher.weight,
+            mask,
+            divergence="jsd",
+            beta=self.beta,
+            temperature=self.temperature,
+            student_bias=student.bias,
+            teacher_bias=teacher.bias,
+        )

@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..scoring import linear_logprob
@@ -71,8 +70,8 @@ class DistillationLoss(torch.nn.Module):
             student_input: (..., H).
             student_weight: (V, H), with student_bias (V,): the head.
             teacher_input: (..., H'), scored without gradient through
-            teacher_weight, teacher_bias: (V', H') and (V',). Where V' > V the student's further
-                logits are 0.
+            teacher_weight, teacher_bias: (V', H') and (V',). Where V' and V differ, by padding,
+                the divergence is over the ids that both have; no logits of 0 stand in for others.
             true_labels: (...) int64, already shifted; what is ``ignore_index`` counts nowhere.
 
         Returns:
@@ -86,7 +85,7 @@ class DistillationLoss(torch.nn.Module):
         check_tokens("teacher", teacher_input, teacher_weight, true_labels)
         mask = true_labels != self.ignore_index
         tokens = mask.sum().clamp(min=1)
-        student = _padded(Model(student_input, student_weight, student_bias), len(teacher_weight))
+        student = Model(student_input, student_weight, student_bias)
         teacher = Model(teacher_input, teacher_weight, teacher_bias)
         soft = self.divergence(student, teacher, mask).sum() / tokens
         loss, hard = self.weight_soft_loss * soft, soft.new_zeros(())
@@ -101,17 +100,3 @@ class DistillationLoss(torch.nn.Module):
             hard = -cast(Tensor, scores.logp).sum() / tokens
             loss = loss + self.weight_hard_loss * hard
         return (loss, soft, hard) if self.return_soft_hard_loss else loss
-
-
-def _padded(model: Model, columns: int) -> Model:
-    """With zeros in the head up to ``columns`` rows."""
-    missing = columns - len(model.weight)
-    if missing < 0:
-        raise ValueError(
-            f"teacher_weight must have at least the {len(model.weight)} rows of student_weight, "
-            f"got {columns}; a vocabulary that the teacher lacks cannot be compared"
-        )
-    if missing == 0:
-        return model
-    bias = None if model.bias is None else F.pad(model.bias, (0, missing))
-    return Model(model.hidden, F.pad(model.weight, (0, 0, 0, missing)), bias)

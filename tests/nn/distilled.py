@@ -2,6 +2,7 @@
 """Student, teacher and labels, and a distillation module against Liger-Kernel's."""
 
 import torch
+import torch.nn.functional as F
 
 from tests.nn.peers import IGNORE, close, ours, peer_of
 
@@ -46,6 +47,21 @@ def compare(name, given, settings):
     # Liger-Kernel adds up in float32.
     close(got, want)
     close(gradients(got[0], mine), gradients(want[0], theirs))
+
+
+def check_common_vocabulary(kind, more):
+    """The divergence is that of heads cut to the ids both have, the cross-entropy that of the
+    student's own."""
+    given, common = batch(teacher_vocab=V + more), V + min(0, more)
+    heads = [f"{model}_{part}" for model in ("student", "teacher") for part in ("weight", "bias")]
+    cut = given | {name: given[name][:common] for name in heads}
+    cut["true_labels"] = torch.where(given["true_labels"] == IGNORE, IGNORE, 0)
+    module = kind(return_soft_hard_loss=True)
+    loss, soft, hard = module(**given)
+    close((soft,), (module(**cut)[1],), 1e-9)
+    logits = plain_logits(given, "student")
+    close((hard,), (F.cross_entropy(logits, given["true_labels"], ignore_index=IGNORE),), 1e-9)
+    close((loss,), (0.5 * soft + 0.5 * hard,), 1e-9)
 
 
 def plain_logits(given, model):

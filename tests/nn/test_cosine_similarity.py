@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 
 from fastpref.nn import FusedLinearCosineSimilarityLoss
-from tests.nn.distilled import N, V, batch, compare, gradients, leaves, plain_logits
+from tests.nn.distilled import (
+    N,
+    batch,
+    check_common_vocabulary,
+    compare,
+    gradients,
+    leaves,
+    plain_logits,
+)
 from tests.nn.peers import IGNORE, assert_same_signatures, close
 
 NAME = "FusedLinearCosineSimilarityLoss"
@@ -25,8 +33,9 @@ def test_as_liger(settings, bias):
     compare(NAME, batch(bias=bias), settings)
 
 
-def test_a_teacher_with_more_vocabulary():
-    compare(NAME, batch(teacher_vocab=V + 4), {})
+@pytest.mark.parametrize("more", [-4, 4])
+def test_vocabularies_padded_differently(more):
+    check_common_vocabulary(FusedLinearCosineSimilarityLoss, more)
 
 
 def test_as_plain_torch():

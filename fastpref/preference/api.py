@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives import Objective
-from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
+from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob, operators
 from ..scoring.request import Lora, prepare
 from .layouts import LayoutName
 from .output import PreferenceOutput
 from .schedule import PreferencePlan, schedule
-from .task import make_task
+from .task import Task, make_task
 
 
 def preference_loss(
@@ -124,6 +124,8 @@ def preference_loss(
         options=options,
         hyperparameters=hyperparameters,
     )
+    if torch.compiler.is_compiling():
+        return _traced(task)
     plan = schedule(task)
     reference = None
     if task.reference is not None and plan.reference is not None:
@@ -142,6 +144,15 @@ def preference_loss(
         parameters,
     )
     return task.output(scores, reference, loss)
+
+
+def _traced(task: Task) -> PreferenceOutput:
+    """Two passes, whose operators choose their schedules when they run."""
+    target, reference = task.batch.target, None
+    if task.reference is not None:
+        with torch.no_grad():
+            reference = operators.score(*task.reference, target)
+    return task.output(operators.score(*task.policy, target), reference)
 
 
 @overload

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..scoring import linear_divergence
+from ..scoring import linear_divergence, two_head_operators
 from ..scoring.mixture import mixed_logprob
 from ..scoring.request import Lora, Parameters, Request
-from ..scoring.two_heads import prepare_two_heads
+from ..scoring.two_heads import ask_two_heads
 from ..scoring.vocab_parallel import vocabulary_size
 
 
@@ -43,7 +42,6 @@ class Comparison:
         request, hidden, parameters = self.reference
         return vocabulary_size(request.group, parameters.weight.shape[0], hidden.device)
 
-    @cached_property
     def kl(self) -> Tensor:
         """KL(reference, policy) of each token, like ``target``; differentiable."""
         self._check_whole()
@@ -71,7 +69,7 @@ class Comparison:
         policy, reference = self.policy, self.reference
         map = policy.request.map
         with torch.no_grad():
-            heads, ours, theirs = prepare_two_heads(
+            question, ours, theirs = ask_two_heads(
                 (policy.hidden, *policy.parameters[:2], policy.lora),
                 (reference.hidden, *reference.parameters[:2], reference.lora),
                 self.target != self.ignore_index,
@@ -80,6 +78,9 @@ class Comparison:
                 softcap=map.cap or None,
                 options=policy.request.options,
             )
+            if torch.compiler.is_compiling():
+                return two_head_operators.mixed(question, ours, theirs, self.target, epsilon)
+            heads = question.heads(ours, theirs)
             return mixed_logprob(heads, ours, theirs, self.target, epsilon)
 
     def _check_whole(self) -> None:

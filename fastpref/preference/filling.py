@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from .layouts import Arrangement
 from .sequence_parallel import sum_over_ranks
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """Which tokens are scored, and which row each belongs to."""
 
@@ -33,15 +32,17 @@ class Batch:
     cu_seqlens: Tensor | None  # (B + 1,)
     seq_group: dist.ProcessGroup | None  # over which each row's tokens are spread
 
-    @cached_property
-    def scored(self) -> Tensor:
-        """Like ``target``, bool."""
-        return self.target != self.ignore_index
+    # Not functools.cached_property: torch.compile cannot trace its lock.
+    def __post_init__(self) -> None:
+        self.scored = self.target != self.ignore_index  # like target
+        self._lengths: Tensor | None = None
 
-    @cached_property
+    @property
     def lengths(self) -> Tensor:
         """(B,) int64, the number of scored tokens of each row."""
-        return self.sums(self.scored.double()).long()
+        if self._lengths is None:
+            self._lengths = self.sums(self.scored.double()).long()
+        return self._lengths
 
     @property
     def rows(self) -> int:
@@ -63,7 +64,7 @@ class Batch:
         return self.sums(per_token) / self.lengths.clamp(min=1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Material:
     """What extras can be made of."""
 
@@ -76,20 +77,26 @@ class Material:
     reference: TokenScores | None
     comparison: Comparison | None  # with the hidden states of the reference
 
-    @cached_property
+    def __post_init__(self) -> None:
+        self._kl: Tensor | None = None
+        self._margins: tuple[Tensor, ...] | None = None
+
+    @property
     def kl(self) -> Tensor:
         """(B,), sums of KL(reference, policy) over each row's tokens."""
-        return self.batch.sums(self._compared.kl, self.token_weights)
+        if self._kl is None:
+            self._kl = self.batch.sums(self._compared.kl(), self.token_weights)
+        return self._kl
 
-    @cached_property
-    def margins(self) -> tuple[Tensor, Tensor]:
-        """(P,), gaps of the log-probs under mixed logits."""
-        epsilon = self.objective.hyperparameters["epsilon"]
-        gaps = []
-        for logp in self._compared.mixed_logp(epsilon):
-            chosen, rejected = self.arrangement.split(self.batch.sums(logp, self.token_weights))
-            gaps.append(chosen - rejected)
-        return gaps[0], gaps[1]
+    @property
+    def margins(self) -> tuple[Tensor, ...]:
+        """Two (P,), gaps of the log-probs under mixed logits."""
+        if self._margins is None:
+            mixed = self._compared.mixed_logp(self.objective.hyperparameters["epsilon"])
+            sums = (self.batch.sums(one, self.token_weights) for one in mixed)
+            sides = [self.arrangement.split(one) for one in sums]
+            self._margins = tuple(chosen - rejected for chosen, rejected in sides)
+        return self._margins
 
     @property
     def _compared(self) -> Comparison:

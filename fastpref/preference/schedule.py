@@ -9,7 +9,7 @@ and head needs a gradient, and group sizes that the host knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ def schedule(task: Task) -> Schedule:
 
 def _planned(projection: Projection, target: Tensor, packing: Packing) -> Call:
     request, hidden, parameters = projection
+    if request.options.schedule == "batches":
+        request = replace(request, options=replace(request.options, schedule="auto"))
     return plan_call(request, hidden, parameters, target, packing)
 
 

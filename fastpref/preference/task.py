@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..objectives import Objective, as_objective
+from ..objectives import Objective
 from ..scoring import ScoringOptions, TokenScores
 from ..scoring.request import Lora, make_request
 from . import arguments
 from .comparison import Comparison, Projection
+from .configuration import configure
 from .evaluation import evaluate
 from .filling import Batch, Material, filled_extras, policy_scores, reference_scores
 from .layouts import Arrangement, LayoutName, arrange
@@ -126,7 +127,7 @@ def make_task(
         token_weights=token_weights,
     )
     arguments.check_extras(extras)
-    configured = _configured(objective, dp_group, hyperparameters)
+    configured = configure(objective, dp_group, hyperparameters)
     arguments.check_reduction(reduction, denominator)
     arguments.check_outputs(outputs)
     arguments.check_rows(configured, target, cu_seqlens, seq_group, token_weights)
@@ -182,14 +183,3 @@ def make_task(
         reduction,
         denominator,
     )
-
-
-def _configured(
-    objective: str | Objective | Callable[..., Any],
-    dp_group: dist.ProcessGroup | None,
-    hyperparameters: Mapping[str, Any],
-) -> Objective:
-    configured = as_objective(objective, **hyperparameters)
-    if dp_group is not None and "dp_group" in configured.signature.hyperparameters:
-        configured = configured.replace(dp_group=dp_group)
-    return configured

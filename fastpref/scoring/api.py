@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import autograd
-from .request import Lora, prepare
+from . import autograd, operators
+from .request import Lora, make_request, plan_target
 from .types import ScoringOptions, TokenScores
 
 
@@ -73,7 +74,7 @@ def linear_logprob(
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
         RuntimeError: on a second derivative.
     """
-    call, parameters = prepare(
+    request, parameters = make_request(
         hidden,
         weight,
         target,
@@ -88,4 +89,7 @@ def linear_logprob(
         lora=lora,
         options=options,
     )
+    if torch.compiler.is_compiling():
+        return operators.score(request, hidden, parameters, target)
+    call = plan_target(request, hidden, parameters, target)
     return autograd.score(call, hidden, parameters)

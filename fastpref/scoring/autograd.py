@@ -19,6 +19,11 @@ from .forward import Kept, Run, forward
 from .request import Call, Parameters
 from .types import DIFFERENTIABLE, OUTPUTS, Head, TokenScores, statistics_dtype
 
+SECOND_DERIVATIVE = (
+    "fastpref's fused head has no second derivative; where one is needed, score with plain torch: "
+    "(hidden @ weight.T).log_softmax(-1)"
+)
+
 
 def score(call: Call, hidden: Tensor, parameters: Parameters) -> TokenScores:
     return TokenScores._make(LinearScores.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
@@ -151,10 +156,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "fastpref's fused head has no second derivative; where one is needed, score with "
-            "plain torch: (hidden @ weight.T).log_softmax(-1)"
-        )
+        raise RuntimeError(SECOND_DERIVATIVE)
 
 
 @contextlib.contextmanager

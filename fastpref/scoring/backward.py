@@ -23,7 +23,7 @@ from .backends import UpstreamGradient
 from .forward import Kept, Run
 from .schedule import BIAS_ROWS, Tile, recompute_tile
 from .types import statistics_dtype
-from .workspace import Lease, row_stride
+from .workspace import lease, row_stride
 
 
 class Upstream(NamedTuple):
@@ -187,7 +187,7 @@ def _products(
     if onto is None and plan.needs_bias:
         d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float64)
     stride = row_stride(tile.cols, dtype, hidden.device)
-    work = Lease((tile.rows * stride,), dtype, hidden.device)
+    work = lease((tile.rows * stride,), dtype, hidden.device)
     for columns in slabs if groups else ():
         # 16-bit products of several groups add up in float32.
         slab = None
@@ -196,7 +196,7 @@ def _products(
             if len(groups) > 1 and slab.dtype != exact:
                 slab = torch.empty_like(slab, dtype=exact)
         for group in groups:
-            matrix = group.tile(columns, work.tensor)
+            matrix = group.tile(columns, work)
             if slab is not None:
                 first = onto is None and group is groups[0]
                 add_product(slab, matrix.t(), group.hidden, first)

@@ -135,6 +135,7 @@ def choose_for_groups(
 
 
 def _plans(problem: Problem, options: ScoringOptions, groups: Sequence[int]) -> Iterator[Plan]:
+    options = replace(options, schedule="keep")
     capacity = max(1, rows_to_keep(problem, memory_budget(problem, options)))
     even = problem.scored / math.ceil(problem.scored / capacity)
     rows = 0

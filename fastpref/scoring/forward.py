@@ -30,7 +30,7 @@ from .rows import (
 )
 from .schedule import Plan
 from .types import Head, TokenScores, needs_statistics
-from .workspace import Lease
+from .workspace import lease
 
 
 class Run(NamedTuple):
@@ -62,19 +62,19 @@ def forward(
     total, kept_rows = hidden.shape[0], plan.kept_rows
     exps = work = direct = None
     if kept_rows:
-        exps = Lease((kept_rows, weight.shape[0]), hidden.dtype, hidden.device)
+        exps = lease((kept_rows, weight.shape[0]), hidden.dtype, hidden.device)
     direct_rows = plan.schedule == "direct"
     if (kept_rows < total or total == 0) and (direct_rows or plan.scores_in_tiles):
         rows = min(plan.forward_tile.rows, total - kept_rows)
         cols = min(plan.forward_tile.cols, weight.shape[0])
-        work = Lease((rows, cols), hidden.dtype, hidden.device)
+        work = lease((rows, cols), hidden.dtype, hidden.device)
     if direct_rows:
         direct = torch.empty_like(hidden)
     parts = []
     for chunk in _chunks(total, kept_rows, plan.forward_tile.rows):
-        lease = exps if chunk.stop <= kept_rows and exps is not None else work
-        buffer = None if lease is None else lease.tensor[: chunk.stop - chunk.start]
-        write = buffer is not None and (lease is exps or direct is not None)
+        room = exps if chunk.stop <= kept_rows and exps is not None else work
+        buffer = None if room is None else room[: chunk.stop - chunk.start]
+        write = buffer is not None and (room is exps or direct is not None)
         parts.append(_score_chunk(run, hidden[chunk], target[chunk], buffer, write, outputs))
         if direct is not None and buffer is not None:
             torch.mm(buffer, weight, out=direct[chunk])
@@ -82,9 +82,7 @@ def forward(
     scores = TokenScores._make(map(_concatenate, zip(*chunk_scores, strict=True)))
     row = RowScores._make(map(_concatenate, zip(*chunk_rows, strict=True)))
     scale = chunk_scales[0] if len(chunk_scales) == 1 else torch.cat(chunk_scales)
-    return scores, Kept(
-        target, row, scale, scores.entropy, None if exps is None else exps.tensor, direct
-    )
+    return scores, Kept(target, row, scale, scores.entropy, exps, direct)
 
 
 def _chunks(total: int, kept: int, rows: int) -> Iterator[slice]:

@@ -19,7 +19,7 @@ def mixed_logprob(
     epsilon) s + epsilon t, of a student's logits s and a teacher's t.
 
     Args:
-        heads, student, teacher: of ``prepare_two_heads``.
+        heads, student, teacher: of ``ask_two_heads``.
         target: (...) int64.
 
     Returns:

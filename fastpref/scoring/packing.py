@@ -49,17 +49,22 @@ class Packing(NamedTuple):
 
 
 def pack(
-    target: Tensor, ignore_index: int, max_scored: int | None, count: int | None = None
+    target: Tensor,
+    ignore_index: int,
+    max_scored: int | None,
+    count: int | None = None,
+    bounded: bool = False,
 ) -> Packing:
     """How to pack the scored rows of ``target`` (...); ``count`` is their number where the host
-    knows it."""
+    knows it, ``bounded`` forbids to ask a GPU for it."""
     flat = target.reshape(-1)
     scored = flat != ignore_index
     total = flat.shape[0]
     if not target.is_cuda:
         return _exact(scored, total, max_scored)
     bound = total if max_scored is None else min(max_scored, total)
-    packed_already = target.dim() == 1 or torch.cuda.is_current_stream_capturing()
+    packed_already = bounded or target.dim() == 1
+    packed_already = packed_already or torch.cuda.is_current_stream_capturing()
     if bound == total and (max_scored is not None or packed_already):
         return Packing(total, total, None, scored, None)
     if max_scored is None:

@@ -7,14 +7,17 @@ targets: which positions are scored, and by which schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    _resolve_process_group,
+)
 
 from . import backends, vocab_parallel
 from .backends import RowBackend
@@ -77,7 +80,7 @@ class Request:
     needs_hidden: bool
     needs_weight: bool  # or the update's B
     needs_bias: bool
-    columns: int  # rows of the weight in use
+    columns: int | None  # rows of the weight in use; None: all
     start: int | None  # first vocabulary id of the weight; None: shards in rank order
     lora_scale: float
     options: ScoringOptions
@@ -87,6 +90,91 @@ class Request:
     @property
     def needs_grad(self) -> bool:
         return self.needs_hidden or self.needs_weight or self.needs_bias
+
+    def columns_of(self, parameters: Parameters) -> int:
+        """Rows of the weight in use."""
+        return parameters.weight.shape[0] if self.columns is None else self.columns
+
+    def needed(self, parameters: Parameters) -> tuple[bool, ...]:
+        """Of the gradients at hidden and each of the parameters, which are formed."""
+        updated = parameters.lora_b is not None
+        return (
+            self.needs_hidden,
+            self.needs_weight and not updated,
+            self.needs_bias,
+            self.needs_hidden and updated,
+            self.needs_weight and updated,
+        )
+
+    # A request as arguments of an operator, in the order of FIELDS.
+    FIELDS: ClassVar[tuple[str, ...]] = (
+        "dtype",
+        "ignore_index",
+        "scale",
+        "cap",
+        "outputs",
+        "differentiable",
+        "needs_hidden",
+        "needs_weight",
+        "needs_bias",
+        "columns",
+        "start",
+        "lora_scale",
+        "backend",
+        "memory_budget",
+        "schedule",
+        "chunk_rows",
+        "max_scored",
+        "group",
+    )
+    SCHEMA: ClassVar[str] = (
+        "ScalarType dtype, int ignore_index, float scale, float cap, str outputs, "
+        "str differentiable, bool needs_hidden, bool needs_weight, bool needs_bias, int? columns, "
+        "int? start, float lora_scale, str backend, int? memory_budget, str schedule, "
+        "int? chunk_rows, int? max_scored, str? group"
+    )
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """By these the other side of an operator knows the request again."""
+        options = self.options
+        return (
+            self.dtype,
+            self.ignore_index,
+            self.map.scale,
+            self.map.cap,
+            ",".join(self.outputs),
+            ",".join(self.differentiable),
+            self.needs_hidden,
+            self.needs_weight,
+            self.needs_bias,
+            self.columns,
+            self.start,
+            self.lora_scale,
+            options.backend,
+            options.memory_budget,
+            options.schedule,
+            options.chunk_rows,
+            options.max_scored,
+            None if self.group is None else self.group.group_name,
+        )
+
+    @classmethod
+    def of(cls, settings: Sequence[Any]) -> Request:
+        given = dict(zip(cls.FIELDS, settings, strict=True))
+        options = ScoringOptions(
+            **{
+                name: given.pop(name)
+                for name in ("backend", "memory_budget", "schedule", "chunk_rows", "max_scored")
+            }
+        )
+        map = LogitMap(given.pop("scale"), given.pop("cap"))
+        group = given.pop("group")
+        for name in ("outputs", "differentiable"):
+            given[name] = tuple(filter(None, given[name].split(",")))
+        if group is not None:
+            group = _resolve_process_group(group)
+        return cls(**given, map=map, options=options, group=group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +188,7 @@ class Call:
     def head(self, parameters: Parameters) -> Head:
         """In the products' dtype; an update widens the weight's rows by those of B."""
         request, dtype = self.request, self.request.dtype
-        used = slice(None, request.columns)
+        used = slice(request.columns)
         weight, bias = parameters.weight[used].to(dtype), parameters.bias
         trained = 0
         if parameters.lora_b is not None:
@@ -121,13 +209,7 @@ def prepare(
 ) -> tuple[Call, Parameters]:
     """The arguments of ``make_request`` checked and the schedule chosen."""
     request, parameters = make_request(hidden, weight, target, **arguments)
-    if request.options.schedule == "batches":
-        raise ValueError(
-            "schedule='batches' needs to know the objective; call fastpref.preference_loss with it"
-        )
-    target = target.to(torch.int64)
-    packing = pack(target, request.ignore_index, request.options.max_scored)
-    return plan_call(request, hidden, parameters, target, packing), parameters
+    return plan_target(request, hidden, parameters, target), parameters
 
 
 def make_request(
@@ -178,7 +260,7 @@ def make_request(
         needs_hidden=needs(hidden, parameters.lora_a),
         needs_weight=needs(weight, parameters.lora_b),
         needs_bias=needs(bias),
-        columns=weight.shape[0] if held is None else held[1] - held[0],
+        columns=None if held is None else held[1] - held[0],
         start=None if held is None else held[0],
         lora_scale=scale,
         options=options,
@@ -188,11 +270,22 @@ def make_request(
     return request, parameters
 
 
+def plan_target(
+    request: Request, hidden: Tensor, parameters: Parameters, target: Tensor, traced: bool = False
+) -> Call:
+    """How ``request`` runs; ``traced`` keeps it from asking a GPU for the scored positions."""
+    target = target.to(torch.int64)
+    options = request.options
+    packing = pack(target, request.ignore_index, options.max_scored, bounded=traced)
+    return plan_call(request, hidden, parameters, target, packing)
+
+
 def plan_call(
     request: Request, hidden: Tensor, parameters: Parameters, target: Tensor, packing: Packing
 ) -> Call:
     """How ``request`` runs on the positions that ``packing`` names."""
-    shard = vocab_parallel.shard_range(request.group, request.columns, hidden.device)
+    columns = request.columns_of(parameters)
+    shard = vocab_parallel.shard_range(request.group, columns, hidden.device)
     problem = make_problem(request, hidden, parameters, packing.scored, shard)
     plan = choose(problem, request.options)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.

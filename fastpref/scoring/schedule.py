@@ -165,6 +165,10 @@ def total_memory(device: torch.device) -> int:
 
 def choose(problem: Problem, options: ScoringOptions) -> Plan:
     """The plan for ``problem``. Raises ValueError where ``options.schedule`` cannot serve it."""
+    if options.schedule == "batches":
+        raise ValueError(
+            "schedule='batches' needs to know the objective; call fastpref.preference_loss with it"
+        )
     budget = memory_budget(problem, options)
     if not problem.needs_grad:
         return _plan(problem, budget, "score", 0, _score_tile(problem, budget, options), None)

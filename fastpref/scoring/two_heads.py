@@ -14,11 +14,11 @@ from torch import Tensor
 from .autograd import packed_rows
 from .backends import divergences as formulas
 from .packing import Packing, pack
-from .request import Call, Lora, Parameters, make_request, plan_call
+from .request import Call, Lora, Parameters, Request, make_request, plan_call
 from .schedule import LEAST_ROWS, MOST_CHUNK_ROWS, Problem, memory_budget
 from .types import Head, ScoringOptions, statistics_dtype
 from .validation import check_two_heads
-from .workspace import Lease
+from .workspace import lease
 
 SCORED, IGNORED = 0, -1  # pseudo-targets: positions matter here, not tokens
 
@@ -126,7 +126,7 @@ class Tiles:
             packed_rows(heads.teacher, *teacher),
             heads.student.head(student.parameters),
             heads.teacher.head(teacher.parameters),
-            Lease(shape, rows.dtype, rows.device).tensor,
+            lease(shape, rows.dtype, rows.device),
         )
 
     def project(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -139,30 +139,45 @@ class Tiles:
         return student, teacher
 
 
-def prepare_two_heads(
+class Question(NamedTuple):
+    """What is asked of two heads, checked; all but which positions are scored."""
+
+    student: Request
+    teacher: Request
+    target: Tensor  # (...) SCORED or IGNORED
+
+    def heads(self, student: Model, teacher: Model, traced: bool = False) -> TwoHeads:
+        """The schedule; ``traced`` keeps it from asking a GPU for the scored positions."""
+        packing = pack(self.target, IGNORED, self.student.options.max_scored, bounded=traced)
+        ours = plan_call(self.student, *student, self.target, packing)
+        theirs = plan_call(self.teacher, *teacher, self.target, packing)
+        return TwoHeads(ours, theirs, _plan(ours, theirs.plan))
+
+
+def ask_two_heads(
     student: tuple[Tensor, Tensor, Tensor | None, Lora | None],
     teacher: tuple[Tensor, Tensor, Tensor | None, Lora | None],
     mask: Tensor | None,
     *,
     options: ScoringOptions | None,
     **map: Any,
-) -> tuple[TwoHeads, Model, Model]:
-    """(hidden, weight, bias, lora) of each, checked, and the schedule.
+) -> tuple[Question, Model, Model]:
+    """(hidden, weight, bias, lora) of each, checked.
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
     hidden, weight = student[:2]
     check_two_heads(hidden, weight, *teacher[:2], mask)
-    shape = hidden.shape[:-1]
-    target = torch.full(shape, SCORED, dtype=torch.int64, device=hidden.device)
+    target = torch.full(hidden.shape[:-1], SCORED, dtype=torch.int64, device=hidden.device)
     if mask is not None:
-        target.masked_fill_(~mask, IGNORED)
-    common = (0, min(weight.shape[0], teacher[1].shape[0]))
-    calls, recording = [], torch.is_grad_enabled()
+        target = target.masked_fill(~mask, IGNORED)
+    columns, others = weight.shape[0], teacher[1].shape[0]
+    common = None if columns == others else (0, min(columns, others))
+    asked, recording = [], torch.is_grad_enabled()
     for prefix, (own, head, bias, lora) in (("student_", student), ("teacher_", teacher)):
         with torch.set_grad_enabled(recording and prefix == "student_"):
-            made = make_request(
+            request, parameters = make_request(
                 own,
                 head,
                 target,
@@ -174,15 +189,11 @@ def prepare_two_heads(
                 prefix=prefix,
                 **map,
             )
-        calls.append((made[0], Model(own, made[1])))
-    dtype = torch.promote_types(*(request.dtype for request, _ in calls))
-    packing = pack(target, IGNORED, calls[0][0].options.max_scored)
-    ours, theirs = (
-        plan_call(replace(request, dtype=dtype), *model, target, packing)
-        for request, model in calls
-    )
-    heads = TwoHeads(ours, theirs, _plan(ours, theirs.plan))
-    return heads, calls[0][1], calls[1][1].detached()
+        asked.append((request, Model(own, parameters)))
+    (ours, model), (theirs, other) = asked
+    dtype = torch.promote_types(ours.dtype, theirs.dtype)
+    question = Question(replace(ours, dtype=dtype), replace(theirs, dtype=dtype), target)
+    return question, model, other.detached()
 
 
 def _plan(call: Call, teacher: Problem) -> TwoHeadPlan:

@@ -2,13 +2,14 @@
 """Large buffers that outlive a call, because a fresh one costs page faults (up to a third of a
 product on CPU).
 
-A lease owns its buffer until the last reference to its tensor goes, that of an autograd graph
-included; then the buffer returns to the pool. On other devices torch's caching allocator already
-does this, and a lease is an ordinary tensor.
+A leased tensor owns its buffer until the last tensor on its storage goes, that of an autograd
+graph included; then the buffer returns to the pool. On other devices torch's caching allocator
+already does this, and a leased tensor is an ordinary one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 import weakref
@@ -31,22 +32,22 @@ def row_stride(cols: int, dtype: torch.dtype, device: torch.device) -> int:
     return -(-cols // aligned) * aligned
 
 
-class Lease:
-    """A (rows, cols) or flat buffer in ``dtype``, uninitialised.
-
-    Views of ``tensor`` must not outlive it.
-    """
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        if device.type != "cpu":
-            *rows, cols = shape
-            stride = row_stride(cols, dtype, device)
-            self.tensor = torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols]
-            return
-        nbytes = math.prod(shape) * dtype.itemsize
-        buffer = _take(nbytes)
-        self.tensor = buffer[:nbytes].view(dtype).view(tuple(shape))
-        weakref.finalize(self.tensor, _give_back, buffer).atexit = False
+def lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A (rows, cols) or flat buffer, uninitialised."""
+    if device.type != "cpu":
+        *rows, cols = shape
+        stride = row_stride(cols, dtype, device)
+        return torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols]
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    buffer = _take(nbytes)
+    # Of a storage of its own: detached tensors and views share that and may outlive any tensor.
+    lent = (ctypes.c_uint8 * buffer.numel()).from_address(buffer.data_ptr())
+    weakref.finalize(lent, _give_back, buffer).atexit = False
+    # A tensor made in inference mode could not be written to outside it.
+    with torch.inference_mode(False):
+        return torch.frombuffer(lent, dtype=torch.uint8)[:nbytes].view(dtype).view(tuple(shape))
 
 
 def _take(nbytes: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref import ScoringOptions, linear_divergence
-from fastpref.scoring.two_heads import prepare_two_heads
+from fastpref.scoring.two_heads import ask_two_heads
 from tests.scoring.operations import Operations
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine")
@@ -231,7 +231,7 @@ def test_mixed_dtypes_and_autocast() -> None:
 def test_cost_is_what_the_plan_says(needs, schedule: str) -> None:
     models = Models(needs=needs, bias=False)
     options = ScoringOptions(**SCHEDULES[schedule])
-    heads, *_ = prepare_two_heads(
+    question, *both = ask_two_heads(
         (models.hidden, models.weight, None, None),
         (models.teacher_hidden, models.teacher_weight, None, None),
         models.mask,
@@ -242,7 +242,7 @@ def test_cost_is_what_the_plan_says(needs, schedule: str) -> None:
         if needs:
             value.sum().backward()
     unit = 2 * int(models.mask.sum()) * H * V
-    assert operations.flop / unit == pytest.approx(heads.plan.units)
+    assert operations.flop / unit == pytest.approx(question.heads(*both).plan.units)
 
 
 def test_backward_twice_and_a_second_derivative() -> None:

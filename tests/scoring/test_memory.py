@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from fastpref.scoring.workspace import Lease, row_stride
+from fastpref.scoring.workspace import lease, row_stride
 from tests.scoring.cases import BACKENDS
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -148,8 +148,8 @@ def test_the_budget_is_what_tiles_and_kept_rows_take(measured, name):
 def test_rows_of_a_tile_start_at_16_bytes_off_the_cpu(cols, stride):
     meta = torch.device("meta")
     assert row_stride(cols, torch.bfloat16, meta) == stride
-    tile = Lease((3, cols), torch.bfloat16, meta).tensor
+    tile = lease((3, cols), torch.bfloat16, meta)
     assert tile.shape == (3, cols) and tile.stride() == (stride, 1)
     cpu = torch.device("cpu")
     assert row_stride(cols, torch.bfloat16, cpu) == cols
-    assert Lease((3, cols), torch.bfloat16, cpu).tensor.is_contiguous()
+    assert lease((3, cols), torch.bfloat16, cpu).is_contiguous()

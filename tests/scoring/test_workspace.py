@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpref.scoring import workspace
-from fastpref.scoring.workspace import Lease
+from fastpref.scoring.workspace import lease
 
 CPU = torch.device("cpu")
 
@@ -21,41 +21,51 @@ def empty_pool():
     workspace.release()
 
 
-def address(lease):
-    return lease.tensor.untyped_storage().data_ptr()
+def address(tensor):
+    return tensor.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (7,), (0,)])
 def test_shape_and_dtype(shape, dtype):
-    lease = Lease(shape, dtype, CPU)
-    assert lease.tensor.shape == shape and lease.tensor.dtype == dtype
-    assert lease.tensor.is_contiguous()
-    lease.tensor.fill_(1)
+    tensor = lease(shape, dtype, CPU)
+    assert tensor.shape == shape and tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    tensor.fill_(1)
 
 
 def test_living_leases_share_nothing():
-    leases = [Lease((100,), torch.float32, CPU) for _ in range(5)]
-    assert len({address(lease) for lease in leases}) == 5
+    leases = [lease((100,), torch.float32, CPU) for _ in range(5)]
+    assert len({address(one) for one in leases}) == 5
 
 
 def test_a_buffer_comes_back_when_its_lease_goes():
-    lease = Lease((1000,), torch.float32, CPU)
-    first = address(lease)
-    del lease
-    assert address(Lease((10, 50), torch.float64, CPU)) == first
+    tensor = lease((1000,), torch.float32, CPU)
+    first = address(tensor)
+    del tensor
+    assert address(lease((10, 50), torch.float64, CPU)) == first
+
+
+def test_a_view_or_a_detached_tensor_holds_the_buffer():
+    tensor = lease((1000,), torch.float32, CPU)
+    first, others = address(tensor), [tensor.detach(), tensor[:3]]
+    del tensor
+    while others:
+        assert address(lease((1000,), torch.float32, CPU)) != first
+        others.pop()
+    assert first in {buffer.data_ptr() for buffer in workspace._idle}
 
 
 def test_the_smallest_that_fits():
-    small, large = Lease((100,), torch.float32, CPU), Lease((1000,), torch.float32, CPU)
+    small, large = lease((100,), torch.float32, CPU), lease((1000,), torch.float32, CPU)
     addresses = address(small), address(large)
     del small, large
-    assert address(Lease((101,), torch.float32, CPU)) == addresses[1]
-    assert address(Lease((99,), torch.float32, CPU)) == addresses[0]
+    assert address(lease((101,), torch.float32, CPU)) == addresses[1]
+    assert address(lease((99,), torch.float32, CPU)) == addresses[0]
 
 
 def test_the_pool_is_small_and_keeps_the_largest():
-    leases = [Lease((size,), torch.float32, CPU) for size in (10, 1000, 30, 500)]
+    leases = [lease((size,), torch.float32, CPU) for size in (10, 1000, 30, 500)]
     del leases
     sizes = [buffer.numel() for buffer in workspace._idle]
     assert sizes == [2000, 4000]
@@ -65,17 +75,17 @@ def test_the_pool_is_small_and_keeps_the_largest():
 
 def test_a_buffer_made_in_inference_mode_serves_outside():
     with torch.inference_mode():
-        lease = Lease((100,), torch.float32, CPU)
-        del lease
-    lease = Lease((100,), torch.float32, CPU)
-    assert not lease.tensor.is_inference()
-    lease.tensor.fill_(1)
+        tensor = lease((100,), torch.float32, CPU)
+        del tensor
+    tensor = lease((100,), torch.float32, CPU)
+    assert not tensor.is_inference()
+    tensor.fill_(1)
 
 
 def test_other_devices_have_their_own_allocator():
-    lease = Lease((100,), torch.float32, torch.device("meta"))
-    assert lease.tensor.device.type == "meta"
-    del lease
+    tensor = lease((100,), torch.float32, torch.device("meta"))
+    assert tensor.device.type == "meta"
+    del tensor
     assert not workspace._idle
 
 
@@ -85,11 +95,11 @@ def test_threads():
 
     def work(mark):
         for _ in range(200):
-            lease = Lease((64,), torch.float32, CPU)
-            lease.tensor.fill_(mark)
-            if not (lease.tensor == mark).all():
+            tensor = lease((64,), torch.float32, CPU)
+            tensor.fill_(mark)
+            if not (tensor == mark).all():
                 problems.append(mark)
-            del lease
+            del tensor
 
     threads = [threading.Thread(target=work, args=(mark,)) for mark in range(4)]
     for thread in threads:
@@ -105,9 +115,9 @@ def test_a_lease_may_be_collected_while_the_pool_is_in_use(monkeypatch):
     finished = threading.Event()
 
     def work():
-        lease = Lease((10,), torch.float32, CPU)
+        tensor = lease((10,), torch.float32, CPU)
         with workspace._lock:
-            del lease
+            del tensor
         finished.set()
 
     with monkeypatch.context() as context:

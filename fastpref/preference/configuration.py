@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the caller means by an objective, as an ``Objective``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..objectives import Objective, as_objective
+
+# torch.compile cannot trace how an Objective is made, but takes one that lies in a global.
+_traced = SimpleNamespace()
+
+
+def configure(
+    objective: str | Objective | Callable[..., Any],
+    dp_group: dist.ProcessGroup | None,
+    hyperparameters: Mapping[str, Any],
+) -> Objective:
+    """With the hyperparameters set, and the group where it takes one.
+
+    Raises as ``objectives.get`` does.
+    """
+    if not torch.compiler.is_compiling():
+        return _configured(objective, dp_group, hyperparameters)
+    if isinstance(objective, Objective) and dp_group is None and not hyperparameters:
+        return objective
+    # The dunder makes a constant of a number that is traced as a symbol; float() does not.
+    constants = {
+        name: value.__float__() if isinstance(value, float) else value
+        for name, value in hyperparameters.items()
+    }
+    made: Objective = getattr(_traced, _keep(objective, dp_group, constants))
+    return made
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _keep(
+    objective: str | Objective | Callable[..., Any],
+    dp_group: dist.ProcessGroup | None,
+    hyperparameters: Mapping[str, Any],
+) -> str:
+    """Where the objective lies now."""
+    made = _configured(objective, dp_group, hyperparameters)
+    known = vars(_traced)
+    for name, one in known.items():
+        if one == made:
+            return name
+    name = f"objective_{len(known)}"
+    setattr(_traced, name, made)
+    return name
+
+
+def _configured(
+    objective: str | Objective | Callable[..., Any],
+    dp_group: dist.ProcessGroup | None,
+    hyperparameters: Mapping[str, Any],
+) -> Objective:
+    configured = as_objective(objective, **hyperparameters)
+    if dp_group is not None and "dp_group" in configured.signature.hyperparameters:
+        configured = configured.replace(dp_group=dp_group)
+    return configured

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The passes of ``linear_divergence``: values, and gradients by matrix products.
+
+Tiles of both heads' raw products are formed side by side and reduced to a number a row; where a
+gradient is needed the student's tile becomes G, the divergence's gradient with respect to the
+student's raw products. The upstream gradient g of a row only ever scales rows:
+
+    d hidden = g (G W),   d weight = G^T (g hidden),   d bias = G^T g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import (
+    by_parameter,
+    like_parameters,
+    once_differentiable,
+    packed_rows,
+    products_of,
+    row_gradients,
+)
+from .backends.divergences import divergence_rows
+from .backward import Gradients, add_column_sums, add_product
+from .request import Parameters
+from .two_heads import Model, Tiles, TwoHeads
+from .types import statistics_dtype
+from .workspace import lease
+
+
+class Call(NamedTuple):
+    heads: TwoHeads
+    divergence: str
+    beta: float
+
+    def rows(self, student: Tensor, teacher: Tensor, tiles: Tiles, write: bool) -> Tensor:
+        """(rows,); with ``write`` the student's tile becomes G."""
+        return divergence_rows(
+            student,
+            teacher,
+            tiles.student.bias,
+            tiles.teacher.bias,
+            tiles.student.map,
+            self.divergence,
+            self.beta,
+            write,
+        )
+
+
+class LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
+        student, teacher = models(tensors)
+        out, kept, direct = run_forward(call, student.detached(), teacher)
+        if call.heads.plan.needs_grad:
+            ctx.save_for_backward(*tensors, kept, direct)
+            ctx.call = call
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, kept, direct = ctx.saved_tensors
+        student, teacher = models(tensors)
+        with torch.no_grad():
+            gradients = run_backward(ctx.call, student, teacher, kept, direct, upstream)
+        once = once_differentiable(gradients, (*flat(student), upstream))
+        return (None, *once, *[None] * len(flat(teacher)))
+
+
+def run_forward(
+    call: Call, student: Model, teacher: Model
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Values like hidden without its last dimension; G of the kept rows; G W of all rows where only
+    hidden needs a gradient."""
+    plan, packing = call.heads.plan, call.heads.packing
+    kept = direct = None
+    with products_of(student.hidden):
+        tiles = Tiles.of(call.heads, student, teacher)
+        if plan.kept_rows:
+            kept = lease((plan.kept_rows, plan.vocab_size), plan.dtype, tiles.rows.device)
+        if plan.schedule == "direct":
+            direct = torch.empty_like(tiles.rows)
+        values = [tiles.rows.new_empty(0, dtype=statistics_dtype(plan.dtype))]
+        for rows in plan.chunks(0, plan.scored):
+            keeps = kept is not None and rows.stop <= plan.kept_rows
+            own, other = tiles.project(rows, kept[rows] if kept is not None and keeps else None)
+            values.append(call.rows(own, other, tiles, write=keeps or direct is not None))
+            if direct is not None:
+                torch.mm(own, tiles.student.weight, out=direct[rows])
+        out = packing.spread(torch.cat(values)).view(student.hidden.shape[:-1])
+    return out, kept, direct
+
+
+def run_backward(
+    call: Call,
+    student: Model,
+    teacher: Model,
+    kept: Tensor | None,
+    direct: Tensor | None,
+    upstream: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients at the student's hidden states and parameters."""
+    heads, (hidden, parameters) = call.heads, student
+    exact = statistics_dtype(heads.plan.dtype)
+    with products_of(hidden):
+        g = heads.packing.gather(upstream.reshape(-1).to(exact)).contiguous()
+        if direct is not None:
+            rows = packed_rows(heads.student, hidden, parameters)
+            d_wide = heads.student.backend.scale_rows(direct, g, torch.empty_like(direct))
+            gradients = Gradients(d_wide, None, None)
+        else:
+            tiles = Tiles.of(heads, student, teacher)
+            rows, gradients = tiles.rows, _products(call, tiles, kept, g)
+        d_hidden = d_a = None
+        if gradients.hidden is not None:
+            d_wide = gradients.hidden.masked_fill_((g == 0)[:, None], 0)
+            d_rows, d_a = row_gradients(heads.student, d_wide, rows, parameters)
+            d_hidden = heads.packing.spread(d_rows).view(hidden.shape).to(hidden.dtype)
+        found = by_parameter(gradients, d_a, parameters)
+        return d_hidden, *like_parameters(found, parameters)
+
+
+def _products(call: Call, tiles: Tiles, kept: Tensor | None, g: Tensor) -> Gradients:
+    """Kept rows in one product, the others chunk by chunk, their G formed again."""
+    plan, backend = call.heads.plan, call.heads.student.backend
+    head, exact = tiles.student, statistics_dtype(plan.dtype)
+    chunks = plan.chunks(plan.kept_rows, plan.scored)
+    if kept is not None:
+        chunks = [slice(0, plan.kept_rows), *chunks]
+    d_hidden = d_weight = d_bias = None
+    if plan.needs_hidden:
+        d_hidden = torch.empty_like(tiles.rows)
+    if plan.needs_bias:
+        d_bias = g.new_zeros(plan.vocab_size, dtype=torch.float64)
+    if plan.needs_weight:
+        shape = plan.vocab_size, head.weight.shape[1] - head.trained
+        # 16-bit products of several chunks add up in float32.
+        d_weight = g.new_empty(shape, dtype=plan.dtype if len(chunks) == 1 else exact)
+        if not chunks:
+            d_weight.zero_()
+    for rows in chunks:
+        if kept is not None and rows.stop <= plan.kept_rows:
+            matrix = kept
+        else:
+            matrix, other = tiles.project(rows)
+            call.rows(matrix, other, tiles, write=True)
+        if d_weight is not None:
+            own = tiles.rows[rows, head.trained :]
+            own = backend.scale_rows(own, g[rows], torch.empty_like(own))
+            add_product(d_weight, matrix.t(), own, first=rows is chunks[0])
+        if d_hidden is not None:
+            part = torch.mm(matrix, head.weight, out=d_hidden[rows])
+            backend.scale_rows(part, g[rows], part)
+        if d_bias is not None:
+            add_column_sums(d_bias, matrix, g[rows])
+    return Gradients(d_hidden, d_weight, d_bias)
+
+
+def flat(model: Model) -> tuple[Tensor | None, ...]:
+    return (model.hidden, *model.parameters)
+
+
+def models(tensors: Sequence[Tensor | None]) -> tuple[Model, Model]:
+    """From ``flat`` student and teacher."""
+    half = len(tensors) // 2
+    student, teacher = tensors[:half], tensors[half:]
+    return _model(*student), _model(*teacher)
+
+
+def _model(hidden: Tensor | None, *parameters: Tensor | None) -> Model:
+    if hidden is None:
+        raise TypeError("a model without hidden states")
+    return Model(hidden, Parameters(*parameters))  # type: ignore[arg-type]

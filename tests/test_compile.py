@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile without graph breaks, over changing shapes: the numbers of eager mode; and the
+operators that make it possible."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastpref import (
+    ScoringOptions,
+    linear_divergence,
+    linear_logprob,
+    objectives,
+    preference_loss,
+)
+from fastpref.objectives import registry
+from fastpref.scoring.request import make_request
+from fastpref.scoring.two_heads import ask_two_heads
+from tests.preference.cases import B, configured, extras_of
+
+H, V, TEACHER = 8, 30, 5
+SHAPES = ((B, 6), (B, 9), (B, 7))
+operators = torch.ops.fastpref
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def draw(*shape: int, dtype=torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+class Batch:
+    def __init__(self, rows: int, length: int, needs=("hidden", "weight", "bias")) -> None:
+        self.hidden, self.weight, self.bias = draw(rows, length, H), draw(V, H), draw(V)
+        self.target = torch.randint(V, (rows, length))
+        self.target[:, :2] = -100
+        self.ref_hidden, self.ref_weight = draw(rows, length, TEACHER), draw(V, TEACHER)
+        self.leaves = [getattr(self, name).requires_grad_() for name in needs]
+
+
+def compare(function, batches, backend="aot_eager", dynamic=True) -> None:
+    """Of a 0-dim result and its gradients."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+    for batch in batches:
+        want, got = function(batch), compiled(batch)
+        torch.testing.assert_close(got, want)
+        pairs = zip(*(torch.autograd.grad(one, batch.leaves) for one in (got, want)), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b)
+
+
+def score(batch: Batch, **options) -> Tensor:
+    scores = linear_logprob(
+        1.5 * batch.hidden,
+        batch.weight,
+        batch.target,
+        bias=batch.bias,
+        softcap=3.0,
+        outputs=("logp", "entropy", "is_top1"),
+        options=ScoringOptions(**options),
+    )
+    return scores.logp.square().sum() + 0.3 * scores.entropy.sum() + scores.is_top1.sum()
+
+
+def diverge(batch: Batch) -> Tensor:
+    value = linear_divergence(
+        1.5 * batch.hidden,
+        batch.weight,
+        batch.ref_hidden,
+        batch.ref_weight,
+        batch.target != -100,
+        student_bias=batch.bias,
+        divergence="jsd",
+    )
+    return value.square().sum()
+
+
+def prefer(batch: Batch, objective="dpo", **changes) -> Tensor:
+    output = preference_loss(
+        1.5 * batch.hidden,
+        batch.weight,
+        batch.target,
+        objective,
+        **{
+            "bias": batch.bias,
+            "ref_hidden": batch.ref_hidden,
+            "ref_weight": batch.ref_weight,
+            "outputs": ("entropy", "mean_logits", "accuracy"),
+        }
+        | changes,
+    )
+    return output.loss + 0.1 * output.logps.sum() + output.metrics["entropy"]
+
+
+FUNCTIONS = {"linear_logprob": score, "linear_divergence": diverge, "preference_loss": prefer}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("needs", [("hidden", "weight", "bias"), ("hidden",), ("weight",)])
+def test_as_eager(name: str, needs) -> None:
+    compare(FUNCTIONS[name], [Batch(*shape, needs) for shape in SHAPES])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_with_the_default_backend(name: str) -> None:
+    compare(FUNCTIONS[name], [Batch(*shape) for shape in SHAPES[:2]], backend="inductor")
+
+
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+def test_schedules(schedule: str) -> None:
+    batches = [Batch(*shape) for shape in SHAPES[:2]]
+    compare(lambda batch: score(batch, schedule=schedule, memory_budget=10 * V * 8), batches)
+
+
+def test_one_graph_serves_all_lengths() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(prefer, fullgraph=True, dynamic=True, backend=counter)
+    compiled(Batch(*SHAPES[0]))
+    first = counter.frame_count
+    for shape in SHAPES[1:]:
+        compiled(Batch(*shape))
+    assert counter.frame_count == first
+
+
+def test_nothing_scored() -> None:
+    batch = Batch(*SHAPES[0])
+    empty = Batch(*SHAPES[1])
+    empty.target.fill_(-100)
+    compare(score, [batch, empty])
+
+
+def test_an_update_of_the_head() -> None:
+    def function(batch: Batch) -> Tensor:
+        return prefer(batch, lora=(batch.a, batch.b, 0.7))
+
+    batches = [Batch(*shape, needs=("hidden", "bias")) for shape in SHAPES[:2]]
+    for batch in batches:
+        batch.a, batch.b = draw(2, H).requires_grad_(), draw(V, 2).requires_grad_()
+        batch.leaves += [batch.a, batch.b]
+    compare(function, batches)
+
+
+def pairwise(policy_chosen: Tensor, policy_rejected: Tensor) -> Tensor:
+    return (policy_rejected - policy_chosen).exp()
+
+
+def single(policy: Tensor, *, factor: float = 2.0) -> Tensor:
+    return (factor * policy).exp()
+
+
+def listwise(policy: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    return policy.logsumexp(1)
+
+
+USER_FUNCTIONS = {
+    "callable": (pairwise, {}),
+    "pair": (objectives.Objective(pairwise, unit="pair", scope="pair"), {}),
+    "unit": (objectives.Objective(single, unit="unit", scope="unit"), {"factor": 0.5}),
+    "list": (
+        objectives.Objective(listwise, unit="list", scope="list"),
+        {"layout": "groups", "group_size": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", USER_FUNCTIONS)
+def test_user_functions(name: str) -> None:
+    function, changes = USER_FUNCTIONS[name]
+    compare(
+        lambda batch: prefer(batch, function, ref_hidden=None, ref_weight=None, **changes),
+        [Batch(*shape) for shape in SHAPES[:2]],
+    )
+
+
+REPRESENTATIVES = ("simpo", "ipo", "kto", "plackett_luce", "tdpo", "epsilon_dpo", "aot", "cispo")
+
+
+def compare_objective(name: str) -> None:
+    declared = next(one for one in registry.catalogue() if one.name == name)
+    objective, extras = configured(declared), extras_of(declared)
+    extras = {key: value for key, value in extras.items() if key not in FILLED}
+    changes = {"extras": extras}
+    if declared.name == "mallows_po":
+        extras.pop("ref_entropy", None)
+    if declared.unit == "list":
+        changes |= {"layout": "groups", "group_size": 4}
+    if "old_token_logp" in extras:
+        extras["old_token_logp"] = extras["old_token_logp"][:, :6]
+    if not declared.needs_reference and declared.unit != "token":
+        changes |= {"ref_hidden": None, "ref_weight": None}
+    batch = Batch(B, 6)
+
+    def function(batch: Batch) -> Tensor:
+        return prefer(batch, objective, **changes)
+
+    compare(function, [batch], dynamic=None)
+
+
+FILLED = ("chosen_kl", "rejected_kl", "margin_plus", "margin_minus")
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_objectives(name: str) -> None:
+    compare_objective(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in objectives.names() if n not in REPRESENTATIVES])
+def test_every_other_objective(name: str) -> None:
+    compare_objective(name)
+
+
+def test_packed_rows() -> None:
+    def function(batch: Batch) -> Tensor:
+        boundaries = torch.arange(0, batch.target.numel() + 1, batch.target.shape[1])
+        return preference_loss(
+            batch.hidden.flatten(0, 1),
+            batch.weight,
+            batch.target.flatten(),
+            "simpo",
+            bias=batch.bias,
+            cu_seqlens=boundaries,
+        ).loss
+
+    compare(function, [Batch(*shape) for shape in SHAPES[:2]])
+
+
+def test_without_gradient() -> None:
+    batch = Batch(*SHAPES[0])
+    compiled = torch.compile(prefer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        got = compiled(batch)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, prefer(batch).detach())
+
+
+def test_under_autocast() -> None:
+    def function(batch: Batch) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_logprob(batch.hidden, batch.weight, batch.target).logp.sum()
+
+    batch = Batch(*SHAPES[0], needs=())
+    batch.hidden = batch.hidden.float().requires_grad_()
+    batch.weight = batch.weight.float().requires_grad_()
+    batch.leaves = [batch.hidden, batch.weight]
+    compare(function, [batch])
+
+
+# The operators by themselves.
+
+
+def scoring_arguments(dtype=torch.float64, needs=True, lora=False, schedule="auto", scored=True):
+    hidden, weight = draw(3, 4, H, dtype=dtype), draw(V, H, dtype=dtype)
+    bias = draw(V, dtype=dtype)
+    target = torch.randint(V, (3, 4))
+    target[:, :2] = -100
+    if not scored:
+        target.fill_(-100)
+    update = (draw(2, H, dtype=dtype), draw(V, 2, dtype=dtype), 0.7) if lora else None
+    leaves = [hidden, bias, *((update[0], update[1]) if update else (weight,))]
+    for one in leaves if needs else ():
+        one.requires_grad_()
+    request, parameters = make_request(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        lora=update,
+        outputs=("logp", "entropy", "lse", "is_top1"),
+        options=ScoringOptions(schedule=schedule, memory_budget=8 * V * 8),
+    )
+    return (hidden, *parameters, target, *request.settings)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": torch.float32},
+        {"needs": False},
+        {"lora": True},
+        {"schedule": "recompute"},
+        {"scored": False},
+    ],
+    ids=str,
+)
+def test_opcheck_of_scoring(changes) -> None:
+    torch.library.opcheck(operators.linear_scores.default, scoring_arguments(**changes))
+
+
+def test_opcheck_of_scoring_backward() -> None:
+    arguments = scoring_arguments()
+    found = operators.linear_scores(*arguments)
+    split = len(arguments) - 18
+    inputs = tuple(one.detach() if isinstance(one, Tensor) else one for one in arguments[:split])
+    upstream = [torch.ones(3, 4).double(), None, None, None, None, None]
+    kept = [one.detach() for one in found[6:]]
+    torch.library.opcheck(
+        operators.linear_scores_backward.default,
+        (*inputs, *kept, *upstream, *arguments[split:]),
+    )
+
+
+def two_head_arguments(needs=("hidden", "weight")):
+    hidden, weight = draw(3, 4, H), draw(V, H)
+    for name, one in (("hidden", hidden), ("weight", weight)):
+        one.requires_grad_(name in needs)
+    mask = torch.rand(3, 4) < 0.6
+    question, student, teacher = ask_two_heads(
+        (hidden, weight, None, None),
+        (draw(3, 4, TEACHER), draw(V + 2, TEACHER), None, None),
+        mask,
+        options=None,
+    )
+    tensors = (student.hidden, *student.parameters, teacher.hidden, *teacher.parameters)
+    return (*tensors, question.target, *question.student.settings, *question.teacher.settings)
+
+
+@pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ()])
+def test_opcheck_of_divergences(needs) -> None:
+    arguments = (*two_head_arguments(needs), "reverse_kl", 0.5)
+    torch.library.opcheck(operators.linear_divergence.default, arguments)
+
+
+def test_opcheck_of_divergences_backward() -> None:
+    arguments = (*two_head_arguments(), "reverse_kl", 0.5)
+    _, kept, direct = operators.linear_divergence(*arguments)
+    inputs = tuple(one.detach() if isinstance(one, Tensor) else one for one in arguments)
+    more = kept.detach(), direct.detach(), torch.ones(3, 4).double()
+    torch.library.opcheck(operators.linear_divergence_backward.default, (*inputs, *more))
+
+
+def test_opcheck_of_mixtures() -> None:
+    arguments = (*two_head_arguments(()), torch.randint(V, (3, 4)), 0.1)
+    torch.library.opcheck(operators.mixed_logprob.default, arguments)
+
+
+@pytest.mark.parametrize("name", ["linear_scores", "linear_divergence"])
+def test_a_second_derivative_of_an_operator(name: str) -> None:
+    arguments = scoring_arguments()
+    if name == "linear_divergence":
+        arguments = (*two_head_arguments(), "forward_kl", 0.5)
+    value = getattr(operators, name)(*arguments)[0].sum()
+    (gradient,) = torch.autograd.grad(value, arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+def test_batches_are_not_traced() -> None:
+    batch = Batch(*SHAPES[0])
+    options = ScoringOptions(schedule="batches")
+    compiled = torch.compile(
+        lambda one: prefer(one, options=options), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match="schedule='batches'"):
+        compiled(batch)

@@ -37,16 +37,21 @@ class Work:
     hidden: Tensor  # (B, T, H)
     weight: Tensor  # (V, H)
     target: Tensor  # (B, T)
+    ref_hidden: Tensor  # (B, T, H), of a model that this one was trained from
+    ref_weight: Tensor  # (V, H)
 
     @property
     def scored(self) -> Tensor:
         return self.target != IGNORE
 
     def to(self, dtype: torch.dtype) -> Work:
-        return Work(self.hidden.to(dtype), self.weight.to(dtype), self.target)
+        models = self.hidden, self.weight, self.ref_hidden, self.ref_weight
+        hidden, weight, *reference = (one.to(dtype) for one in models)
+        return Work(hidden, weight, self.target, *reference)
 
     def on(self, device: str) -> Work:
-        return Work(self.hidden.to(device), self.weight.to(device), self.target.to(device))
+        every = self.hidden, self.weight, self.target, self.ref_hidden, self.ref_weight
+        return Work(*(one.to(device) for one in every))
 
     def leaves(self, trainable: bool) -> tuple[Tensor, Tensor]:
         """Fresh leaves: hidden, and the weight with or without gradient."""
@@ -89,8 +94,9 @@ def make_work(
     target = target.view(shape.sequences, shape.length)
     if prompt:
         target[:, : shape.length // 2] = IGNORE
+    hidden = hidden.view(shape.sequences, shape.length, width)
+    ref_hidden = hidden + 0.1 * torch.randn(hidden.shape, generator=generator)
+    ref_weight = weight + 0.1 * width**-0.5 * torch.randn(weight.shape, generator=generator)
     return Work(
-        hidden.view(shape.sequences, shape.length, width).to(dtype),
-        weight.to(dtype),
-        target,
+        hidden.to(dtype), weight.to(dtype), target, ref_hidden.to(dtype), ref_weight.to(dtype)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fastpref bench``: forward and backward of the head with DPO.
+"""``python -m fastpref bench``: forward and backward of the head, with DPO or with a divergence.
 
 Against the bare products of the scored tokens and against the alternatives; then peak memory
 against its formula.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..bench import choice, gpu
-from ..bench.implementations import Implementation, bare_products, implementations
+from ..bench.implementations import SUITES, Implementation, Suite
 from ..bench.memory import measure
 from ..bench.timing import Timing, interleave
 from ..bench.work import Shape, Work, make_work
@@ -37,6 +37,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
     parser.add_argument(
         "--suite", choices=("cpu", "gpu", "choice"), default="cpu", help="default: cpu"
+    )
+    parser.add_argument(
+        "--what", choices=tuple(SUITES), action="append", help="of the cpu suite; default: all"
     )
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
@@ -62,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         f"torch {machine['torch']}, {machine['processor']}"
     )
     cases = [
-        _case(shape, dtype, trainable, args.rounds)
+        _case(what, shape, dtype, trainable, args.rounds)
+        for what in args.what or SUITES
         for dtype in args.dtype or DTYPES
         for trainable in (True, False)
     ]
@@ -144,15 +148,14 @@ def _progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _case(shape: Shape, dtype: str, trainable: bool, rounds: int) -> dict[str, Any]:
-    head = "trainable" if trainable else "frozen"
-    title = f"{dtype}, {head} head"
+def _case(what: str, shape: Shape, dtype: str, trainable: bool, rounds: int) -> dict[str, Any]:
+    suite, head = SUITES[what], "trainable" if trainable else "frozen"
+    title = f"{suite.title}: {dtype}, {head} head"
     work = make_work(shape, getattr(torch, dtype))
-    overflowing = make_work(shape, getattr(torch, dtype), overflowing=0.01)
-    errors, candidates = {}, {LIMIT: lambda: bare_products(work, trainable)}
+    errors, candidates = {}, {LIMIT: lambda: suite.products(work, trainable)}
     skipped = {}
-    exact = _step(_plain_reference(), work.to(torch.float64), trainable)
-    for one in implementations():
+    exact = _step(_plain(suite), work.to(torch.float64), trainable)
+    for one in suite.implementations():
         if one.unavailable is not None:
             skipped[one.name] = one.unavailable
             continue
@@ -164,7 +167,8 @@ def _case(shape: Shape, dtype: str, trainable: bool, rounds: int) -> dict[str, A
             skipped[one.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         candidates[one.name] = _runner(one, work, trainable)
-        if one.name == "fastpref":
+        if one.name == "fastpref" and suite.overflows:
+            overflowing = make_work(shape, getattr(torch, dtype), overflowing=0.01)
             candidates[OVERFLOWING] = _runner(one, overflowing, trainable)
             candidates[OVERFLOWING]()
     candidates[LIMIT]()
@@ -172,11 +176,17 @@ def _case(shape: Shape, dtype: str, trainable: bool, rounds: int) -> dict[str, A
     _progress("")
     _print_case(title, timings, errors, skipped)
     rows = {name: vars(timing) | {"error": errors.get(name)} for name, timing in timings.items()}
-    return {"dtype": dtype, "trainable": trainable, "timings": rows, "skipped": skipped}
+    return {
+        "what": what,
+        "dtype": dtype,
+        "trainable": trainable,
+        "timings": rows,
+        "skipped": skipped,
+    }
 
 
-def _plain_reference() -> Implementation:
-    return next(one for one in implementations() if one.name == "plain torch")
+def _plain(suite: Suite) -> Implementation:
+    return next(one for one in suite.implementations() if one.name == "plain torch")
 
 
 def _step(one: Implementation, work: Work, trainable: bool) -> list[Tensor]:

@@ -6,25 +6,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpref.bench.implementations import Implementation, bare_products, implementations
+from fastpref.bench.implementations import SUITES, Implementation
 from fastpref.bench.work import Shape, make_work
-from fastpref.cli.bench import _error, _step
+from fastpref.cli.bench import _error, _plain, _step
 
 WORK = make_work(Shape(4, 16, 32, 300), torch.float32)
-
-
-def plain(name: str = "plain torch") -> Implementation:
-    return next(one for one in implementations() if one.name == name)
+EVERY = [(what, one) for what, suite in SUITES.items() for one in suite.implementations()]
 
 
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("one", implementations(), ids=lambda one: one.name)
-def test_gradients_agree_with_float64(one: Implementation, trainable: bool) -> None:
+@pytest.mark.parametrize("what, one", EVERY, ids=lambda one: getattr(one, "name", one))
+def test_gradients_agree_with_float64(what: str, one: Implementation, trainable: bool) -> None:
     if one.unavailable is not None:
         pytest.skip(one.unavailable)
-    if one.name == "Liger DPO":
+    if one.name.startswith("Liger"):
         pytest.skip("compiles for most of a minute; the benchmark itself checks it")
-    exact = _step(plain(), WORK.to(torch.float64), trainable)
+    exact = _step(_plain(SUITES[what]), WORK.to(torch.float64), trainable)
     got = _step(one, WORK, trainable)
     assert len(got) == 1 + trainable
     assert _error(got, exact) < 1e-5
@@ -45,8 +42,8 @@ def test_bare_products_are_those_of_the_scored_rows(monkeypatch: pytest.MonkeyPa
         return product(a, b)
 
     monkeypatch.setattr(torch, "mm", counted)
-    bare_products(WORK, trainable=True)
-    assert flops == [32 * 32 * 300] * 3
-    flops.clear()
-    bare_products(WORK, trainable=False)
-    assert len(flops) == 2
+    for suite, number in (("score", 3), ("preference", 4), ("divergence", 4)):
+        for trainable in (True, False):
+            flops.clear()
+            SUITES[suite].products(WORK, trainable)
+            assert flops == [32 * 32 * 300] * (number - (not trainable))

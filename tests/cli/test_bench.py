@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastpref.bench.implementations import implementations
+from fastpref.bench.implementations import SUITES
 from fastpref.cli import bench
 
 
@@ -24,22 +24,29 @@ def arguments(**changes: Any) -> argparse.Namespace:
 def test_table_and_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one, *others = implementations()
-    missing = [type(other)(other.name, other.loss, "left out here") for other in others]
-    plain = next(other for other in others if other.name == "plain torch")
-    monkeypatch.setattr(bench, "implementations", lambda: [one, plain, missing[-1]])
+    for what, suite in SUITES.items():
+        one, *others = suite.implementations()
+        missing = others[-1]
+        absent = type(missing)(missing.name, missing.loss, "left out here")
+        plain = next(other for other in others if other.name == "plain torch")
+        chosen = [one, plain, absent]
+        few = suite._replace(implementations=lambda chosen=chosen: chosen)
+        monkeypatch.setitem(SUITES, what, few)
     monkeypatch.setattr(bench, "Shape", lambda *sizes: _tiny())
     monkeypatch.setattr(bench, "measure", lambda *_: _memory_row())
     assert bench.run(arguments(out=tmp_path)) == 0
     said = capsys.readouterr().out
     assert "float32, trainable head" in said and "float32, frozen head" in said
-    assert f"{missing[-1].name}: not measured, left out here" in said
+    for peer in ("Liger DPO", "Liger JSD"):
+        assert f"{peer}: not measured, left out here" in said
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert [case["trainable"] for case in report["cases"]] == [True, False]
-    timings = report["cases"][0]["timings"]
-    assert set(timings) == {bench.LIMIT, "fastpref", bench.OVERFLOWING, "plain torch"}
-    assert timings["fastpref"]["error"] < 1e-5
-    assert timings[bench.LIMIT]["ratio"] == 1.0
+    found = [(case["what"], case["trainable"]) for case in report["cases"]]
+    assert found == [(what, trainable) for what in SUITES for trainable in (True, False)]
+    for case in report["cases"]:
+        timings, own = case["timings"], {bench.LIMIT, "fastpref", "plain torch"}
+        assert set(timings) == own | ({bench.OVERFLOWING} if case["what"] == "score" else set())
+        assert timings["fastpref"]["error"] < 1e-5
+        assert timings[bench.LIMIT]["ratio"] == 1.0
     assert len(report["memory"]) == 3
 
 

@@ -53,9 +53,10 @@ inline const void* checked_per_row(const Tensor& tile, const std::optional<Tenso
   return vector.has_value() ? checked_vector(tile, *vector, name, tile.size(0), statistics_type(tile)) : nullptr;
 }
 
-inline cpu::LogitMap checked_map(const Tensor& tile, const std::optional<Tensor>& bias, double scale, double cap) {
+inline cpu::LogitMap checked_map(const Tensor& tile, const std::optional<Tensor>& bias, double scale, double cap,
+                                 const char* name = "bias") {
   const auto type = statistics_type(tile);
-  return {bias.has_value() ? checked_vector(tile, *bias, "bias", tile.size(1), type) : nullptr, scale, cap};
+  return {bias.has_value() ? checked_vector(tile, *bias, name, tile.size(1), type) : nullptr, scale, cap};
 }
 
 inline cpu::Tile checked_tile(const Tensor& tile, const Tensor& target) {
@@ -149,6 +150,39 @@ inline cpu::ScaleRows scale_rows_call(const Tensor& out, const Tensor& input, co
   call.width = input.size(1);
   call.factor = checked_per_row(input, factor, "factor");
   return call;
+}
+
+// The call with its values, which are new.
+inline std::tuple<cpu::DivergenceRows, Tensor> divergence_rows_call(const Tensor& student, const Tensor& teacher,
+                                                                    const std::optional<Tensor>& student_bias,
+                                                                    const std::optional<Tensor>& teacher_bias,
+                                                                    double scale, double cap, int64_t kind, double beta,
+                                                                    bool write) {
+  STD_TORCH_CHECK(student.dim() == 2, "student must have shape (rows, cols), got ", student.dim(), " dimensions");
+  check_matrix(student, "student", student);
+  check_matrix(teacher, "teacher", student);
+  STD_TORCH_CHECK(teacher.size(0) == student.size(0), "teacher must have the ", student.size(0),
+                  " rows of the student, got ", teacher.size(0));
+  STD_TORCH_CHECK(kind >= 0 && kind < cpu::kDivergences,
+                  "kind must be 0 (forward_kl), 1 (reverse_kl), 2 (jsd), 3 (tv), 4 (bhattacharyya) or 5 (cosine), got ",
+                  kind);
+  cpu::DivergenceRows call{};
+  call.kind = static_cast<cpu::Divergence>(kind);
+  STD_TORCH_CHECK(call.kind != cpu::Divergence::jsd || (beta > 0 && beta < 1), "beta must be in (0, 1) for jsd, got ",
+                  beta);
+  call.student = student.mutable_data_ptr();
+  call.teacher = teacher.const_data_ptr();
+  call.rows = student.size(0);
+  call.cols = student.size(1);
+  call.student_stride = student.stride(0);
+  call.teacher_stride = teacher.stride(0);
+  call.student_map = checked_map(student, student_bias, scale, cap, "student_bias");
+  call.teacher_map = checked_map(teacher, teacher_bias, scale, cap, "teacher_bias");
+  call.beta = beta;
+  call.write = write;
+  Tensor out = torch::stable::new_empty(student, {call.rows}, statistics_type(student));
+  call.out = out.mutable_data_ptr();
+  return {call, out};
 }
 
 }  // namespace fastpref

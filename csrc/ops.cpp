@@ -75,6 +75,16 @@ void scale_rows(Tensor out, Tensor input, Tensor factor) {
   run(kernel, call, input.size(0), call.width);
 }
 
+Tensor divergence_rows(Tensor student, Tensor teacher, std::optional<Tensor> student_bias,
+                       std::optional<Tensor> teacher_bias, double scale, double cap, int64_t kind, double beta,
+                       bool write) {
+  const auto kernel = row_kernels().divergence_rows[static_cast<int>(fastpref::element_of(student, "student"))];
+  const auto [call, out] =
+      fastpref::divergence_rows_call(student, teacher, student_bias, teacher_bias, scale, cap, kind, beta, write);
+  run(kernel, call, call.rows, call.cols);
+  return out;
+}
+
 int64_t capability() { return static_cast<int64_t>(fastpref::cpu_capability()); }
 
 }  // namespace
@@ -90,6 +100,9 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
   m.def("gather_dot(Tensor hidden, Tensor weight, Tensor index) -> Tensor");
   m.def("scale_rows_(Tensor(a!) out, Tensor input, Tensor factor) -> ()");
   m.def(
+      "divergence_rows_(Tensor(a!) student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float scale, "
+      "float cap, int kind, float beta, bool write) -> Tensor");
+  m.def(
       "sequence_sums(Tensor logp, Tensor? token_weights, Tensor? mask, Tensor? order, Tensor? boundaries, "
       "bool mean) -> (Tensor, Tensor)");
   m.def(
@@ -104,6 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastpref, CPU, m) {
   m.impl("logit_grad_", TORCH_BOX(&logit_grad));
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows));
+  m.impl("divergence_rows_", TORCH_BOX(&divergence_rows));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastpref, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&capability)); }

@@ -2,21 +2,21 @@
 // exp and tanh without branches or calls, so that loops over them vectorise. Included inside an anonymous namespace by
 // row_kernels.inl, once per instruction set.
 //
-//     x = k ln 2 + r, |r| <= ln 2 / 2;   exp(x) = 2^k (1 + q(r)),   q the Taylor polynomial of expm1
+//     x = k ln 2 + r, |r| <= ln 2 / 2;   exp(x) = 2^k (1 + r + q(r)),   q the Taylor polynomial of exp(r) - 1 - r
 //
 // float: degree 7, truncation 5e-9; double: degree 13, truncation 4e-18.
 
-inline float expm1_reduced(float r) {
+inline float excess_reduced(float r) {
   float q = 1.0f / 5040.0f;
   q = q * r + 1.0f / 720.0f;
   q = q * r + 1.0f / 120.0f;
   q = q * r + 1.0f / 24.0f;
   q = q * r + 1.0f / 6.0f;
   q = q * r + 0.5f;
-  return r + r * r * q;
+  return r * r * q;
 }
 
-inline double expm1_reduced(double r) {
+inline double excess_reduced(double r) {
   double q = 1.0 / 6227020800.0;
   q = q * r + 1.0 / 479001600.0;
   q = q * r + 1.0 / 39916800.0;
@@ -29,7 +29,7 @@ inline double expm1_reduced(double r) {
   q = q * r + 1.0 / 24.0;
   q = q * r + 1.0 / 6.0;
   q = q * r + 0.5;
-  return r + r * r * q;
+  return r * r * q;
 }
 
 template <class T>
@@ -63,8 +63,9 @@ struct Exponent<double> {
 
 template <class T>
 struct Reduced {
-  T power;  // 2^k
-  T rest;   // expm1(r)
+  T power;   // 2^k
+  T rest;    // expm1(r)
+  T excess;  // expm1(r) - r, all its digits
 };
 
 template <class T>
@@ -77,7 +78,8 @@ inline Reduced<T> reduce_exp(T x) {
   const Bits one = bit_cast<Bits>(T(1));
   // The rounding constant's own bits leave at the top.
   const Bits power = one + static_cast<Bits>(bit_cast<typename E::Unsigned>(shifted) << E::kShift);
-  return {bit_cast<T>(power), expm1_reduced(r)};
+  const T excess = excess_reduced(r);
+  return {bit_cast<T>(power), r + excess, excess};
 }
 
 // For x up to 88 (double: 709); 0 where the result would be subnormal; NaN stays NaN.

@@ -67,11 +67,28 @@ struct ScaleRows {
   const void* factor;  // (rows,), the statistics' type
 };
 
+// The numbers are the operator's.
+enum class Divergence : int { forward_kl = 0, reverse_kl = 1, jsd = 2, tv = 3, bhattacharyya = 4, cosine = 5 };
+constexpr int kDivergences = 6;
+
+// Between the rows of two tiles of raw products.
+struct DivergenceRows {
+  void* student;
+  const void* teacher;
+  int64_t rows, cols, student_stride, teacher_stride;
+  LogitMap student_map, teacher_map;
+  Divergence kind;
+  double beta;  // read by jsd only
+  void* out;    // (rows,), the statistics' type
+  bool write;   // the student's tile becomes the gradient
+};
+
 struct RowKernels {
   void (*exp_rows[kElements])(const ExpRows&, int64_t begin, int64_t end);
   void (*logit_grad[kElements])(const LogitGrad&, int64_t begin, int64_t end);
   void (*gather_dot[kElements])(const GatherDot&, int64_t begin, int64_t end);
   void (*scale_rows[kElements])(const ScaleRows&, int64_t begin, int64_t end);
+  void (*divergence_rows[kElements])(const DivergenceRows&, int64_t begin, int64_t end);
 };
 
 extern const RowKernels row_kernels_baseline;

@@ -371,6 +371,8 @@ void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
   }
 }
 
+#include "divergence_rows.inl"
+
 }  // namespace
 
 extern const RowKernels FASTPREF_ROW_KERNELS;
@@ -379,6 +381,7 @@ const RowKernels FASTPREF_ROW_KERNELS = {
     {logit_grad<double>, logit_grad<float>, logit_grad<BFloat16>, logit_grad<Float16>},
     {gather_dot<double>, gather_dot<float>, gather_dot<BFloat16>, gather_dot<Float16>},
     {scale_rows<double>, scale_rows<float>, scale_rows<BFloat16>, scale_rows<Float16>},
+    {divergence_rows<double>, divergence_rows<float>, divergence_rows<BFloat16>, divergence_rows<Float16>},
 };
 
 }  // namespace fastpref::cpu

@@ -55,3 +55,18 @@ def _gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 @torch.library.register_fake("fastpref::scale_rows_")  # type: ignore[untyped-decorator]
 def _scale_rows(out: Tensor, input: Tensor, factor: Tensor) -> None:
     return None
+
+
+@torch.library.register_fake("fastpref::divergence_rows_")  # type: ignore[untyped-decorator]
+def _divergence_rows(
+    student: Tensor,
+    teacher: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    scale: float,
+    cap: float,
+    kind: int,
+    beta: float,
+    write: bool,
+) -> Tensor:
+    return student.new_empty((student.shape[0],), dtype=statistics_dtype(student.dtype))

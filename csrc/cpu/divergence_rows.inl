@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+// Divergences between a student's and a teacher's row. Included inside an anonymous namespace by row_kernels.inl, once
+// per instruction set. With s, t the logits and q = softmax(s), p = softmax(t):
+//
+//     forward_kl     D = sum p log(p/q)            dD/ds = q - p
+//     reverse_kl     D = sum q log(q/p)            dD/ds = q (log(q/p) - D)
+//     jsd            D = beta sum p log(p/m) + (1 - beta) sum q log(q/m),   m = (1 - beta) q + beta p
+//                                                  dD/ds = (1 - beta) q (log(q/m) - sum q log(q/m))
+//     tv             D = sum |q - p| / 2           dD/ds = q (c - sum q c),   c = sign(q - p) / 2
+//     bhattacharyya  D = -log sum sqrt(p q)        dD/ds = (q - r) / 2,   r = sqrt(p q) / sum sqrt(p q)
+//     cosine         D = 1 - <s, t> / (|s| |t|)    dD/ds = (u - w - D u) / |s|,   u = s / |s|,   w = t / |t|
+//
+// At a row of zeros the cosine's D is 1 and its gradient 0.
+//
+// Nothing is lost where p is close to q, because all but the cosine follow from
+//     d = log(q/p) = (s - t) - (lse_s - lse_t),   x = -|d|,   greater = max(p, q),   lesser = greater exp(x),
+// and each D is a sum of terms that are not negative: p log(p/q) - p + q and its like, greater (1 - exp(x/2))^2 / 2 for
+// 1 - sum sqrt(p q), (u - w)^2 / 2 for the cosine. An error of lse_s - lse_t changes these D by its square or by a
+// share of D. The second sweep measures it as sum (q - p); D of tv and the gradients of the two KL and of bhattacharyya
+// are rid of it.
+
+#include "divergence_terms.inl"
+
+template <class A>
+__attribute__((noinline)) A largest_sum(const A* s, const A* t, int64_t n) {
+  A best = -static_cast<A>(kInfinity);
+#pragma omp simd reduction(max : best)
+  for (int64_t i = 0; i < n; ++i) best = s[i] + t[i] > best ? s[i] + t[i] : best;
+  return best;
+}
+
+// The sum of a row's exponentials about its largest logit, block after block; 0 and -inf before the first number.
+template <class A>
+struct Normaliser {
+  A anchor = -static_cast<A>(kInfinity);
+  double sum = 0;
+
+  __attribute__((noinline)) void add(const A* logits, int64_t n) {
+    if (!raise(largest(logits, n), 1.0)) return;
+    const A at = anchor;
+    double part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = 0; i < n; ++i) part += exp_difference<A>(logits[i], at);
+    sum += part;
+  }
+
+  // Of exp((s + t - anchor) / 2) about the largest s + t.
+  __attribute__((noinline)) void add_means(const A* s, const A* t, int64_t n) {
+    if (!raise(largest_sum(s, t, n), 0.5)) return;
+    const A at = anchor;
+    double part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = 0; i < n; ++i) part += exp_mean(s[i], t[i], at);
+    sum += part;
+  }
+
+ private:
+  // Whether there is a number yet.
+  bool raise(A block_best, double share) {
+    if (block_best > anchor) {
+      sum *= __builtin_exp(share * (static_cast<double>(anchor) - block_best));
+      anchor = block_best;
+    }
+    return anchor > -static_cast<A>(kInfinity);
+  }
+};
+
+template <class T, Divergence kKind>
+class DivergenceRow {
+  using A = typename AccumulateType<T>::type;
+
+ public:
+  DivergenceRow(T* student, const T* teacher, int64_t cols, const Map<A>& student_map, const Map<A>& teacher_map,
+                double beta)
+      : student_(student), teacher_(teacher), cols_(cols), student_map_(student_map), teacher_map_(teacher_map) {
+    row_.student_weight = static_cast<A>(1 - beta);
+    row_.teacher_weight = static_cast<A>(beta);
+  }
+
+  A value() {
+    if constexpr (kKind == Divergence::cosine) {
+      compare_directions();
+      return directions_.value;
+    } else {
+      compare_distributions();
+      return row_.value;
+    }
+  }
+
+  // After value().
+  void write() {
+    sweep([this](int64_t at, int64_t n) {
+      if constexpr (kKind == Divergence::cosine) {
+        differentiate_cosine(directions_, s_, t_, n);
+      } else {
+        differentiate<kKind>(row_, s_, t_, n);
+      }
+      T* out = student_ + at;
+      const A scale = student_map_.scale;
+      if (student_map_.cap == 0) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) store(out[i], scale * s_[i]);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) store(out[i], scale * slopes_[i] * s_[i]);
+      }
+    });
+  }
+
+ private:
+  // Calls `visit` with each block's first column and width, its logits in s_ and t_.
+  template <class Visit>
+  void sweep(const Visit& visit) {
+    for (int64_t at = 0; at < cols_; at += kBlock) {
+      const int64_t n = cols_ - at < kBlock ? cols_ - at : kBlock;
+      teacher_map_.apply(teacher_, at, n, t_, slopes_);
+      student_map_.apply(student_, at, n, s_, slopes_);
+      visit(at, n);
+    }
+  }
+
+  void compare_distributions() {
+    Normaliser<A> student, teacher, mean;
+    sweep([&](int64_t, int64_t n) {
+      student.add(s_, n);
+      teacher.add(t_, n);
+      if constexpr (kKind == Divergence::bhattacharyya) mean.add_means(s_, t_, n);
+    });
+    row_.student_anchor = student.anchor;
+    row_.student_inverse = static_cast<A>(1 / student.sum);
+    row_.teacher_anchor = teacher.anchor;
+    row_.teacher_inverse = static_cast<A>(1 / teacher.sum);
+    const double relative = __builtin_log(student.sum / teacher.sum);
+    const double shift = static_cast<double>(student.anchor) - teacher.anchor + relative;
+    row_.shift = Shift<A>(shift);
+
+    DivergenceSums sums;
+    sweep([&](int64_t, int64_t n) { add_terms<kKind>(row_, s_, t_, n, sums); });
+    double value = sums.value;
+    double centre = shift + sums.excess;
+    if constexpr (kKind == Divergence::forward_kl || kKind == Divergence::reverse_kl) {
+      // The sums of jsd and tv belong to the shift that they were formed with.
+      row_.shift = Shift<A>(shift + sums.excess);
+      value /= sums.weight;
+    }
+    if constexpr (kKind == Divergence::reverse_kl) centre = shift + (sums.value + sums.excess) / sums.weight;
+    if constexpr (kKind == Divergence::jsd) row_.centre = static_cast<A>(sums.part / sums.weight);
+    if constexpr (kKind == Divergence::tv) {
+      const double above = sums.part / sums.weight;
+      value -= sums.excess * (2 * above - 1) / 2;
+      row_.above = static_cast<A>(above);
+      row_.below = static_cast<A>(1 - above);
+    }
+    if constexpr (kKind == Divergence::bhattacharyya) {
+      const double far = (static_cast<double>(student.anchor) - mean.anchor + teacher.anchor) / 2 +
+                         __builtin_log(student.sum * teacher.sum) / 2 - __builtin_log(mean.sum);
+      value = value < 0.5 ? -__builtin_log1p(-value) : far;
+      // Rows that share no column are left q / 2.
+      if (mean.sum > 0) {
+        row_.mean_anchor = mean.anchor;
+        row_.mean_inverse = static_cast<A>(1 / mean.sum);
+        centre += 2 * value;
+      }
+    }
+    row_.centred = Shift<A>(centre);
+    row_.value = static_cast<A>(value);
+  }
+
+  void compare_directions() {
+    SquareSums sums;
+    sweep([&](int64_t, int64_t n) { add_squares(s_, t_, n, sums); });
+    if (sums.student == 0 || sums.teacher == 0) {
+      directions_.value = 1;
+      return;
+    }
+    const double student = __builtin_sqrt(sums.student), teacher = __builtin_sqrt(sums.teacher);
+    const double stretch = sums.difference / (student + teacher);
+    directions_.student = static_cast<A>(stretch < 0 ? -stretch / student : 0);
+    directions_.teacher = static_cast<A>(stretch > 0 ? stretch / teacher : 0);
+    directions_.inverse = static_cast<A>(1 / (student > teacher ? student : teacher));
+    directions_.inverse_length = static_cast<A>(1 / student);
+    double value = 0;
+    sweep([&](int64_t, int64_t n) { value += half_square_distance(directions_, s_, t_, n); });
+    directions_.value = static_cast<A>(value);
+  }
+
+  T* student_;
+  const T* teacher_;
+  int64_t cols_;
+  const Map<A>&student_map_, &teacher_map_;
+  Relation<A> row_;
+  Directions<A> directions_;
+  alignas(64) A s_[kBlock];
+  alignas(64) A t_[kBlock];
+  alignas(64) A slopes_[kBlock];
+};
+
+template <class T, Divergence kKind>
+void divergence_rows_range(const DivergenceRows& call, int64_t begin, int64_t end) {
+  using A = typename AccumulateType<T>::type;
+  const Map<A> student_map(call.student_map), teacher_map(call.teacher_map);
+  for (int64_t i = begin; i < end; ++i) {
+    T* student = static_cast<T*>(call.student) + i * call.student_stride;
+    const T* teacher = static_cast<const T*>(call.teacher) + i * call.teacher_stride;
+    DivergenceRow<T, kKind> row(student, teacher, call.cols, student_map, teacher_map, call.beta);
+    static_cast<A*>(call.out)[i] = row.value();
+    if (call.write) row.write();
+  }
+}
+
+template <class T>
+void divergence_rows(const DivergenceRows& call, int64_t begin, int64_t end) {
+  switch (call.kind) {
+    case Divergence::forward_kl:
+      return divergence_rows_range<T, Divergence::forward_kl>(call, begin, end);
+    case Divergence::reverse_kl:
+      return divergence_rows_range<T, Divergence::reverse_kl>(call, begin, end);
+    case Divergence::jsd:
+      return divergence_rows_range<T, Divergence::jsd>(call, begin, end);
+    case Divergence::tv:
+      return divergence_rows_range<T, Divergence::tv>(call, begin, end);
+    case Divergence::bhattacharyya:
+      return divergence_rows_range<T, Divergence::bhattacharyya>(call, begin, end);
+    case Divergence::cosine:
+      return divergence_rows_range<T, Divergence::cosine>(call, begin, end);
+  }
+}

@@ -48,6 +48,7 @@ class Call(NamedTuple):
             self.divergence,
             self.beta,
             write,
+            self.heads.student.plan.backend,
         )
 
 

@@ -191,6 +191,9 @@ def ask_two_heads(
             )
         asked.append((request, Model(own, parameters)))
     (ours, model), (theirs, other) = asked
+    reason = formulas.unavailable_reason(ours.options.backend)
+    if reason is not None:
+        raise ValueError(f"backend={ours.options.backend!r} is not available: {reason}")
     dtype = torch.promote_types(ours.dtype, theirs.dtype)
     question = Question(replace(ours, dtype=dtype), replace(theirs, dtype=dtype), target)
     return question, model, other.detached()
@@ -231,7 +234,7 @@ def _plan(call: Call, teacher: Problem) -> TwoHeadPlan:
         tile_rows=tile_rows,
         kept_rows=kept,
         temporary_bytes=formulas.temporary_bytes(
-            tile_rows, vocab, student.device_type, student.dtype
+            tile_rows, vocab, student.device_type, student.dtype, student.backend
         ),
         copied_bytes=copies,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastpref import ScoringOptions, linear_divergence
 from fastpref.scoring.two_heads import ask_two_heads
+from tests.scoring.cases import BACKENDS
 from tests.scoring.operations import Operations
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine")
@@ -18,6 +19,7 @@ MAPS = {
     "scaled": {"temperature": 1.7, "logit_scale": 0.6},
     "capped": {"softcap": 3.0, "temperature": 0.8},
 }
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
@@ -99,12 +101,14 @@ SCHEDULES = {
 }
 
 
+@every_backend
 @every_divergence
 @pytest.mark.parametrize("map", MAPS)
 @pytest.mark.parametrize("needs", [("hidden", "weight", "bias"), ("hidden",), ("weight",)])
-def test_as_by_hand(divergence: str, map: str, needs) -> None:
+def test_as_by_hand(backend: str, divergence: str, map: str, needs) -> None:
     models = Models(needs=needs)
-    got = models.run(divergence=divergence, beta=0.3, **MAPS[map])
+    options = ScoringOptions(backend=backend)
+    got = models.run(divergence=divergence, beta=0.3, options=options, **MAPS[map])
     models.compare(got, models.expected(divergence, 0.3, **MAPS[map]))
     assert not got[~models.mask].any()
 
@@ -139,15 +143,17 @@ def test_shapes(shape) -> None:
     assert hidden.grad.shape == hidden.shape and weight.grad.isfinite().all()
 
 
+@every_backend
 @pytest.mark.parametrize("divergence", DIVERGENCES[:-1])
-def test_columns_outside_the_vocabulary(divergence: str) -> None:
+def test_columns_outside_the_vocabulary(backend: str, divergence: str) -> None:
     """A bias of -inf takes a column out of one model's distribution, or of both."""
     models = Models()
     closed = models.bias.detach().clone()
     closed[[0, 4]] = -torch.inf
     teacher = models.teacher_bias.clone()
     teacher[[0, 7]] = -torch.inf
-    value = models.run(divergence=divergence, student_bias=closed, teacher_bias=teacher)
+    options = {"divergence": divergence, "options": ScoringOptions(backend=backend)}
+    value = models.run(**options, student_bias=closed, teacher_bias=teacher)
     student = logits_of(models.hidden, models.weight, closed)
     other = logits_of(models.teacher_hidden, models.teacher_weight[:V], teacher[:V])
     want = torch.where(models.mask, by_hand(student, other, divergence).detach(), 0)
@@ -158,7 +164,7 @@ def test_columns_outside_the_vocabulary(divergence: str) -> None:
         return
     only = torch.where(other > -torch.inf, student, other) if infinite else student
     bias = torch.where(teacher[:V] > -torch.inf, closed, teacher[:V]) if infinite else closed
-    value = models.run(divergence=divergence, student_bias=bias, teacher_bias=teacher)
+    value = models.run(**options, student_bias=bias, teacher_bias=teacher)
     want = torch.where(models.mask, by_hand(only, other, divergence).detach(), 0)
     torch.testing.assert_close(value, want)
     (gradient,) = torch.autograd.grad(value.sum(), models.hidden)
@@ -180,9 +186,10 @@ def test_a_model_and_itself() -> None:
 
 
 @every_divergence
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_error_is_that_of_plain_torch(divergence: str, dtype, frozen: bool) -> None:
+def test_error_is_that_of_plain_torch(backend, divergence: str, dtype, frozen: bool) -> None:
     needs = ("hidden",) if frozen else ("hidden", "weight")
     exact = Models(needs=needs, bias=False)
     for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
@@ -198,7 +205,8 @@ def test_error_is_that_of_plain_torch(divergence: str, dtype, frozen: bool) -> N
     teacher = (low.teacher_hidden @ low.teacher_weight[:V].t()).float()
     plain = torch.where(low.mask, by_hand(student, teacher, divergence), 0)
     eager = measured(low, plain, needs, upstream)
-    got = measured(low, low.run(divergence=divergence), needs, upstream)
+    options = ScoringOptions(backend=backend)
+    got = measured(low, low.run(divergence=divergence, options=options), needs, upstream)
     for a, b, x in zip(got, eager, want, strict=True):
         ulp = torch.finfo(a.dtype).eps * x.abs().max()
         assert (a - x).abs().max() <= 2 * (b - x).abs().max() + 2 * ulp
@@ -299,6 +307,12 @@ BAD = {
         "teacher_hidden must end in the weight's hidden size",
     ),
     "student bias": ({"student_bias": torch.randn(3)}, ValueError, "student_bias must have shape"),
+    "cuda": (
+        {"options": ScoringOptions(backend="cuda")},
+        ValueError,
+        "backend='cuda' is not available",
+    ),
+    "options": ({"options": "torch"}, TypeError, "options must be a fastpref.ScoringOptions"),
     "no tensor": ({"teacher_weight": None}, TypeError, "teacher_weight must be a torch.Tensor"),
 }
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divergences of two rows of raw products, in plain torch, with their gradients in closed form.
+"""Divergences of two rows of raw products, with their gradients in closed form: in plain torch, or
+in the compiled operator (csrc/cpu/divergence_rows.inl).
 
 With logits s of the student and t of the teacher, q = softmax(s), p = softmax(t):
 
@@ -34,8 +35,19 @@ _BLOCK_ELSEWHERE = 1 << 25
 _TEMPORARIES = 12  # of a block, alive at once
 
 
-def temporary_bytes(rows: int, cols: int, device_type: str, dtype: torch.dtype) -> int:
+def unavailable_reason(backend: str) -> str | None:
+    """Why ``backend`` has no divergences, or None when it has."""
+    if backend == "cuda":
+        return "the cuda backend has no divergences; use backend='auto' or 'torch'"
+    return None
+
+
+def temporary_bytes(
+    rows: int, cols: int, device_type: str, dtype: torch.dtype, backend: str
+) -> int:
     """Most memory that a pass over two (rows, cols) tiles takes beside them."""
+    if backend == "cpp":
+        return 0
     block = max(cols, min(rows * cols, _block_elements(device_type)))
     return _TEMPORARIES * block * statistics_dtype(dtype).itemsize
 
@@ -53,9 +65,17 @@ def divergence_rows(
     divergence: str,
     beta: float,
     write: bool,
+    backend: str,
 ) -> Tensor:
     """(rows,) in the statistics' dtype; with ``write`` the student's tile becomes dD / d(raw
     product)."""
+    if backend == "cpp":
+        kind = KINDS.index(divergence)
+        biases = student_bias, teacher_bias
+        value: Tensor = torch.ops.fastpref.divergence_rows_(
+            student, teacher, *biases, map.scale, map.cap, kind, beta, write
+        )
+        return value
     formula = FORMULAS[divergence]
     values = [student.new_empty(0, dtype=statistics_dtype(student.dtype))]
     for rows, own, other in logit_blocks(student, teacher, student_bias, teacher_bias, map):

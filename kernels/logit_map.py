@@ -47,3 +47,24 @@ def exp_difference(t, anchor, EXACT: tl.constexpr):
         lost = (t - (x - back)) - (anchor + back)
         e = tl.where(e > 0, e + e * lost, e)
     return e
+
+
+@triton.jit
+def load_logits(
+    row, bias, cols, columns, scale, inner, cap, CAPPED: tl.constexpr, OUTSIDE: tl.constexpr
+):
+    """Logits and slopes of columns ``cols``; ``OUTSIDE`` beyond the row."""
+    inside = cols < columns
+    z = tl.load(row + cols, inside, 0.0).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + cols, inside, 0.0)
+    t, slope = map_logits(z, scale, inner, cap, CAPPED)
+    return tl.where(inside, t, OUTSIDE), slope
+
+
+@triton.jit
+def store_gradient(row, cols, columns, gradient, slope, scale, CAPPED: tl.constexpr):
+    value = gradient * scale
+    if CAPPED:
+        value *= slope
+    tl.store(row + cols, value.to(row.dtype.element_ty), cols < columns)

@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import (
+    cosine_rows,
+    divergence_rows,
     linear_exp,
     linear_grad,
     probabilities,
@@ -84,6 +86,8 @@ def variants(capability: int, element: str) -> Iterator[Variant]:
         yield from _glue(element, capped)
     blocks = {"BLOCK_WIDTH": 1024}
     yield Variant(scale_rows.scale_rows_kernel, "scale_rows", blocks, {}, element, 4, 3)
+    for capped in (False, True):
+        yield from _divergences(element, capped)
 
 
 def _blocks(shape: tiles.TileShape, element: str, capped: bool) -> dict[str, Any]:
@@ -211,6 +215,19 @@ def _sums(statistics: bool) -> Iterator[Variant]:
         yield Variant(reanchor.list_flagged_kernel, "list_flagged", blocks, {}, "fp32", 4, 3)
 
 
+def _divergences(element: str, capped: bool) -> Iterator[Variant]:
+    """With the gradient: without it, it is a part of these."""
+    blocks = {"BLOCK_COLS": divergence_rows.COLS, "CAPPED": capped, "WRITE": True}
+    warps = divergence_rows.WARPS
+    names = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya")
+    for kind, name in enumerate(names):
+        constants = blocks | {"KIND": kind, "EXACT": element == "fp32"}
+        kernel = divergence_rows.divergence_rows_kernel
+        yield Variant(kernel, _label(name, capped), constants, {}, element, warps, 3)
+    kernel = cosine_rows.cosine_rows_kernel
+    yield Variant(kernel, _label("cosine", capped), blocks, {}, element, warps, 3)
+
+
 _POINTERS = {
     "target": "*i64",
     "column": "*i64",
@@ -236,8 +253,10 @@ _FLOATS = (
         "entropy",
     ),
     *("grad_logp", "grad_lse", "grad_entropy", "target_logit", "offset", "scores"),
+    *("student_bias", "teacher_bias", "values"),
 )
-_MATRICES = ("hidden", "weight", "exps", "grads", "matrix")
+_MATRICES = ("hidden", "weight", "exps", "grads", "matrix", "student", "teacher")
+_NUMBERS = ("scale", "inner", "cap", "student_weight", "teacher_weight")
 
 
 def _type(variant: Variant, argument: str) -> str:
@@ -254,7 +273,7 @@ def _type(variant: Variant, argument: str) -> str:
         return f"*{variant.element}"
     if argument == "out":  # of sums in float32, or a matrix
         return f"*{variant.element}"
-    return "fp32" if argument in ("scale", "inner", "cap") else "i32"
+    return "fp32" if argument in _NUMBERS else "i32"
 
 
 def build(variant: Variant, capability: int) -> Any:

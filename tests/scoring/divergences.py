@@ -42,6 +42,24 @@ def random_tiles(rows: int, cols: int, *, spread: float = 3.0, apart: float | No
     return Tiles(student, teacher)
 
 
+def with_bias(tiles: Tiles, student: bool = True, teacher: bool = True) -> Tiles:
+    cols = tiles.student.shape[1]
+    biases = (
+        torch.randn(cols, dtype=torch.float64) * 2 if on else None for on in (student, teacher)
+    )
+    return Tiles(tiles.student, tiles.teacher, *biases, tiles.map)
+
+
+def masked(tiles: Tiles, student: int, teacher: int) -> Tiles:
+    """The last of the columns masked by biases."""
+    cols = tiles.student.shape[1]
+    biases = (torch.zeros(cols, dtype=torch.float64) for _ in range(2))
+    student_bias, teacher_bias = biases
+    student_bias[cols - student :] = -torch.inf
+    teacher_bias[cols - teacher :] = -torch.inf
+    return Tiles(tiles.student, tiles.teacher, student_bias, teacher_bias)
+
+
 def weighted(p: Tensor, value: Tensor) -> Tensor:
     """sum p value over the columns of a probability, also where the value is infinite elsewhere."""
     return (p * torch.where(p > 0, value, 0.0)).sum(1)

@@ -15,9 +15,11 @@ from tests.scoring.cases import BACKENDS, DTYPES, check_contract
 from tests.scoring.divergences import (
     KINDS,
     Tiles,
+    masked,
     random_tiles,
     relative_error,
     value_and_gradient,
+    with_bias,
 )
 
 pytestmark = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are not built")
@@ -32,14 +34,6 @@ def run(tiles, kind, beta=BETA, write=True):
     student = tiles.student.clone()
     value = ops.divergence_rows_(student, *tiles[1:4], *tiles.map, KINDS.index(kind), beta, write)
     return {"value": value, "gradient": student}
-
-
-def with_bias(tiles, student=True, teacher=True):
-    cols = tiles.student.shape[1]
-    biases = (
-        torch.randn(cols, dtype=torch.float64) * 2 if on else None for on in (student, teacher)
-    )
-    return Tiles(tiles.student, tiles.teacher, *biases, tiles.map)
 
 
 def variants(rows, cols):
@@ -109,16 +103,6 @@ def test_equal_rows(kind, dtype):
     actual = run(same, kind)
     assert (actual["value"].abs() <= (1e-13 if kind == "cosine" else 0)).all()
     assert (actual["gradient"].abs() <= (1e-9 if kind == "cosine" else 0)).all()
-
-
-def masked(tiles, student, teacher):
-    """The last of the columns masked by biases."""
-    cols = tiles.student.shape[1]
-    biases = (torch.zeros(cols, dtype=torch.float64) for _ in range(2))
-    student_bias, teacher_bias = biases
-    student_bias[cols - student :] = -INF
-    teacher_bias[cols - teacher :] = -INF
-    return Tiles(tiles.student, tiles.teacher, student_bias, teacher_bias)
 
 
 SOFT = KINDS[:5]

@@ -42,7 +42,7 @@ def target_logits(
             *weight.shape,
             hidden.stride(0),
             weight.stride(0),
-            *_map_arguments(map),
+            *map_arguments(map),
             BLOCK_ROWS=targets.ROWS,
             BLOCK_WIDTH=targets.WIDTH,
             CAPPED=map.cap != 0,
@@ -68,7 +68,7 @@ def settle(
             rows,
             out.shape[1],
             0 if exps is None else exps.stride(0),
-            *_map_arguments(map),
+            *map_arguments(map),
             BLOCK_ROWS=row_scores.ROWS,
             CAPPED=map.cap != 0,
         )
@@ -84,6 +84,6 @@ def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _map_arguments(map: LogitMap) -> tuple[float, float, float]:
+def map_arguments(map: LogitMap) -> tuple[float, float, float]:
     """In the order of the kernels' arguments."""
     return map.scale, map.scale / map.cap if map.cap else 0.0, map.cap

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of the Triton kernels that compare two models' rows: one each, without a host sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels import cosine_rows
+from ...kernels import divergence_rows as kernels
+from ..types import LogitMap
+from .glue import map_arguments
+
+KINDS = 6
+COSINE = 5  # has a kernel of its own
+
+
+def divergence_rows(
+    student: Tensor,
+    teacher: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    map: LogitMap,
+    kind: int,
+    beta: float,
+    write: bool,
+) -> Tensor:
+    """The operator fastpref::divergence_rows_, of float32, bfloat16 and float16 tiles."""
+    if not 0 <= kind < KINDS:
+        raise ValueError(f"kind must be in [0, {KINDS}), got {kind}")
+    values = student.new_empty(student.shape[0], dtype=torch.float32)
+    if not student.numel():
+        return values.zero_()
+    arguments = (
+        student,
+        teacher,
+        student_bias,
+        teacher_bias,
+        values,
+        student.shape[1],
+        student.stride(0),
+        teacher.stride(0),
+        *map_arguments(map),
+    )
+    flags = {"WRITE": write, "BLOCK_COLS": kernels.COLS, "CAPPED": map.cap != 0}
+    grid = (values.numel(),)
+    if kind == COSINE:
+        cosine_rows.cosine_rows_kernel[grid](*arguments, **flags, num_warps=kernels.WARPS)
+    else:
+        kernels.divergence_rows_kernel[grid](
+            *arguments,
+            1 - beta,
+            beta,
+            KIND=kind,
+            EXACT=student.dtype == torch.float32,
+            **flags,
+            num_warps=kernels.WARPS,
+        )
+    return values

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels that compare two models' rows, against float64 autograd."""
+
+import pytest
+import torch
+
+from fastpref.scoring.backends import divergence_launch, fused
+from fastpref.scoring.types import LogitMap
+from tests.scoring.cases import check_contract
+from tests.scoring.divergences import (
+    KINDS,
+    Tiles,
+    masked,
+    random_tiles,
+    relative_error,
+    value_and_gradient,
+    with_bias,
+)
+
+pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+BETA = 0.3
+INF = float("inf")
+kinds = pytest.mark.parametrize("kind", KINDS)
+soft = pytest.mark.parametrize("kind", KINDS[:5])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+def run(tiles, kind, beta=BETA, write=True):
+    student = tiles.student.clone()
+    value = divergence_launch.divergence_rows(student, *tiles[1:], KINDS.index(kind), beta, write)
+    return {"value": value, "gradient": student}
+
+
+def check(tiles, kind, dtype):
+    tiles = tiles.to(dtype)
+    exact = value_and_gradient(tiles.to(torch.float64), kind, BETA)
+    actual = run(tiles, kind)
+    if relative_error(actual["gradient"], exact["gradient"]) <= 1e-6:
+        del actual["gradient"]
+    check_contract(actual, value_and_gradient(tiles, kind, BETA), exact)
+
+
+@kinds
+@dtypes
+def test_values_and_gradients(kind, dtype):
+    for cols in (7, 2500):
+        plain = random_tiles(3, cols)
+        check(plain, kind, dtype)
+        check(random_tiles(3, cols, spread=15.0), kind, dtype)
+        check(with_bias(plain._replace(map=LogitMap(1.3, 5.0))), kind, dtype)
+
+
+@kinds
+@pytest.mark.parametrize("apart", [0.1, 1e-3])
+def test_digits_of_close_rows(kind, apart):
+    tiles = random_tiles(4, 3000, apart=apart).to(torch.float32)
+    exact = value_and_gradient(tiles.to(torch.float64), kind, BETA)
+    for name, value in run(tiles, kind).items():
+        assert relative_error(value, exact[name]) <= 2e-6, name
+
+
+@soft
+@dtypes
+def test_equal_rows(kind, dtype):
+    student = random_tiles(2, 2500).student.to(dtype)
+    actual = run(Tiles(student, student.clone()), kind)
+    assert (actual["value"] == 0).all() and (actual["gradient"] == 0).all()
+
+
+@soft
+@dtypes
+@pytest.mark.parametrize("sizes", [(900, 900), (900, 300), (300, 900)])
+def test_masked_vocabularies(kind, dtype, sizes):
+    tiles = masked(random_tiles(2, 2500), *sizes).to(dtype)
+    # Also where the other's probability rounds to 0.
+    tiles.student[0, 1600:], tiles.teacher[0, 1600:] = -300, -300
+    infinite = {"forward_kl": sizes[0] > sizes[1], "reverse_kl": sizes[0] < sizes[1]}
+    if infinite.get(kind):
+        actual = run(tiles, kind)
+        assert (actual["value"] == INF).all() and not actual["gradient"].isnan().any()
+    else:
+        check(tiles, kind, dtype)
+
+
+@soft
+def test_rows_that_share_no_column(kind):
+    student, teacher = random_tiles(2, 2500)[:2]
+    student[:, 500:], teacher[:, :500] = -INF, -INF
+    actual = run(Tiles(student, teacher).to(torch.float32), kind)
+    values = {"jsd": 0.6108643, "tv": 1.0}
+    expected = torch.full((2,), values.get(kind, INF))
+    torch.testing.assert_close(actual["value"], expected)
+    assert not actual["gradient"].isnan().any()
+
+
+def test_cosine_of_zeros():
+    tiles = random_tiles(3, 2500)
+    tiles.student[0], tiles.teacher[1], tiles.student[2], tiles.teacher[2] = 0, 0, 0, 0
+    actual = run(tiles.to(torch.float32), "cosine")
+    assert (actual["value"] == 1).all() and (actual["gradient"] == 0).all()
+
+
+@kinds
+@pytest.mark.parametrize("what", ["nan", "masked"])
+def test_what_is_no_distribution_is_nan_in_its_row(kind, what):
+    tiles = random_tiles(3, 2500).to(torch.float32)
+    if what == "nan":
+        tiles.teacher[1, 2200] = float("nan")
+    else:
+        tiles.teacher[1] = -INF
+    actual = run(tiles, kind)
+    assert actual["value"].isnan().tolist() == [False, True, False]
+    assert actual["gradient"].isfinite().all(1).tolist() == [True, False, True]
+
+
+@kinds
+@pytest.mark.parametrize("write", [False, True])
+def test_where_the_tiles_lie(kind, write):
+    wide = random_tiles(3, 2520).to(torch.float32)
+    before = wide.student.clone()
+    inside = Tiles(wide.student[:, 7:2507], wide.teacher[:, 9:2509])
+    expected = run(Tiles(*(one.contiguous() for one in inside[:2])), kind, write=write)
+    value = divergence_launch.divergence_rows(*inside, KINDS.index(kind), BETA, write)
+    assert torch.equal(value, expected["value"])
+    assert torch.equal(inside.student, expected["gradient"])
+    assert torch.equal(wide.student[:, :7], before[:, :7])
+    assert torch.equal(wide.student[:, 2507:], before[:, 2507:])
+    if not write:
+        assert torch.equal(wide.student, before)
+
+
+def test_no_rows_and_no_such_kind():
+    empty = Tiles(torch.zeros(0, 5), torch.zeros(0, 5))
+    assert run(empty, "tv")["value"].shape == (0,)
+    assert run(Tiles(torch.zeros(2, 0), torch.zeros(2, 0)), "tv")["value"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"kind.*got 6"):
+        divergence_launch.divergence_rows(*empty, 6, BETA, True)

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from fastpref import ScoringOptions, linear_divergence
 from fastpref.scoring.backends import divergence_launch, fused
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import check_contract
@@ -135,3 +136,15 @@ def test_no_rows_and_no_such_kind():
     assert run(Tiles(torch.zeros(2, 0), torch.zeros(2, 0)), "tv")["value"].tolist() == [0, 0]
     with pytest.raises(ValueError, match=r"kind.*got 6"):
         divergence_launch.divergence_rows(*empty, 6, BETA, True)
+
+
+def test_linear_divergence_runs_on_it():
+    hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    teacher = torch.randn(5, 8), torch.randn(44, 8)
+    found = []
+    for backend in ("triton", "torch"):
+        options = ScoringOptions(backend=backend)
+        value = linear_divergence(hidden, weight, *teacher, divergence="jsd", options=options)
+        found.append([value, *torch.autograd.grad(value.sum(), (hidden, weight))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divergences of two rows of raw products, with their gradients in closed form: in plain torch, or
-in the compiled operator (csrc/cpu/divergence_rows.inl).
+"""Divergences of two rows of raw products, with their gradients in closed form: in plain torch, in
+the compiled operator (csrc/cpu/divergence_rows.inl), or in a Triton kernel.
 
 With logits s of the student and t of the teacher, q = softmax(s), p = softmax(t):
 
@@ -46,10 +46,15 @@ def temporary_bytes(
     rows: int, cols: int, device_type: str, dtype: torch.dtype, backend: str
 ) -> int:
     """Most memory that a pass over two (rows, cols) tiles takes beside them."""
-    if backend == "cpp":
+    if _in_registers(backend, dtype):
         return 0
     block = max(cols, min(rows * cols, _block_elements(device_type)))
     return _TEMPORARIES * block * statistics_dtype(dtype).itemsize
+
+
+def _in_registers(backend: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel keeps what lies between tile and result."""
+    return backend == "cpp" or (backend == "triton" and dtype != torch.float64)
 
 
 def _block_elements(device_type: str) -> int:
@@ -69,12 +74,13 @@ def divergence_rows(
 ) -> Tensor:
     """(rows,) in the statistics' dtype; with ``write`` the student's tile becomes dD / d(raw
     product)."""
-    if backend == "cpp":
-        kind = KINDS.index(divergence)
-        biases = student_bias, teacher_bias
-        value: Tensor = torch.ops.fastpref.divergence_rows_(
-            student, teacher, *biases, map.scale, map.cap, kind, beta, write
-        )
+    if _in_registers(backend, student.dtype):
+        tiles, kind = (student, teacher, student_bias, teacher_bias), KINDS.index(divergence)
+        if backend == "triton":
+            from .divergence_launch import divergence_rows as launch
+
+            return launch(*tiles, map, kind, beta, write)
+        value: Tensor = torch.ops.fastpref.divergence_rows_(*tiles, *map, kind, beta, write)
         return value
     formula = FORMULAS[divergence]
     values = [student.new_empty(0, dtype=statistics_dtype(student.dtype))]

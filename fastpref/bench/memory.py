@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from .. import ScoringOptions, explain, linear_logprob
+from .. import ScoringOptions, explain, linear_logprob, preference_loss
+from ..scoring import Plan
+from ..scoring.batches import BatchedPlan
 from .work import Shape, make_work
 
 MEBIBYTE = 1 << 20
@@ -50,13 +52,23 @@ def _main(sizes: str, dtype: str, schedule: str, budget: str) -> None:
         first.sum().backward()
     hidden.grad = weight.grad = None
     del first
-    plan = explain(hidden, weight, work.target, options=options)
+    call = (hidden, weight, work.target)
+    reference = {"ref_logps": torch.zeros(work.target.shape[0])}
+    if schedule == "batches":
+        plan: Plan | BatchedPlan = explain(*call, "dpo", **reference, options=options).policy
+    else:
+        plan = explain(*call, options=options)
     # Writing 5 sets the high-water mark back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
-    logp = linear_logprob(hidden, weight, work.target, options=options).logp
-    if logp is not None:
-        work.dpo(logp).backward()
+    if schedule == "batches":
+        preference_loss(
+            *call, "dpo", ref_logps=reference["ref_logps"], options=options
+        ).loss.backward()
+    else:
+        logp = linear_logprob(*call, options=options).logp
+        if logp is not None:
+            work.dpo(logp).backward()
     gradients = hidden.nbytes + weight.nbytes
     print(
         json.dumps(
@@ -67,7 +79,7 @@ def _main(sizes: str, dtype: str, schedule: str, budget: str) -> None:
                 "peak": (_resident("VmHWM") - before) / MEBIBYTE,
                 "gradients": gradients / MEBIBYTE,
                 "workspace": plan.workspace_bytes / MEBIBYTE,
-                "logits": plan.scored * plan.vocab_size * plan.dtype.itemsize / MEBIBYTE,
+                "logits": plan.scored * weight.shape[0] * weight.itemsize / MEBIBYTE,
             }
         )
     )

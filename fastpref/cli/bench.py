@@ -233,7 +233,9 @@ def _memory(quick: bool) -> list[dict[str, Any]]:
     shape = Shape(8, length, 256, 8192 if quick else 32000)
     longer = Shape(8, 2 * length, shape.hidden_size, shape.vocab_size)
     budget = (4 if quick else 32) << 20
-    calls = [(shape, "auto", None), (shape, "recompute", budget), (longer, "recompute", budget)]
+    calls: list[tuple[Shape, str, int | None]] = [(shape, "auto", None)]
+    calls += [(one, "recompute", budget) for one in (shape, longer)]
+    calls += [(one, "batches", 3 * budget) for one in (shape, longer)]
     print("\npeak memory above the inputs, float32, trainable head (MiB)")
     print(
         f"  {'':26}{'N':>6}{'measured':>10}{'gradients':>11}{'workspace':>11}{'(N, V) logits':>15}"

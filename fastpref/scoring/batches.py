@@ -246,21 +246,30 @@ class _OnePass:
             rows = flat.index_select(0, at).to(plan.dtype)
             rows = widen(rows, parameters.lora_a, call.request.lora_scale)
             run = Run(head, plan, call.backend, call.request.group)
-            own = target.view(-1).index_select(0, at)
-            found, kept = forward(run, rows, own, call.request.outputs)
-            for total, part in zip(scores, found, strict=True):
-                if total is not None and part is not None:
-                    total.view(-1).index_copy_(0, at, part)
-            value, slope = self._loss_and_slope(scores)
-            upstream = Upstream(slope.view(-1).index_select(0, at), None, None)
-            gradients = backward(run, rows, kept, upstream, onto=totals)
+            value, gradients = self._batch(run, rows, at, scores, totals)
             if d_rows is not None and gradients.hidden is not None:
                 d_rows[start : start + plan.scored], d_a_part = row_gradients(
                     call, gradients.hidden, rows, parameters
                 )
-                d_a = _added(d_a, None if d_a_part is None else d_a_part.to(slope.dtype))
+                d_a = _added(d_a, None if d_a_part is None else d_a_part.to(value.dtype))
             start += plan.scored
         return value, scores, d_rows, by_parameter(totals, d_a, parameters)
+
+    def _batch(
+        self, run: Run, rows: Tensor, at: Tensor, scores: TokenScores, totals: Gradients
+    ) -> tuple[Tensor, Gradients]:
+        """The loss of all scores so far and the gradient at ``rows``; theirs go into ``scores``.
+
+        A function of its own, so that the exponentials are gone before those of the next batch.
+        """
+        own = self.call.target.view(-1).index_select(0, at)
+        found, kept = forward(run, rows, own, self.call.request.outputs)
+        for total, part in zip(scores, found, strict=True):
+            if total is not None and part is not None:
+                total.view(-1).index_copy_(0, at, part)
+        value, slope = self._loss_and_slope(scores)
+        upstream = Upstream(slope.view(-1).index_select(0, at), None, None)
+        return value, backward(run, rows, kept, upstream, onto=totals)
 
     def _no_scores(self) -> TokenScores:
         request, target = self.call.request, self.call.target

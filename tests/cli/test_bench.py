@@ -47,7 +47,7 @@ def test_table_and_file(
         assert set(timings) == own | ({bench.OVERFLOWING} if case["what"] == "score" else set())
         assert timings["fastpref"]["error"] < 1e-5
         assert timings[bench.LIMIT]["ratio"] == 1.0
-    assert len(report["memory"]) == 3
+    assert len(report["memory"]) == 5
 
 
 def _tiny() -> Any:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,54 +18,20 @@ MIB = 1 << 20
 H, V, N = 64, 8192, 768
 LOGITS = N * V * 4  # 24 MiB
 BUDGET = 3 * MIB
-
-# One process a call, forked before torch starts a thread: its peak is its own.
-_CHILD = """
-import json, os, sys, torch
-from fastpref import ScoringOptions, explain, linear_logprob
-
-def status(name):
-    for line in open("/proc/self/status"):
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-
-def step(call, n, h, v):
-    hidden = torch.randn(n, h).requires_grad_("hidden" in call["needs"])
-    weight = torch.randn(v, h).requires_grad_("weight" in call["needs"])
-    target = torch.randint(0, v, (n,))
-    outputs = tuple(call["outputs"])
-    arguments = dict(outputs=outputs, options=ScoringOptions(**call["options"]))
-    plan = explain(hidden, weight, target, **arguments)
-    gradient = torch.randn(n)
-    gradient[torch.rand(n) < call["zero"]] = 0
-    before = status("VmRSS")
-    scores = linear_logprob(hidden, weight, target, **arguments)
-    if call["needs"]:
-        tensors = [getattr(scores, name) for name in outputs]
-        torch.autograd.backward(tensors, [gradient] * len(outputs))
-    grads = sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None)
-    return {"grown": status("VmHWM") - before, "workspace": plan.workspace_bytes, "grads": grads,
-            "plan": str(plan)}
-
-def measure(call):
-    torch.set_num_threads(2)
-    # Threads, code and the libraries' own buffers.
-    step(call, 100, call["hidden"], 1100)
-    from fastpref.scoring import workspace
-    workspace.release()
-    return step(call, call["rows"], call["hidden"], call["vocab"])
-
-for call in json.loads(sys.argv[1]):
-    if os.fork() == 0:
-        print(json.dumps(measure(call)), flush=True)
-        os._exit(0)
-    if os.wait()[1] != 0:
-        sys.exit("a measurement failed")
-"""
+WORKER = Path(__file__).with_name("memory_worker.py")
 
 
-def call(backend="cpp", needs=("hidden", "weight"), outputs=("logp",), zero=0.0, rows=N, **options):
+def call(
+    what="score",
+    backend="cpp",
+    needs=("hidden", "weight"),
+    outputs=("logp",),
+    zero=0.0,
+    rows=N,
+    **options,
+):
     return {
+        "what": what,
         "rows": rows,
         "hidden": H,
         "vocab": V,
@@ -97,22 +64,26 @@ KEYS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """What each call took, by backend and name."""
-    calls = [call(backend=backend, **CALLS[name]) for backend, name in KEYS]
+def in_processes(calls):
+    """What each call took."""
     # Freed blocks go back to the system at once: what is measured is what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps(calls)],
+        [sys.executable, str(WORKER), json.dumps(calls)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(zip(KEYS, map(json.loads, lines), strict=True))
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """By backend and name."""
+    results = in_processes([call(backend=backend, **CALLS[name]) for backend, name in KEYS])
+    return dict(zip(KEYS, results, strict=True))
 
 
 # What the allocator and the matrix library take beside the tensors.
@@ -142,6 +113,46 @@ def test_the_budget_is_what_tiles_and_kept_rows_take(measured, name):
     result = measured["cpp", name]
     assert result["grown"] <= budget + result["grads"] + rows + SLACK, result
     assert result["grown"] < LOGITS
+
+
+HALF = LOGITS // 2
+TWO_MODELS = {
+    "batches": {"what": "preference", "memory_budget": HALF, "schedule": "batches"},
+    "batches of twice the pairs": {
+        "what": "preference",
+        "memory_budget": HALF,
+        "schedule": "batches",
+        "rows": 2 * N,
+    },
+    "preference, two passes": {"what": "preference", "memory_budget": HALF},
+    "preference, frozen": {"what": "preference", "memory_budget": HALF, "needs": ("hidden",)},
+    "divergence, kept": {"what": "divergence", "memory_budget": 2 * LOGITS},
+    "divergence, kept in part": {"what": "divergence", "memory_budget": HALF},
+    "divergence, frozen": {"what": "divergence", "memory_budget": HALF, "needs": ("hidden",)},
+    "divergence, no gradient": {"what": "divergence", "memory_budget": HALF, "needs": ()},
+}
+
+
+@pytest.fixture(scope="module")
+def two_models():
+    results = in_processes([call(backend="auto", **one) for one in TWO_MODELS.values()])
+    return dict(zip(TWO_MODELS, results, strict=True))
+
+
+@pytest.mark.parametrize("name", TWO_MODELS)
+def test_peak_of_two_models_is_within_the_promise(two_models, name):
+    result = two_models[name]
+    assert result["grown"] <= result["workspace"] + result["grads"] + SLACK, result
+    if "batches" in name:
+        assert result["schedule"] == "batches"
+
+
+def test_twice_the_pairs_take_no_larger_workspace(two_models):
+    """Beyond the gradient of hidden, which is held until backward, and a few numbers a row."""
+    one, two = two_models["batches"], two_models["batches of twice the pairs"]
+    more_rows = N * (6 * H + 32) * 4
+    assert two["workspace"] - one["workspace"] <= more_rows
+    assert two["grown"] - one["grown"] <= more_rows + SLACK
 
 
 @pytest.mark.parametrize("cols, stride", [(1, 8), (8, 8), (2051, 2056)])

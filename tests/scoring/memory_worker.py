@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calls take of memory, each in a process of its own, forked before torch starts a thread: its
+peak is its own. ``python memory_worker.py CALLS`` prints a line of JSON for each."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from fastpref import (
+    ScoringOptions,
+    explain,
+    linear_divergence,
+    linear_logprob,
+    preference_loss,
+)
+from fastpref.scoring import workspace
+from fastpref.scoring.two_heads import ask_two_heads
+
+LENGTH = 32  # of a row of a preference batch
+
+
+def status(name):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def leaves(call, rows, columns):
+    hidden = torch.randn(rows, call["hidden"]).requires_grad_("hidden" in call["needs"])
+    weight = torch.randn(columns, call["hidden"]).requires_grad_("weight" in call["needs"])
+    return hidden, weight
+
+
+def score(call, rows, columns):
+    hidden, weight = leaves(call, rows, columns)
+    outputs = tuple(call["outputs"])
+    arguments = {"outputs": outputs, "options": ScoringOptions(**call["options"])}
+    target = torch.randint(0, columns, (rows,))
+    plan = explain(hidden, weight, target, **arguments)
+    gradient = torch.randn(rows)
+    gradient[torch.rand(rows) < call["zero"]] = 0
+
+    def step():
+        scores = linear_logprob(hidden, weight, target, **arguments)
+        if call["needs"]:
+            tensors = [getattr(scores, name) for name in outputs]
+            torch.autograd.backward(tensors, [gradient] * len(outputs))
+
+    return step, plan, (hidden, weight)
+
+
+def prefer(call, rows, columns):
+    """Pairs, with a live reference."""
+    hidden, weight = leaves(call, rows, columns)
+    pairs = max(1, rows // (2 * LENGTH))
+    length = rows // (2 * pairs)
+    states = hidden[: 2 * pairs * length].view(2 * pairs, length, -1)
+    target = torch.randint(0, columns, (2 * pairs, length))
+    arguments = {
+        "ref_hidden": states.detach(),
+        "ref_weight": weight.detach(),
+        "options": ScoringOptions(**call["options"]),
+    }
+    plan = explain(states, weight, target, "dpo", **arguments)
+
+    def step():
+        preference_loss(states, weight, target, "dpo", **arguments).loss.backward()
+
+    return step, plan, (hidden, weight)
+
+
+def diverge(call, rows, columns):
+    hidden, weight = leaves(call, rows, columns)
+    teacher = torch.randn(rows, call["hidden"]), torch.randn(columns, call["hidden"])
+    options = ScoringOptions(**call["options"])
+    both = (hidden, weight, None, None), (*teacher, None, None)
+    question, *models = ask_two_heads(*both, None, options=options)
+    plan = question.heads(*models).plan
+
+    def step():
+        value = linear_divergence(hidden, weight, *teacher, options=options)
+        if call["needs"]:
+            value.sum().backward()
+
+    return step, plan, (hidden, weight)
+
+
+CALLS = {"score": score, "preference": prefer, "divergence": diverge}
+
+
+def measure(call):
+    torch.set_num_threads(2)
+    # Threads, code and the libraries' own buffers.
+    CALLS[call["what"]](call, 100, 1100)[0]()
+    workspace.release()
+    step, plan, inputs = CALLS[call["what"]](call, call["rows"], call["vocab"])
+    before = status("VmRSS")
+    step()
+    return {
+        "grown": status("VmHWM") - before,
+        "workspace": plan.workspace_bytes,
+        "grads": sum(one.grad.nbytes for one in inputs if one.grad is not None),
+        "plan": str(plan),
+        "schedule": plan.schedule,
+    }
+
+
+def main():
+    for call in json.loads(sys.argv[1]):
+        if os.fork() == 0:
+            print(json.dumps(measure(call)), flush=True)
+            os._exit(0)
+        if os.wait()[1] != 0:
+            sys.exit("a measurement failed")
+
+
+if __name__ == "__main__":
+    main()

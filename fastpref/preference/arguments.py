@@ -26,7 +26,7 @@ def is_sums(ref_logps: Tensor, batch: Batch) -> bool:
 
 def check_tensors(**tensors: Tensor | None) -> None:
     for name, value in tensors.items():
-        if not isinstance(value, Tensor) and (value is not None or name == "target"):
+        if not isinstance(value, Tensor) and (value is not None or name in ("target", "weight")):
             raise TypeError(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.tensor()"
             )
@@ -102,6 +102,7 @@ def check_rows(
 def check_reference(
     objective: Objective,
     batch: Batch,
+    weight: Tensor,
     ref_logps: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
@@ -116,6 +117,11 @@ def check_reference(
         raise ValueError(f"{name} scores ref_hidden, which is None; pass both")
     if ref_weight is None and ref_bias is not None:
         raise ValueError("ref_bias belongs to ref_weight, which is None; pass both")
+    if ref_weight is not None and ref_weight.shape[:1] != weight.shape[:1]:
+        raise ValueError(
+            f"ref_weight must have the vocabulary of weight, {weight.shape[0]} rows, got "
+            f"{tuple(ref_weight.shape)}; cut both heads to the ids they share, or pass ref_logps"
+        )
     if ref_hidden is None and ref_lora is not None:
         raise ValueError(
             "ref_lora updates the head that scores ref_hidden, which is None; pass both"

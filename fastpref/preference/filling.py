@@ -184,7 +184,8 @@ def fillings(objective: Objective) -> Mapping[str, Callable[[Material, str], Ten
     if objective.unit == "token":
         known = _TOKEN_FILLINGS
     else:
-        filled = [name for name, facts in objective.extras.items() if facts.filled]
+        # A function of one's own says by the name alone what it takes.
+        filled = [name for name, one in objective.extras.items() if one.filled or not one.shapes]
         known = {name: make for name, make in _FILLINGS.items() if name in filled}
     return {name: make for name, make in known.items() if name in objective.extras}
 
@@ -215,6 +216,7 @@ def filled_extras(
         ValueError: naming a required extra that is neither, and its shape.
     """
     extras = dict(given)
+    _check_lengths(extras, material)
     for name, make in fillings(objective).items():
         if name not in extras:
             value = make(material, name)
@@ -226,6 +228,26 @@ def filled_extras(
                 f"{objective.name} needs extras={{{name!r}: ...}}, {_shape_of(facts, objective)}"
             )
     return extras
+
+
+def _check_lengths(extras: Mapping[str, Tensor], material: Material) -> None:
+    """Lengths are numbers of scored tokens; where there are none any number will do."""
+    # Elsewhere than on the CPU reading them would wait for the device.
+    readable = material.sums.device.type == "cpu" and not torch.compiler.is_compiling()
+    for name in ("chosen_lengths", "rejected_lengths", "lengths"):
+        if not readable or name not in fillings(material.objective) or name not in extras:
+            continue
+        given, own = extras[name], _lengths(material, name)
+        if given.shape != own.shape:
+            continue  # which the objective refuses
+        wrong = (given != own) & (own > 0)
+        if bool(wrong.any()):
+            first = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"{name} must be the numbers of scored tokens, as cu_seqlens and target say them: "
+                f"got {given[first].item()} for response {first}, which has {int(own[first])}; "
+                "leave it out, it is filled in"
+            )
 
 
 def _shape_of(facts: ExtraFacts, objective: Objective) -> str:

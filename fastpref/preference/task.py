@@ -118,6 +118,7 @@ def make_task(
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
     arguments.check_tensors(
+        weight=weight,
         target=target,
         cu_seqlens=cu_seqlens,
         ref_logps=ref_logps,
@@ -134,7 +135,15 @@ def make_task(
     batch = Batch(target, ignore_index, cu_seqlens, seq_group)
     arrangement = arrange(layout, group_size, batch.rows, configured)
     arguments.check_reference(
-        configured, batch, ref_logps, ref_hidden, ref_weight, ref_bias, ref_lora, token_weights
+        configured,
+        batch,
+        weight,
+        ref_logps,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        ref_lora,
+        token_weights,
     )
     given = dict(extras or {})
     head: dict[str, Any] = {

@@ -13,7 +13,9 @@ from tests.preference.cases import (
     SPLITS,
     B,
     Data,
+    H,
     T,
+    V,
     by_hand,
     compare,
     configured,
@@ -193,6 +195,33 @@ WRONG = {
         "group_size must divide the number of rows, got 3 and 8 rows",
     ),
     "no reference": ({"ref_hidden": None}, ValueError, "dpo compares with a reference: pass"),
+    "reference's vocabulary": (
+        {"ref_weight": torch.randn(V + 3, H - 3).double()},
+        ValueError,
+        "ref_weight must have the vocabulary of weight, 41 rows, got .*44.*; cut both heads",
+    ),
+    "reference's width": (
+        {"ref_weight": torch.randn(V, H).double()},
+        ValueError,
+        "ref_hidden must end in the weight's hidden size",
+    ),
+    "reference's update": (
+        {"ref_hidden": None, "ref_lora": (1, 2, 3)},
+        ValueError,
+        "ref_lora updates the head that scores ref_hidden, which is None",
+    ),
+    "boundaries": (
+        {
+            "cu_seqlens": torch.tensor([0, 5, 9]),
+            "hidden": torch.randn(8, H),
+            "target": torch.zeros(8, dtype=torch.int64),
+            "weight": torch.randn(V, H),
+            "objective": "simpo",
+            "ref_hidden": None,
+        },
+        ValueError,
+        "cu_seqlens must rise from 0 to N = 8, got 0 to 9",
+    ),
     "useless reference": ({"objective": "simpo"}, ValueError, "simpo takes no reference"),
     "missing extra": (
         {"objective": "madpo"},

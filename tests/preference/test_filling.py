@@ -109,3 +109,31 @@ def test_what_carries_a_gradient_takes_two_passes() -> None:
     with pytest.raises(ValueError, match="a sum over groups of rows"):
         run(objectives.get("tdpo"), data, **batches)
     run(objectives.get("tdpo"), data, extras=given, **batches).loss.backward()
+
+
+def test_lengths_that_are_given_must_be_those_of_the_batch() -> None:
+    data, objective = Data(), objectives.get("simpo")
+    chosen, rejected = halves(data.scored.sum(1))
+    filled = run(objective, data).losses
+    # Row 5 has no scored token: any length will do there.
+    given = {"chosen_lengths": chosen, "rejected_lengths": rejected.clamp(min=1)}
+    assert torch.equal(run(objective, data, extras=given).losses, filled)
+    given["rejected_lengths"] = rejected + torch.tensor([0, 0, 2, 0])
+    right = int(rejected[2])
+    message = rf"rejected_lengths must be .* got {right + 2} for response 2, which has {right};"
+    with pytest.raises(ValueError, match=message):
+        run(objective, data, extras=given)
+
+
+def test_a_function_of_ones_own_gets_what_it_names() -> None:
+    data = Data()
+
+    def own(policy_chosen, policy_rejected, *, chosen_lengths, rejected_lengths):
+        return policy_rejected / rejected_lengths.clamp(1) - policy_chosen / chosen_lengths
+
+    arguments = (data.hidden, data.weight, data.target)
+    got = preference_loss(*arguments, own, bias=data.bias).losses
+    lengths = data.scored.sum(1).clamp(min=1)
+    means = token_logp(data.hidden, data.weight, data.bias, data).sum(1) / lengths
+    chosen, rejected = halves(means)
+    torch.testing.assert_close(got, (rejected - chosen).detach())

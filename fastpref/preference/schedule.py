@@ -121,7 +121,8 @@ def _lengths(task: Task) -> list[int] | None:
     """Scored tokens of each row; None where the host would wait for the device to learn more than
     their number, or where some tokens are in no row."""
     batch, options = task.batch, task.policy.request.options
-    if batch.target.is_cuda and (batch.cu_seqlens is not None or options.max_scored is not None):
+    bounded = batch.cu_seqlens is not None or options.max_scored is not None
+    if batch.target.is_cuda and (bounded or torch.cuda.is_current_stream_capturing()):
         return None
     lengths: list[int] = batch.lengths.tolist()
     if batch.cu_seqlens is not None and sum(lengths) != int(batch.scored.sum()):

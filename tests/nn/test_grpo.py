@@ -9,8 +9,8 @@ import torch.distributed as dist
 from fastpref import linear_logprob
 from fastpref.nn import FusedLinearGRPOLoss
 from fastpref.nn.grpo import LOSS_TYPES
+from tests import two_ranks
 from tests.nn.peers import B, T, assert_same_signatures, close, compare, gradients, leaves, tensors
-from tests.objectives import two_ranks
 
 NAME = "FusedLinearGRPOLoss"
 GENERATOR = torch.Generator().manual_seed(11)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from fastpref import objectives
-from tests.objectives import trl_dpo, two_ranks
+from tests import two_ranks
+from tests.objectives import trl_dpo
 
 P = 12
 GENERATOR = torch.Generator().manual_seed(5)

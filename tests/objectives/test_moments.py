@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fastpref.objectives import RunningMoments, alpha_dpo, bco_pair
-from tests.objectives import two_ranks
+from tests import two_ranks
 
 BATCHES = torch.randn(5, 12, generator=torch.Generator().manual_seed(3)) * 30 + 4
 

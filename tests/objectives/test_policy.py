@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fastpref import objectives
-from tests.objectives import two_ranks
+from tests import two_ranks
 
 B, T = 8, 6
 GENERATOR = torch.Generator().manual_seed(0)

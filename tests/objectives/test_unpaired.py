@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fastpref import objectives
-from tests.objectives import two_ranks
+from tests import two_ranks
 
 GENERATOR = torch.Generator().manual_seed(0)
 POLICY, REF = -40 * torch.rand(2, 12, generator=GENERATOR, dtype=torch.float64)

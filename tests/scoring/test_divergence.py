@@ -191,22 +191,32 @@ def test_a_model_and_itself() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_error_is_that_of_plain_torch(backend, divergence: str, dtype, frozen: bool) -> None:
     needs = ("hidden",) if frozen else ("hidden", "weight")
-    exact = Models(needs=needs, bias=False)
+    exact, low = rounded_models(dtype, needs)
+    options = ScoringOptions(backend=backend)
+    check_error(exact, low, low.run(divergence=divergence, options=options), divergence, needs)
+
+
+def rounded_models(dtype: torch.dtype, needs, device: str = "cpu") -> tuple[Models, Models]:
+    """The same values in float64 and in ``dtype``."""
+    exact, low = Models(needs=needs, bias=False), Models(needs=needs, bias=False)
     for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
-        rounded = getattr(exact, name).detach().to(dtype)
-        setattr(exact, name, rounded.double().requires_grad_(name in needs))
-    low = Models(needs=needs, bias=False)
-    for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
-        rounded = getattr(exact, name).detach().to(dtype)
+        rounded = getattr(low, name).detach().to(device, dtype)
         setattr(low, name, rounded.requires_grad_(name in needs))
-    upstream = torch.randn(N)
+        setattr(exact, name, rounded.detach().double().requires_grad_(name in needs))
+    for models in (exact, low):
+        models.mask = models.mask.to(device)
+    return exact, low
+
+
+def check_error(exact: Models, low: Models, value: Tensor, divergence: str, needs) -> None:
+    """Within twice that of plain torch with logits in ``low``'s dtype."""
+    upstream = torch.randn(N, device=value.device)
     want = measured(exact, exact.expected(divergence), needs, upstream.double())
     student = (low.hidden @ low.weight.t()).float()
     teacher = (low.teacher_hidden @ low.teacher_weight[:V].t()).float()
     plain = torch.where(low.mask, by_hand(student, teacher, divergence), 0)
     eager = measured(low, plain, needs, upstream)
-    options = ScoringOptions(backend=backend)
-    got = measured(low, low.run(divergence=divergence, options=options), needs, upstream)
+    got = measured(low, value, needs, upstream)
     for a, b, x in zip(got, eager, want, strict=True):
         ulp = torch.finfo(a.dtype).eps * x.abs().max()
         assert (a - x).abs().max() <= 2 * (b - x).abs().max() + 2 * ulp

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a test file as a script on two gloo ranks, for objectives with batch-wide statistics.
+"""Runs a test file as a script on two gloo ranks.
 
 The file calls ``main(compute)`` when it is run, and ``compute(rank)`` returns what the rank found.
 """

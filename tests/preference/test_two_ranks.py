@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""preference_loss on two ranks, over which tokens, vocabulary or pairs are spread, against one
+process."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpref import ScoringOptions, preference_loss
+from tests import two_ranks
+
+B, T, H, V, RANK = 8, 8, 5, 22, 2
+BATCHES = ScoringOptions(schedule="batches", memory_budget=V * 8 * T * 2)
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tokens": ("seq_group", "dpo", {}),
+    "tokens, lengths": ("seq_group", "simpo", {}),
+    "tokens, no memory": ("seq_group", "dpo", {"options": ScoringOptions(memory_budget=1)}),
+    "vocabulary": ("tp_group", "dpo", {}),
+    "vocabulary, batches": ("tp_group", "dpo", {"options": BATCHES}),
+    "vocabulary, entropy of the reference": ("tp_group", "mallows_po", {}),
+    "vocabulary, updated head": ("tp_group", "dpo", {"updated": True}),
+    "pairs": ("dp_group", "aot", {}),
+}
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(8)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    target = torch.randint(V, (B, T), generator=generator)
+    target[torch.rand(B, T, generator=generator) < 0.3] = -100
+    return {
+        "hidden": draw(B, T, H),
+        "weight": draw(V, H),
+        "target": target,
+        "bias": draw(V),
+        "ref_hidden": draw(B, T, H),
+        "ref_weight": draw(V, H),
+        "ref_bias": draw(V),
+        "a": draw(RANK, H),
+        "b": draw(V, RANK),
+    }
+
+
+def own_part(given: dict[str, Tensor], spread: str, rank: int) -> dict[str, Tensor]:
+    tokens, columns = slice(rank * T // 2, (rank + 1) * T // 2), slice(rank * 9, 9 + rank * V)
+    pairs = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]][rank])
+    part = dict(given)
+    for name, value in given.items():
+        if spread == "seq_group" and value.shape[:2] == (B, T):
+            part[name] = value[:, tokens]
+        if spread == "tp_group" and value.shape[0] == V:
+            part[name] = value[columns]
+        if spread == "dp_group" and value.shape[0] == B:
+            part[name] = value[pairs]
+    return part
+
+
+def loss_and_gradients(given: dict[str, Tensor], name: str, **changes: Any) -> dict[str, Tensor]:
+    _, objective, settings = CASES[name]
+    given, settings = dict(given), dict(settings)
+    updated = settings.pop("updated", False)
+    wanted = ["hidden", "bias", *(("a", "b") if updated else ("weight",))]
+    leaves = [given[one].requires_grad_() for one in wanted]
+    a, b = given.pop("a"), given.pop("b")
+    if objective == "simpo":
+        given = {key: value for key, value in given.items() if not key.startswith("ref_")}
+    if updated:
+        settings["lora"] = (a, b, 0.7)
+    output = preference_loss(**given, objective=objective, **settings, **changes)
+    found = dict(zip(wanted, torch.autograd.grad(output.loss, leaves), strict=True))
+    return {"losses": output.losses, "logps": output.logps.detach()} | found
+
+
+def compute(rank: int) -> dict[str, dict[str, Tensor]]:
+    group = dist.group.WORLD
+    return {
+        name: loss_and_gradients(own_part(batch(), spread, rank), name, **{spread: group})
+        for name, (spread, _, _) in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    return two_ranks.results(__file__, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "pairs"])
+def test_as_one_process(ranks, name: str) -> None:
+    spread, whole = CASES[name][0], loss_and_gradients(batch(), name)
+    for rank, results in enumerate(ranks):
+        for key in ("losses", "logps"):
+            torch.testing.assert_close(results[name][key], whole[key])
+        parts = {key: whole[key] for key in whole if key not in ("losses", "logps")}
+        parts = own_part(parts, spread, rank)
+        for key, want in parts.items():
+            summed = spread == "seq_group" and key != "hidden"
+            got = sum(one[name][key] for one in ranks) if summed else results[name][key]
+            torch.testing.assert_close(got, want)
+
+
+def test_statistics_of_all_pairs(ranks) -> None:
+    """Each rank has its pairs of the losses, which are sorted over both."""
+    whole = loss_and_gradients(batch(), "pairs")
+    found = torch.cat([one["pairs"]["losses"] for one in ranks])
+    torch.testing.assert_close(found.sort().values, whole["losses"].sort().values)
+
+
+if __name__ == "__main__":
+    two_ranks.main(compute)

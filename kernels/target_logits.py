@@ -41,7 +41,8 @@ def target_logits_kernel(
     hidden_rows = hidden + ids[:, None] * hidden_stride
     weight_rows = weight + tl.where(here, y, 0)[:, None] * weight_stride
     parts = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-    for start in range(0, width, BLOCK_WIDTH):
+    # With one stage, or three, the compiler spills for sm_90.
+    for start in tl.range(0, width, BLOCK_WIDTH, num_stages=2):
         k = (start + tl.arange(0, BLOCK_WIDTH))[None, :]
         inside = here[:, None] & (k < width)
         a = tl.load(hidden_rows + k, inside, 0.0).to(tl.float32)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import objectives
 from ._extension import cuda_operators_serve
 from .objectives import Objective
-from .objectives.registry import upcast
+from .objectives.registry import Composite, upcast
 
 LOGISTIC, SQUARE, HINGE = 0, 1, 2  # in the order of csrc/cuda/pair_head.h
 
@@ -77,6 +77,8 @@ _LINKS: Mapping[Callable[..., Any], Callable[..., Link]] = {
 
 def link_of(objective: Objective) -> Link | None:
     """What ``objective`` is to the kernel, or None where it is not of the family."""
+    if isinstance(objective.function, Composite):
+        return None  # torch.compile cannot hash it
     link = _LINKS.get(objective.function)
     return None if link is None else link(**objective.hyperparameters)
 

@@ -11,6 +11,7 @@ from fastpref import (
     ScoringOptions,
     linear_divergence,
     linear_logprob,
+    nn,
     objectives,
     preference_loss,
 )
@@ -212,6 +213,47 @@ def test_objectives(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in objectives.names() if n not in REPRESENTATIVES])
 def test_every_other_objective(name: str) -> None:
     compare_objective(name)
+
+
+COMPOSITES = {
+    "wpo": lambda: objectives.wpo("dpo"),
+    "combine": lambda: objectives.combine(["dpo", "bco_pair", "sft"], [0.8, 0.2, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_composites(name: str) -> None:
+    objective = COMPOSITES[name]()
+    compare(lambda batch: prefer(batch, objective), [Batch(*shape) for shape in SHAPES[:2]])
+
+
+MODULES = {
+    "dpo": nn.FusedLinearDPOLoss(use_ref_model=False),
+    "dpo with likelihood": nn.FusedLinearDPOLoss(use_ref_model=False, compute_nll_loss=True),
+    "cpo": nn.FusedLinearCPOLoss(),
+    "simpo": nn.FusedLinearSimPOLoss(),
+    "orpo": nn.FusedLinearORPOLoss(),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name: str) -> None:
+    module = MODULES[name]
+    compare(
+        lambda batch: module(batch.weight, 1.5 * batch.hidden, batch.target, batch.bias)[0],
+        [Batch(*shape) for shape in SHAPES[:2]],
+    )
+
+
+def test_a_module_of_tokens() -> None:
+    module = nn.FusedLinearGRPOLoss(beta=0.0)
+
+    def function(batch: Batch) -> Tensor:
+        scored, advantages = batch.target != -100, batch.weight.detach()[: len(batch.target), 0]
+        tokens = batch.target.clamp(min=0)
+        return module(1.5 * batch.hidden, batch.weight, tokens, scored, advantages, batch.bias)[0]
+
+    compare(function, [Batch(*shape) for shape in SHAPES[:2]])
 
 
 def test_packed_rows() -> None:

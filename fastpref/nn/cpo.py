@@ -41,9 +41,9 @@ class FusedLinearCPOLoss(PairedLoss):
         )
         self.beta = beta
         self.label_smoothing = label_smoothing
-        self.objective()
+        self.configure()
 
-    def objective(self) -> Objective:
+    def make_objective(self) -> Objective:
         # Its own likelihood term is a mean over responses, not over all their tokens.
         smoothing = self.label_smoothing
         return objectives.get("cpo", beta=self.beta, label_smoothing=smoothing, sft_weight=0.0)

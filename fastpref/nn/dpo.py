@@ -76,9 +76,9 @@ class FusedLinearDPOLoss(PairedLoss):
         self.loss_type = loss_type
         self.label_smoothing = label_smoothing
         self.discopop_tau = discopop_tau
-        self.objective()
+        self.configure()
 
-    def objective(self) -> Objective:
+    def make_objective(self) -> Objective:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"

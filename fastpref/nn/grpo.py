@@ -14,12 +14,13 @@ from .. import objectives
 from ..objectives import Objective
 from ..preference import preference_loss
 from .checks import check_head, check_reference, check_rows
+from .configured import Configured
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 IGNORE_INDEX = -100
 
 
-class FusedLinearGRPOLoss(torch.nn.Module):
+class FusedLinearGRPOLoss(Configured):
     """Takes what Liger-Kernel 0.8.5's LigerFusedLinearGRPOLoss takes.
 
     The loss of "luspo" is a mean over responses of sums over their scored tokens, padding or not.
@@ -84,10 +85,9 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         self.vespo_lambda_pos = vespo_lambda_pos
         self.vespo_k_neg = vespo_k_neg
         self.vespo_lambda_neg = vespo_lambda_neg
-        self.objective()
+        self.configure()
 
-    def objective(self) -> Objective:
-        """What the tokens are scored by, as this module is set."""
+    def make_objective(self) -> Objective:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"
@@ -184,7 +184,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             _input,
             lin_weight,
             torch.where(scored, selected_token_ids, IGNORE_INDEX),
-            self.objective(),
+            self.objective,
             bias=bias,
             ignore_index=IGNORE_INDEX,
             temperature=self.temperature,

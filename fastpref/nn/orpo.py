@@ -40,9 +40,9 @@ class FusedLinearORPOLoss(PairedLoss):
     ) -> None:
         super().__init__(ignore_index, 1.0, compute_nll_loss, True, compiled, chunk_size)
         self.beta = beta
-        self.objective()
+        self.configure()
 
-    def objective(self) -> Objective:
+    def make_objective(self) -> Objective:
         # Its own likelihood term is a mean over responses, not over all their tokens.
         return objectives.get("orpo", beta=self.beta, sft_weight=0.0)
 
@@ -69,7 +69,7 @@ class FusedLinearORPOLoss(PairedLoss):
         shared = ((ours == self.ignore_index) | (ours == theirs)).all(-1)
         rest = torch.where(shared[:, None] & (ours == theirs), self.ignore_index, theirs)
         pairs = self.evaluate(
-            self.objective(),
+            self.objective,
             lin_weight,
             torch.cat([_input, _input[:chosen]]),
             torch.cat([target, rest]),

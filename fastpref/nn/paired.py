@@ -14,13 +14,15 @@ from torch import Tensor
 from ..objectives import Objective
 from ..objectives.registry import Composite, Reduction
 from ..objectives.results import Losses
-from ..objectives.signature import Signature
+from ..objectives.signature import ExtraFacts, Signature
 from ..preference import PreferenceOutput, preference_loss
 from .checks import check_head
+from .configured import Configured
 
 # The loss, then: chosen_logps (P,), rejected_logps (P,), mean logit of the chosen and of the
 # rejected responses, the likelihood term, chosen_rewards (P,), rejected_rewards (P,), and what a
 # loss adds to these.
+SHARES = "likelihood_shares"  # the extra of an objective with its likelihood term
 Results: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
 
 
@@ -42,12 +44,14 @@ class Pairs(NamedTuple):
         return -self.halves(self.sums)[0].sum() / tokens.clamp(min=1)
 
 
-class PairedLoss(torch.nn.Module):
+class PairedLoss(Configured):
     """Base of the losses on chosen rows followed by as many rejected ones.
 
     ``average_log_prob`` turns the sums of log-probabilities that are compared and returned into
     means over tokens. Mean logits are those of the scored tokens.
     """
+
+    whole: Objective
 
     def __init__(
         self,
@@ -66,18 +70,18 @@ class PairedLoss(torch.nn.Module):
         self.compiled = compiled
         self.chunk_size = chunk_size
 
-    def objective(self) -> Objective:
-        """What the pairs are compared by, as this module is set."""
-        raise NotImplementedError
+    def configure(self) -> None:
+        super().configure()
+        whole = _with_likelihood(self.objective) if self.compute_nll_loss else self.objective
+        self.__dict__["whole"] = whole  # what the pairs are compared by, with the likelihood term
 
     def run(
         self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, **keywords: Any
     ) -> Results:
         """The whole of a loss whose likelihood term is that of the targets themselves."""
-        objective = self.objective()
         if self.compute_nll_loss:
-            objective = self._with_likelihood(objective, target)
-        pairs = self.evaluate(objective, weight, hidden, target, bias, **keywords)
+            keywords["extras"] = {SHARES: self._shares(target)}
+        pairs = self.evaluate(self.whole, weight, hidden, target, bias, **keywords)
         return self.results(pairs, pairs.output.loss, self._nll(pairs))
 
     def evaluate(
@@ -125,16 +129,22 @@ class PairedLoss(torch.nn.Module):
         """Whether means have to be made of the sums that the objective compares."""
         return self.average_log_prob and objective.reduction == "sum"
 
-    def _with_likelihood(self, objective: Objective, target: Tensor) -> Objective:
+    def _shares(self, target: Tensor) -> Tensor:
+        """(P,), factors that turn the chosen log-probabilities into shares of ``alpha`` times their
+        mean over all tokens."""
         lengths = self._lengths(target).chunk(2)[0].double()
         shares = self.alpha * len(lengths) / lengths.sum().clamp(min=1)
-        scales = lengths if self._weighs_tokens(objective) else torch.ones_like(lengths)
-        return Objective(
-            _WithLikelihood(objective, shares * scales),
-            unit="pair",
-            scope=objective.scope,
-            needs_reference=objective.needs_reference,
-        )
+        weighs = self._weighs_tokens(self.objective)
+        return shares * (lengths if weighs else torch.ones_like(lengths))
+
+
+def _with_likelihood(objective: Objective) -> Objective:
+    return Objective(
+        _WithLikelihood(objective),
+        unit="pair",
+        scope=objective.scope,
+        needs_reference=objective.needs_reference,
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,6 @@ class _WithLikelihood(Composite):
     is taken while they are scored."""
 
     objective: Objective
-    shares: Tensor  # (P,), factors of the chosen log-probabilities
     signature: Signature = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -153,7 +162,8 @@ class _WithLikelihood(Composite):
             name: dataclasses.replace(one, default=settings[name])
             for name, one in signature.hyperparameters.items()
         }
-        signature = dataclasses.replace(signature, hyperparameters=known)
+        extras = {**signature.extras, SHARES: ExtraFacts(shapes=("logps",))}
+        signature = dataclasses.replace(signature, hyperparameters=known, extras=extras)
         object.__setattr__(self, "signature", signature)
 
     @property
@@ -165,10 +175,11 @@ class _WithLikelihood(Composite):
         return self.objective.reduction
 
     def __call__(self, *logps: Tensor | None, **keywords: Any) -> Losses:
+        shares = keywords.pop(SHARES)
         result, chosen = self.objective(*logps, **keywords), logps[0]
         if chosen is None:
             raise RuntimeError("the log-probabilities were checked before")
-        return result._replace(losses=result.losses - self.shares.to(chosen.dtype) * chosen)
+        return result._replace(losses=result.losses - shares * chosen)
 
     def replace(self, **hyperparameters: Any) -> _WithLikelihood:
         return dataclasses.replace(self, objective=self.objective.replace(**hyperparameters))

@@ -42,9 +42,9 @@ class FusedLinearSimPOLoss(PairedLoss):
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.gamma = gamma
-        self.objective()
+        self.configure()
 
-    def objective(self) -> Objective:
+    def make_objective(self) -> Objective:
         smoothing = self.label_smoothing
         return objectives.get("simpo", beta=self.beta, gamma=self.gamma, label_smoothing=smoothing)
 

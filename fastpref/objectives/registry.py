@@ -81,6 +81,7 @@ class Objective:
             pair (policy_chosen, policy_rejected, ref_chosen, ref_rejected), each (P,);
             unit (policy, ref), each (B,); list (policy, ref), each (G, K);
             token (policy, old), each (B, T). What a function does not need it may leave out.
+            It may be called more than once for one loss, and must then return the same.
         unit: the family: "pair", "unit", "list" or "token".
         scope: what must be known before a loss is: "unit", "pair", "list", "batch" or "running".
         needs_reference: by default, whether ``function`` has parameters for a reference.

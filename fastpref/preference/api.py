@@ -148,6 +148,8 @@ def preference_loss(
 
 def _traced(task: Task) -> PreferenceOutput:
     """Two passes, whose operators choose their schedules when they run."""
+    if task.policy.request.options.schedule == "batches":
+        raise ValueError("schedule='batches' is not traced by torch.compile; use schedule='auto'")
     target, reference = task.batch.target, None
     if task.reference is not None:
         with torch.no_grad():

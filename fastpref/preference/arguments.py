@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -50,23 +51,28 @@ def check_extras(extras: Mapping[str, Tensor] | None) -> None:
 
 def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if isinstance(denominator, Tensor):
-        if denominator.dim():
-            raise ValueError(
-                f"denominator must be a number or a 0-dim tensor, got {tuple(denominator.shape)}"
-            )
-    elif isinstance(denominator, bool) or not isinstance(denominator, int | float | None):
-        raise TypeError(f"denominator must be a number, got {type(denominator).__name__}")
-    elif denominator is not None and not denominator > 0:
-        raise ValueError(f"denominator must be positive, got {denominator!r}")
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if denominator is not None and reduction == "none":
         raise ValueError("denominator divides a sum: with reduction='none' leave it None")
+    if isinstance(denominator, Tensor):
+        if denominator.dim() or denominator.dtype == torch.bool:
+            raise ValueError(
+                "denominator must be a number or a 0-dim tensor of one, got "
+                f"{tuple(denominator.shape)} of {denominator.dtype}"
+            )
+        # Elsewhere reading it would wait for the device.
+        if denominator.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+    elif isinstance(denominator, bool) or not isinstance(denominator, int | float | None):
+        raise TypeError(f"denominator must be a number, got {type(denominator).__name__}")
+    if denominator is not None and not denominator > 0:
+        raise ValueError(f"denominator must be positive, got {float(denominator)}")
 
 
 def check_outputs(outputs: tuple[str, ...]) -> None:
     if not isinstance(outputs, tuple | list) or any(name not in OUTPUTS for name in outputs):
-        raise ValueError(f"outputs must be a tuple of names among {OUTPUTS}, got {outputs!r}")
+        hint = f"; write ({outputs!r},)" if isinstance(outputs, str) else ""
+        raise ValueError(f"outputs must be a tuple of names among {OUTPUTS}, got {outputs!r}{hint}")
 
 
 def check_rows(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..scoring import TokenScores
 from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing, pack
 from ..scoring.request import Call, make_problem, plan_call
@@ -75,26 +76,93 @@ class PreferencePlan:
 
 
 def schedule(task: Task) -> Schedule:
-    request, batch = task.policy.request, task.batch
-    lengths = _lengths(task) if _is_sum_over_groups(task) else None
-    target = batch.target.to(torch.int64)
-    packing = pack(
-        target,
-        request.ignore_index,
-        request.options.max_scored,
-        None if lengths is None else sum(lengths),
-    )
+    request, target = task.policy.request, task.batch.target.to(torch.int64)
+    groups = _groups(task)
+    count = None if isinstance(groups, str) else sum(groups.lengths)
+    packing = pack(target, request.ignore_index, request.options.max_scored, count)
     policy = _planned(task.policy, target, packing)
     reference = None if task.reference is None else _planned(task.reference, target, packing)
     problem = make_problem(*task.policy, packing.scored, policy.shard)
-    rows = None if lengths is None else _rows_by_group(task)
-    sizes = None
-    if rows is not None and lengths is not None:
-        sizes = [sum(lengths[row] for row in group) for group in rows]
+    sizes = groups if isinstance(groups, str) else groups.sizes
     plan = choose_for_groups(problem, policy.plan, request.options, sizes)
-    if not isinstance(plan, BatchedPlan) or rows is None or lengths is None:
+    if isinstance(plan, BatchedPlan) and _trains_more(task):
+        reason = "the objective has parameters that need a gradient"
+        plan = choose_for_groups(problem, policy.plan, request.options, reason)
+    if isinstance(groups, str) or not isinstance(plan, BatchedPlan):
         return Schedule(policy, reference)
-    return Schedule(policy, reference, plan, _positions(packing, lengths, rows, target.device))
+    return Schedule(policy, reference, plan, groups.positions(packing, target.device))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows that an objective compares with each other, and no others."""
+
+    rows: list[list[int]]  # of each group
+    lengths: list[int]  # scored tokens of each row
+
+    @property
+    def sizes(self) -> list[int]:
+        """Scored tokens of each group."""
+        return [sum(self.lengths[row] for row in group) for group in self.rows]
+
+    def positions(self, packing: Packing, device: torch.device) -> Tensor:
+        """The scored positions, those of a group together."""
+        length = torch.tensor(self.lengths)
+        order = torch.tensor([row for group in self.rows for row in group])
+        own = length[order]
+        shift = (length.cumsum(0) - length)[order] - (own.cumsum(0) - own)
+        index = (torch.arange(packing.scored) + shift.repeat_interleave(own)).to(device)
+        return index if packing.positions is None else packing.positions[index]
+
+
+def _groups(task: Task) -> Groups | str:
+    """The groups, or why the loss is no sum over groups whose sizes the host knows."""
+    reason = _why_no_groups(task)
+    if reason is not None:
+        return reason
+    batch, options = task.batch, task.policy.request.options
+    bounded = batch.cu_seqlens is not None or options.max_scored is not None
+    if batch.target.is_cuda and (bounded or torch.cuda.is_current_stream_capturing()):
+        return "the host would wait for the GPU to learn the lengths of the rows"
+    lengths: list[int] = batch.lengths.tolist()
+    if batch.cu_seqlens is not None and sum(lengths) != int(batch.scored.sum()):
+        return "some scored tokens are in no row"
+    rows = torch.stack(task.arrangement.split(torch.arange(batch.rows)), -1)
+    return Groups(rows.flatten(1).tolist(), lengths)
+
+
+def _why_no_groups(task: Task) -> str | None:
+    request, objective = task.policy.request, task.objective
+    if not request.needs_grad:
+        return "nothing needs a gradient"
+    if objective.scope not in ("unit", "pair", "list"):
+        return f"{objective.name} has scope {objective.scope}"
+    if task.reduction == "none":
+        return "each loss may have a gradient of its own, with reduction='none'"
+    if task.batch.seq_group is not None:
+        return "the tokens of a row lie on several ranks"
+    if isinstance(task.arrangement, Indexed):
+        return "a row may be in several pairs of an index layout"
+    if request.dtype == torch.float16:
+        # A loss scaler's factor arrives in backward.
+        return "gradients in float16 would underflow before they are scaled"
+    given = {**task.extras, "token_weights": task.token_weights, "denominator": task.denominator}
+    trained = [n for n, one in given.items() if isinstance(one, Tensor) and one.requires_grad]
+    trained += sorted(differentiable_fillings(objective, task.extras))
+    return f"{', '.join(trained)} need a gradient too" if trained else None
+
+
+def _trains_more(task: Task) -> bool:
+    """Whether the loss has a gradient beside that of the log-probs."""
+    shape, outputs = task.batch.target, task.policy.request.outputs
+
+    def nothing(names: tuple[str, ...]) -> TokenScores:
+        empty = torch.zeros(shape.shape, device=shape.device)
+        return TokenScores(**dict.fromkeys(names, empty))
+
+    reference = None if task.reference is None else nothing(task.reference.request.outputs)
+    with torch.enable_grad():
+        return task.output(nothing(outputs), reference).loss.requires_grad
 
 
 def _planned(projection: Projection, target: Tensor, packing: Packing) -> Call:
@@ -102,49 +170,3 @@ def _planned(projection: Projection, target: Tensor, packing: Packing) -> Call:
     if request.options.schedule == "batches":
         request = replace(request, options=replace(request.options, schedule="auto"))
     return plan_call(request, hidden, parameters, target, packing)
-
-
-def _is_sum_over_groups(task: Task) -> bool:
-    given = [*task.extras.values(), task.token_weights, task.denominator]
-    return (
-        task.objective.scope in ("unit", "pair", "list")
-        and task.reduction != "none"
-        and task.policy.request.needs_grad
-        and task.batch.seq_group is None
-        and not isinstance(task.arrangement, Indexed)
-        and not any(isinstance(one, Tensor) and one.requires_grad for one in given)
-        and not differentiable_fillings(task.objective, task.extras)
-    )
-
-
-def _lengths(task: Task) -> list[int] | None:
-    """Scored tokens of each row; None where the host would wait for the device to learn more than
-    their number, or where some tokens are in no row."""
-    batch, options = task.batch, task.policy.request.options
-    bounded = batch.cu_seqlens is not None or options.max_scored is not None
-    if batch.target.is_cuda and (bounded or torch.cuda.is_current_stream_capturing()):
-        return None
-    lengths: list[int] = batch.lengths.tolist()
-    if batch.cu_seqlens is not None and sum(lengths) != int(batch.scored.sum()):
-        return None
-    return lengths
-
-
-def _rows_by_group(task: Task) -> list[list[int]]:
-    rows = torch.arange(task.batch.rows)
-    groups: list[list[int]] = torch.stack(task.arrangement.split(rows), -1).flatten(1).tolist()
-    return groups
-
-
-def _positions(
-    packing: Packing, lengths: list[int], rows: list[list[int]], device: torch.device
-) -> Tensor:
-    """The scored positions, those of a group together."""
-    length = torch.tensor(lengths)
-    order = torch.tensor([row for group in rows for row in group])
-    starts = (length.cumsum(0) - length)[order]
-    own = length[order]
-    shift = starts - (own.cumsum(0) - own)
-    index = torch.arange(packing.scored) + shift.repeat_interleave(own)
-    index = index.to(device)
-    return index if packing.positions is None else packing.positions[index]

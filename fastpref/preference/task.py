@@ -14,6 +14,7 @@ from torch import Tensor
 from ..objectives import Objective
 from ..scoring import ScoringOptions, TokenScores
 from ..scoring.request import Lora, make_request
+from ..scoring.validation import check_group
 from . import arguments
 from .comparison import Comparison, Projection
 from .configuration import configure
@@ -128,6 +129,8 @@ def make_task(
         token_weights=token_weights,
     )
     arguments.check_extras(extras)
+    check_group(seq_group, "seq_group")
+    check_group(dp_group, "dp_group")
     configured = configure(objective, dp_group, hyperparameters)
     arguments.check_reduction(reduction, denominator)
     arguments.check_outputs(outputs)

@@ -106,29 +106,27 @@ class BatchedPlan:
 
 
 def choose_for_groups(
-    problem: Problem, plan: Plan, options: ScoringOptions, groups: Sequence[int] | None
+    problem: Problem, plan: Plan, options: ScoringOptions, groups: Sequence[int] | str
 ) -> Plan | BatchedPlan:
     """Batches where they cost less than ``plan``, the best for two passes.
 
     Args:
-        groups: scored rows of each group, in the order of the batches; None where the loss is no
-            sum over groups.
+        groups: scored rows of each group, in the order of the batches; or why there are none.
 
     Raises:
         ValueError: batches were asked for and cannot be.
     """
     forced = options.schedule == "batches"
-    if groups is None and forced:
-        raise ValueError(
-            "schedule='batches' needs a loss that is a sum over groups of rows, whose sizes the "
-            "host knows: an objective of scope unit, pair or list, not reduced by 'none', over "
-            "rows of no more than one group; use schedule='auto'"
-        )
-    if groups is None or not problem.needs_grad or not problem.scored:
+    if not problem.needs_grad or not problem.scored:
         return plan
-    if not forced and (options.schedule != "auto" or plan.kept_rows == plan.scored):
+    if isinstance(groups, str):
+        if forced:
+            raise ValueError(
+                f"schedule='batches' cannot serve this call: {groups}; use schedule='auto'"
+            )
         return plan
-    if not forced and plan.schedule == "direct":
+    best = plan.schedule == "direct" or plan.kept_rows == plan.scored
+    if not forced and (options.schedule != "auto" or best):
         return plan
     batched = BatchedPlan(plans=tuple(_plans(problem, options, groups)))
     return batched if forced or batched.units < plan.units else plan

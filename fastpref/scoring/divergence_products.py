@@ -27,7 +27,7 @@ from .autograd import (
 from .backends.divergences import divergence_rows
 from .backward import Gradients, add_column_sums, add_product
 from .request import Parameters
-from .two_heads import Model, Tiles, TwoHeads
+from .two_heads import Model, Tiles, TwoHeadPlan, TwoHeads
 from .types import statistics_dtype
 from .workspace import lease
 
@@ -126,15 +126,14 @@ def run_backward(
 
 
 def _products(call: Call, tiles: Tiles, kept: Tensor | None, g: Tensor) -> Gradients:
-    """Kept rows in one product, the others chunk by chunk, their G formed again."""
+    """Kept rows in one product where all have a gradient, the others chunk by chunk, their G formed
+    again."""
     plan, backend = call.heads.plan, call.heads.student.backend
     head, exact = tiles.student, statistics_dtype(plan.dtype)
-    chunks = plan.chunks(plan.kept_rows, plan.scored)
-    if kept is not None:
-        chunks = [slice(0, plan.kept_rows), *chunks]
+    chunks = _chunks(plan, kept, g)
     d_hidden = d_weight = d_bias = None
     if plan.needs_hidden:
-        d_hidden = torch.empty_like(tiles.rows)
+        d_hidden = torch.zeros_like(tiles.rows)
     if plan.needs_bias:
         d_bias = g.new_zeros(plan.vocab_size, dtype=torch.float64)
     if plan.needs_weight:
@@ -143,22 +142,51 @@ def _products(call: Call, tiles: Tiles, kept: Tensor | None, g: Tensor) -> Gradi
         d_weight = g.new_empty(shape, dtype=plan.dtype if len(chunks) == 1 else exact)
         if not chunks:
             d_weight.zero_()
-    for rows in chunks:
-        if kept is not None and rows.stop <= plan.kept_rows:
-            matrix = kept
-        else:
-            matrix, other = tiles.project(rows)
-            call.rows(matrix, other, tiles, write=True)
+    for chunk in chunks:
+        matrix = _gradient_matrix(call, tiles, kept, chunk)
         if d_weight is not None:
-            own = tiles.rows[rows, head.trained :]
-            own = backend.scale_rows(own, g[rows], torch.empty_like(own))
-            add_product(d_weight, matrix.t(), own, first=rows is chunks[0])
+            own = tiles.rows[chunk.rows][:, head.trained :]
+            own = backend.scale_rows(own, g[chunk.rows], torch.empty_like(own))
+            add_product(d_weight, matrix.t(), own, first=chunk is chunks[0])
         if d_hidden is not None:
-            part = torch.mm(matrix, head.weight, out=d_hidden[rows])
-            backend.scale_rows(part, g[rows], part)
+            part = torch.mm(matrix, head.weight)
+            d_hidden[chunk.rows] = backend.scale_rows(part, g[chunk.rows], part)
         if d_bias is not None:
-            add_column_sums(d_bias, matrix, g[rows])
+            add_column_sums(d_bias, matrix, g[chunk.rows])
     return Gradients(d_hidden, d_weight, d_bias)
+
+
+class Chunk(NamedTuple):
+    rows: slice | Tensor
+    kept: bool  # whether their G is
+
+
+def _chunks(plan: TwoHeadPlan, kept: Tensor | None, g: Tensor) -> list[Chunk]:
+    """All rows; on the CPU, where the host can look, those with a gradient: another's G may hold
+    anything."""
+    inside = 0 if kept is None else plan.kept_rows
+    if g.device.type != "cpu" or bool((g != 0).all()):
+        whole = [Chunk(slice(0, inside), True)] if inside else []
+        return whole + [Chunk(rows, False) for rows in plan.chunks(inside, plan.scored)]
+    active = g.nonzero()[:, 0]
+    parts = (active[active < inside], True), (active[active >= inside], False)
+    return [
+        Chunk(rows, held)
+        for part, held in parts
+        for rows in part.split(plan.tile_rows)
+        if len(rows)
+    ]
+
+
+def _gradient_matrix(call: Call, tiles: Tiles, kept: Tensor | None, chunk: Chunk) -> Tensor:
+    """G of some rows."""
+    if kept is None or not chunk.kept:
+        matrix, other = tiles.project(chunk.rows)
+        call.rows(matrix, other, tiles, write=True)
+        return matrix
+    if isinstance(chunk.rows, slice):
+        return kept[chunk.rows]
+    return torch.index_select(kept, 0, chunk.rows, out=tiles.room[: len(chunk.rows)])
 
 
 def flat(model: Model) -> tuple[Tensor | None, ...]:

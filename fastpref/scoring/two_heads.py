@@ -129,13 +129,14 @@ class Tiles:
             lease(shape, rows.dtype, rows.device),
         )
 
-    def project(self, rows: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def project(self, rows: slice | Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Raw products of some rows, the student's into ``out`` where given."""
-        count, half = rows.stop - rows.start, self.room.shape[0] // 2
+        own, others = self.rows[rows], self.teacher_rows[rows]
+        count, half = own.shape[0], self.room.shape[0] // 2
         student = self.room[:count] if out is None else out
         teacher = self.room[half : half + count]
-        torch.mm(self.rows[rows], self.student.weight.t(), out=student)
-        torch.mm(self.teacher_rows[rows], self.teacher.weight.t(), out=teacher)
+        torch.mm(own, self.student.weight.t(), out=student)
+        torch.mm(others, self.teacher.weight.t(), out=teacher)
         return student, teacher
 
 
@@ -148,10 +149,15 @@ class Question(NamedTuple):
 
     def heads(self, student: Model, teacher: Model, traced: bool = False) -> TwoHeads:
         """The schedule; ``traced`` keeps it from asking a GPU for the scored positions."""
-        packing = pack(self.target, IGNORED, self.student.options.max_scored, bounded=traced)
-        ours = plan_call(self.student, *student, self.target, packing)
-        theirs = plan_call(self.teacher, *teacher, self.target, packing)
-        return TwoHeads(ours, theirs, _plan(ours, theirs.plan))
+        options = self.student.options
+        packing = pack(self.target, IGNORED, options.max_scored, bounded=traced)
+        # The schedules of a single head mean something else.
+        alone = replace(options, schedule="auto")
+        ours, theirs = (
+            plan_call(replace(request, options=alone), *model, self.target, packing)
+            for request, model in ((self.student, student), (self.teacher, teacher))
+        )
+        return TwoHeads(ours, theirs, _plan(ours.plan, theirs.plan, options))
 
 
 def ask_two_heads(
@@ -191,6 +197,14 @@ def ask_two_heads(
             )
         asked.append((request, Model(own, parameters)))
     (ours, model), (theirs, other) = asked
+    trains = ours.needs_weight or ours.needs_bias
+    chosen = ours.options.schedule
+    if chosen == "batches" or (chosen == "direct" and trains):
+        raise ValueError(
+            f"schedule={chosen!r} does not serve two heads"
+            f"{', of which one is trained' if chosen == 'direct' else ''}; use schedule='auto', "
+            "'keep' or 'recompute'"
+        )
     reason = formulas.unavailable_reason(ours.options.backend)
     if reason is not None:
         raise ValueError(f"backend={ours.options.backend!r} is not available: {reason}")
@@ -199,8 +213,7 @@ def ask_two_heads(
     return question, model, other.detached()
 
 
-def _plan(call: Call, teacher: Problem) -> TwoHeadPlan:
-    student, options = call.plan, call.request.options
+def _plan(student: Problem, teacher: Problem, options: ScoringOptions) -> TwoHeadPlan:
     vocab = student.vocab_size
     budget, row = memory_budget(student, options), max(1, vocab * student.itemsize)
     trains = student.needs_weight or student.needs_bias

@@ -126,6 +126,8 @@ def check_lora(lora: Any, weight: Tensor, prefix: str = "") -> float:
             )
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"{own}'s scale must be a number, got {type(scale).__name__}; use float()")
+    if not abs(float(scale)) <= _MOST:
+        raise ValueError(f"{own}'s scale must be finite, at most {_MOST}, got {scale}")
     vocab, width = weight.shape
     if (
         a.dim() != 2
@@ -181,8 +183,9 @@ def check_two_heads(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() < 1:
-            raise ValueError(f"{name} must have a last dimension, got a 0-dim tensor")
+        if tensor.dim() < 1 or (name.endswith("weight") and not tensor.numel()):
+            wanted = "rows and columns" if name.endswith("weight") else "a last dimension"
+            raise ValueError(f"{name} must have {wanted}, got shape {tuple(tensor.shape)}")
     shape = tuple(student_hidden.shape[:-1])
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
@@ -218,11 +221,11 @@ def check_ignore_index(ignore_index: Any) -> None:
         raise ValueError(f"ignore_index must fit int64, as target does; got {ignore_index}")
 
 
-def check_group(tp_group: Any) -> None:
-    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
+def check_group(group: Any, name: str = "tp_group") -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            "tp_group must be a torch.distributed.ProcessGroup or None, got "
-            f"{type(tp_group).__name__}; of a device mesh, pass mesh.get_group()"
+            f"{name} must be a torch.distributed.ProcessGroup or None, got "
+            f"{type(group).__name__}; of a device mesh, pass mesh.get_group()"
         )
 
 

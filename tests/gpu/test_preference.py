@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpref import ScoringOptions, explain, preference_loss
 from tests.gpu.test_scoring import backends
-from tests.preference.test_numbers import OPTIONS, B, T, batch, found, plain
+from tests.preference.test_numbers import CASES, OPTIONS, B, T, batch, found, plain
 from tests.scoring.cases import check_contract
 from tests.scoring.test_divergence import DIVERGENCES, check_error, rounded_models
 
@@ -28,8 +28,7 @@ def there(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @backends
-@dtypes
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype, options", CASES, ids=str)
 def test_error(backend: str, dtype: torch.dtype, options: str) -> None:
     given = there(batch(dtype))
     exact = there({k: v.double() if k != "target" else v for k, v in batch(dtype).items()})

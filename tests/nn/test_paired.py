@@ -42,12 +42,14 @@ def test_batches_in_one_pass(case, monkeypatch):
 def test_an_objective_with_its_likelihood_is_one():
     module = FusedLinearDPOLoss(compute_nll_loss=True)
     given = tensors()
-    objective = module._with_likelihood(module.objective(), given["target"])
+    objective, plain = module.whole, module.objective
     assert objective.name == "dpo" and objective.needs_reference
     sharper = objective.replace(beta=0.3)
-    assert sharper.hyperparameters == module.objective().replace(beta=0.3).hyperparameters
+    assert sharper.hyperparameters == plain.replace(beta=0.3).hyperparameters
     logps = -torch.rand(4, 3).double()
+    shares = module._shares(given["target"])
     lengths = (given["target"] != -100).sum(-1)[:3]
-    for whole, plain in ((objective, 0.1), (sharper, 0.3)):
-        without = module.objective().replace(beta=plain)(*logps).losses
-        close(whole(*logps).losses - without, -3 * logps[0] / lengths.sum(), 1e-9)
+    for whole, beta in ((objective, 0.1), (sharper, 0.3)):
+        without = plain.replace(beta=beta)(*logps).losses
+        losses = whole(*logps, likelihood_shares=shares).losses
+        close(losses - without, -3 * logps[0] / lengths.sum(), 1e-9)

@@ -17,6 +17,13 @@ OPTIONS = {
     "least": {"schedule": "batches", "memory_budget": 1},
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Float16 waits for a loss scaler and takes no batches.
+CASES = [
+    (dtype, name)
+    for dtype in DTYPES
+    for name, options in OPTIONS.items()
+    if dtype != torch.float16 or options.get("schedule") != "batches"
+]
 
 
 def batch(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -54,8 +61,7 @@ def found(loss: Tensor, logps: Tensor, given: dict[str, Tensor], upstream: float
     return {"loss": loss.detach()[None], "logps": logps.detach()} | results
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype, options", CASES, ids=str)
 @pytest.mark.parametrize("objective", ["dpo", "apo_zero"])
 @pytest.mark.parametrize("upstream", [1.0, -3.7])
 def test_error(dtype: torch.dtype, options: str, objective: str, upstream: float) -> None:

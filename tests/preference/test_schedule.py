@@ -236,9 +236,79 @@ def test_what_needs_a_gradient_of_its_own_takes_two_passes() -> None:
         {"denominator": torch.tensor(4.0, requires_grad=True)},
         {"objective": "flex_dpo", "extras": {"chosen_nll": torch.ones(4, requires_grad=True)}},
     ):
-        with pytest.raises(ValueError, match="schedule='batches' needs a loss that is a sum"):
+        with pytest.raises(ValueError, match=r"schedule='batches' cannot .* need a gradient too"):
             plan_of(data, **changes)
         assert plan_of(data, **(changes | {"options": options})).schedule == "recompute"
+
+
+def test_parameters_of_a_function_get_their_gradient() -> None:
+    """Also where batches would be the better schedule, as a smaller budget shows."""
+    data, gradients = frozen_weights(Data()), []
+    for budget in (SEVERAL.memory_budget, 1 << 20):
+        scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+        def own(chosen, rejected, scale=scale):
+            return torch.nn.functional.softplus(scale * (rejected - chosen))
+
+        objective = objectives.Objective(own, unit="pair", scope="pair")
+        options = ScoringOptions(memory_budget=budget)
+        arguments = (data.hidden, data.weight, data.target, objective)
+        preference_loss(*arguments, options=options).loss.backward()
+        gradients.append(scale.grad)
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ValueError, match="the objective has parameters that need a gradient"):
+        preference_loss(*arguments, options=SEVERAL)
+
+
+def test_evaluation_takes_the_same_options() -> None:
+    data = frozen_weights(Data())
+    want = run(objectives.get("dpo"), data, options=SEVERAL).loss
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            got = run(objectives.get("dpo"), data, options=SEVERAL).loss
+        assert not got.requires_grad
+        torch.testing.assert_close(got, want.detach())
+
+
+REFUSED = {
+    "scope": ({"objective": "aot"}, "aot has scope batch"),
+    "reduction": ({"reduction": "none"}, "with reduction='none'"),
+    "index": ({"layout": torch.tensor([[0, 4], [1, 4]])}, "a row may be in several pairs"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_batches_cannot_serve(name: str) -> None:
+    changes, reason = REFUSED[name]
+    with pytest.raises(
+        ValueError, match=f"cannot serve this call: .*{reason}.* use schedule='auto'"
+    ):
+        plan_of(frozen_weights(Data()), **changes)
+
+
+def test_float16_waits_for_the_loss_scaler() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(16, 32, 32, generator=generator).half()
+    weight = (0.02 * torch.randn(200, 32, generator=generator)).half()
+    target = torch.randint(200, (16, 32), generator=generator)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [one.to(dtype).requires_grad_() for one in (hidden, weight)]
+        options = ScoringOptions(memory_budget=40 * 200 * 2 * 4)
+        loss = preference_loss(
+            *leaves,
+            target,
+            "dpo",
+            ref_logps=torch.full((16,), -150.0),
+            denominator=4096.0,
+            options=options,
+        ).loss
+        return list(torch.autograd.grad(65536 * loss, leaves))
+
+    for got, want in zip(gradients(torch.float16), gradients(torch.float64), strict=True):
+        assert (got.double() - want).norm() < 1e-3 * want.norm()
+    with pytest.raises(ValueError, match="gradients in float16 would underflow"):
+        preference_loss(hidden, weight.requires_grad_(), target, "simpo", options=SEVERAL)
 
 
 def test_linear_logprob_knows_no_groups() -> None:

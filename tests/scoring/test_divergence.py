@@ -133,6 +133,41 @@ def test_masked_positions_are_not_read() -> None:
     assert not hidden.grad[~models.mask].any() and hidden.grad[models.mask].any(1).all()
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("needs", [("hidden", "weight", "bias"), ("hidden",)])
+def test_rows_without_an_upstream_gradient_reach_nothing(schedule: str, needs) -> None:
+    """Whatever they hold; on the CPU they cost no products either."""
+    models = Models(needs=needs)
+    options = ScoringOptions(**SCHEDULES[schedule])
+    dead = models.mask & (torch.arange(N) % 3 == 0)
+    upstream = torch.randn(N).double().masked_fill(dead, 0)
+    want = torch.autograd.grad(models.run(options=options), models.leaves, upstream)
+    with torch.no_grad():
+        models.hidden[dead] = torch.inf
+    value = models.run(options=options)
+    with Operations() as operations:
+        got = torch.autograd.grad(value, models.leaves, upstream)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not got[0][dead].any()
+    live = int((models.mask & ~dead).sum())
+    if schedule == "all kept" and len(needs) > 1:
+        assert operations.flop == 2 * 2 * live * H * V
+
+
+@every_backend
+def test_an_overlap_that_underflows(backend: str) -> None:
+    hidden = torch.tensor([[300.0]], requires_grad=True)
+    heads = torch.tensor([[1.0], [0.0]]), hidden.detach(), torch.tensor([[0.0], [1.0]])
+    value = linear_divergence(
+        hidden, *heads, divergence="bhattacharyya", options=ScoringOptions(backend=backend)
+    )
+    (gradient,) = torch.autograd.grad(value.sum(), hidden)
+    torch.testing.assert_close(value, torch.tensor([150 - 0.6931472]))
+    torch.testing.assert_close(gradient, torch.tensor([[0.25]]), atol=0.26, rtol=0)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
 def test_shapes(shape) -> None:
     hidden = torch.randn(*shape, H, requires_grad=True)
@@ -321,6 +356,21 @@ BAD = {
         {"options": ScoringOptions(backend="cuda")},
         ValueError,
         "backend='cuda' is not available",
+    ),
+    "direct": (
+        {"options": ScoringOptions(schedule="direct")},
+        ValueError,
+        "schedule='direct' does not serve two heads, of which one is trained; use",
+    ),
+    "batches": (
+        {"options": ScoringOptions(schedule="batches")},
+        ValueError,
+        "schedule='batches' does not serve two heads; use",
+    ),
+    "no vocabulary": (
+        {"teacher_weight": torch.zeros(0, TEACHER)},
+        ValueError,
+        r"teacher_weight must have rows and columns, got shape \(0, 9\)",
     ),
     "options": ({"options": "torch"}, TypeError, "options must be a fastpref.ScoringOptions"),
     "no tensor": ({"teacher_weight": None}, TypeError, "teacher_weight must be a torch.Tensor"),

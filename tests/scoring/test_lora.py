@@ -198,6 +198,7 @@ BAD = {
     "no tensor": ((A, 3, 1.0), TypeError, "lora's B must be a torch.Tensor"),
     "integers": ((A.long(), B, 1.0), TypeError, "lora's A must be floating point"),
     "scale": ((A, B, "2"), TypeError, "lora's scale must be a number"),
+    "infinite": ((A, B, float("nan")), ValueError, "lora's scale must be finite"),
     "transposed": ((A.t(), B, 1.0), ValueError, r"lora must be A \(r, 7\) and B \(53, r\)"),
     "ranks": ((A, B[:, :2], 1.0), ValueError, r"got \(3, 7\) and \(53, 2\)"),
 }

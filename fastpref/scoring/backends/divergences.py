@@ -146,9 +146,9 @@ def _tv(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 def _bhattacharyya(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log_q, log_p = s.log_softmax(1), t.log_softmax(1)
-    root = ((log_q + log_p) / 2).exp()
-    overlap = root.sum(1)
-    return -overlap.log(), (log_q.exp() - root / overlap[:, None]) / 2
+    # Not from exp(middle), which may underflow everywhere.
+    middle = (log_q + log_p) / 2
+    return -middle.logsumexp(1), (log_q.exp() - middle.softmax(1)) / 2
 
 
 def _cosine(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:

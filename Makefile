@@ -10,6 +10,9 @@ DEMO_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_OUT ?= gpu-results
 
+OVERHEAD := --benchmark-storage=file://benchmarks/baseline --benchmark-columns=median,iqr,rounds \
+  --benchmark-sort=name --benchmark-warmup=on
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEPENDENCIES := $(VENV)/.dependencies
@@ -24,10 +27,10 @@ export HF_HUB_OFFLINE := 1
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow bench gpu lint format wheel install clean
+.PHONY: help demo test test-slow bench bench-compare bench-baseline gpu lint format wheel install clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(PACKAGE) ## a preference training inside TRL on the CPU, stock against fastpref
 	$(BIN)/python -m fastpref demo $(DEMO_ARGS)
@@ -41,6 +44,14 @@ test-slow: $(PACKAGE) $(WHEEL) ## the sweeps
 
 bench: $(BENCH) ## measure against the alternatives
 	$(BIN)/python -m fastpref bench $(BENCH_ARGS)
+
+# Absolute times: on another machine first `make bench-baseline`.
+bench-compare: $(PACKAGE) ## what a call costs beside its products, against the stored baseline
+	$(BIN)/python -m pytest -q benchmarks $(OVERHEAD) --benchmark-compare $(PYTEST_ARGS)
+
+bench-baseline: $(PACKAGE) ## store what a call costs on this machine as the baseline
+	rm -rf benchmarks/baseline
+	$(BIN)/python -m pytest -q benchmarks $(OVERHEAD) --benchmark-save=calls $(PYTEST_ARGS)
 
 # Not in the virtual environment, whose torch is a CPU build.
 gpu: ## correctness and timings on the GPU here, by GPU_PYTHON with its own torch

@@ -22,7 +22,7 @@ DTYPES = ("bfloat16", "float16")
 
 def sizes() -> Iterator[tuple[str, Shape]]:
     for dtype, rows, (width, vocab) in itertools.product(DTYPES, ROWS, HEADS):
-        yield dtype, Shape(8, rows // 8, width, vocab)
+        yield dtype, Shape(8, rows // 8, width, vocab, masked=0)
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
     clock = Clock(device)
     entries = []
     for dtype, shape in wanted:
-        work = make_work(shape, getattr(torch, dtype), prompt=False).on(device)
+        work = make_work(shape, getattr(torch, dtype)).on(device)
         calls = {}
         for one in candidates():
             if one.name.startswith("fastpref, ") and one.unavailable is None:

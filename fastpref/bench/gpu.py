@@ -25,9 +25,9 @@ from .work import Shape, Work, make_work
 
 # Sequences, length, H, V: models of 8B, 1B and 0.5B parameters.
 SHAPES = (
-    Shape(8, 1024, 4096, 128256),
-    Shape(8, 1024, 2048, 128256),
-    Shape(8, 1024, 896, 151936),
+    Shape(8, 1024, 4096, 128256, masked=0),
+    Shape(8, 1024, 2048, 128256, masked=0),
+    Shape(8, 1024, 896, 151936, masked=0),
 )
 UNITS = {"no grad": 1, "frozen head": 2, "trainable head": 3}
 CHECKED_ROWS = 64
@@ -212,7 +212,7 @@ def suite(
     report = []
     clock = Clock(device)
     for shape in shapes:
-        work = make_work(shape, torch.bfloat16, prompt=False).on(device)
+        work = make_work(shape, torch.bfloat16).on(device)
         exact = exact_gradient(work)
         for case, units in UNITS.items():
             measured, skipped = measure_case(work, case, rounds, clock, exact)

@@ -21,15 +21,40 @@ class Shape:
     length: int = 256  # T
     hidden_size: int = 1024  # H
     vocab_size: int = 32000  # V
+    masked: float = 0.5  # share of each row that is prompt
 
     @property
     def positions(self) -> int:
         return self.sequences * self.length
 
     @property
+    def prompt(self) -> int:
+        """Tokens at the beginning of each row that are not scored."""
+        return round(self.masked * self.length)
+
+    @property
     def scored(self) -> int:
-        """Where the first half of each row is prompt."""
-        return self.positions // 2
+        """N."""
+        return self.sequences * (self.length - self.prompt)
+
+    @classmethod
+    def of_model(cls, name: str, masked: float = 0.5) -> Shape:
+        """With the head of a model."""
+        hidden_size, vocab_size = MODELS[name]
+        return cls(hidden_size=hidden_size, vocab_size=vocab_size, masked=masked)
+
+
+# H and V.
+MODELS = {
+    "llama-3-8b": (4096, 128256),
+    "llama-3.2-1b": (2048, 128256),
+    "qwen2.5-0.5b": (896, 151936),
+    "qwen2.5-7b": (3584, 152064),
+    "gemma-2-2b": (2304, 256000),
+    "gemma-3-270m": (640, 262144),
+    "small": (1024, 32000),
+    "tiny": (256, 8192),
+}
 
 
 @dataclass(frozen=True)
@@ -73,12 +98,10 @@ def make_work(
     dtype: torch.dtype,
     overflowing: float = 0.0,
     seed: int = 0,
-    prompt: bool = True,
 ) -> Work:
     """Random rows whose targets are likely tokens, as in a trained model.
 
     Args:
-        prompt: whether the first half of each row is not scored.
         overflowing: share of scored rows whose target lies far more than 88 nats below the
             largest logit, where a plain exponential would overflow.
     """
@@ -92,8 +115,7 @@ def make_work(
     if overflowing:
         hidden[:: round(1 / overflowing)] -= 200 * weight[target[:: round(1 / overflowing)]]
     target = target.view(shape.sequences, shape.length)
-    if prompt:
-        target[:, : shape.length // 2] = IGNORE
+    target[:, : shape.prompt] = IGNORE
     hidden = hidden.view(shape.sequences, shape.length, width)
     ref_hidden = hidden + 0.1 * torch.randn(hidden.shape, generator=generator)
     ref_weight = weight + 0.1 * width**-0.5 * torch.randn(weight.shape, generator=generator)

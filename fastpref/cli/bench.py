@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bench import choice, gpu
-from ..bench.implementations import SUITES, Implementation, Suite
+from ..bench import choice, gpu, scaling
+from ..bench import report as reporting
+from ..bench.implementations import Implementation
 from ..bench.memory import measure
-from ..bench.timing import Timing, interleave
-from ..bench.work import Shape, Work, make_work
+from ..bench.suites import LIMIT, OVERFLOWING, SUITES, Suite
+from ..bench.timing import interleave
+from ..bench.work import MODELS, Shape, Work, make_work
 
-LIMIT = "bare products"
-OVERFLOWING = "fastpref, 1% overflowing"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -36,16 +36,28 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure fastpref against the alternatives")
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
     parser.add_argument(
-        "--suite", choices=("cpu", "gpu", "choice"), default="cpu", help="default: cpu"
+        "--suite", choices=("cpu", "scaling", "gpu", "choice"), default="cpu", help="default: cpu"
     )
     parser.add_argument(
-        "--what", choices=tuple(SUITES), action="append", help="of the cpu suite; default: all"
+        "--what",
+        choices=tuple(SUITES),
+        action="append",
+        help="of the cpu suite; default: score, dpo, divergence",
     )
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
+    parser.add_argument(
+        "--model", choices=tuple(MODELS), default="small", help="whose head (default: small)"
+    )
+    parser.add_argument(
+        "--masked", type=float, default=0.5, help="share of prompt tokens (default 0.5)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     parser.add_argument(
-        "--out", type=Path, default=None, help="also write the results as JSON to this folder"
+        "--out", type=Path, default=None, help="also write JSON, CSV and pictures to this folder"
+    )
+    parser.add_argument(
+        "--report", type=Path, default=None, metavar="FILE.json", help="measure nothing, redraw"
     )
 
 
@@ -53,26 +65,72 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         print(f"--rounds must be at least 1, got {args.rounds}", file=sys.stderr)
         return 2
-    if args.suite != "cpu":
-        return _run_gpu(args)
+    if not 0 <= args.masked < 1:
+        print(f"--masked must be in [0, 1), got {args.masked}", file=sys.stderr)
+        return 2
+    if args.report is not None:
+        return _redraw(args.report, args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
-    shape = Shape(4, 64, 256, 8192) if args.quick else Shape()
-    machine = _machine()
-    print(
-        f"fastpref bench: N={shape.scored} scored of {shape.positions} positions, "
-        f"H={shape.hidden_size}, V={shape.vocab_size}, {machine['threads']} threads, "
-        f"torch {machine['torch']}, {machine['processor']}"
-    )
-    cases = [
-        _case(what, shape, dtype, trainable, args.rounds)
-        for what in args.what or SUITES
-        for dtype in args.dtype or DTYPES
-        for trainable in (True, False)
-    ]
-    memory = _memory(args.quick)
-    report = {"machine": machine, "shape": vars(shape), "cases": cases, "memory": memory}
+    if args.suite == "scaling":
+        return _run_scaling(args)
+    if args.suite != "cpu":
+        return _run_gpu(args)
+    quick = Shape(4, 64, 256, 8192, args.masked)
+    shape = quick if args.quick else Shape.of_model(args.model, args.masked)
+    report: dict[str, Any] = {"machine": _machine(), "shape": vars(shape), "cases": []}
+    print(reporting.headline(report))
+    for what in args.what or (name for name, suite in SUITES.items() if suite.usual):
+        for dtype in args.dtype or DTYPES:
+            for trainable in (True, False):
+                case = _case(what, shape, dtype, trainable, args.rounds)
+                report["cases"].append(case)
+                print("\n" + reporting.terminal_case(case), flush=True)
+    report["memory"] = _memory(args.quick)
+    print("\n" + reporting.terminal_memory(report["memory"]))
     _write(args.out, "bench.json", report)
+    if args.out is not None:
+        _draw(report, args.out)
+    return 0
+
+
+def _redraw(path: Path, folder: Path | None) -> int:
+    """What ``--report`` does."""
+    try:
+        report = json.loads(path.read_text())
+        said = reporting.terminal(report)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"--report must be a file that --out wrote, got {path}: {error}", file=sys.stderr)
+        return 2
+    print(said)
+    if folder is not None:
+        _draw(report, folder)
+    return 0
+
+
+def _draw(report: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.csv").write_text(reporting.comma_separated(report))
+    (folder / "bench.md").write_text(reporting.markdown(report) + "\n")
+    written = [folder / "bench.csv", folder / "bench.md"]
+    try:
+        written += reporting.pictures(report, folder)
+    except ImportError as error:
+        print(f'no pictures: {error}; install "fastpref[bench]"', file=sys.stderr)
+    for path in written:
+        print(f"written to {path}")
+
+
+def _run_scaling(args: argparse.Namespace) -> int:
+    report: dict[str, Any] = {"machine": _machine(), "curves": {}}
+    print(f"fastpref bench: growth of forward and backward, float32, {scaling.BASE}")
+    for axis in scaling.AXES:
+        sizes = scaling.AXES[axis][:2] if args.quick else scaling.AXES[axis]
+        rows = scaling.curve(axis, args.rounds, _progress, sizes)
+        _progress("")
+        report["curves"][axis] = rows
+        print("\n" + scaling.table(axis, rows), flush=True)
+    _write(args.out, "scaling.json", report)
     return 0
 
 
@@ -90,7 +148,7 @@ def _run_gpu(args: argparse.Namespace) -> int:
         table = choice.measure(wanted, 10 * major + minor, "cuda", args.rounds, print)
         _write(args.out, "choice.json", table)
         return 0
-    shapes = (Shape(4, 256, 512, 32000),) if args.quick else gpu.SHAPES
+    shapes = (Shape(4, 256, 512, 32000, masked=0),) if args.quick else gpu.SHAPES
     cases = gpu.suite(shapes, "cuda", args.rounds, lambda line: print(line, flush=True))
     _write(args.out, "gpu.json", {"machine": machine, "cases": cases})
     return 0
@@ -149,8 +207,8 @@ def _progress(text: str) -> None:
 
 
 def _case(what: str, shape: Shape, dtype: str, trainable: bool, rounds: int) -> dict[str, Any]:
-    suite, head = SUITES[what], "trainable" if trainable else "frozen"
-    title = f"{suite.title}: {dtype}, {head} head"
+    suite = SUITES[what]
+    title = reporting.title({"what": what, "dtype": dtype, "trainable": trainable})
     work = make_work(shape, getattr(torch, dtype))
     errors, candidates = {}, {LIMIT: lambda: suite.products(work, trainable)}
     skipped = {}
@@ -174,7 +232,6 @@ def _case(what: str, shape: Shape, dtype: str, trainable: bool, rounds: int) -> 
     candidates[LIMIT]()
     timings = interleave(candidates, LIMIT, rounds, lambda text: _progress(f"{title}: {text}"))
     _progress("")
-    _print_case(title, timings, errors, skipped)
     rows = {name: vars(timing) | {"error": errors.get(name)} for name, timing in timings.items()}
     return {
         "what": what,
@@ -210,24 +267,6 @@ def _error(grads: list[Tensor], exact: list[Tensor]) -> float:
     return max(float((got.double() - want).norm() / want.norm()) for got, want in pairs)
 
 
-def _print_case(
-    title: str, timings: dict[str, Timing], errors: dict[str, float], skipped: dict[str, str]
-) -> None:
-    print(f"\n{title}")
-    print(f"  {'':32}{'time':>10}{'ratio':>8}{'p20':>7}{'p80':>7}{'gradient error':>16}")
-    for name, timing in timings.items():
-        error = f"{errors[name]:.1e}" if name in errors else ""
-        print(
-            f"  {name:32}{timing.seconds * 1e3:8.1f}ms{timing.ratio:7.2f}x"
-            f"{timing.low:6.2f}x{timing.high:6.2f}x{error:>16}"
-        )
-    if OVERFLOWING in timings:
-        share = timings[OVERFLOWING].ratio / timings["fastpref"].ratio
-        print(f"  1% overflowing rows cost {share:.2f}x of the same case without")
-    for name, reason in skipped.items():
-        print(f"  {name}: not measured, {reason}")
-
-
 def _memory(quick: bool) -> list[dict[str, Any]]:
     length = 128 if quick else 512
     shape = Shape(8, length, 256, 8192 if quick else 32000)
@@ -236,19 +275,10 @@ def _memory(quick: bool) -> list[dict[str, Any]]:
     calls: list[tuple[Shape, str, int | None]] = [(shape, "auto", None)]
     calls += [(one, "recompute", budget) for one in (shape, longer)]
     calls += [(one, "batches", 3 * budget) for one in (shape, longer)]
-    print("\npeak memory above the inputs, float32, trainable head (MiB)")
-    print(
-        f"  {'':26}{'N':>6}{'measured':>10}{'gradients':>11}{'workspace':>11}{'(N, V) logits':>15}"
-    )
     rows = []
     for one, schedule, limit in calls:
         _progress(f"memory: {schedule}, N={one.scored}")
         row = measure(one, "float32", schedule, limit)
         _progress("")
-        rows.append(row)
-        name = row["schedule"] + (f", budget {limit >> 20}" if limit else "")
-        print(
-            f"  {name:26}{row['scored']:6}{row['peak']:10.0f}{row['gradients']:11.0f}"
-            f"{row['workspace']:11.0f}{row['logits']:15.0f}"
-        )
+        rows.append(row | {"budget": None if limit is None else limit >> 20})
     return rows

@@ -20,7 +20,7 @@ from fastpref.scoring.backends import choice
 from tests.cli.test_bench import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = Shape(4, 40, 16, 300)
+SHAPE = Shape(4, 40, 16, 300, masked=0)
 
 
 def some() -> Iterator[Implementation]:
@@ -51,7 +51,7 @@ def test_every_case_has_its_rows_and_reasons(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_checked_gradient_is_that_of_all_rows() -> None:
-    work = make_work(SHAPE, torch.float64, prompt=False)
+    work = make_work(SHAPE, torch.float64)
     plain = next(some())
     whole = gpu.step(plain, work, "frozen head")
     assert whole is not None
@@ -61,7 +61,7 @@ def test_the_checked_gradient_is_that_of_all_rows() -> None:
 
 
 def test_bare_products_are_as_many_as_the_case_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = make_work(SHAPE, torch.float32, prompt=False)
+    work = make_work(SHAPE, torch.float32)
     flops: list[int] = []
     product = torch.mm
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpref.bench.implementations import SUITES, Implementation
+from fastpref.bench.implementations import Implementation
+from fastpref.bench.suites import SUITES
 from fastpref.bench.work import Shape, make_work
 from fastpref.cli.bench import _error, _plain, _step
 
@@ -42,7 +43,7 @@ def test_bare_products_are_those_of_the_scored_rows(monkeypatch: pytest.MonkeyPa
         return product(a, b)
 
     monkeypatch.setattr(torch, "mm", counted)
-    for suite, number in (("score", 3), ("preference", 4), ("divergence", 4)):
+    for suite, number in (("score", 3), ("dpo", 4), ("simpo", 3), ("divergence", 4)):
         for trainable in (True, False):
             flops.clear()
             SUITES[suite].products(WORK, trainable)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -259,7 +259,7 @@ def _plan(
     problem: Problem, budget: int, schedule: str, kept: int, forward: Tile, backward: Tile | None
 ) -> Plan:
     return Plan(
-        **asdict(problem),
+        **vars(problem),
         schedule=schedule,
         kept_rows=kept,
         forward_tile=forward,

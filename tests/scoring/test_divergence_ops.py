@@ -311,6 +311,7 @@ _CHILD = """
 import json, torch
 from tests.scoring.test_divergence_ops import DTYPES, KINDS, check, variants
 torch.set_num_threads(1)
+torch.manual_seed(0)
 problems = []
 for name, tiles in variants(4, 1300).items():
     for dtype in DTYPES:

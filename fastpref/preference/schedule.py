@@ -17,7 +17,7 @@ from torch import Tensor
 from ..scoring import TokenScores
 from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing, pack
-from ..scoring.request import Call, make_problem, plan_call
+from ..scoring.request import Call, plan_call
 from ..scoring.schedule import MEBIBYTE, Plan
 from .comparison import Projection
 from .filling import differentiable_fillings
@@ -82,12 +82,11 @@ def schedule(task: Task) -> Schedule:
     packing = pack(target, request.ignore_index, request.options.max_scored, count)
     policy = _planned(task.policy, target, packing)
     reference = None if task.reference is None else _planned(task.reference, target, packing)
-    problem = make_problem(*task.policy, packing.scored, policy.shard)
     sizes = groups if isinstance(groups, str) else groups.sizes
-    plan = choose_for_groups(problem, policy.plan, request.options, sizes)
+    plan = choose_for_groups(policy.plan, request.options, sizes)
     if isinstance(plan, BatchedPlan) and _trains_more(task):
         reason = "the objective has parameters that need a gradient"
-        plan = choose_for_groups(problem, policy.plan, request.options, reason)
+        plan = choose_for_groups(policy.plan, request.options, reason)
     if isinstance(groups, str) or not isinstance(plan, BatchedPlan):
         return Schedule(policy, reference)
     return Schedule(policy, reference, plan, groups.positions(packing, target.device))

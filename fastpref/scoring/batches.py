@@ -34,9 +34,7 @@ from .request import Call, Parameters
 from .schedule import (
     MEBIBYTE,
     Plan,
-    Problem,
     choose,
-    memory_budget,
     rows_to_keep,
 )
 from .types import OUTPUTS, ScoringOptions, TokenScores, statistics_dtype
@@ -106,7 +104,7 @@ class BatchedPlan:
 
 
 def choose_for_groups(
-    problem: Problem, plan: Plan, options: ScoringOptions, groups: Sequence[int] | str
+    plan: Plan, options: ScoringOptions, groups: Sequence[int] | str
 ) -> Plan | BatchedPlan:
     """Batches where they cost less than ``plan``, the best for two passes.
 
@@ -117,7 +115,7 @@ def choose_for_groups(
         ValueError: batches were asked for and cannot be.
     """
     forced = options.schedule == "batches"
-    if not problem.needs_grad or not problem.scored:
+    if not plan.needs_grad or not plan.scored:
         return plan
     if isinstance(groups, str):
         if forced:
@@ -128,22 +126,22 @@ def choose_for_groups(
     best = plan.schedule == "direct" or plan.kept_rows == plan.scored
     if not forced and (options.schedule != "auto" or best):
         return plan
-    batched = BatchedPlan(plans=tuple(_plans(problem, options, groups)))
+    batched = BatchedPlan(plans=tuple(_plans(plan, options, groups)))
     return batched if forced or batched.units < plan.units else plan
 
 
-def _plans(problem: Problem, options: ScoringOptions, groups: Sequence[int]) -> Iterator[Plan]:
+def _plans(whole: Plan, options: ScoringOptions, groups: Sequence[int]) -> Iterator[Plan]:
     options = replace(options, schedule="keep")
-    capacity = max(1, rows_to_keep(problem, memory_budget(problem, options)))
-    even = problem.scored / math.ceil(problem.scored / capacity)
+    capacity = max(1, rows_to_keep(whole, whole.memory_budget))
+    even = whole.scored / math.ceil(whole.scored / capacity)
     rows = 0
     for group in groups:
         if rows and (rows >= even or rows + group > capacity):
-            yield choose(replace(problem, scored=rows), options)
+            yield choose(whole.of_rows(rows), options)
             rows = 0
         rows += group
     if rows:
-        yield choose(replace(problem, scored=rows), options)
+        yield choose(whole.of_rows(rows), options)
 
 
 def score_with_loss(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -83,6 +83,11 @@ class Plan(Problem):
     forward_tile: Tile
     backward_tile: Tile | None  # None where backward need not recompute
     memory_budget: int  # bytes for tiles and kept exponentials
+
+    def of_rows(self, scored: int) -> Problem:
+        """The problem with another number of rows."""
+        same = {one.name: getattr(self, one.name) for one in fields(Problem)}
+        return Problem(**same | {"scored": scored})
 
     @property
     def forward_units(self) -> float:

@@ -1,48 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Implementations of a student's divergence from its teacher: the mean forward KL of the scored
-tokens."""
+"""A student's divergence from its teacher: the mean forward KL of the scored tokens."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import linear_divergence
-from .implementations import Implementation, missing
+from .. import ScoringOptions, linear_divergence
+from . import exact, scorers
+from .experiment import Case, Experiment, Implementation, Loss, bare_products, missing
 from .work import Work
 
 
-def divergence_implementations() -> list[Implementation]:
-    return [
-        Implementation("fastpref", _fused),
+def divergence_experiment(case: Case) -> Experiment:
+    work = case.work()
+    answer = functools.cache(lambda: exact.of_divergence(work, case.mode))
+    found = [
+        *(
+            Implementation(one.name, _fused(one.options), one.unavailable)
+            for one in scorers.own(case, ("recompute",))
+        ),
         Implementation("plain torch", _plain),
-        Implementation("Liger JSD", _liger, missing("liger_kernel")),
+        Implementation("torch.compile", _compiled, compiles=True),
+        Implementation("Liger", _liger, missing("liger_kernel"), compiles=True),
     ]
+    return Experiment(
+        functools.partial(bare_products, work, case.mode, 2),
+        [one.candidate(work, case.mode, answer) for one in found],
+        work.entropy,
+    )
 
 
-def _fused(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
-    value = linear_divergence(hidden, weight, work.ref_hidden, work.ref_weight, work.scored)
-    return value.sum() / work.scored.sum()
+def _fused(options: ScoringOptions) -> Loss:
+    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+        value = linear_divergence(
+            hidden, weight, work.ref_hidden, work.ref_weight, work.scored, options=options
+        )
+        return value.sum() / work.shape.scored
+
+    return loss
+
+
+def _rows(work: Work, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return hidden[work.scored], weight, work.ref_hidden[work.scored], work.ref_weight
+
+
+def _mean_kl(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+    models = student @ weight.t(), teacher @ teacher_weight.t()
+    exact_dtype = torch.promote_types(student.dtype, torch.float32)
+    log_q, log_p = (logits.to(exact_dtype).log_softmax(-1) for logits in models)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
 def _plain(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
-    rows = work.scored
-    student, teacher = hidden[rows] @ weight.t(), work.ref_hidden[rows] @ work.ref_weight.t()
-    exact = torch.promote_types(student.dtype, torch.float32)
-    log_q, log_p = (logits.to(exact).log_softmax(-1) for logits in (student, teacher))
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") / rows.sum()
+    return _mean_kl(*_rows(work, hidden, weight))
+
+
+@functools.cache
+def _compiled_mean_kl() -> Callable[..., Tensor]:
+    return torch.compile(_mean_kl, dynamic=False)
+
+
+def _compiled(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+    return _compiled_mean_kl()(*_rows(work, hidden, weight))
 
 
 def _liger(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
-    loss: Tensor = module(
-        hidden.flatten(0, 1),
-        weight,
-        work.ref_hidden.flatten(0, 1),
-        work.ref_weight,
-        work.target.flatten(),
-    )
+    rows = hidden.flatten(0, 1), weight, work.ref_hidden.flatten(0, 1), work.ref_weight
+    # It marks dimensions of its arguments as dynamic, which other compiled functions then see.
+    loss: Tensor = module(*(one.view_as(one) for one in (*rows, work.target.flatten())))
     return loss

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses that are compared, with a live reference where they have one: fastpref in one call,
-the objective on others' per-token log-probabilities, and Liger's chunked losses."""
+"""Losses of token log-probabilities: fastpref, the objective on the log-probabilities of its peers,
+and Liger's chunked losses."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import objectives, preference_loss
-from .implementations import Implementation, Loss, missing, plain_logp, trl_logp
+from .. import ScoringOptions, objectives, preference_loss
+from ..scoring.types import Schedule
+from . import exact, scorers
+from .experiment import Case, Experiment, Implementation, Loss, Outcome, bare_products, missing
+from .scorers import Logp
 from .work import IGNORE, Work
+
+OVERFLOWING = "fastpref, 1% overflowing"
 
 
 class Kind(NamedTuple):
@@ -24,6 +30,117 @@ class Kind(NamedTuple):
     reference: bool = False
     extras: Callable[[Work], dict[str, Tensor]] = lambda work: {}
 
+    @property
+    def pairs(self) -> bool:
+        return objectives.get(self.objective).unit == "pair"
+
+
+def loss_of_scores(kind: Kind, work: Work, logp: Tensor, ref_logp: Tensor | None) -> Tensor:
+    """The objective on log-probabilities (B, T), 0 where not scored."""
+    objective = objectives.get(kind.objective, **kind.hyperparameters)
+    extras = kind.extras(work)
+    if objective.unit == "token":
+        return objective(logp, mask=work.scored, **extras).losses.mean()
+    models = [one.sum(-1) for one in (logp, ref_logp) if one is not None]
+    rows = [part for one in models for part in (one.chunk(2) if kind.pairs else (one,))]
+    lengths = work.scored.sum(-1).chunk(2)
+    names = ("chosen_lengths", "rejected_lengths")
+    extras |= {n: one for n, one in zip(names, lengths, strict=True) if n in objective.extras}
+    return objective(*rows, **extras).losses.mean()
+
+
+def uniform_reference(work: Work, logp: Tensor) -> Tensor:
+    """DPO whose reference is given, and the same for each response: Liger takes no other."""
+    return loss_of_scores(_GIVEN, work, logp, torch.zeros_like(logp))
+
+
+def score_implementations(case: Case) -> list[Implementation]:
+    ways = [
+        scorers.Scorer(one.name, scorers.fastpref(one.options), one.unavailable)
+        for one in scorers.own(case, ("recompute",))
+    ]
+    return [
+        *(
+            Implementation(one.name, _scored(one.logp), one.unavailable, one.compiles)
+            for one in (*ways, *scorers.peers(case.device))
+        ),
+        Implementation("Liger", _liger_score, missing("liger_kernel"), compiles=True),
+    ]
+
+
+def score_experiment(case: Case) -> Experiment:
+    """Scores with a loss on them that asks a different gradient of every sequence."""
+    own, *others = score_implementations(case)
+    overflowing = own._replace(name=OVERFLOWING)
+    work, harder = case.work(), case.work(overflowing=0.01)
+    answer = _answer(case, work)
+    usual = [one.candidate(work, case.mode, answer) for one in (own, *others)]
+    usual.insert(1, overflowing.candidate(harder, case.mode, _answer(case, harder)))
+    return Experiment(functools.partial(bare_products, work, case.mode), usual, work.entropy)
+
+
+def _answer(case: Case, work: Work) -> Callable[[], Outcome]:
+    """Computed once, when first asked for."""
+    return functools.cache(
+        lambda: exact.of_scores(
+            work, case.mode, lambda logp, _: uniform_reference(work, logp), reference=False
+        )
+    )
+
+
+def _scored(logp: Logp) -> Loss:
+    return lambda work, hidden, weight: uniform_reference(work, logp(work, hidden, weight))
+
+
+def loss_experiment(kind: Kind, case: Case) -> Experiment:
+    """One call from hidden states to loss, with a live reference where there is one."""
+    work = case.work()
+    answer = functools.cache(
+        lambda: exact.of_scores(
+            work, case.mode, functools.partial(loss_of_scores, kind, work), kind.reference
+        )
+    )
+    schedules: tuple[Schedule, ...] = ("recompute",)
+    if objectives.get(kind.objective).scope in ("unit", "pair", "list"):
+        schedules += ("batches",)
+    found = [
+        Implementation(one.name, _one_call(kind, one.options), one.unavailable)
+        for one in scorers.own(case, schedules)
+    ]
+    found += [
+        Implementation(way.name, _composed(kind, way.logp), way.unavailable, way.compiles)
+        for way in scorers.peers(case.device)
+    ]
+    found.append(Implementation("Liger", kind.liger, missing("liger_kernel"), compiles=True))
+    limit = functools.partial(bare_products, work, case.mode, 1 + kind.reference)
+    candidates = [one.candidate(work, case.mode, answer) for one in found]
+    return Experiment(limit, candidates, work.entropy)
+
+
+def _one_call(kind: Kind, options: ScoringOptions) -> Loss:
+    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+        given: dict[str, Any] = {"extras": kind.extras(work), **kind.hyperparameters}
+        if kind.reference:
+            given |= {"ref_hidden": work.ref_hidden, "ref_weight": work.ref_weight}
+        return preference_loss(
+            hidden, weight, work.target, kind.objective, options=options, **given
+        ).loss
+
+    return loss
+
+
+def _composed(kind: Kind, scored: Logp) -> Loss:
+    """The objective on the log-probabilities of ``scored``."""
+
+    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+        logp, ref_logp = scored(work, hidden, weight), None
+        if kind.reference:
+            with torch.no_grad():
+                ref_logp = scored(work, work.ref_hidden, work.ref_weight)
+        return loss_of_scores(kind, work, logp, ref_logp)
+
+    return loss
+
 
 def _labels(work: Work) -> dict[str, Tensor]:
     rows = torch.arange(work.target.shape[0], device=work.target.device)
@@ -34,31 +151,38 @@ def _advantages(work: Work) -> dict[str, Tensor]:
     return {"advantages": torch.linspace(-1, 1, work.target.shape[0], device=work.target.device)}
 
 
-def _liger_loss(name: str, work: Work, *tensors: Tensor, **arguments: Any) -> Tensor:
-    chunked = __import__("liger_kernel.chunked_loss", fromlist=[name])
-    settings = arguments.pop("settings")
-    loss: Tensor = getattr(chunked, name)(**settings)(*tensors, **arguments)[0]
+def _liger(name: str, settings: dict[str, Any], *tensors: Tensor, **given: Any) -> Tensor:
+    import liger_kernel.chunked_loss as chunked
+
+    # It marks dimensions of its arguments as dynamic, which other compiled functions then see.
+    own = [one.view_as(one) for one in tensors]
+    own_given = {name: one.view_as(one) for name, one in given.items()}
+    loss: Tensor = getattr(chunked, name)(**settings)(*own, **own_given)[0]
     return loss
 
 
+def _liger_score(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+    settings = {"ignore_index": IGNORE, "beta": 0.1, "use_ref_model": False}
+    return _liger("LigerFusedLinearDPOLoss", settings, weight, hidden, work.target)
+
+
 def _liger_dpo(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
-    return _liger_loss(
+    return _liger(
         "LigerFusedLinearDPOLoss",
-        work,
+        {"ignore_index": IGNORE, "beta": 0.1},
         weight,
         hidden,
         work.target,
         ref_input=work.ref_hidden,
         ref_weight=work.ref_weight,
-        settings={"ignore_index": IGNORE, "beta": 0.1},
     )
 
 
 def _liger_kto(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
     given = _labels(work)
-    return _liger_loss(
+    return _liger(
         "LigerFusedLinearKTOLoss",
-        work,
+        {"ignore_index": IGNORE, "beta": 0.1, "use_ref_model": True},
         hidden,
         weight,
         work.target,
@@ -66,34 +190,28 @@ def _liger_kto(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
         ref_input=work.ref_hidden,
         ref_weight=work.ref_weight,
         kl=given["kl"],
-        settings={"ignore_index": IGNORE, "beta": 0.1, "use_ref_model": True},
     )
 
 
 def _liger_simpo(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
     settings = {"ignore_index": IGNORE, "beta": 2.5, "gamma": 1.0, "compute_nll_loss": False}
-    return _liger_loss(
-        "LigerFusedLinearSimPOLoss", work, weight, hidden, work.target, settings=settings
-    )
+    return _liger("LigerFusedLinearSimPOLoss", settings, weight, hidden, work.target)
 
 
 def _liger_orpo(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
     settings = {"ignore_index": IGNORE, "beta": 0.1}
-    return _liger_loss(
-        "LigerFusedLinearORPOLoss", work, weight, hidden, work.target, settings=settings
-    )
+    return _liger("LigerFusedLinearORPOLoss", settings, weight, hidden, work.target)
 
 
 def _liger_grpo(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
-    return _liger_loss(
+    return _liger(
         "LigerFusedLinearGRPOLoss",
-        work,
+        {"beta": 0.0, "loss_type": "grpo", "use_ref_model": False},
         hidden,
         weight,
         work.target.clamp(min=0),
         work.scored.long(),
         _advantages(work)["advantages"],
-        settings={"beta": 0.0, "loss_type": "grpo", "use_ref_model": False},
     )
 
 
@@ -104,48 +222,4 @@ KINDS = {
     "orpo": Kind("orpo", _liger_orpo, {"beta": 0.1}),
     "grpo": Kind("grpo", _liger_grpo, {"beta": 0.0}, extras=_advantages),
 }
-
-
-def loss_implementations(kind: Kind) -> list[Implementation]:
-    return [
-        Implementation("fastpref", _fused(kind)),
-        Implementation("plain torch", _composed(kind, plain_logp)),
-        Implementation("TRL fused head", _composed(kind, trl_logp), missing("trl")),
-        Implementation("Liger", kind.liger, missing("liger_kernel")),
-    ]
-
-
-def _fused(kind: Kind) -> Loss:
-    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
-        given: dict[str, Any] = {"extras": kind.extras(work), **kind.hyperparameters}
-        if kind.reference:
-            given |= {"ref_hidden": work.ref_hidden, "ref_weight": work.ref_weight}
-        return preference_loss(hidden, weight, work.target, kind.objective, **given).loss
-
-    return loss
-
-
-def _composed(kind: Kind, scored: Loss) -> Loss:
-    """The objective on the per-token log-probabilities of ``scored``."""
-
-    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
-        objective = objectives.get(kind.objective, **kind.hyperparameters)
-        extras = kind.extras(work)
-        logp = scored(work, hidden, weight)
-        if objective.unit == "token":
-            return objective(logp, mask=work.scored, **extras).losses.mean()
-        models = [logp.sum(-1)]
-        if kind.reference:
-            with torch.no_grad():
-                models.append(scored(work, work.ref_hidden, work.ref_weight).sum(-1))
-        rows = [part for one in models for part in (one.chunk(2) if _pairs(kind) else (one,))]
-        lengths = work.scored.sum(-1).chunk(2)
-        names = ("chosen_lengths", "rejected_lengths")
-        extras |= {n: one for n, one in zip(names, lengths, strict=True) if n in objective.extras}
-        return objective(*rows, **extras).losses.mean()
-
-    return loss
-
-
-def _pairs(kind: Kind) -> bool:
-    return objectives.get(kind.objective).unit == "pair"
+_GIVEN = KINDS["dpo"]

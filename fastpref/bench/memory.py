@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of one step above its inputs, measured as resident memory in a process of its own."""
+"""Peak memory of one step of DPO above its inputs: on a CPU the resident memory of a process of its
+own, on a GPU what torch allocated."""
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import functools
+import gc
 import json
 import subprocess
 import sys
@@ -10,27 +15,108 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .. import ScoringOptions, explain, linear_logprob, preference_loss
-from ..scoring import Plan
-from ..scoring.batches import BatchedPlan
-from .work import Shape, make_work
+from .. import ScoringOptions, explain, preference_loss
+from ..scoring import workspace
+from .experiment import Case, Loss, Mode, step
+from .losses import score_implementations
+from .timing import MEBIBYTE, Clock
+from .work import Shape, Work
 
-MEBIBYTE = 1 << 20
+MODE: Mode = "trainable head"
 
 
-def measure(shape: Shape, dtype: str, schedule: str, budget: int | None) -> dict[str, Any]:
-    """Peak in MiB beside what the plan promises; starts a process."""
-    call = json.dumps([shape.sequences, shape.length, shape.hidden_size, shape.vocab_size])
+def own_options(budget: int) -> dict[str, ScoringOptions]:
+    """fastpref by itself, and within ``budget`` MiB."""
+    limit = budget * MEBIBYTE
+    return {
+        "fastpref": ScoringOptions(),
+        f"fastpref, recompute, {budget} MiB": ScoringOptions(
+            schedule="recompute", memory_budget=limit
+        ),
+        f"fastpref, batches, {budget} MiB": ScoringOptions(schedule="batches", memory_budget=limit),
+    }
+
+
+def names(case: Case, budget: int, compiling: bool) -> list[str]:
+    """Of what is installed; ``compiling``: also what compiles itself first, for seconds."""
+    peers = [
+        one.name
+        for one in score_implementations(case)
+        if not one.name.startswith("fastpref")
+        and one.unavailable is None
+        and (compiling or not one.compiles)
+    ]
+    return [*own_options(budget), *peers]
+
+
+def measure(case: Case, name: str, budget: int) -> dict[str, Any]:
+    """A row of the report, in MiB: the measured peak, the gradients in it, what fastpref's plan
+    allows for its workspace, and the logits that are not held."""
+    if case.device != "cpu":
+        return _measure(case, name, budget)
+    given = json.dumps([dataclasses.asdict(case), name, budget])
     done = subprocess.run(
-        [sys.executable, "-m", __name__, call, dtype, schedule, str(budget or 0)],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-m", __name__, given], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise RuntimeError(f"the memory measurement failed:\n{done.stderr.strip()}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(case: Case, name: str, budget: int) -> dict[str, Any]:
+    work = case.work()
+    loss, promised = _implementation(case, work, name, budget)
+    run = functools.partial(step, loss, work, MODE)
+    # Thread pools, libraries' workspaces and compilation are not the step's.
+    run()
+    workspace.release()
+    if case.device == "cpu":
+        peak: float | None = _resident_peak(run)
+    else:
+        peak = Clock(case.device).peak(run)
+    return {
+        "implementation": name,
+        "dtype": case.dtype,
+        "device": case.device,
+        "scored": case.shape.scored,
+        "peak": peak,
+        "gradients": (work.hidden.nbytes + work.weight.nbytes) / MEBIBYTE,
+        "workspace": promised,
+        "logits": case.shape.scored * case.shape.vocab_size * work.weight.itemsize / MEBIBYTE,
+    }
+
+
+def _implementation(case: Case, work: Work, name: str, budget: int) -> tuple[Loss, float | None]:
+    """And the workspace that its plan allows, in MiB."""
+    options = own_options(budget).get(name)
+    if options is None:
+        peers = {one.name: one.loss for one in score_implementations(case)}
+        return peers[name], None
+    reference = torch.zeros(case.shape.sequences, device=case.device)
+
+    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+        return preference_loss(
+            hidden, weight, work.target, "dpo", ref_logps=reference, options=options
+        ).loss
+
+    plan = explain(
+        *work.leaves(trainable=True), work.target, "dpo", ref_logps=reference, options=options
+    )
+    return loss, plan.policy.workspace_bytes / MEBIBYTE
+
+
+def _resident_peak(run: functools.partial[Any]) -> float:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    # Writing 5 sets the high-water mark back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / MEBIBYTE
 
 
 def _resident(field: str) -> int:
@@ -41,49 +127,7 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _main(sizes: str, dtype: str, schedule: str, budget: str) -> None:
-    work = make_work(Shape(*json.loads(sizes)), getattr(torch, dtype))
-    hidden, weight = work.leaves(trainable=True)
-    options = ScoringOptions(schedule=schedule, memory_budget=int(budget) or None)  # type: ignore[arg-type]
-    # A small call first: thread pools and library workspaces are not the step's.
-    small = work.target[:1, :8].clamp(min=0)
-    first = linear_logprob(hidden[:1, :8], weight[:64], small % 64).logp
-    if first is not None:
-        first.sum().backward()
-    hidden.grad = weight.grad = None
-    del first
-    call = (hidden, weight, work.target)
-    reference = {"ref_logps": torch.zeros(work.target.shape[0])}
-    if schedule == "batches":
-        plan: Plan | BatchedPlan = explain(*call, "dpo", **reference, options=options).policy
-    else:
-        plan = explain(*call, options=options)
-    # Writing 5 sets the high-water mark back to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    if schedule == "batches":
-        preference_loss(
-            *call, "dpo", ref_logps=reference["ref_logps"], options=options
-        ).loss.backward()
-    else:
-        logp = linear_logprob(*call, options=options).logp
-        if logp is not None:
-            work.dpo(logp).backward()
-    gradients = hidden.nbytes + weight.nbytes
-    print(
-        json.dumps(
-            {
-                "schedule": plan.schedule,
-                "scored": plan.scored,
-                "units": plan.units,
-                "peak": (_resident("VmHWM") - before) / MEBIBYTE,
-                "gradients": gradients / MEBIBYTE,
-                "workspace": plan.workspace_bytes / MEBIBYTE,
-                "logits": plan.scored * weight.shape[0] * weight.itemsize / MEBIBYTE,
-            }
-        )
-    )
-
-
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    case, name, budget = json.loads(sys.argv[1])
+    case["shape"] = Shape(**case["shape"])
+    print(json.dumps(_measure(Case(**case), name, budget)))

@@ -1,175 +1,205 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A benchmark's JSON as a terminal table, CSV, Markdown and pictures.
+"""Results as a terminal table, CSV and Markdown.
 
-``report`` is what ``python -m fastpref bench --out`` writes: ``machine``, ``shape``, ``cases``
-(what, dtype, trainable, timings by implementation, skipped) and ``memory``.
+A report is what ``python -m fastpref bench --out`` writes as JSON: ``machine``, and of ``cases``
+(cases.measure), ``memory`` (memory.measure) and ``curves`` (rows of scaling.point by axis) those
+that were measured.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
-from pathlib import Path
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from .suites import LIMIT, OVERFLOWING, SUITES
-from .work import Shape
+from .cases import LIMIT
+from .losses import OVERFLOWING
+from .machine import headline
+from .scaling import exponent
+from .suites import SUITES
 
-COLUMNS = ("what", "dtype", "head", "implementation", "seconds", "ratio", "low", "high", "error")
+Rows = Sequence[dict[str, Any]]
+COLUMNS = (
+    *("what", "device", "dtype", "mode", "logits", "scored", "hidden_size", "vocab_size"),
+    *("implementation", "seconds", "ratio", "low", "high", "error", "peak"),
+)
+
+
+def scored(shape: dict[str, Any]) -> int:
+    return int(shape["sequences"] * (shape["length"] - round(shape["masked"] * shape["length"])))
+
+
+def sizes(case: dict[str, Any]) -> str:
+    shape, entropy = case["shape"], case["entropy"]
+    positions = shape["sequences"] * shape["length"]
+    return (
+        f"N={scored(shape)} of {positions}, H={shape['hidden_size']}, V={shape['vocab_size']}, "
+        f"{entropy:.1f} nats a token"
+    )
 
 
 def title(case: dict[str, Any]) -> str:
-    head = "trainable" if case["trainable"] else "frozen"
-    return f"{SUITES[case['what']].title}: {case['dtype']}, {head} head"
+    return f"{SUITES[case['what']].title}: {case['dtype']}, {case['mode']}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f}us"
+
+
+def share(ratio: float) -> str:
+    """Of the bare products."""
+    return f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.2%}"
 
 
 def terminal_case(case: dict[str, Any]) -> str:
-    """One case: time, ratio to the bare products with its spread, error against float64."""
+    """One case: time, ratio to the bare products with its spread, error against float64, and on a
+    GPU the peak memory."""
     timings = case["timings"]
-    lines = [title(case), f"  {'':32}{'time':>10}{'ratio':>8}{'p20':>7}{'p80':>7}{'error':>10}"]
+    peaks = any(one["peak"] is not None for one in timings.values())
+    heads = f"  {'':32}{'time':>10}{'ratio':>8}{'p20':>8}{'p80':>8}{'error':>10}"
+    lines = [title(case), f"  ({sizes(case)})", heads + ("peak MiB".rjust(11) if peaks else "")]
     for name, one in timings.items():
         error = "" if one["error"] is None else f"{one['error']:.1e}"
-        lines.append(
-            f"  {name:32}{one['seconds'] * 1e3:8.1f}ms{one['ratio']:7.2f}x"
-            f"{one['low']:6.2f}x{one['high']:6.2f}x{error:>10}"
-        )
+        peak = f"{one['peak']:11.0f}" if peaks else ""
+        spread = "".join(f"{share(one[key]):>8}" for key in ("ratio", "low", "high"))
+        lines.append(f"  {name:32}{duration(one['seconds']):>10}{spread}{error:>10}{peak}")
     if OVERFLOWING in timings:
-        share = timings[OVERFLOWING]["ratio"] / timings["fastpref"]["ratio"]
-        lines.append(f"  1% overflowing rows cost {share:.2f}x of the same case without")
+        cost = timings[OVERFLOWING]["ratio"] / timings["fastpref"]["ratio"]
+        lines.append(f"  1% overflowing rows cost {cost:.2f}x of the same case without")
     lines += [f"  {name}: not measured, {why}" for name, why in case["skipped"].items()]
     return "\n".join(lines)
 
 
-def terminal_memory(rows: list[dict[str, Any]]) -> str:
+def terminal_memory(rows: Rows) -> str:
     names = ("measured", "gradients", "workspace", "(N, V) logits")
     lines = [
-        "peak memory above the inputs, float32, trainable head (MiB)",
-        f"  {'':26}{'N':>6}" + "".join(f"{name:>15}" for name in names),
+        "peak memory of DPO above its inputs, trainable head (MiB)",
+        f"  {'':36}{'N':>6}" + "".join(f"{name:>15}" for name in names),
     ]
     for row in rows:
-        name = row["schedule"] + (f", budget {row['budget']}" if row.get("budget") else "")
         values = (row[key] for key in ("peak", "gradients", "workspace", "logits"))
-        numbers = "".join(f"{value:15.0f}" for value in values)
-        lines.append(f"  {name:26}{row['scored']:6}{numbers}")
+        numbers = "".join(f"{'':15}" if value is None else f"{value:15.0f}" for value in values)
+        lines.append(f"  {row['implementation']:36}{row['scored']:6}{numbers}")
     return "\n".join(lines)
+
+
+def terminal_curve(axis: str, rows: Rows) -> str:
+    names = (axis, "fastpref", "products", "ratio", "workspace", "(N, H)", "(N, V), MiB")
+    lines = ["  " + "".join(f"{name:>12}" for name in names)]
+    for row in rows:
+        memory = "".join(f"{row[key]:12.0f}" for key in ("workspace", "rows", "logits"))
+        lines.append(
+            f"  {row['size']:12}{duration(row['seconds']):>12}{duration(row['products']):>12}"
+            f"{row['seconds'] / row['products']:11.2f}x{memory}"
+        )
+    return "\n".join([*lines, f"  {growth(axis, rows)}"])
+
+
+def growth(axis: str, rows: Rows) -> str:
+    if len(rows) < 2:
+        return "one size: no growth"
+    found = ", ".join(
+        f"{name} {exponent(rows, key):.2f}"
+        for name, key in (("fastpref", "seconds"), ("products", "products"))
+    )
+    first, last = rows[0], rows[-1]
+    spaces = ", ".join(
+        f"{name} {first[key]:.0f} to {last[key]:.0f} MiB"
+        for name, key in (("workspace", "workspace"), ("(N, H)", "rows"), ("(N, V)", "logits"))
+    )
+    return f"time grows with {axis} to the power of: {found}; {spaces}"
 
 
 def terminal(report: dict[str, Any]) -> str:
-    parts = [terminal_case(case) for case in report["cases"]]
-    return "\n\n".join([headline(report), *parts, terminal_memory(report["memory"])])
-
-
-def headline(report: dict[str, Any]) -> str:
-    machine, shape = report["machine"], Shape(**report["shape"])
-    return (
-        f"fastpref bench: N={shape.scored} scored of {shape.positions} positions, "
-        f"H={shape.hidden_size}, V={shape.vocab_size}, {machine['threads']} threads, "
-        f"torch {machine['torch']}, {machine['processor']}"
-    )
+    parts = [headline(report["machine"])]
+    parts += [terminal_case(case) for case in report.get("cases", ())]
+    if report.get("memory"):
+        parts.append(terminal_memory(report["memory"]))
+    parts += [terminal_curve(axis, rows) for axis, rows in report.get("curves", {}).items()]
+    return "\n\n".join(parts)
 
 
 def comma_separated(report: dict[str, Any]) -> str:
-    """A row for each implementation of each case, under ``COLUMNS``."""
+    """A row for each timing of each case, under ``COLUMNS``."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for case in report["cases"]:
-        shared = {
-            "what": case["what"],
-            "dtype": case["dtype"],
-            "head": "trainable" if case["trainable"] else "frozen",
-        }
+    for case in report.get("cases", ()):
+        shape = case["shape"]
+        shared = {key: case[key] for key in ("what", "device", "dtype", "mode", "logits")}
+        shared |= {key: shape[key] for key in ("hidden_size", "vocab_size")}
         for name, timing in case["timings"].items():
-            writer.writerow(shared | {"implementation": name} | timing)
+            row = {"scored": scored(shape), "implementation": name}
+            writer.writerow(shared | row | timing)
     return out.getvalue()
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """A table for each kind of work: an implementation a row, a dtype and head a column, ratios to
-    the bare products."""
-    return "\n\n".join(_markdown_table(report, what) for what in _kinds(report))
+def groups(report: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Cases that differ in dtype and mode alone, with a name for their table or picture."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for case in report.get("cases", ()):
+        shape = case["shape"]
+        size = f"{scored(shape)}x{shape['hidden_size']}x{shape['vocab_size']}"
+        name = f"{case['what']}-{size}-{case['logits']}"
+        found.setdefault(name, []).append(summed_up(case))
+    yield from found.items()
 
 
-def _kinds(report: dict[str, Any]) -> Iterator[str]:
-    yield from dict.fromkeys(case["what"] for case in report["cases"])
+def summed_up(case: dict[str, Any]) -> dict[str, Any]:
+    """Of the objectives alone, of which there are dozens, the fastest, the median, the slowest."""
+    if case["what"] != "heads" or len(case["timings"]) < 5:
+        return case
+    products = {LIMIT: case["timings"][LIMIT]}
+    ordered = sorted((one["ratio"], name) for name, one in case["timings"].items() if name != LIMIT)
+    middle = statistics.median_low(ordered)
+    chosen = {"fastest": ordered[0], "median": middle, "slowest": ordered[-1]}
+    rows = {key: case["timings"][name] for key, (_, name) in chosen.items()}
+    return case | {"timings": products | rows}
 
 
-def _markdown_table(report: dict[str, Any], what: str) -> str:
-    cases = [case for case in report["cases"] if case["what"] == what]
+def implementations(cases: Iterable[dict[str, Any]]) -> list[str]:
+    """Of all the cases, fastpref's first, the limit left out."""
     names: dict[str, None] = {}
     for case in cases:
         names |= dict.fromkeys(name for name in case["timings"] if name != LIMIT)
-    heads = [
-        f"{case['dtype']}, {'trainable' if case['trainable'] else 'frozen'} head" for case in cases
-    ]
+    return sorted(names, key=lambda name: not name.startswith("fastpref"))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A table for each group of cases: an implementation a row, a dtype and mode a column, ratios
+    to the bare products."""
+    return "\n\n".join(_table(cases) for _, cases in groups(report))
+
+
+def markdown_curves(report: dict[str, Any]) -> str:
+    """A line for each axis: its ends and the exponents."""
+    return "\n".join(
+        f"- {axis} from {rows[0]['size']} to {rows[-1]['size']}: {growth(axis, rows)}."
+        for axis, rows in report["curves"].items()
+    )
+
+
+def _table(cases: list[dict[str, Any]]) -> str:
+    first = cases[0]
+    heads = [f"{case['dtype']}, {case['mode']}" for case in cases]
     lines = [
-        f"| {SUITES[what].title} | " + " | ".join(heads) + " |",
+        f"**{SUITES[first['what']].title}** ({sizes(first)})",
+        "",
+        "| | " + " | ".join(heads) + " |",
         "|---" * (len(heads) + 1) + "|",
     ]
-    for name in names:
-        cells = (case["timings"].get(name) for case in cases)
-        ratios = ("not measured" if one is None else f"{one['ratio']:.2f}x" for one in cells)
-        lines.append(f"| {name} | " + " | ".join(ratios) + " |")
+    for name in implementations(cases):
+        cells = [_cell(case, name) for case in cases]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def pictures(report: dict[str, Any], folder: Path) -> list[Path]:
-    """PNG files in ``folder``: time over the limit and error of each implementation by kind of
-    work, and memory by number of tokens.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for what in _kinds(report):
-        cases = [case for case in report["cases"] if case["what"] == what]
-        for key, label in (("ratio", "time over the bare products"), ("error", "gradient error")):
-            figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-            _bars(axes, cases, key)
-            axes.set_ylabel(label)
-            axes.set_yscale("log")
-            axes.set_title(SUITES[what].title)
-            if key == "ratio":
-                axes.axhline(1, color="black", linewidth=0.8)
-            written.append(folder / f"{what}-{key}.png")
-            figure.savefig(written[-1], dpi=120)
-            plt.close(figure)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    _memory_lines(axes, report["memory"])
-    written.append(folder / "memory.png")
-    figure.savefig(written[-1], dpi=120)
-    plt.close(figure)
-    return written
-
-
-def _bars(axes: Any, cases: list[dict[str, Any]], key: str) -> None:
-    names = dict.fromkeys(name for case in cases for name in case["timings"] if name != LIMIT)
-    width = 0.8 / max(1, len(names))
-    for place, name in enumerate(names):
-        values = [case["timings"].get(name, {}).get(key) or 0.0 for case in cases]
-        at = [number + place * width for number in range(len(cases))]
-        axes.bar(at, values, width, label=name)
-    heads = [f"{one['dtype']}\n{'trainable' if one['trainable'] else 'frozen'}" for one in cases]
-    axes.set_xticks([number + 0.4 - width / 2 for number in range(len(cases))], heads)
-    axes.legend(fontsize="small")
-
-
-def _memory_lines(axes: Any, rows: list[dict[str, Any]]) -> None:
-    by_name: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        by_name.setdefault(row["schedule"], []).append((row["scored"], row["peak"]))
-    logits = sorted({(row["scored"], row["logits"]) for row in rows})
-    axes.plot(*zip(*logits, strict=True), "k--", label="(N, V) logits alone")
-    for name, points in by_name.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
-    axes.set_xlabel("scored tokens")
-    axes.set_ylabel("peak MiB above the inputs")
-    axes.set_ylim(bottom=0)
-    axes.legend()
+def _cell(case: dict[str, Any], name: str) -> str:
+    timing = case["timings"].get(name)
+    if timing is None:
+        return "not measured" if name in case["skipped"] else ""
+    if case["device"] == "cpu":
+        return share(timing["ratio"])
+    return f"{duration(timing['seconds'])}, {share(timing['ratio'])}, {timing['peak']:.0f} MiB"

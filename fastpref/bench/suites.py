@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: implementations of the same work beside its bare matrix products."""
+"""What can be measured, by name."""
 
 from __future__ import annotations
 
@@ -7,45 +7,40 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
-from .divergences import divergence_implementations
-from .implementations import Implementation, bare_products, implementations
-from .losses import KINDS, loss_implementations
-from .work import Work
-
-LIMIT = "bare products"
-OVERFLOWING = "fastpref, 1% overflowing"
+from .divergences import divergence_experiment
+from .experiment import MODES, Case, Experiment, Mode, missing
+from .heads import heads_experiment
+from .losses import KINDS, loss_experiment, score_experiment
+from .training import training_experiment
 
 
 class Suite(NamedTuple):
     title: str
-    implementations: Callable[[], list[Implementation]]
-    products: Callable[[Work, bool], None]
-    overflows: bool = False  # whether overflowing rows are measured too
-    usual: bool = True  # whether it is measured when none is asked for
+    experiment: Callable[[Case], Experiment]
+    modes: tuple[Mode, ...] = tuple(MODES)
+    needs: str | None = None  # a module
 
-
-def two_model_products(work: Work, trainable: bool) -> None:
-    """And that of the other model."""
-    torch.mm(work.ref_hidden[work.scored], work.ref_weight.t())
-    bare_products(work, trainable)
-
-
-def _of_losses() -> dict[str, Suite]:
-    suites = {}
-    for name, kind in KINDS.items():
-        title = f"preference_loss, {name}" + (", live reference" if kind.reference else "")
-        products = two_model_products if kind.reference else bare_products
-        made = functools.partial(loss_implementations, kind)
-        suites[name] = Suite(title, made, products, usual=name == "dpo")
-    return suites
+    @property
+    def unavailable(self) -> str | None:
+        return self.needs and missing(self.needs)
 
 
 SUITES = {
-    "score": Suite("scores and DPO", implementations, bare_products, overflows=True),
-    **_of_losses(),
-    "divergence": Suite(
-        "linear_divergence, forward KL", divergence_implementations, two_model_products
+    "score": Suite("linear_logprob and DPO on given references", score_experiment),
+    **{
+        name: Suite(
+            f"preference_loss, {name}" + (", live reference" if kind.reference else ""),
+            functools.partial(loss_experiment, kind),
+        )
+        for name, kind in KINDS.items()
+    },
+    "divergence": Suite("linear_divergence, forward KL", divergence_experiment),
+    "heads": Suite(
+        "objectives alone, beside the products of a step",
+        heads_experiment,
+        ("forward", "trainable head"),
+    ),
+    "step": Suite(
+        "a training step with a two-layer model", training_experiment, needs="transformers"
     ),
 }

@@ -1,48 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work that every implementation does: score a preference batch, apply DPO, go backward."""
+"""What goes in: the hidden states, head and targets of a preference batch, and of its reference."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .. import objectives
-
 IGNORE = -100
+# Nats. A language model's loss on its own kind of text: its entropy, where it is calibrated.
+TRAINED_ENTROPY = 2.0
+ROWS_OF_A_BLOCK = 256
+CALIBRATION_ROWS = 32
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A preference batch as a trainer sees it."""
-
-    sequences: int = 8  # B, chosen first
-    length: int = 256  # T
-    hidden_size: int = 1024  # H
-    vocab_size: int = 32000  # V
-    masked: float = 0.5  # share of each row that is prompt
-
-    @property
-    def positions(self) -> int:
-        return self.sequences * self.length
-
-    @property
-    def prompt(self) -> int:
-        """Tokens at the beginning of each row that are not scored."""
-        return round(self.masked * self.length)
-
-    @property
-    def scored(self) -> int:
-        """N."""
-        return self.sequences * (self.length - self.prompt)
-
-    @classmethod
-    def of_model(cls, name: str, masked: float = 0.5) -> Shape:
-        """With the head of a model."""
-        hidden_size, vocab_size = MODELS[name]
-        return cls(hidden_size=hidden_size, vocab_size=vocab_size, masked=masked)
-
+Logits = Literal["trained", "random"]
 
 # H and V.
 MODELS = {
@@ -58,67 +31,131 @@ MODELS = {
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A preference batch as a collator pads it: prompt, completion, padding."""
+
+    sequences: int = 8  # B, even: the chosen responses, then the rejected ones
+    length: int = 256  # T
+    hidden_size: int = 1024  # H
+    vocab_size: int = 32000  # V
+    masked: float = 0.5  # share of the positions that are prompt or padding
+
+    @property
+    def positions(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def completion(self) -> int:
+        """Mean length of a completion."""
+        return self.length - round(self.masked * self.length)
+
+    @property
+    def scored(self) -> int:
+        """N."""
+        return self.sequences * self.completion
+
+    def spans(self, generator: torch.Generator) -> list[tuple[int, int]]:
+        """Where each row's completion begins and ends. A pair shares its prompt; one response is
+        as much longer than the mean as the other is shorter."""
+        unscored, pairs = self.length - self.completion, self.sequences // 2
+        spans = []
+        for share, spread in torch.rand(pairs, 2, generator=generator).tolist():
+            prompt = round(unscored * (1 + 2 * share) / 4)  # a quarter to three quarters of it
+            half = round((2 * spread - 1) * min(unscored - prompt, self.completion - 1))
+            spans.append([(prompt, prompt + self.completion + one) for one in (half, -half)])
+        return [pair[0] for pair in spans] + [pair[1] for pair in spans]
+
+
+@dataclass(frozen=True)
 class Work:
+    shape: Shape
     hidden: Tensor  # (B, T, H)
     weight: Tensor  # (V, H)
     target: Tensor  # (B, T)
     ref_hidden: Tensor  # (B, T, H), of a model that this one was trained from
     ref_weight: Tensor  # (V, H)
+    entropy: float  # mean entropy of a token, in nats
 
     @property
     def scored(self) -> Tensor:
         return self.target != IGNORE
-
-    def to(self, dtype: torch.dtype) -> Work:
-        models = self.hidden, self.weight, self.ref_hidden, self.ref_weight
-        hidden, weight, *reference = (one.to(dtype) for one in models)
-        return Work(hidden, weight, self.target, *reference)
-
-    def on(self, device: str) -> Work:
-        every = self.hidden, self.weight, self.target, self.ref_hidden, self.ref_weight
-        return Work(*(one.to(device) for one in every))
 
     def leaves(self, trainable: bool) -> tuple[Tensor, Tensor]:
         """Fresh leaves: hidden, and the weight with or without gradient."""
         weight = self.weight.detach().requires_grad_(trainable)
         return self.hidden.detach().requires_grad_(), weight
 
-    def dpo(self, logp: Tensor) -> Tensor:
-        """The loss from per-token log-probabilities (B, T), 0 where not scored.
-
-        The reference is uniform: Liger takes no precomputed log-probabilities.
-        """
-        chosen, rejected = logp.sum(-1).chunk(2)
-        reference = torch.zeros_like(chosen)
-        return objectives.dpo(chosen, rejected, reference, reference).losses.mean()
-
 
 def make_work(
     shape: Shape,
     dtype: torch.dtype,
+    device: str = "cpu",
+    logits: Logits = "trained",
     overflowing: float = 0.0,
     seed: int = 0,
 ) -> Work:
-    """Random rows whose targets are likely tokens, as in a trained model.
+    """Random rows whose targets are drawn from their own softmax.
 
     Args:
-        overflowing: share of scored rows whose target lies far more than 88 nats below the
-            largest logit, where a plain exponential would overflow.
+        logits: "trained" scales the hidden states until the mean entropy is ``TRAINED_ENTROPY``;
+            "random" leaves logits of variance 1, an entropy of nearly log V.
+        overflowing: share of rows whose target lies far more than 88 nats below the largest logit,
+            where a plain exponential would overflow.
     """
-    generator = torch.Generator().manual_seed(seed)
+    # The structure is drawn on the CPU: spans are wanted there.
+    structure = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     rows, vocab, width = shape.positions, shape.vocab_size, shape.hidden_size
-    weight = torch.randn(vocab, width, generator=generator) * width**-0.5
-    hidden = torch.randn(rows, width, generator=generator)
-    target = torch.randint(0, vocab, (rows,), generator=generator)
-    # Towards the target's row: its logit rises by about 8.
-    hidden += 8 * weight[target]
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device)
+
+    weight = draw(vocab, width) * width**-0.5
+    hidden = draw(rows, width)
+    sample = hidden[:CALIBRATION_ROWS] @ weight.t()
+    if logits == "trained":
+        scale = _scale_to_entropy(sample, TRAINED_ENTROPY)
+        hidden, sample = hidden * scale, sample * scale
+    chance = torch.rand(rows, 1, generator=generator, device=device)
+    blocks = zip(hidden.split(ROWS_OF_A_BLOCK), chance.split(ROWS_OF_A_BLOCK), strict=True)
+    target = torch.cat([_drawn(block @ weight.t(), share) for block, share in blocks])
     if overflowing:
-        hidden[:: round(1 / overflowing)] -= 200 * weight[target[:: round(1 / overflowing)]]
+        every = slice(None, None, round(1 / overflowing))
+        hidden[every] -= 200 * weight[target[every]]
+    ref_hidden = hidden + 0.1 * hidden.std() * draw(rows, width)
+    ref_weight = weight + 0.1 * width**-0.5 * draw(vocab, width)
     target = target.view(shape.sequences, shape.length)
-    target[:, : shape.prompt] = IGNORE
-    hidden = hidden.view(shape.sequences, shape.length, width)
-    ref_hidden = hidden + 0.1 * torch.randn(hidden.shape, generator=generator)
-    ref_weight = weight + 0.1 * width**-0.5 * torch.randn(weight.shape, generator=generator)
+    for row, (begin, end) in zip(target, shape.spans(structure), strict=True):
+        row[:begin] = row[end:] = IGNORE
+    batch = shape.sequences, shape.length, width
     return Work(
-        hidden.to(dtype), weight.to(dtype), target, ref_hidden.to(dtype), ref_weight.to(dtype)
+        shape,
+        hidden.view(batch).to(dtype),
+        weight.to(dtype),
+        target,
+        ref_hidden.view(batch).to(dtype),
+        ref_weight.to(dtype),
+        float(_entropy(sample)),
     )
+
+
+def _drawn(logits: Tensor, chance: Tensor) -> Tensor:
+    """A token a row from its softmax, by inverting its distribution function."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    found = torch.searchsorted(cumulative, chance * cumulative[:, -1:])[:, 0]
+    return found.clamp(max=logits.shape[-1] - 1)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Mean over the rows."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1).mean()
+
+
+def _scale_to_entropy(logits: Tensor, wanted: float) -> float:
+    """By which to multiply ``logits``: entropy falls as the scale grows."""
+    low, high = 0.0, 64.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _entropy(logits * middle) > wanted else (low, middle)
+    return high

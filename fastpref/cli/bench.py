@@ -1,60 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fastpref bench``: forward and backward of the head, with DPO or with a divergence.
-
-Against the bare products of the scored tokens and against the alternatives; then peak memory
-against its formula.
-"""
+"""``python -m fastpref bench``: the same work through fastpref and its alternatives, against the
+bare matrix products."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
 import json
-import platform
-import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..bench import choice, gpu, scaling
+from ..bench import choice, gpu, machine, memory, pictures, scaling
 from ..bench import report as reporting
-from ..bench.implementations import Implementation
-from ..bench.memory import measure
-from ..bench.suites import LIMIT, OVERFLOWING, SUITES, Suite
-from ..bench.timing import interleave
-from ..bench.work import MODELS, Shape, Work, make_work
+from ..bench.cases import measure
+from ..bench.experiment import MODES, Case
+from ..bench.suites import SUITES
+from ..bench.work import MODELS, Shape
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+USUAL = ("score", "dpo", "divergence", "heads")
+MEMORY_TOKENS = (512, 1024, 2048)
+MEMORY_BUDGET = 32  # MiB
+QUICK = Shape(4, 64, 256, 8192)
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("bench", help="measure fastpref against the alternatives")
-    parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
+    parser = subparsers.add_parser(
+        "bench", help="measure fastpref against the alternatives", description=__doc__
+    )
     parser.add_argument(
-        "--suite", choices=("cpu", "scaling", "gpu", "choice"), default="cpu", help="default: cpu"
+        "--quick", action="store_true", help="small shapes, nothing that compiles; under a minute"
+    )
+    parser.add_argument(
+        "--suite",
+        choices=("cases", "scaling", "gpu", "choice"),
+        default="cases",
+        help="cases: what the options below name, and memory (default). scaling: growth with N, V "
+        "and H. gpu: what `make gpu` measures. choice: the table for backend='auto' on CUDA",
     )
     parser.add_argument(
         "--what",
         choices=tuple(SUITES),
         action="append",
-        help="of the cpu suite; default: score, dpo, divergence",
+        help=f"default: {', '.join(USUAL)}; may be repeated, as those below",
+    )
+    parser.add_argument(
+        "--implementation",
+        action="append",
+        metavar="NAME",
+        help='as a table names it, such as "plain torch"; default: all',
+    )
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: the first two")
+    parser.add_argument(
+        "--mode",
+        choices=tuple(MODES),
+        action="append",
+        help="no gradient, backward to hidden states, backward to both; default: all",
     )
     parser.add_argument(
         "--model", choices=tuple(MODELS), default="small", help="whose head (default: small)"
     )
     parser.add_argument(
-        "--masked", type=float, default=0.5, help="share of prompt tokens (default 0.5)"
+        "--length", type=int, default=256, help="positions of each of 8 sequences (default 256)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     parser.add_argument(
-        "--out", type=Path, default=None, help="also write JSON, CSV and pictures to this folder"
+        "--masked",
+        type=float,
+        default=0.5,
+        help="share of positions that are prompt or padding (default 0.5)",
+    )
+    parser.add_argument(
+        "--logits",
+        choices=("trained", "random"),
+        default="trained",
+        help="a softmax with the entropy of a trained model's (default), or of random logits",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="also write JSON, CSV, Markdown and PNG there"
     )
     parser.add_argument(
         "--report", type=Path, default=None, metavar="FILE.json", help="measure nothing, redraw"
@@ -62,36 +93,153 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.rounds < 1:
-        print(f"--rounds must be at least 1, got {args.rounds}", file=sys.stderr)
-        return 2
-    if not 0 <= args.masked < 1:
-        print(f"--masked must be in [0, 1), got {args.masked}", file=sys.stderr)
+    wrong = _wrong(args)
+    if wrong is not None:
+        print(wrong, file=sys.stderr)
         return 2
     if args.report is not None:
         return _redraw(args.report, args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.suite == "scaling":
-        return _run_scaling(args)
-    if args.suite != "cpu":
-        return _run_gpu(args)
-    quick = Shape(4, 64, 256, 8192, args.masked)
-    shape = quick if args.quick else Shape.of_model(args.model, args.masked)
-    report: dict[str, Any] = {"machine": _machine(), "shape": vars(shape), "cases": []}
-    print(reporting.headline(report))
-    for what in args.what or (name for name, suite in SUITES.items() if suite.usual):
-        for dtype in args.dtype or DTYPES:
-            for trainable in (True, False):
-                case = _case(what, shape, dtype, trainable, args.rounds)
-                report["cases"].append(case)
-                print("\n" + reporting.terminal_case(case), flush=True)
-    report["memory"] = _memory(args.quick)
-    print("\n" + reporting.terminal_memory(report["memory"]))
-    _write(args.out, "bench.json", report)
-    if args.out is not None:
-        _draw(report, args.out)
+    device = "cuda" if args.suite in ("gpu", "choice") else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr)
+        return 1
+    run = _Run(args, device)
+    print(machine.headline(run.report["machine"]), flush=True)
+    {"cases": run.cases, "scaling": run.scaling, "gpu": run.gpu, "choice": run.choice}[args.suite]()
     return 0
+
+
+def _wrong(args: argparse.Namespace) -> str | None:
+    if args.rounds < 1:
+        return f"--rounds must be at least 1, got {args.rounds}"
+    if args.threads is not None and args.threads < 1:
+        return f"--threads must be at least 1, got {args.threads}"
+    if not 0 <= args.masked < 1:
+        return f"--masked must be in [0, 1), got {args.masked}"
+    if args.length < 2 or round(args.masked * args.length) >= args.length:
+        return (
+            f"--length must be at least 2 and leave a scored position at --masked {args.masked}, "
+            f"got {args.length}"
+        )
+    return None
+
+
+@dataclass
+class _Run:
+    """One run of the command and its report."""
+
+    args: argparse.Namespace
+    device: str
+
+    def __post_init__(self) -> None:
+        self.report: dict[str, Any] = {"machine": machine.describe(self.device)}
+
+    def cases(self) -> None:
+        self._measure(_chosen(self.args))
+        shape = replace(QUICK, sequences=8) if self.args.quick else Shape(hidden_size=256)
+        tokens = MEMORY_TOKENS[:1] if self.args.quick else MEMORY_TOKENS
+        base = Case("score", "trainable head", "float32", shape, device=self.device)
+        self._memory(replace(base, shape=replace(shape, length=scored // 4)) for scored in tokens)
+        self._write()
+
+    def gpu(self) -> None:
+        end = time.monotonic() + gpu.SECONDS
+        cases = itertools.islice(gpu.cases(), 3 if self.args.quick else None)
+        self._measure(_until(end, cases, lambda case: f"{case.what}, {case.mode}"))
+        self._memory(_until(end, gpu.memory_cases(), lambda case: f"memory, N={case.shape.scored}"))
+        self._write()
+
+    def scaling(self) -> None:
+        self.report["curves"] = {}
+        print(f"growth of forward and backward, float32, from {scaling.BASE}")
+        for axis, sizes in scaling.AXES.items():
+            rows = self.report["curves"][axis] = []
+            for size in sizes[:2] if self.args.quick else sizes:
+                progress = _progress(f"{axis}={size}")
+                rows.append(scaling.point(axis, size, self.args.rounds, self.device, progress))
+                self._save()
+            _clear()
+            print("\n" + reporting.terminal_curve(axis, rows), flush=True)
+        self._write()
+
+    def choice(self) -> None:
+        major, minor = torch.cuda.get_device_capability()
+        table = []
+        for case in itertools.islice(choice.cases("cuda"), 2 if self.args.quick else None):
+            progress = _progress(f"{case.dtype}, {case.shape}")
+            table.append(choice.entry(case, 10 * major + minor, self.args.rounds, progress))
+            print(f"  {table[-1]}", flush=True)
+        if self.args.out is not None:
+            self.args.out.mkdir(parents=True, exist_ok=True)
+            path = self.args.out / "choice.json"
+            path.write_text(json.dumps(table, indent=1) + "\n")
+            print(f"\nwritten to {path}")
+
+    def _measure(self, cases: Iterable[Case]) -> None:
+        found = self.report["cases"] = []
+        for case in cases:
+            reason = SUITES[case.what].unavailable
+            if reason is not None:
+                print(f"\n{SUITES[case.what].title}: not measured, {reason}")
+                continue
+            progress = _progress(f"{case.what}, {case.dtype}, {case.mode}: ")
+            row = measure(
+                case,
+                self.args.rounds,
+                progress,
+                self.args.implementation or (),
+                compiling=not self.args.quick,
+            )
+            _clear()
+            found.append(row)
+            print("\n" + reporting.terminal_case(row), flush=True)
+            self._save()
+
+    def _memory(self, cases: Iterable[Case]) -> None:
+        rows = self.report["memory"] = []
+        for case in cases:
+            for name in memory.names(case, MEMORY_BUDGET, not self.args.quick):
+                if self.args.implementation and name not in self.args.implementation:
+                    continue
+                _progress(f"memory: {name}, ")(f"N={case.shape.scored}")
+                rows.append(memory.measure(case, name, MEMORY_BUDGET))
+        _clear()
+        if rows:
+            print("\n" + reporting.terminal_memory(rows), flush=True)
+
+    def _save(self) -> None:
+        """What there is, so that a run that is cut short loses nothing."""
+        if self.args.out is not None:
+            self.args.out.mkdir(parents=True, exist_ok=True)
+            (self.args.out / "bench.json").write_text(json.dumps(self.report, indent=1) + "\n")
+
+    def _write(self) -> None:
+        self._save()
+        if self.args.out is not None:
+            print(f"\nwritten to {self.args.out / 'bench.json'}")
+            _draw(self.report, self.args.out)
+
+
+def _chosen(args: argparse.Namespace) -> Iterator[Case]:
+    width, vocab = MODELS[args.model]
+    shape = Shape(8, args.length, width, vocab, args.masked)
+    if args.quick:
+        shape = replace(QUICK, masked=args.masked)
+    for what, dtype in itertools.product(args.what or USUAL, args.dtype or DTYPES[:2]):
+        for mode in args.mode or MODES:
+            if mode in SUITES[what].modes:
+                yield Case(what, mode, dtype, shape, args.logits, args.device)
+
+
+def _until(end: float, cases: Iterable[Case], name: Callable[[Case], str]) -> Iterator[Case]:
+    """Cases that begin before ``end``; the others are said."""
+    for case in cases:
+        if time.monotonic() < end:
+            yield case
+        else:
+            print(f"\n{name(case)}: not measured, out of time")
 
 
 def _redraw(path: Path, folder: Path | None) -> int:
@@ -99,7 +247,7 @@ def _redraw(path: Path, folder: Path | None) -> int:
     try:
         report = json.loads(path.read_text())
         said = reporting.terminal(report)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"--report must be a file that --out wrote, got {path}: {error}", file=sys.stderr)
         return 2
     print(said)
@@ -110,175 +258,28 @@ def _redraw(path: Path, folder: Path | None) -> int:
 
 def _draw(report: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.csv").write_text(reporting.comma_separated(report))
-    (folder / "bench.md").write_text(reporting.markdown(report) + "\n")
-    written = [folder / "bench.csv", folder / "bench.md"]
+    written = []
+    if report.get("cases"):
+        (folder / "bench.csv").write_text(reporting.comma_separated(report))
+        (folder / "bench.md").write_text(reporting.markdown(report) + "\n")
+        written = [folder / "bench.csv", folder / "bench.md"]
     try:
-        written += reporting.pictures(report, folder)
+        written += pictures.draw(report, folder)
     except ImportError as error:
         print(f'no pictures: {error}; install "fastpref[bench]"', file=sys.stderr)
     for path in written:
         print(f"written to {path}")
 
 
-def _run_scaling(args: argparse.Namespace) -> int:
-    report: dict[str, Any] = {"machine": _machine(), "curves": {}}
-    print(f"fastpref bench: growth of forward and backward, float32, {scaling.BASE}")
-    for axis in scaling.AXES:
-        sizes = scaling.AXES[axis][:2] if args.quick else scaling.AXES[axis]
-        rows = scaling.curve(axis, args.rounds, _progress, sizes)
-        _progress("")
-        report["curves"][axis] = rows
-        print("\n" + scaling.table(axis, rows), flush=True)
-    _write(args.out, "scaling.json", report)
-    return 0
+def _progress(before: str) -> Callable[[str], None]:
+    """Says what runs on one line that rewrites itself on a terminal; nothing into a file."""
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{before}{text}", end="", file=sys.stderr, flush=True)
+
+    return say
 
 
-def _run_gpu(args: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        print(
-            f"--suite {args.suite}: torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr
-        )
-        return 1
-    machine = gpu_machine()
-    print("fastpref bench: " + ", ".join(f"{name} {value}" for name, value in machine.items()))
-    if args.suite == "choice":
-        major, minor = torch.cuda.get_device_capability()
-        wanted = itertools.islice(choice.sizes(), 2 if args.quick else None)
-        table = choice.measure(wanted, 10 * major + minor, "cuda", args.rounds, print)
-        _write(args.out, "choice.json", table)
-        return 0
-    shapes = (Shape(4, 256, 512, 32000, masked=0),) if args.quick else gpu.SHAPES
-    cases = gpu.suite(shapes, "cuda", args.rounds, lambda line: print(line, flush=True))
-    _write(args.out, "gpu.json", {"machine": machine, "cases": cases})
-    return 0
-
-
-def gpu_machine() -> dict[str, str]:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        driver = "unknown"
-    return {
-        "chip": torch.cuda.get_device_name(),
-        "driver": driver.strip().splitlines()[0],
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "trl": _version("trl"),
-        "liger-kernel": _version("liger-kernel"),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _write(folder: Path | None, name: str, report: Any) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwritten to {folder / name}")
-
-
-def _machine() -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
-    return {
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _progress(text: str) -> None:
-    """One line that rewrites itself on a terminal; nothing into a file."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def _case(what: str, shape: Shape, dtype: str, trainable: bool, rounds: int) -> dict[str, Any]:
-    suite = SUITES[what]
-    title = reporting.title({"what": what, "dtype": dtype, "trainable": trainable})
-    work = make_work(shape, getattr(torch, dtype))
-    errors, candidates = {}, {LIMIT: lambda: suite.products(work, trainable)}
-    skipped = {}
-    exact = _step(_plain(suite), work.to(torch.float64), trainable)
-    for one in suite.implementations():
-        if one.unavailable is not None:
-            skipped[one.name] = one.unavailable
-            continue
-        _progress(f"{title}: checking {one.name}")
-        # A peer's compiler or kernel may fail on this machine; its row then says why.
-        try:
-            errors[one.name] = _error(_step(one, work, trainable), exact)
-        except Exception as error:
-            skipped[one.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            continue
-        candidates[one.name] = _runner(one, work, trainable)
-        if one.name == "fastpref" and suite.overflows:
-            overflowing = make_work(shape, getattr(torch, dtype), overflowing=0.01)
-            candidates[OVERFLOWING] = _runner(one, overflowing, trainable)
-            candidates[OVERFLOWING]()
-    candidates[LIMIT]()
-    timings = interleave(candidates, LIMIT, rounds, lambda text: _progress(f"{title}: {text}"))
-    _progress("")
-    rows = {name: vars(timing) | {"error": errors.get(name)} for name, timing in timings.items()}
-    return {
-        "what": what,
-        "dtype": dtype,
-        "trainable": trainable,
-        "timings": rows,
-        "skipped": skipped,
-    }
-
-
-def _plain(suite: Suite) -> Implementation:
-    return next(one for one in suite.implementations() if one.name == "plain torch")
-
-
-def _step(one: Implementation, work: Work, trainable: bool) -> list[Tensor]:
-    """Gradients of hidden (scored rows) and, if trainable, of the weight."""
-    hidden, weight = work.leaves(trainable)
-    one.loss(work, hidden, weight).backward()
-    grads = [hidden.grad] + ([weight.grad] if trainable else [])
-    return [grad for grad in grads if grad is not None]
-
-
-def _runner(one: Implementation, work: Work, trainable: bool) -> Any:
-    def step() -> None:
-        _step(one, work, trainable)
-
-    return step
-
-
-def _error(grads: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest relative root-mean-square error of a gradient."""
-    pairs = zip(grads, exact, strict=True)
-    return max(float((got.double() - want).norm() / want.norm()) for got, want in pairs)
-
-
-def _memory(quick: bool) -> list[dict[str, Any]]:
-    length = 128 if quick else 512
-    shape = Shape(8, length, 256, 8192 if quick else 32000)
-    longer = Shape(8, 2 * length, shape.hidden_size, shape.vocab_size)
-    budget = (4 if quick else 32) << 20
-    calls: list[tuple[Shape, str, int | None]] = [(shape, "auto", None)]
-    calls += [(one, "recompute", budget) for one in (shape, longer)]
-    calls += [(one, "batches", 3 * budget) for one in (shape, longer)]
-    rows = []
-    for one, schedule, limit in calls:
-        _progress(f"memory: {schedule}, N={one.scored}")
-        row = measure(one, "float32", schedule, limit)
-        _progress("")
-        rows.append(row | {"budget": None if limit is None else limit >> 20})
-    return rows
+def _clear() -> None:
+    _progress("")("")

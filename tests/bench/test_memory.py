@@ -7,22 +7,45 @@ import sys
 
 import pytest
 
-from fastpref.bench.memory import measure
+from fastpref.bench.experiment import Case
+from fastpref.bench.memory import measure, names
 from fastpref.bench.work import Shape
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
-BUDGET = 16 << 20
+CASE = Case("score", "trainable head", "float32", Shape(8, 256, 64, 32000))
+BUDGET = 16  # MiB
 
 
 def test_recompute_stays_within_gradients_and_workspace() -> None:
-    row = measure(Shape(8, 256, 64, 32000), "float32", "recompute", BUDGET)
-    assert row["logits"] == 125.0
+    row = measure(CASE, "fastpref, recompute, 16 MiB", BUDGET)
+    assert row["logits"] == 125.0 and row["scored"] == 1024
+    assert row["gradients"] == pytest.approx((2048 + 32000) * 64 * 4 / 2**20)
+    assert row["workspace"] < 2 * BUDGET
     # A few MiB for the stacks and caches of libraries; a kept or doubled tile would show.
     assert row["peak"] < row["gradients"] + row["workspace"] + 8
-    assert row["peak"] < row["logits"] / 2
+    # What the warming call left behind must not hide what a call needs.
+    assert row["peak"] > row["gradients"]
+
+
+def test_of_an_alternative() -> None:
+    row = measure(CASE, "plain torch", BUDGET)
+    assert row["workspace"] is None and row["implementation"] == "plain torch"
+    # Logits of all 2048 positions, their log-softmax, and its gradient.
+    assert row["peak"] > 4 * row["logits"]
+
+
+def test_names() -> None:
+    found = names(CASE, BUDGET, compiling=True)
+    assert found[:3] == [
+        "fastpref",
+        "fastpref, recompute, 16 MiB",
+        "fastpref, batches, 16 MiB",
+    ]
+    assert {"plain torch", "torch.compile"} <= set(found)
+    assert "torch.compile" not in names(CASE, BUDGET, compiling=False)
 
 
 def test_failure_says_why() -> None:
-    with pytest.raises(RuntimeError, match="schedule must be one of"):
-        measure(Shape(2, 8, 8, 50), "float32", "fastest", None)
+    with pytest.raises(RuntimeError, match="KeyError: 'no such thing'"):
+        measure(Case("score", "trainable head", shape=Shape(2, 8, 8, 50)), "no such thing", 1)

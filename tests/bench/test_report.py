@@ -12,65 +12,124 @@ from typing import Any
 
 import pytest
 
+from fastpref.bench import pictures
 from fastpref.bench import report as reporting
-from fastpref.bench.suites import LIMIT, OVERFLOWING
+from fastpref.bench.cases import LIMIT
+from fastpref.bench.losses import OVERFLOWING
 from fastpref.cli.main import main
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def timing(ratio: float, error: float | None) -> dict[str, Any]:
+
+def timing(ratio: float, error: float | None, peak: float | None = None) -> dict[str, Any]:
     return {
         "seconds": ratio / 10,
         "ratio": ratio,
         "low": ratio - 0.1,
         "high": ratio + 0.1,
         "error": error,
+        "peak": peak,
     }
+
+
+def case(what: str, mode: str, timings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {
+        "what": what,
+        "mode": mode,
+        "dtype": "float32",
+        "shape": {
+            "sequences": 8,
+            "length": 256,
+            "hidden_size": 64,
+            "vocab_size": 500,
+            "masked": 0.25,
+        },
+        "logits": "trained",
+        "entropy": 2.04,
+        "device": "cpu",
+        "timings": {LIMIT: timing(1.0, None)} | timings,
+        "skipped": {"Liger": "liger_kernel is not installed"},
+    } | changes
 
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    cases = [
-        {
-            "what": what,
-            "dtype": "float32",
-            "trainable": trainable,
-            "timings": {
-                LIMIT: timing(1.0, None),
-                "fastpref": timing(1.25, 1e-6),
-                **({OVERFLOWING: timing(1.5, None)} if what == "score" else {}),
-                "plain torch": timing(4.0, 2e-6),
-            },
-            "skipped": {"Liger": "liger_kernel is not installed"},
-        }
-        for what in ("score", "divergence")
-        for trainable in (True, False)
-    ]
+    own = {"fastpref": timing(1.25, 1e-6)}
+    plain = {"plain torch": timing(4.0, 2e-6)}
+    late = {"fastpref, recompute": timing(1.5, 1e-6)}
+    overflowing = {OVERFLOWING: timing(1.5, 1e-6)}
+    heads = {
+        name: timing(ratio, 1e-8)
+        for name, ratio in (("dpo", 0.004), ("ipo", 0.002), ("tpo", 0.03), ("kto", 0.001))
+    }
     memory = [
         {
-            "schedule": "recompute",
-            "budget": 32,
+            "implementation": name,
+            "dtype": "float32",
+            "device": "cpu",
             "scored": scored,
-            "peak": 40.0,
+            "peak": peak,
             "gradients": 30.0,
-            "workspace": 50.0,
+            "workspace": 50.0 if name == "fastpref" else None,
             "logits": scored / 8,
         }
         for scored in (2048, 4096)
+        for name, peak in (("fastpref", 42.0), ("plain torch", scored / 2))
     ]
-    shape = {"sequences": 8, "length": 256, "hidden_size": 64, "vocab_size": 500, "masked": 0.25}
-    machine = {"processor": "a chip", "threads": 2, "torch": "2.13.0", "python": "3.11"}
-    return {"machine": machine, "shape": shape, "cases": cases, "memory": memory}
+    curve = [
+        {
+            "size": size,
+            "seconds": size / 100,
+            "products": size / 200,
+            "workspace": 7.0,
+            "rows": 2.0 * size,
+            "logits": 32.0 * size,
+        }
+        for size in (1, 2, 8)
+    ]
+    return {
+        "machine": {"chip": "a chip", "threads": 2, "torch": "2.13.0", "trl": "not installed"},
+        "cases": [
+            case("score", "forward", own | plain),
+            case("score", "trainable head", own | overflowing | plain | late),
+            case("divergence", "trainable head", own | plain),
+            case("heads", "trainable head", heads),
+        ],
+        "memory": memory,
+        "curves": {"N": curve},
+    }
 
 
 def test_terminal(report: dict[str, Any]) -> None:
     said = reporting.terminal(report)
-    assert "N=1536 scored of 2048 positions, H=64, V=500, 2 threads" in said
-    assert "scores and DPO: float32, trainable head" in said
-    assert "linear_divergence, forward KL: float32, frozen head" in said
-    assert "125.0ms   1.25x  1.15x  1.35x   1.0e-06" in said
+    assert "a chip, 2 threads, torch 2.13.0, trl not installed" in said
+    assert "linear_logprob and DPO on given references: float32, trainable head" in said
+    assert said.count("(N=1536 of 2048, H=64, V=500, 2.0 nats a token)") == 4
+    assert "125.0ms   1.25x   1.15x   1.35x   1.0e-06" in said
     assert "1% overflowing rows cost 1.20x" in said
     assert said.count("Liger: not measured, liger_kernel is not installed") == 4
-    assert "recompute, budget 32" in said
+    assert "100us   0.10%" in said
+    assert "peak MiB" not in said
+    rows = [line.split() for line in said.splitlines() if line.startswith("  plain torch   ")]
+    assert ["plain", "torch", "4096", "2048", "30", "512"] in rows
+    assert "time grows with N to the power of: fastpref 1.00, products 1.00" in said
+    assert "workspace 7 to 7 MiB, (N, H) 2 to 16 MiB, (N, V) 32 to 256 MiB" in said
+    assert "10.0ms       5.0ms       2.00x           7           2          32" in said
+
+
+def test_terminal_shows_peaks_where_there_are_some() -> None:
+    one = case("score", "forward", {"fastpref": timing(1.2, 1e-6, 321.4)}, device="cuda")
+    one["timings"][LIMIT]["peak"] = 100.0
+    said = reporting.terminal_case(one)
+    assert "peak MiB" in said
+    assert [line.split()[-1] for line in said.splitlines()[3:5]] == ["100", "321"]
+    assert "120.0ms, 1.20x, 321 MiB" in reporting.markdown({"cases": [one]})
+
+
+def test_one_size_shows_no_growth() -> None:
+    sizes = dict.fromkeys(("seconds", "products", "workspace", "rows", "logits"), 1.0)
+    rows = [{"size": 4} | sizes]
+    assert "no growth" in reporting.terminal_curve("V", rows)
 
 
 def test_comma_separated(report: dict[str, Any]) -> None:
@@ -78,35 +137,82 @@ def test_comma_separated(report: dict[str, Any]) -> None:
     assert tuple(rows[0]) == reporting.COLUMNS
     assert len(rows) == sum(len(case["timings"]) for case in report["cases"])
     own = [row for row in rows if row["implementation"] == "plain torch"]
-    assert [(row["what"], row["head"]) for row in own] == [
-        ("score", "trainable"),
-        ("score", "frozen"),
-        ("divergence", "trainable"),
-        ("divergence", "frozen"),
+    assert [(row["what"], row["mode"]) for row in own] == [
+        ("score", "forward"),
+        ("score", "trainable head"),
+        ("divergence", "trainable head"),
     ]
     assert float(own[0]["ratio"]) == 4.0 and float(own[0]["error"]) == 2e-6
+    assert own[0]["scored"] == "1536" and own[0]["vocab_size"] == "500" and own[0]["peak"] == ""
 
 
 def test_markdown(report: dict[str, Any]) -> None:
-    score, divergence = reporting.markdown(report).split("\n\n")
-    assert score.splitlines()[0] == (
-        "| scores and DPO | float32, trainable head | float32, frozen head |"
-    )
-    assert "| plain torch | 4.00x | 4.00x |" in score and LIMIT not in score
-    assert OVERFLOWING in score and OVERFLOWING not in divergence
+    said = reporting.markdown(report)
+    score, divergence, heads = said.split("\n\n**")
+    assert score.startswith("**linear_logprob and DPO on given references** (N=1536 of 2048")
+    assert "| | float32, forward | float32, trainable head |" in score
+    assert "| plain torch | 4.00x | 4.00x |" in score and LIMIT not in said
+    assert f"| {OVERFLOWING} |  | 1.50x |" in score and OVERFLOWING not in divergence
+    names = [line.split(" | ")[0] for line in score.splitlines()[4:]]
+    assert names == [
+        "| fastpref",
+        f"| {OVERFLOWING}",
+        "| fastpref, recompute",
+        "| plain torch",
+    ]
+    # Of dozens of objectives three.
+    assert [line for line in heads.splitlines() if "%" in line] == [
+        "| fastest | 0.10% |",
+        "| median | 0.20% |",
+        "| slowest | 3.00% |",
+    ]
+
+
+def test_what_was_asked_for_and_failed_is_not_measured(report: dict[str, Any]) -> None:
+    report["cases"][0]["timings"].pop("plain torch")
+    report["cases"][0]["skipped"]["plain torch"] = "RuntimeError: out of memory"
+    assert "| plain torch | not measured | 4.00x |" in reporting.markdown(report)
+
+
+def test_cases_of_other_sizes_have_tables_of_their_own(report: dict[str, Any]) -> None:
+    first = report["cases"][0]
+    wider = first | {"shape": first["shape"] | {"hidden_size": 128}}
+    random = first | {"logits": "random"}
+    shorter = first | {"shape": first["shape"] | {"length": 64}}
+    found = {"cases": [first, wider, random, shorter, report["cases"][1]]}
+    assert [(name, len(cases)) for name, cases in reporting.groups(found)] == [
+        ("score-1536x64x500-trained", 2),
+        ("score-1536x128x500-trained", 1),
+        ("score-1536x64x500-random", 1),
+        ("score-384x64x500-trained", 1),
+    ]
 
 
 def test_pictures(report: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    written = reporting.pictures(report, tmp_path / "new")
+    written = pictures.draw(report, tmp_path / "new")
     assert [path.name for path in written] == [
-        "score-ratio.png",
-        "score-error.png",
-        "divergence-ratio.png",
-        "divergence-error.png",
+        "score-1536x64x500-trained-time.png",
+        "score-1536x64x500-trained-error.png",
+        "divergence-1536x64x500-trained-time.png",
+        "divergence-1536x64x500-trained-error.png",
+        "heads-1536x64x500-trained-time.png",
+        "heads-1536x64x500-trained-error.png",
         "memory.png",
+        "growth.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_bars_hold_what_was_measured(report: dict[str, Any]) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    (_, cases), *_ = reporting.groups(report)
+    figure = pictures._bars(plt, cases, "ratio", "time")
+    forward, trainable = figure.axes
+    assert [bar.get_width() for bar in trainable.patches] == [4.0, 1.5, 1.5, 1.25]
+    assert [bar.get_width() for bar in forward.patches] == [4.0, 0.0, 0.0, 1.25]
+    assert [one.get_text() for one in forward.texts] == ["4.00x", "1.25x"]
+    plt.close(figure)
 
 
 def test_redrawn_from_a_file(
@@ -117,10 +223,20 @@ def test_redrawn_from_a_file(
     assert main(["bench", "--report", str(path), "--out", str(tmp_path / "out")]) == 0
     assert reporting.terminal(report) in capsys.readouterr().out
     assert (tmp_path / "out" / "bench.csv").read_text() == reporting.comma_separated(report)
-    assert (tmp_path / "out" / "bench.md").exists()
+    assert (tmp_path / "out" / "bench.md").read_text() == reporting.markdown(report) + "\n"
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_redrawn_with_nothing_but_curves(
+    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({key: report[key] for key in ("machine", "curves")}))
+    assert main(["bench", "--report", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "time grows with N" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "bench.csv").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"machine": {}}'])
 def test_a_file_that_is_none(
     content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +248,7 @@ def test_a_file_that_is_none(
 
 
 def readme_script() -> Any:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "readme.py"
+    path = ROOT / "benchmarks" / "readme.py"
     spec = importlib.util.spec_from_file_location("readme", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -140,20 +256,37 @@ def readme_script() -> Any:
     return module
 
 
-def test_tables_in_the_readme(report: dict[str, Any]) -> None:
+def test_a_section_of_the_readme(report: dict[str, Any]) -> None:
     script = readme_script()
+    inside = script.section({"a/b.json": report}, {"a/b.json": ["a/b/memory.png"]})
+    assert inside.startswith("[a/b.json](a/b.json): a chip, 2 threads, torch 2.13.0")
+    assert reporting.markdown(report) in inside and "![memory](a/b/memory.png)" in inside
+    assert reporting.markdown_curves(report) in inside
     text = f"before\n{script.START}\nold\n{script.END}\nafter"
-    found = script.with_tables(text, reporting.markdown(report))
+    found = script.with_section(text, inside)
     assert found.startswith("before\n") and found.endswith("\nafter") and "old" not in found
-    assert script.with_tables(found, reporting.markdown(report)) == found
+    assert script.with_section(found, inside) == found
     with pytest.raises(ValueError, match="once each"):
-        script.with_tables("no marks", "tables")
+        script.with_section("no marks", "tables")
 
 
-def test_the_readme_has_the_tables_of_the_newest_results() -> None:
-    root = Path(__file__).resolve().parents[2]
-    results = sorted((root / "benchmarks" / "results").glob("*-cpu.json"))
+def test_the_readme_shows_the_results() -> None:
+    script = readme_script()
+    results = script.load()
     if not results:
         pytest.skip("no results beside this copy of the tests")
-    tables = reporting.markdown(json.loads(results[-1].read_text()))
-    assert tables in (root / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = {path: (ROOT / path).with_suffix("") for path in results}
+    drawn = {
+        path: [f"{folder.relative_to(ROOT).as_posix()}/{name}" for name in _shown(text, folder)]
+        for path, folder in folders.items()
+    }
+    assert all((ROOT / one).exists() for paths in drawn.values() for one in paths)
+    assert all(drawn.values())
+    assert script.section(results, drawn) in text
+
+
+def _shown(text: str, folder: Path) -> list[str]:
+    """The pictures of ``folder`` that the text shows, in its order."""
+    ends = {f"{folder.name}/{path.name})": path.name for path in folder.glob("*.png")}
+    return [ends[end] for end in sorted(filter(text.__contains__, ends), key=text.index)]

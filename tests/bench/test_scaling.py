@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Growth curves: their shapes, exponents and table."""
+"""Growth curves: their shapes, exponents and points."""
 
 from __future__ import annotations
 
@@ -19,27 +19,23 @@ def test_one_size_changes_at_a_time() -> None:
             assert all(getattr(shape, one) == getattr(scaling.BASE, one) for one in others)
 
 
-def rows(power: float) -> list[dict[str, Any]]:
-    return [
-        {"size": size, "seconds": size**power, "products": size / 2, "workspace": 7.0}
-        for size in (1, 2, 8)
-    ]
-
-
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
 def test_exponent(power: float) -> None:
-    assert scaling.exponent(rows(power), "seconds") == pytest.approx(power)
+    rows = [{"size": size, "seconds": 3 * size**power} for size in (1, 2, 8)]
+    assert scaling.exponent(rows, "seconds") == pytest.approx(power)
 
 
-def test_table() -> None:
-    said = scaling.table("N", rows(1.0)).splitlines()
-    assert "growth exponents in N: seconds 1.00, products 1.00" in said[-1]
-    assert len(said) == 5 and "2.00x" in said[1] and "7 MiB" in said[1]
+def test_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
 
+    def memory(*given: Any) -> dict[str, float]:
+        asked.extend(given)
+        return {"peak": 5.0, "gradients": 2.0, "logits": 100.0}
 
-def test_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "BASE", scaling.Shape(4, 16, 8, 50))
-    monkeypatch.setattr(scaling, "measure", lambda *_: {"peak": 5.0, "gradients": 2.0})
-    found = scaling.curve("N", 1, lambda text: None, (16, 32))
-    assert [row["size"] for row in found] == [16, 32]
-    assert all(row["seconds"] > 0 and row["workspace"] == 3.0 for row in found)
+    monkeypatch.setattr(scaling.memory, "measure", memory)
+    row = scaling.point("N", 32, 1, "cpu", lambda text: None)
+    assert row["size"] == asked[0].shape.scored == 32
+    assert asked[1:] == ["fastpref, recompute, 64 MiB", 64]
+    assert row["seconds"] > 0 and row["products"] > 0 and row["workspace"] == 3.0
+    assert row["rows"] == 16.0 and row["logits"] == 100.0

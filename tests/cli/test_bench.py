@@ -1,67 +1,171 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: its table, its file, and what it says of peers that are missing."""
+"""The command: what it measures, its files, and what it says of arguments that are wrong."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastpref.bench.suites import LIMIT, OVERFLOWING, SUITES
+from fastpref.bench import gpu, memory, scaling
+from fastpref.bench.cases import LIMIT
+from fastpref.bench.experiment import MODES, Case
+from fastpref.bench.losses import OVERFLOWING
+from fastpref.bench.suites import SUITES
+from fastpref.bench.work import Shape
 from fastpref.cli import bench
+from fastpref.cli.main import main
+
+TINY = Shape(4, 16, 32, 300)
 
 
-def arguments(**changes: Any) -> argparse.Namespace:
+def arguments(*given: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     bench.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["bench", "--quick", "--rounds", "1", "--dtype", "float32"])
-    return argparse.Namespace(**(vars(args) | changes))
+    return parser.parse_args(["bench", *given])
 
 
-def test_table_and_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for what, suite in SUITES.items():
-        one, *others = suite.implementations()
-        missing = others[-1]
-        absent = type(missing)(missing.name, missing.loss, "left out here")
-        plain = next(other for other in others if other.name == "plain torch")
-        chosen = [one, plain, absent]
-        few = suite._replace(implementations=lambda chosen=chosen: chosen)
-        monkeypatch.setitem(SUITES, what, few)
-    monkeypatch.setattr(bench, "Shape", lambda *sizes: _tiny())
-    monkeypatch.setattr(bench, "measure", lambda *_: _memory_row())
-    assert bench.run(arguments(out=tmp_path)) == 0
+def memory_row(case: Case, name: str, budget: int) -> dict[str, Any]:
+    sizes = dict.fromkeys(("peak", "gradients", "workspace", "logits"), 1.0)
+    return {"implementation": name, "scored": case.shape.scored} | sizes
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "QUICK", TINY)
+    monkeypatch.setattr(memory, "measure", memory_row)
+
+
+def test_quick(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = arguments("--quick", "--rounds", "1", "--dtype", "float32", "--out", str(tmp_path))
+    assert bench.run(given) == 0
     said = capsys.readouterr().out
     assert "float32, trainable head" in said and "float32, frozen head" in said
-    for peer in ("Liger DPO", "Liger", "Liger JSD"):
-        assert f"{peer}: not measured, left out here" in said
+    assert "torch.compile: not measured, compiles for seconds first" in said
     report = json.loads((tmp_path / "bench.json").read_text())
-    found = [(case["what"], case["trainable"]) for case in report["cases"]]
-    usual = ("score", "dpo", "divergence")
-    assert found == [(what, trainable) for what in usual for trainable in (True, False)]
+    found = [(case["what"], case["mode"]) for case in report["cases"]]
+    assert found == [(what, mode) for what in bench.USUAL for mode in SUITES[what].modes]
     for case in report["cases"]:
-        timings, own = case["timings"], {LIMIT, "fastpref", "plain torch"}
-        assert set(timings) == own | ({OVERFLOWING} if case["what"] == "score" else set())
-        assert timings["fastpref"]["error"] < 1e-5
+        timings = case["timings"]
+        if case["what"] != "heads":
+            assert {LIMIT, "fastpref", "plain torch"} <= set(timings)
+            assert timings["fastpref"]["error"] < 1e-5
+        assert (OVERFLOWING in timings) == (case["what"] == "score")
         assert timings[LIMIT]["ratio"] == 1.0
-    assert len(report["memory"]) == 5
+    assert [row["implementation"] for row in report["memory"]][:1] == ["fastpref"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"bench.json", "bench.csv", "bench.md"}
+    assert main(["bench", "--report", str(tmp_path / "bench.json")]) == 0
+    assert capsys.readouterr().out.strip() in said
 
 
-def _tiny() -> Any:
-    from fastpref.bench.work import Shape
+def test_axes_choose_cases() -> None:
+    args = arguments(
+        *("--what", "simpo", "--what", "heads", "--dtype", "bfloat16", "--mode", "frozen head"),
+        *("--mode", "forward", "--model", "qwen2.5-0.5b", "--length", "64", "--masked", "0.25"),
+        *("--logits", "random"),
+    )
+    shape = Shape(8, 64, 896, 151936, 0.25)
+    assert list(bench._chosen(args)) == [
+        Case("simpo", "frozen head", "bfloat16", shape, "random"),
+        Case("simpo", "forward", "bfloat16", shape, "random"),
+        Case("heads", "forward", "bfloat16", shape, "random"),
+    ]
 
-    return Shape(4, 16, 32, 300)
+
+def test_the_usual_cases() -> None:
+    cases = list(bench._chosen(arguments()))
+    assert {case.dtype for case in cases} == {"float32", "bfloat16"}
+    assert {case.shape for case in cases} == {Shape(8, 256, 1024, 32000, 0.5)}
+    assert [case.mode for case in cases if case.what == "dpo"] == 2 * list(MODES)
 
 
-def _memory_row() -> dict[str, Any]:
-    sizes = dict.fromkeys(("peak", "gradients", "workspace", "logits"), 1.0)
-    return {"schedule": "keep", "scored": 32, "units": 3.0} | sizes
+def test_one_implementation(tiny: None, tmp_path: Path) -> None:
+    given = ["--quick", "--rounds", "1", "--what", "score", "--mode", "forward"]
+    given += ["--implementation", "plain torch", "--dtype", "float32", "--out", str(tmp_path)]
+    assert bench.run(arguments(*given)) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [list(case["timings"]) for case in report["cases"]] == [[LIMIT, "plain torch"]]
+    assert [row["implementation"] for row in report["memory"]] == ["plain torch"]
 
 
-def test_rounds_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.run(arguments(rounds=0)) == 2
-    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+def test_what_needs_a_module_says_so(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SUITES, "step", SUITES["step"]._replace(needs="not_a_module"))
+    assert bench.run(arguments("--quick", "--what", "step")) == 0
+    assert "not measured, not_a_module is not installed" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_has(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measure = bench.measure
+
+    def breaks(case: Case, *given: Any, **named: Any) -> Any:
+        if case.mode == "frozen head":
+            raise KeyboardInterrupt
+        return measure(case, *given, **named)
+
+    monkeypatch.setattr(bench, "measure", breaks)
+    given = arguments("--quick", "--rounds", "1", "--what", "score", "--out", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(given)
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [case["mode"] for case in report["cases"]] == ["forward"]
+
+
+def test_scaling(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def point(axis: str, size: int, rounds: int, *_: Any) -> dict[str, Any]:
+        sizes = dict.fromkeys(("workspace", "rows", "logits"), 5.0)
+        return {"size": size, "seconds": size * rounds, "products": size} | sizes
+
+    monkeypatch.setattr(scaling, "point", point)
+    given = arguments("--suite", "scaling", "--rounds", "2", "--out", str(tmp_path))
+    assert bench.run(given) == 0
+    said = capsys.readouterr().out
+    for axis in ("N", "V", "H"):
+        assert f"time grows with {axis} to the power of: fastpref 1.00, products 1.00" in said
+    curves = json.loads((tmp_path / "bench.json").read_text())["curves"]
+    assert {axis: tuple(row["size"] for row in rows) for axis, rows in curves.items()} == dict(
+        scaling.AXES
+    )
+
+
+def test_cases_begin_before_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = list(gpu.cases())[:3]
+    assert list(bench._until(time.monotonic() + 60, cases, lambda case: case.mode)) == cases
+    assert list(bench._until(time.monotonic() - 1, cases, lambda case: case.mode)) == []
+    assert capsys.readouterr().out.count("not measured, out of time") == 3
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--masked", "1"), "--masked must be in [0, 1), got 1.0"),
+        (("--length", "1"), "--length must be at least 2"),
+        (("--length", "4", "--masked", "0.9"), "leave a scored position at --masked 0.9, got 4"),
+    ],
+)
+def test_wrong_arguments(
+    given: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.run(arguments(*given)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("given", [("--suite", "gpu"), ("--suite", "choice"), ("--device", "cuda")])
+def test_without_a_gpu_the_command_says_so(
+    given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.run(arguments(*given)) == 1
+    assert "finds no NVIDIA GPU" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every implementation that is installed does the work of its suite, in every mode."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from fastpref import objectives
+from fastpref.bench.experiment import MODES, Case, Experiment, Mode, error
+from fastpref.bench.losses import OVERFLOWING
+from fastpref.bench.suites import SUITES
+from fastpref.bench.training import LAYERS, training_experiment
+from fastpref.bench.work import Shape
+
+SHAPE = Shape(8, 16, 32, 300)
+EVERY = [(what, mode) for what, suite in SUITES.items() for mode in suite.modes]
+
+
+@functools.cache
+def experiment(what: str, mode: Mode, device: str = "cpu") -> Experiment:
+    return SUITES[what].experiment(Case(what, mode, "float32", SHAPE, device=device))
+
+
+@pytest.mark.parametrize("what, mode", EVERY)
+def test_candidates_agree_with_float64(what: str, mode: Mode) -> None:
+    if SUITES[what].unavailable is not None:
+        pytest.skip(str(SUITES[what].unavailable))
+    found = experiment(what, mode)
+    errors = {}
+    for one in found.candidates:
+        if one.unavailable is None and not one.compiles:
+            outcome, exact = one.run(), one.exact()
+            errors[one.name] = error(outcome, exact)
+            assert exact.loss.dtype == torch.float64
+            assert bool(outcome.gradients) == (mode != "forward")
+    assert len(errors) > 2 and max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("what", SUITES)
+def test_running_again_is_the_same_work(what: str) -> None:
+    """Nothing that a run leaves behind changes the next one: gradients, steps of an optimizer."""
+    if SUITES[what].unavailable is not None:
+        pytest.skip(str(SUITES[what].unavailable))
+    found = experiment(what, "trainable head")
+    plain = next(one for one in found.candidates if one.name in ("plain torch", "dpo"))
+    first = plain.run()
+    found.limit()
+    assert error(plain.run(), first) == 0
+
+
+@pytest.mark.parametrize("what", [what for what in SUITES if what != "heads"])
+def test_the_alternatives_are_there(what: str) -> None:
+    if SUITES[what].unavailable is not None:
+        pytest.skip(str(SUITES[what].unavailable))
+    names = [one.name for one in experiment(what, "trainable head").candidates]
+    assert len(set(names)) == len(names) and names[0] == "fastpref"
+    wanted = {"fastpref, torch backend", "fastpref, recompute", "plain torch", "torch.compile"}
+    wanted |= {"Liger"}
+    if what != "divergence":
+        wanted |= {"F.linear_cross_entropy", "TRL fused head", "Cut Cross-Entropy"}
+    if what == "score":
+        wanted.add(OVERFLOWING)
+    assert wanted <= set(names)
+    frozen = [one.name for one in experiment(what, "frozen head").candidates]
+    assert "fastpref, recompute" not in frozen
+
+
+def test_what_needs_a_gpu_says_so() -> None:
+    (one,) = [
+        one for one in experiment("score", "forward").candidates if one.name == "Cut Cross-Entropy"
+    ]
+    assert one.unavailable == "needs CUDA"
+
+
+@pytest.mark.parametrize("mode", SUITES["heads"].modes)
+def test_heads_are_all_objectives(mode: Mode) -> None:
+    names = [one.name for one in experiment("heads", mode).candidates]
+    assert names == list(objectives.names())
+
+
+def test_overflowing_rows_are_checked_against_their_own_answer() -> None:
+    candidates = experiment("score", "frozen head").candidates
+    own = next(one for one in candidates if one.name == "fastpref")
+    harder = next(one for one in candidates if one.name == OVERFLOWING)
+    assert error(harder.run(), own.exact()) > 1e-2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_updates_the_whole_model(mode: Mode) -> None:
+    pytest.importorskip("transformers")
+    found = training_experiment(Case("step", mode, "float32", SHAPE))
+    gradients = found.candidates[0].run().gradients
+    if mode == "forward":
+        assert gradients == ()
+        return
+    # Embedding, a norm before and after each layer's two parts and at the end, seven matrices.
+    assert len(gradients) == 2 + 9 * LAYERS + (mode == "trainable head")
+    assert all(float(one.norm()) > 0 for one in gradients)

@@ -24,7 +24,8 @@ from ..bench.suites import SUITES
 from ..bench.work import MODELS, Shape
 
 DTYPES = ("float32", "bfloat16", "float16")
-USUAL = ("score", "dpo", "divergence", "heads")
+MEMORY = "memory"
+USUAL = ("score", "dpo", "divergence", "heads", MEMORY)
 MEMORY_TOKENS = (512, 1024, 2048)
 MEMORY_BUDGET = 32  # MiB
 QUICK = Shape(4, 64, 256, 8192)
@@ -41,12 +42,12 @@ def add_parser(subparsers: Any) -> None:
         "--suite",
         choices=("cases", "scaling", "gpu", "choice"),
         default="cases",
-        help="cases: what the options below name, and memory (default). scaling: growth with N, V "
+        help="cases: what the options below name (default). scaling: growth with N, V "
         "and H. gpu: what `make gpu` measures. choice: the table for backend='auto' on CUDA",
     )
     parser.add_argument(
         "--what",
-        choices=tuple(SUITES),
+        choices=(*SUITES, MEMORY),
         action="append",
         help=f"default: {', '.join(USUAL)}; may be repeated, as those below",
     )
@@ -138,11 +139,16 @@ class _Run:
 
     def cases(self) -> None:
         self._measure(_chosen(self.args))
+        if MEMORY in (self.args.what or USUAL):
+            self._memory(self._memory_cases())
+        self._write()
+
+    def _memory_cases(self) -> Iterator[Case]:
         shape = replace(QUICK, sequences=8) if self.args.quick else Shape(hidden_size=256)
         tokens = MEMORY_TOKENS[:1] if self.args.quick else MEMORY_TOKENS
-        base = Case("score", "trainable head", "float32", shape, device=self.device)
-        self._memory(replace(base, shape=replace(shape, length=scored // 4)) for scored in tokens)
-        self._write()
+        for scored in tokens:
+            one = replace(shape, length=scored // 4)
+            yield Case("score", "trainable head", "float32", one, device=self.device)
 
     def gpu(self) -> None:
         end = time.monotonic() + gpu.SECONDS
@@ -227,7 +233,8 @@ def _chosen(args: argparse.Namespace) -> Iterator[Case]:
     shape = Shape(8, args.length, width, vocab, args.masked)
     if args.quick:
         shape = replace(QUICK, masked=args.masked)
-    for what, dtype in itertools.product(args.what or USUAL, args.dtype or DTYPES[:2]):
+    suites = [what for what in args.what or USUAL if what in SUITES]
+    for what, dtype in itertools.product(suites, args.dtype or DTYPES[:2]):
         for mode in args.mode or MODES:
             if mode in SUITES[what].modes:
                 yield Case(what, mode, dtype, shape, args.logits, args.device)

@@ -44,6 +44,7 @@ _CATALOGUE: dict[str, "Objective"] = {}
 _FORMULAS: dict[Callable[..., Any], Callable[..., Any]] = {}  # public function -> as written
 _CONDITIONS: dict[Callable[..., Any], Condition] = {}
 _REDUCTIONS: dict[Callable[..., Any], Reduction] = {}
+_SIGNATURES: dict[Callable[..., Any], Signature] = {}  # parsing takes longer than a small loss
 
 P = ParamSpec("P")
 R = TypeVar("R", bound=Losses)
@@ -104,7 +105,7 @@ class Objective:
         if isinstance(self.function, Composite):
             signature = self.function.signature
         else:
-            signature = Signature.of(self.function, self.unit)
+            signature = self._registered(_SIGNATURES) or Signature.of(self.function, self.unit)
         object.__setattr__(self, "signature", signature)
         takes_reference = self.unit != "token" and len(signature.logps) > POLICY_LOGPS[self.unit]
         if self.needs_reference and not takes_reference:
@@ -288,6 +289,7 @@ def objective(
             _CONDITIONS[function] = condition
         declared = Objective(function, unit=unit, scope=scope, needs_reference=needs_reference)
         _FORMULAS[function] = formula
+        _SIGNATURES[function] = declared.signature
         _CATALOGUE[declared.name] = declared
         return function
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fastpref.bench import cases, gpu
 from fastpref.bench import choice as bench_choice
-from fastpref.bench import gpu
 from fastpref.bench.experiment import MODES, Case
 from fastpref.bench.suites import SUITES
 from fastpref.bench.work import Shape
@@ -19,14 +20,14 @@ from fastpref.scoring.backends import choice
 
 
 def test_the_cases_are_cases() -> None:
-    cases = list(gpu.cases())
-    assert len(set(cases)) == len(cases)
-    for case in cases:
+    found = list(gpu.cases())
+    assert len(set(found)) == len(found)
+    for case in found:
         assert case.mode in SUITES[case.what].modes and case.device == "cuda"
         assert case.shape.scored == 8192
-    assert {case.what for case in cases} == set(SUITES)
-    assert {case.mode for case in cases if case.what == "score"} == set(MODES)
-    assert {case.logits for case in cases} == {"trained", "random"}
+    assert {case.what for case in found} == set(SUITES)
+    assert {case.mode for case in found if case.what == "score"} == set(MODES)
+    assert {case.logits for case in found} == {"trained", "random"}
     assert [case.shape.scored for case in gpu.memory_cases()] == list(gpu.TOKENS)
 
 
@@ -34,7 +35,15 @@ def test_the_table_of_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     """What is measured is what the choice reads."""
     shape = Shape(4, 40, 16, 300, masked=0)
     case = Case("score", "frozen head", "bfloat16", shape)
+    measured: list[set[str]] = []
+
+    def measure(*given: Any, only: Any) -> dict[str, Any]:
+        measured.append(set(only))
+        return cases.measure(*given, only=only)
+
+    monkeypatch.setattr(bench_choice, "measure", measure)
     entry = bench_choice.entry(case, 90, 2, lambda text: None)
+    assert measured == [{f"fastpref, {one} backend" for one in ("triton", "cuda", "torch")}]
     assert list(entry["milliseconds"]) == ["torch"]
     file = tmp_path / "choice.json"
     file.write_text(json.dumps([entry]))
@@ -48,10 +57,10 @@ def test_the_table_of_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_choices_are_of_all_backends_and_whole_sizes() -> None:
-    cases = list(bench_choice.cases("cuda"))
-    assert {case.shape.positions for case in cases} == set(bench_choice.ROWS)
-    assert {case.dtype for case in cases} == set(bench_choice.DTYPES)
-    names = [one.name for one in SUITES["score"].experiment(_tiny(cases[0])).candidates]
+    found = list(bench_choice.cases("cuda"))
+    assert {case.shape.positions for case in found} == set(bench_choice.ROWS)
+    assert {case.dtype for case in found} == set(bench_choice.DTYPES)
+    names = [one.name for one in SUITES["score"].experiment(_tiny(found[0])).candidates]
     assert {f"fastpref, {one} backend" for one in bench_choice.BACKENDS} & set(names)
 
 

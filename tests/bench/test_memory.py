@@ -28,6 +28,11 @@ def test_recompute_stays_within_gradients_and_workspace() -> None:
     assert row["peak"] > row["gradients"]
 
 
+def test_what_a_call_keeps_counts_though_it_was_kept_before() -> None:
+    row = measure(CASE, "fastpref", BUDGET)
+    assert row["peak"] > row["gradients"] + row["logits"]
+
+
 def test_of_an_alternative() -> None:
     row = measure(CASE, "plain torch", BUDGET)
     assert row["workspace"] is None and row["implementation"] == "plain torch"

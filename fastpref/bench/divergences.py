@@ -29,7 +29,7 @@ def divergence_experiment(case: Case) -> Experiment:
         Implementation("Liger", _liger, missing("liger_kernel"), compiles=True),
     ]
     return Experiment(
-        functools.partial(bare_products, work, case.mode, 2),
+        bare_products(work, case.mode, models=2),
         [one.candidate(work, case.mode, answer) for one in found],
         work.entropy,
     )
@@ -46,7 +46,7 @@ def _fused(options: ScoringOptions) -> Loss:
 
 
 def _rows(work: Work, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return hidden[work.scored], weight, work.ref_hidden[work.scored], work.ref_weight
+    return work.rows(hidden), weight, work.rows(work.ref_hidden), work.ref_weight
 
 
 def _mean_kl(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ def of_scores(
     reference if there is one."""
     hidden, weight = _exact_leaves(work, mode)
     with torch.no_grad():
-        logp = _scattered(work, hidden, weight)
+        logp = scores(work, hidden, weight)
         ref = None
         if reference:
-            ref = _scattered(work, work.ref_hidden.double(), work.ref_weight.double())
+            ref = scores(work, work.ref_hidden.double(), work.ref_weight.double())
     logp.requires_grad_(mode != "forward")
     value = loss(logp, ref)
     if mode == "forward":
@@ -67,7 +67,7 @@ def _logp(work: Work, hidden: Tensor, weight: Tensor, rows: tuple[Tensor, ...]) 
     return logits.log_softmax(-1).gather(-1, work.target[rows][:, None])[:, 0]
 
 
-def _scattered(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+def scores(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
     logp = hidden.new_zeros(work.target.shape)
     for rows in _blocks(work):
         logp[rows] = _logp(work, hidden, weight, rows)

@@ -71,7 +71,8 @@ class Implementation(NamedTuple):
 
 def step(loss: Loss, work: Work, mode: Mode) -> Outcome:
     """The loss, and the gradients that ``mode`` asks for."""
-    hidden, weight = work.leaves(mode == "trainable head")
+    # Liger takes gradients in forward of whatever says that it needs one.
+    hidden, weight = work.leaves(hidden=mode != "forward", weight=mode == "trainable head")
     if mode == "forward":
         with torch.no_grad():
             return Outcome(loss(work, hidden, weight))
@@ -81,27 +82,38 @@ def step(loss: Loss, work: Work, mode: Mode) -> Outcome:
     return Outcome(value.detach(), tuple(one for one in gradients if one is not None))
 
 
-def error(found: Outcome, exact: Outcome) -> float:
-    """The largest of the loss's error, relative where the loss is over 1, and of the gradients'
-    relative root-mean-square errors."""
+class Errors(NamedTuple):
+    loss: float  # relative where the loss is over 1
+    gradient: float  # the largest relative root-mean-square error of a gradient; 0 without
+
+    @property
+    def largest(self) -> float:
+        # Of numbers with NaN among them, Python's max may be any.
+        return float(torch.tensor(self).max())
+
+
+def errors(found: Outcome, exact: Outcome) -> Errors:
     pairs = zip(found.gradients, exact.gradients, strict=True)
-    errors = [float((got.double() - want).norm() / want.norm()) for got, want in pairs]
-    errors.append(float((found.loss.double() - exact.loss).abs() / exact.loss.abs().clamp(min=1)))
-    # Of a list with NaN in it, Python's max may be anything.
-    return float(torch.tensor(errors).max())
+    of_gradients = [float((got.double() - want).norm() / want.norm()) for got, want in pairs]
+    of_loss = (found.loss.double() - exact.loss).abs() / exact.loss.abs().clamp(min=1)
+    return Errors(float(of_loss), float(torch.tensor([0.0, *of_gradients]).max()))
 
 
-def bare_products(work: Work, mode: Mode, models: int = 1) -> None:
-    """The matrix products of the scored tokens alone, into fresh outputs: the limit. Of a second
-    model only the scores."""
-    if models == 2:
-        torch.mm(work.ref_hidden[work.scored], work.ref_weight.t())
-    rows = work.hidden[work.scored]
-    logits = torch.mm(rows, work.weight.t())
-    if MODES[mode] > 1:
-        torch.mm(logits, work.weight)
-    if MODES[mode] > 2:
-        torch.mm(logits.t(), rows)
+def bare_products(work: Work, mode: Mode, models: int = 1) -> Callable[[], None]:
+    """The matrix products of the scored tokens alone, into fresh outputs. Of a second model only
+    the scores."""
+    rows, ref_rows = work.rows(work.hidden), work.rows(work.ref_hidden)
+
+    def products() -> None:
+        if models == 2:
+            torch.mm(ref_rows, work.ref_weight.t())
+        logits = torch.mm(rows, work.weight.t())
+        if MODES[mode] > 1:
+            torch.mm(logits, work.weight)
+        if MODES[mode] > 2:
+            torch.mm(logits.t(), rows)
+
+    return products
 
 
 def missing(module: str) -> str | None:

@@ -56,12 +56,13 @@ def measure(case: Case, name: str, budget: int) -> dict[str, Any]:
     allows for its workspace, and the logits that are not held."""
     if case.device != "cpu":
         return _measure(case, name, budget)
-    given = json.dumps([dataclasses.asdict(case), name, budget])
+    given = json.dumps([dataclasses.asdict(case), name, budget, torch.get_num_threads()])
     done = subprocess.run(
         [sys.executable, "-m", __name__, given], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise RuntimeError(f"the memory measurement failed:\n{done.stderr.strip()}")
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the process that measures memory failed: {last}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -81,6 +82,8 @@ def _measure(case: Case, name: str, budget: int) -> dict[str, Any]:
         "dtype": case.dtype,
         "device": case.device,
         "scored": case.shape.scored,
+        "hidden_size": case.shape.hidden_size,
+        "vocab_size": case.shape.vocab_size,
         "peak": peak,
         "gradients": (work.hidden.nbytes + work.weight.nbytes) / MEBIBYTE,
         "workspace": promised,
@@ -101,9 +104,8 @@ def _implementation(case: Case, work: Work, name: str, budget: int) -> tuple[Los
             hidden, weight, work.target, "dpo", ref_logps=reference, options=options
         ).loss
 
-    plan = explain(
-        *work.leaves(trainable=True), work.target, "dpo", ref_logps=reference, options=options
-    )
+    leaves = work.leaves(hidden=True, weight=True)
+    plan = explain(*leaves, work.target, "dpo", ref_logps=reference, options=options)
     return loss, plan.policy.workspace_bytes / MEBIBYTE
 
 
@@ -128,6 +130,7 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    case, name, budget = json.loads(sys.argv[1])
+    case, name, budget, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
     case["shape"] = Shape(**case["shape"])
     print(json.dumps(_measure(Case(**case), name, budget)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import groups, growth, implementations, share
+from .scaling import BUDGET
 from .suites import SUITES
 
 OWN, PEER = "#1f6f8b", "#b9b4a7"
@@ -92,6 +93,7 @@ def _memory(plt: Any, rows: list[dict[str, Any]]) -> Any:
     for name, points in by_name.items():
         style = "o-" if name.startswith("fastpref") else "s:"
         panel.plot(*zip(*sorted(points), strict=True), style, label=name, markersize=4)
+    panel.set_title(f"{rows[0]['dtype']}, H={rows[0]['hidden_size']}, V={rows[0]['vocab_size']}")
     panel.set_xlabel("scored tokens")
     panel.set_ylabel("peak MiB above the inputs")
     panel.set_yscale("log")
@@ -114,7 +116,7 @@ def _curves(plt: Any, curves: dict[str, list[dict[str, Any]]]) -> Any:
         for key, label, style in (
             ("logits", "(N, V) logits", "k--"),
             ("rows", "(N, H) rows", "k:"),
-            ("workspace", "workspace", "o-"),
+            ("workspace", f"workspace within {BUDGET} MiB", "o-"),
         ):
             workspace.loglog(at, [row[key] for row in rows], style, label=label)
         for panel in (time, workspace):

@@ -17,8 +17,9 @@ from typing import Any
 from .cases import LIMIT
 from .losses import OVERFLOWING
 from .machine import headline
-from .scaling import exponent
+from .scaling import BUDGET, exponent
 from .suites import SUITES
+from .work import Shape
 
 Rows = Sequence[dict[str, Any]]
 COLUMNS = (
@@ -27,17 +28,10 @@ COLUMNS = (
 )
 
 
-def scored(shape: dict[str, Any]) -> int:
-    return int(shape["sequences"] * (shape["length"] - round(shape["masked"] * shape["length"])))
-
-
 def sizes(case: dict[str, Any]) -> str:
-    shape, entropy = case["shape"], case["entropy"]
-    positions = shape["sequences"] * shape["length"]
-    return (
-        f"N={scored(shape)} of {positions}, H={shape['hidden_size']}, V={shape['vocab_size']}, "
-        f"{entropy:.1f} nats a token"
-    )
+    shape, entropy = Shape(**case["shape"]), case["entropy"]
+    said = f"N={shape.scored} of {shape.positions}, H={shape.hidden_size}, V={shape.vocab_size}"
+    return said if entropy is None else f"{said}, {entropy:.1f} nats a token"
 
 
 def title(case: dict[str, Any]) -> str:
@@ -54,18 +48,19 @@ def share(ratio: float) -> str:
 
 
 def terminal_case(case: dict[str, Any]) -> str:
-    """One case: time, ratio to the bare products with its spread, error against float64, and on a
+    """One case: time, ratio to the bare products with its spread (20th and 80th
+    percentile, of fewer than five rounds the ends), error against float64, and on a
     GPU the peak memory."""
     timings = case["timings"]
     peaks = any(one["peak"] is not None for one in timings.values())
-    heads = f"  {'':32}{'time':>10}{'ratio':>8}{'p20':>8}{'p80':>8}{'error':>10}"
+    heads = f"  {'':32}{'time':>10}{'ratio':>8}{'low':>8}{'high':>8}{'error':>10}"
     lines = [title(case), f"  ({sizes(case)})", heads + ("peak MiB".rjust(11) if peaks else "")]
     for name, one in timings.items():
         error = "" if one["error"] is None else f"{one['error']:.1e}"
         peak = f"{one['peak']:11.0f}" if peaks else ""
         spread = "".join(f"{share(one[key]):>8}" for key in ("ratio", "low", "high"))
         lines.append(f"  {name:32}{duration(one['seconds']):>10}{spread}{error:>10}{peak}")
-    if OVERFLOWING in timings:
+    if OVERFLOWING in timings and "fastpref" in timings:
         cost = timings[OVERFLOWING]["ratio"] / timings["fastpref"]["ratio"]
         lines.append(f"  1% overflowing rows cost {cost:.2f}x of the same case without")
     lines += [f"  {name}: not measured, {why}" for name, why in case["skipped"].items()]
@@ -74,8 +69,10 @@ def terminal_case(case: dict[str, Any]) -> str:
 
 def terminal_memory(rows: Rows) -> str:
     names = ("measured", "gradients", "workspace", "(N, V) logits")
+    first = rows[0]
     lines = [
-        "peak memory of DPO above its inputs, trainable head (MiB)",
+        "peak memory of DPO above its inputs, trainable head, "
+        f"{first['dtype']}, H={first['hidden_size']}, V={first['vocab_size']} (MiB)",
         f"  {'':36}{'N':>6}" + "".join(f"{name:>15}" for name in names),
     ]
     for row in rows:
@@ -99,7 +96,7 @@ def terminal_curve(axis: str, rows: Rows) -> str:
 
 def growth(axis: str, rows: Rows) -> str:
     if len(rows) < 2:
-        return "one size: no growth"
+        return "fewer than two sizes: no growth"
     found = ", ".join(
         f"{name} {exponent(rows, key):.2f}"
         for name, key in (("fastpref", "seconds"), ("products", "products"))
@@ -109,7 +106,7 @@ def growth(axis: str, rows: Rows) -> str:
         f"{name} {first[key]:.0f} to {last[key]:.0f} MiB"
         for name, key in (("workspace", "workspace"), ("(N, H)", "rows"), ("(N, V)", "logits"))
     )
-    return f"time grows with {axis} to the power of: {found}; {spaces}"
+    return f"time grows with {axis} to the power of: {found}; within {BUDGET} MiB: {spaces}"
 
 
 def terminal(report: dict[str, Any]) -> str:
@@ -131,7 +128,7 @@ def comma_separated(report: dict[str, Any]) -> str:
         shared = {key: case[key] for key in ("what", "device", "dtype", "mode", "logits")}
         shared |= {key: shape[key] for key in ("hidden_size", "vocab_size")}
         for name, timing in case["timings"].items():
-            row = {"scored": scored(shape), "implementation": name}
+            row = {"scored": Shape(**shape).scored, "implementation": name}
             writer.writerow(shared | row | timing)
     return out.getvalue()
 
@@ -141,7 +138,7 @@ def groups(report: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
     found: dict[str, list[dict[str, Any]]] = {}
     for case in report.get("cases", ()):
         shape = case["shape"]
-        size = f"{scored(shape)}x{shape['hidden_size']}x{shape['vocab_size']}"
+        size = f"{Shape(**shape).scored}x{shape['hidden_size']}x{shape['vocab_size']}"
         name = f"{case['what']}-{size}-{case['logits']}"
         found.setdefault(name, []).append(summed_up(case))
     yield from found.items()

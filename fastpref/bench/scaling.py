@@ -21,7 +21,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "V": (8000, 16000, 32000, 64000, 128000, 256000),
     "H": (256, 512, 1024, 2048, 4096),
 }
-BUDGET = 64  # MiB, within which the workspace must stay flat
+BUDGET = 64  # MiB, to which workspace is held
 
 
 def shape_at(axis: str, size: int) -> Shape:

@@ -111,30 +111,32 @@ def linear_cross_entropy(chunked: bool) -> Logp:
             options = torch.nn.LinearCrossEntropyOptions(
                 batch_chunk_size=512, acc_policy="balanced"
             )
+        target = work.target.flatten()[work.positions]
         nll = F.linear_cross_entropy(
-            hidden[work.scored], weight, work.target[work.scored], reduction="none", options=options
+            work.rows(hidden), weight, target, reduction="none", options=options
         )
-        found = torch.zeros(work.target.shape, dtype=torch.float32, device=nll.device)
-        return found.masked_scatter(work.scored, -nll.float())
+        return _spread(work, -nll.float())
 
     return logp
 
 
+def _spread(work: Work, logp: Tensor) -> Tensor:
+    """(N,) of the scored tokens to (B, T)."""
+    found = logp.new_zeros(work.target.numel()).index_put((work.positions,), logp)
+    return found.view(work.target.shape)
+
+
 def trl(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
-    """On CPU TRL scores every position, with masked targets set to 0."""
+    """TRL scores the scored tokens on a GPU; on a CPU every position, masked targets set to 0."""
     from trl.kernels import ChunkedLogProbFunction
 
-    logp, *_ = ChunkedLogProbFunction.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        None,
-        work.target.clamp(min=0).reshape(-1),
-        1.0,
-        32768,
-        None,
-        1.0,
-        ("log_probs",),
-    )
+    rows, target = hidden.flatten(0, 1), work.target.clamp(min=0).flatten()
+    if hidden.is_cuda:
+        rows, target = rows[work.positions], target[work.positions]
+    settings = (1.0, 32768, None, 1.0, ("log_probs",))
+    logp, *_ = ChunkedLogProbFunction.apply(rows, weight, None, target, *settings)
+    if hidden.is_cuda:
+        return _spread(work, logp)
     masked: Tensor = logp.view(work.target.shape).masked_fill(~work.scored, 0)
     return masked
 

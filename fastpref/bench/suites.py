@@ -19,6 +19,7 @@ class Suite(NamedTuple):
     experiment: Callable[[Case], Experiment]
     modes: tuple[Mode, ...] = tuple(MODES)
     needs: str | None = None  # a module
+    computes_in: str | None = None  # a dtype, whatever that of the products
 
     @property
     def unavailable(self) -> str | None:
@@ -39,6 +40,7 @@ SUITES = {
         "objectives alone, beside the products of a step",
         heads_experiment,
         ("forward", "trainable head"),
+        computes_in="float32",
     ),
     "step": Suite(
         "a training step with a two-layer model", training_experiment, needs="transformers"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,22 +36,24 @@ def training_experiment(case: Case) -> Experiment:
         )
         for one in score_implementations(case)
     ]
-    return Experiment(step.limit, candidates, work.entropy)
+    return Experiment(step.limit, candidates)
 
 
 class _Step:
-    """The model, its head and their optimizer, whose learning rate of 0 leaves every run the same
-    parameters."""
+    """The model, its head and their optimizer, which updates copies: every run, also one after a
+    run that failed, has the same parameters."""
 
     def __init__(self, work: Work, mode: Mode) -> None:
         self.work, self.mode = work, mode
         self.body = _body(work)
         self.tokens = work.target.clamp(min=0)
-        self.weight = work.leaves(mode == "trainable head")[1]
+        self.weight = work.leaves(hidden=False, weight=mode == "trainable head")[1]
         parameters = [*self.body.parameters(), self.weight]
         self.parameters = [one for one in parameters if one.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
+        self.updated = [one.detach().clone() for one in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.updated, lr=1e-6)
         self.gradient = 1e-4 * torch.randn_like(work.hidden)
+        self.limit = self._products()
 
     def __call__(self, loss: Loss) -> Outcome:
         if self.mode == "forward":
@@ -60,15 +63,20 @@ class _Step:
         value.backward()
         return Outcome(value.detach(), self._update())
 
-    def limit(self) -> None:
-        with torch.set_grad_enabled(self.mode != "forward"):
-            hidden = self._hidden()
-        bare_products(replace(self.work, hidden=hidden.detach()), self.mode)
-        if self.mode != "forward":
-            hidden.backward(self.gradient)
-            if self.weight.requires_grad:
-                self.weight.grad = self.weight.detach()
-            self._update()
+    def _products(self) -> Callable[[], None]:
+        products = bare_products(self.work, self.mode)
+
+        def limit() -> None:
+            with torch.set_grad_enabled(self.mode != "forward"):
+                hidden = self._hidden()
+            products()
+            if self.mode != "forward":
+                hidden.backward(self.gradient)
+                if self.weight.requires_grad:
+                    self.weight.grad = self.weight.detach()
+                self._update()
+
+        return limit
 
     def exact(self) -> Outcome:
         body = copy.deepcopy(self.body).double()
@@ -85,15 +93,21 @@ class _Step:
         return Outcome(head.loss, (*(one.grad for one in body.parameters()), *of_weight))
 
     def _hidden(self) -> Tensor:
+        # What a run that failed left behind.
+        for one in self.parameters:
+            one.grad = None
         hidden: Tensor = self.body(self.tokens).last_hidden_state
         return hidden
 
     def _update(self) -> tuple[Tensor, ...]:
         """The gradients, after the optimizer's step."""
-        gradients = tuple(one.grad for one in self.parameters if one.grad is not None)
+        gradients = []
+        for one, copied in zip(self.parameters, self.updated, strict=True):
+            copied.grad, one.grad = one.grad, None
+            gradients += [] if copied.grad is None else [copied.grad]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return gradients
+        return tuple(gradients)
 
 
 def _body(work: Work) -> Any:

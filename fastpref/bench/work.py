@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,14 +77,23 @@ class Work:
     ref_weight: Tensor  # (V, H)
     entropy: float  # mean entropy of a token, in nats
 
-    @property
+    @functools.cached_property
     def scored(self) -> Tensor:
         return self.target != IGNORE
 
-    def leaves(self, trainable: bool) -> tuple[Tensor, Tensor]:
-        """Fresh leaves: hidden, and the weight with or without gradient."""
-        weight = self.weight.detach().requires_grad_(trainable)
-        return self.hidden.detach().requires_grad_(), weight
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """(N,) of the scored tokens in the flattened batch: indexing by them asks a GPU nothing."""
+        return self.scored.flatten().nonzero()[:, 0]
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """(B, T, H) to the scored (N, H)."""
+        return hidden.flatten(0, 1)[self.positions]
+
+    def leaves(self, hidden: bool, weight: bool) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight as fresh leaves that need a gradient or not."""
+        leaf, head = self.hidden.detach(), self.weight.detach()
+        return leaf.requires_grad_(hidden), head.requires_grad_(weight)
 
 
 def make_work(
@@ -99,8 +109,8 @@ def make_work(
     Args:
         logits: "trained" scales the hidden states until the mean entropy is ``TRAINED_ENTROPY``;
             "random" leaves logits of variance 1, an entropy of nearly log V.
-        overflowing: share of rows whose target lies far more than 88 nats below the largest logit,
-            where a plain exponential would overflow.
+        overflowing: share of scored rows, at least one, whose target lies far more than 88 nats
+            below the largest logit, where a plain exponential would overflow.
     """
     # The structure is drawn on the CPU: spans are wanted there.
     structure = torch.Generator().manual_seed(seed)
@@ -119,14 +129,15 @@ def make_work(
     chance = torch.rand(rows, 1, generator=generator, device=device)
     blocks = zip(hidden.split(ROWS_OF_A_BLOCK), chance.split(ROWS_OF_A_BLOCK), strict=True)
     target = torch.cat([_drawn(block @ weight.t(), share) for block, share in blocks])
-    if overflowing:
-        every = slice(None, None, round(1 / overflowing))
-        hidden[every] -= 200 * weight[target[every]]
-    ref_hidden = hidden + 0.1 * hidden.std() * draw(rows, width)
-    ref_weight = weight + 0.1 * width**-0.5 * draw(vocab, width)
     target = target.view(shape.sequences, shape.length)
     for row, (begin, end) in zip(target, shape.spans(structure), strict=True):
         row[:begin] = row[end:] = IGNORE
+    if overflowing:
+        scored = (target.flatten() != IGNORE).nonzero()[:, 0]
+        every = scored[:: round(1 / overflowing)]
+        hidden[every] -= 200 * weight[target.flatten()[every]]
+    ref_hidden = hidden + 0.1 * hidden.std() * draw(rows, width)
+    ref_weight = weight + 0.1 * width**-0.5 * draw(vocab, width)
     batch = shape.sequences, shape.length, width
     return Work(
         shape,

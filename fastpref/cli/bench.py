@@ -36,13 +36,17 @@ def add_parser(subparsers: Any) -> None:
         "bench", help="measure fastpref against the alternatives", description=__doc__
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small shapes, nothing that compiles; under a minute"
+        "--quick",
+        action="store_true",
+        help="a small shape, whatever --model and --length, and nothing that compiles; "
+        "under a minute",
     )
     parser.add_argument(
         "--suite",
         choices=("cases", "scaling", "gpu", "choice"),
         default="cases",
-        help="cases: what the options below name (default). scaling: growth with N, V "
+        help="cases: what the options below name (default); the others take --rounds, --quick and "
+        "--out alone. scaling: growth with N, V "
         "and H. gpu: what `make gpu` measures. choice: the table for backend='auto' on CUDA",
     )
     parser.add_argument(
@@ -102,6 +106,10 @@ def run(args: argparse.Namespace) -> int:
         return _redraw(args.report, args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
+    nothing = _nothing(args) if args.suite == "cases" else None
+    if nothing is not None:
+        print(nothing, file=sys.stderr)
+        return 2
     device = "cuda" if args.suite in ("gpu", "choice") else args.device
     if device == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr)
@@ -119,11 +127,43 @@ def _wrong(args: argparse.Namespace) -> str | None:
         return f"--threads must be at least 1, got {args.threads}"
     if not 0 <= args.masked < 1:
         return f"--masked must be in [0, 1), got {args.masked}"
-    if args.length < 2 or round(args.masked * args.length) >= args.length:
+    shape = _shape(args)
+    if shape.length < 2 or shape.completion < 1:
         return (
             f"--length must be at least 2 and leave a scored position at --masked {args.masked}, "
-            f"got {args.length}"
+            f"got {shape.length}"
         )
+    if args.out is not None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"--out must be a folder that can be written to, got {args.out}: {error}"
+    return None
+
+
+def _shape(args: argparse.Namespace) -> Shape:
+    if args.quick:
+        return replace(QUICK, masked=args.masked)
+    width, vocab = MODELS[args.model]
+    return Shape(8, args.length, width, vocab, args.masked)
+
+
+def _nothing(args: argparse.Namespace) -> str | None:
+    """Why nothing, or less than was asked for, would be measured."""
+    cases = list(_chosen(args))
+    memory_too = MEMORY in (args.what or USUAL)
+    if not cases and not memory_too:
+        return f"there is nothing to measure: {', '.join(args.what)} has no such --mode"
+    known: set[str] = set()
+    for what, mode in {(case.what, case.mode) for case in cases}:
+        if SUITES[what].unavailable is None:
+            tiny = Case(what, mode, shape=Shape(4, 4, 8, 16))
+            known |= {one.name for one in SUITES[what].experiment(tiny).candidates}
+    if memory_too:
+        known |= set(memory.names(Case("score", memory.MODE), MEMORY_BUDGET, compiling=True))
+    unknown = set(args.implementation or ()) - known
+    if unknown and known:
+        return f"--implementation {sorted(unknown)[0]!r} is none of: {', '.join(sorted(known))}"
     return None
 
 
@@ -177,27 +217,31 @@ class _Run:
             progress = _progress(f"{case.dtype}, {case.shape}")
             table.append(choice.entry(case, 10 * major + minor, self.args.rounds, progress))
             print(f"  {table[-1]}", flush=True)
-        if self.args.out is not None:
-            self.args.out.mkdir(parents=True, exist_ok=True)
-            path = self.args.out / "choice.json"
-            path.write_text(json.dumps(table, indent=1) + "\n")
-            print(f"\nwritten to {path}")
+            if self.args.out is not None:
+                path = self.args.out / "choice.json"
+                path.write_text(json.dumps(table, indent=1) + "\n")
 
     def _measure(self, cases: Iterable[Case]) -> None:
         found = self.report["cases"] = []
         for case in cases:
+            name = f"{case.what}, {case.dtype}, {case.mode}"
             reason = SUITES[case.what].unavailable
             if reason is not None:
-                print(f"\n{SUITES[case.what].title}: not measured, {reason}")
+                print(f"\n{name}: not measured, {reason}")
                 continue
-            progress = _progress(f"{case.what}, {case.dtype}, {case.mode}: ")
-            row = measure(
-                case,
-                self.args.rounds,
-                progress,
-                self.args.implementation or (),
-                compiling=not self.args.quick,
-            )
+            # A case that fails, for want of memory above all, must not cost the others.
+            try:
+                row = measure(
+                    case,
+                    self.args.rounds,
+                    _progress(f"{name}: "),
+                    self.args.implementation or (),
+                    compiling=not self.args.quick,
+                )
+            except Exception as error:
+                _clear()
+                print(f"\n{name}: not measured, {type(error).__name__}: {error}", flush=True)
+                continue
             _clear()
             found.append(row)
             print("\n" + reporting.terminal_case(row), flush=True)
@@ -210,7 +254,12 @@ class _Run:
                 if self.args.implementation and name not in self.args.implementation:
                     continue
                 _progress(f"memory: {name}, ")(f"N={case.shape.scored}")
-                rows.append(memory.measure(case, name, MEMORY_BUDGET))
+                try:
+                    rows.append(memory.measure(case, name, MEMORY_BUDGET))
+                except Exception as error:
+                    _clear()
+                    print(f"memory of {name}, N={case.shape.scored}: not measured, {error}")
+                self._save()
         _clear()
         if rows:
             print("\n" + reporting.terminal_memory(rows), flush=True)
@@ -218,7 +267,6 @@ class _Run:
     def _save(self) -> None:
         """What there is, so that a run that is cut short loses nothing."""
         if self.args.out is not None:
-            self.args.out.mkdir(parents=True, exist_ok=True)
             (self.args.out / "bench.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
     def _write(self) -> None:
@@ -229,10 +277,7 @@ class _Run:
 
 
 def _chosen(args: argparse.Namespace) -> Iterator[Case]:
-    width, vocab = MODELS[args.model]
-    shape = Shape(8, args.length, width, vocab, args.masked)
-    if args.quick:
-        shape = replace(QUICK, masked=args.masked)
+    shape = _shape(args)
     suites = [what for what in args.what or USUAL if what in SUITES]
     for what, dtype in itertools.product(suites, args.dtype or DTYPES[:2]):
         for mode in args.mode or MODES:
@@ -253,18 +298,20 @@ def _redraw(path: Path, folder: Path | None) -> int:
     """What ``--report`` does."""
     try:
         report = json.loads(path.read_text())
-        said = reporting.terminal(report)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"--report must be a file that --out wrote, got {path}: {error}", file=sys.stderr)
+        print(reporting.terminal(report))
+        if folder is not None:
+            _draw(report, folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        print(
+            f"--report must be a file that --out wrote, got {path}: "
+            f"{type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
         return 2
-    print(said)
-    if folder is not None:
-        _draw(report, folder)
     return 0
 
 
 def _draw(report: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     if report.get("cases"):
         (folder / "bench.csv").write_text(reporting.comma_separated(report))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,8 +47,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         lambda: found.append(LIMIT),
         [
             candidate("right", right("right")),
-            candidate("near", lambda: result(1.001)),
-            candidate("far", lambda: result(1.1)),
+            candidate("near", lambda: result(1.00005)),
+            candidate("far", lambda: result(1.09)),
+            candidate("other loss", lambda: Outcome(torch.tensor(1.01), (torch.ones(3),))),
             candidate("nan", lambda: result(float("nan"))),
             candidate("failing", fails),
             candidate("absent", fails, unavailable="not here"),
@@ -65,12 +67,13 @@ def test_only_what_is_right_is_timed(runs: list[str]) -> None:
     row = measure(CASE, 2, lambda text: None)
     assert list(row["timings"]) == [LIMIT, "right", "near", "compiled"]
     assert row["skipped"] == {
-        "far": "wrong: its error against float64 is 1.0e-01",
+        "far": "wrong: its error against float64 is 9.0e-02",
+        "other loss": "wrong: its error against float64 is 1.0e-02",
         "nan": "wrong: its error against float64 is nan",
         "failing": "RuntimeError: no kernel image",
         "absent": "not here",
     }
-    assert row["timings"]["near"]["error"] == pytest.approx(1e-3, rel=1e-3)
+    assert row["timings"]["near"]["error"] == pytest.approx(5e-5, rel=1e-2)
     assert row["timings"][LIMIT]["error"] is None and row["timings"][LIMIT]["ratio"] == 1
     assert all(one["peak"] is None for one in row["timings"].values())
     assert row["entropy"] == 1.5 and row["what"] == "score" and row["mode"] == "trainable head"
@@ -95,6 +98,11 @@ def test_compiled_functions_start_anew(runs: list[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(cases.torch.compiler, "reset", lambda: seen.append(len(runs)))
     measure(CASE, 1, lambda text: None)
     assert seen == [0]
+
+
+def test_what_is_allowed_follows_the_dtype(runs: list[str]) -> None:
+    row = measure(replace(CASE, dtype="bfloat16"), 1, lambda text: None)
+    assert set(row["skipped"]) == {"nan", "failing", "absent"}
 
 
 def test_progress_says_what_is_checked_and_which_round(runs: list[str]) -> None:

@@ -6,7 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpref.bench.experiment import MODES, Case, Outcome, bare_products, error, missing, step
+from fastpref.bench.experiment import (
+    MODES,
+    Case,
+    Errors,
+    Outcome,
+    bare_products,
+    errors,
+    missing,
+    step,
+)
 from fastpref.bench.work import Shape
 
 SHAPE = Shape(4, 16, 8, 50)
@@ -19,11 +28,11 @@ def test_a_step_takes_the_gradients_of_its_mode(mode: str) -> None:
     seen = []
 
     def loss(work: object, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.is_grad_enabled())
+        seen.append((torch.is_grad_enabled(), hidden.requires_grad, weight.requires_grad))
         return (hidden.sum() * weight.sum()).square()
 
     outcome = step(loss, work, case.mode)
-    assert seen == [mode != "forward"]
+    assert seen == [(mode != "forward", mode != "forward", mode == "trainable head")]
     assert len(outcome.gradients) == MODES[case.mode] - 1
     assert not outcome.loss.requires_grad
     shapes = [one.shape for one in outcome.gradients]
@@ -40,22 +49,25 @@ def outcome(loss: float, *gradients: float) -> Outcome:
 @pytest.mark.parametrize(
     "found, exact, expected",
     [
-        (outcome(1.0, 2.0, 1.25), outcome(1.0, 2.0, 1.0), 0.25),
-        (outcome(1.0, 1.0, 1.0), outcome(1.0, 2.0, 1.0), 0.5),
-        (outcome(11.0), outcome(10.0), 0.1),
+        (outcome(1.0, 2.0, 1.25), outcome(1.0, 2.0, 1.0), Errors(0.0, 0.25)),
+        (outcome(1.0, 1.0, 1.0), outcome(1.0, 2.0, 1.0), Errors(0.0, 0.5)),
+        (outcome(11.0), outcome(10.0), Errors(0.1, 0.0)),
         # A loss near 0 is often a sum that cancels.
-        (outcome(0.01), outcome(0.0), 0.01),
-        (outcome(3.0, 1.0), outcome(2.0, 1.0), 0.5),
+        (outcome(0.01), outcome(0.0), Errors(0.01, 0.0)),
+        (outcome(3.0, 1.0), outcome(2.0, 1.0), Errors(0.5, 0.0)),
     ],
 )
-def test_error_is_the_worst(found: Outcome, exact: Outcome, expected: float) -> None:
-    assert error(found, exact) == pytest.approx(expected)
+def test_errors(found: Outcome, exact: Outcome, expected: Errors) -> None:
+    assert tuple(errors(found, exact)) == pytest.approx(tuple(expected))
+    assert errors(found, exact).largest == pytest.approx(max(expected))
 
 
 def test_an_error_of_nan_stays_one() -> None:
-    assert error(outcome(1.0, float("nan")), outcome(1.0, 1.0)) != 0
-    assert not error(outcome(1.0, float("nan")), outcome(1.0, 1.0)) <= 1
-    assert not error(outcome(float("nan"), 1.0), outcome(1.0, 1.0)) <= 1
+    for found in (outcome(1.0, float("nan"), 1.0), outcome(1.0, 1.0, float("nan"))):
+        assert not errors(found, outcome(1.0, 1.0, 1.0)).gradient <= 1
+    loss = errors(outcome(float("nan"), 1.0), outcome(1.0, 1.0))
+    assert not loss.loss <= 1 and not loss.largest <= 1
+    assert not Errors(0.0, float("nan")).largest <= 1
 
 
 @pytest.mark.parametrize("models", [1, 2])
@@ -72,7 +84,9 @@ def test_bare_products_are_those_of_the_scored_rows(
         return product(a, b)
 
     monkeypatch.setattr(torch, "mm", counted)
-    bare_products(work, mode, models)  # type: ignore[arg-type]
+    run = bare_products(work, mode, models)  # type: ignore[arg-type]
+    assert flops == []
+    run()
     assert flops == [32 * 8 * 50] * (products + models - 1)
 
 

@@ -68,6 +68,8 @@ def report() -> dict[str, Any]:
             "dtype": "float32",
             "device": "cpu",
             "scored": scored,
+            "hidden_size": 64,
+            "vocab_size": 500,
             "peak": peak,
             "gradients": 30.0,
             "workspace": 50.0 if name == "fastpref" else None,
@@ -110,10 +112,11 @@ def test_terminal(report: dict[str, Any]) -> None:
     assert said.count("Liger: not measured, liger_kernel is not installed") == 4
     assert "100us   0.10%" in said
     assert "peak MiB" not in said
+    assert "trainable head, float32, H=64, V=500 (MiB)" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("  plain torch   ")]
     assert ["plain", "torch", "4096", "2048", "30", "512"] in rows
     assert "time grows with N to the power of: fastpref 1.00, products 1.00" in said
-    assert "workspace 7 to 7 MiB, (N, H) 2 to 16 MiB, (N, V) 32 to 256 MiB" in said
+    assert "within 64 MiB: workspace 7 to 7 MiB, (N, H) 2 to 16 MiB, (N, V) 32 to 256 MiB" in said
     assert "10.0ms       5.0ms       2.00x           7           2          32" in said
 
 
@@ -234,6 +237,26 @@ def test_redrawn_with_nothing_but_curves(
     assert main(["bench", "--report", str(path), "--out", str(tmp_path / "out")]) == 0
     assert "time grows with N" in capsys.readouterr().out
     assert not (tmp_path / "out" / "bench.csv").exists()
+
+
+def test_overflowing_rows_alone(report: dict[str, Any]) -> None:
+    report["cases"][1]["timings"].pop("fastpref")
+    assert "1% overflowing rows cost" not in reporting.terminal(report)
+
+
+def test_a_case_without_entropy(report: dict[str, Any]) -> None:
+    assert "V=500)" in reporting.terminal_case(report["cases"][3] | {"entropy": None})
+
+
+@pytest.mark.parametrize("spoiled", ["logits", "timings", "shape"])
+def test_a_report_that_is_damaged(
+    spoiled: str, report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report["cases"][0].pop(spoiled)
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(report))
+    assert main(["bench", "--report", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert f"KeyError: '{spoiled}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"machine": {}}'])

@@ -52,20 +52,28 @@ def test_the_reference_is_near_but_not_the_same() -> None:
 
 
 def test_overflowing_rows_lie_beyond_float_exp() -> None:
-    shape = replace(SHAPE, masked=0)
-    work = make_work(shape, torch.float32, overflowing=0.25)
-    rows = work.hidden.flatten(0, 1) @ work.weight.t()
-    gap = rows.amax(1) - rows.gather(1, work.target.view(-1, 1))[:, 0]
-    assert int((gap > 88).sum()) == shape.positions // 4
-    assert int((make_work(shape, torch.float32).hidden != work.hidden).any(-1).sum()) == 96
+    for share, expected in ((0.25, SHAPE.scored // 4), (0.01, 2), (1e-6, 1)):
+        work = make_work(SHAPE, torch.float32, overflowing=share)
+        rows = work.rows(work.hidden) @ work.weight.t()
+        gap = rows.amax(1) - rows.gather(1, work.target[work.scored][:, None])[:, 0]
+        assert int((gap > 88).sum()) == expected
+        others = make_work(SHAPE, torch.float32)
+        assert int((others.hidden != work.hidden).any(-1).sum()) == expected
+
+
+def test_scored_rows() -> None:
+    work = make_work(SHAPE, torch.float32)
+    assert torch.equal(work.rows(work.hidden), work.hidden[work.scored])
+    assert torch.equal(work.target.flatten()[work.positions], work.target[work.scored])
 
 
 def test_leaves_are_fresh_and_frozen_as_asked() -> None:
     work = make_work(SHAPE, torch.float32)
-    hidden, weight = work.leaves(trainable=False)
-    assert hidden.requires_grad and not weight.requires_grad
-    assert hidden.is_leaf and not work.hidden.requires_grad
-    assert work.leaves(trainable=True)[1].requires_grad
+    for asked in ((True, False), (True, True), (False, False)):
+        leaves = work.leaves(*asked)
+        assert tuple(one.requires_grad for one in leaves) == asked
+        assert all(one.is_leaf for one in leaves)
+    assert not work.hidden.requires_grad and not work.weight.requires_grad
 
 
 def test_the_same_seed_is_the_same_work() -> None:

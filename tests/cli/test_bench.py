@@ -32,7 +32,8 @@ def arguments(*given: str) -> argparse.Namespace:
 
 def memory_row(case: Case, name: str, budget: int) -> dict[str, Any]:
     sizes = dict.fromkeys(("peak", "gradients", "workspace", "logits"), 1.0)
-    return {"implementation": name, "scored": case.shape.scored} | sizes
+    shape = {"hidden_size": case.shape.hidden_size, "vocab_size": case.shape.vocab_size}
+    return {"implementation": name, "dtype": "float32", "scored": case.shape.scored} | sizes | shape
 
 
 @pytest.fixture
@@ -112,6 +113,37 @@ def test_what_needs_a_module_says_so(
     assert "not measured, not_a_module is not installed" in capsys.readouterr().out
 
 
+def test_what_fails_costs_nothing_else(
+    tiny: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measure, of_memory = bench.measure, memory.measure
+
+    def breaks(case: Case, *given: Any, **named: Any) -> Any:
+        if case.mode == "forward":
+            raise MemoryError("too large")
+        return measure(case, *given, **named)
+
+    def breaks_too(case: Case, name: str, budget: int) -> Any:
+        if name == "fastpref":
+            raise RuntimeError("no such file")
+        return of_memory(case, name, budget)
+
+    monkeypatch.setattr(bench, "measure", breaks)
+    monkeypatch.setattr(memory, "measure", breaks_too)
+    given = ["--quick", "--rounds", "1", "--what", "score", "--what", "memory"]
+    given += ["--dtype", "float32", "--mode", "forward", "--mode", "frozen head"]
+    assert bench.run(arguments(*given, "--out", str(tmp_path))) == 0
+    said = capsys.readouterr().out
+    assert "score, float32, forward: not measured, MemoryError: too large" in said
+    assert "memory of fastpref, N=512: not measured, no such file" in said
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [case["mode"] for case in report["cases"]] == ["frozen head"]
+    assert report["memory"][0]["implementation"] == "fastpref, recompute, 32 MiB"
+
+
 def test_a_run_that_is_cut_short_keeps_what_it_has(
     tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -164,6 +196,11 @@ def test_cases_begin_before_the_end(capsys: pytest.CaptureFixture[str]) -> None:
         (("--masked", "1"), "--masked must be in [0, 1), got 1.0"),
         (("--length", "1"), "--length must be at least 2"),
         (("--length", "4", "--masked", "0.9"), "leave a scored position at --masked 0.9, got 4"),
+        (("--quick", "--masked", "0.995"), "leave a scored position at --masked 0.995, got 64"),
+        (("--what", "score", "--implementation", "fastperf"), "'fastperf' is none of: Cut Cross-E"),
+        (("--what", "heads", "--mode", "frozen head"), "heads has no such --mode"),
+        (("--out", __file__), "--out must be a folder that can be written to"),
+        (("--report", __file__, "--out", __file__), "--out must be a folder"),
     ],
 )
 def test_wrong_arguments(

@@ -73,7 +73,7 @@ def test_the_loss_depends_on_the_scores(what: str) -> None:
     assert isinstance(plain.run, functools.partial)
     loss, work, mode = plain.run.args
     moved = replace(work, hidden=other.hidden)
-    assert errors(step(loss, moved, mode), plain.exact()).loss > ALLOWED["bfloat16"].loss
+    assert errors(step(loss, moved, mode), plain.exact()).loss > 100 * ALLOWED["float32"].loss
 
 
 @pytest.mark.parametrize("what", SUITES)

@@ -105,6 +105,7 @@ def test_a_run_that_failed_leaves_nothing_behind() -> None:
     assert isinstance(plain.run, functools.partial)
     with pytest.raises(RuntimeError, match="broken"):
         plain.run.func(breaks)
+    assert errors(plain.run(), first).largest == 0
     plain.run.func(spoils)
     assert errors(plain.run(), first).largest == 0
 

@@ -118,22 +118,67 @@ inline void check_matrix(const Tensor& matrix, const char* name, const Tensor& o
                   matrix.stride(1), " between columns");
 }
 
-// The call with `out`, which is new. Whether the indices are inside the weight is not looked at.
-inline std::tuple<cpu::GatherDot, Tensor> gather_dot_call(const Tensor& hidden, const Tensor& weight,
-                                                          const Tensor& index) {
+// The call with (column, raw, logit), which are new.
+inline std::tuple<cpu::TargetLogits, Tensor, Tensor, Tensor> target_logits_call(const Tensor& hidden,
+                                                                                const Tensor& weight,
+                                                                                const Tensor& target,
+                                                                                const std::optional<Tensor>& bias,
+                                                                                double scale, double cap) {
   STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have shape (rows, H), got ", hidden.dim(), " dimensions");
   check_matrix(hidden, "hidden", hidden);
   check_matrix(weight, "weight", hidden);
-  cpu::GatherDot call{};
+  const int64_t rows = hidden.size(0);
+  const auto type = statistics_type(hidden);
+  cpu::TargetLogits call{};
   call.hidden = hidden.const_data_ptr();
   call.weight = weight.const_data_ptr();
   call.hidden_stride = hidden.stride(0);
   call.weight_stride = weight.stride(0);
   call.width = hidden.size(1);
-  call.index = static_cast<const int64_t*>(checked_vector(hidden, index, "index", hidden.size(0), ScalarType::Long));
-  Tensor out = torch::stable::new_empty(hidden, {hidden.size(0)}, statistics_type(hidden));
-  call.out = out.mutable_data_ptr();
-  return {call, out};
+  call.vocab = weight.size(0);
+  call.map = {bias.has_value() ? checked_vector(hidden, *bias, "bias", call.vocab, type) : nullptr, scale, cap};
+  call.target = static_cast<const int64_t*>(checked_vector(hidden, target, "target", rows, ScalarType::Long));
+  Tensor column = torch::stable::new_empty(target, {rows});
+  Tensor raw = torch::stable::new_empty(hidden, {rows}, type);
+  Tensor logit = torch::stable::new_empty(hidden, {rows}, type);
+  call.column = static_cast<int64_t*>(column.mutable_data_ptr());
+  call.raw = raw.mutable_data_ptr();
+  call.logit = logit.mutable_data_ptr();
+  return {call, column, raw, logit};
+}
+
+// The call with its scores, which are new.
+inline std::tuple<cpu::SettleRows, Tensor> settle_rows_call(const std::optional<Tensor>& exps, const Tensor& anchor,
+                                                            const Tensor& sum, const Tensor& offset,
+                                                            const std::optional<Tensor>& best, const Tensor& column,
+                                                            const Tensor& raw, const Tensor& logit, double scale,
+                                                            double cap) {
+  STD_TORCH_CHECK(anchor.dim() == 1, "anchor must have shape (rows,), got ", anchor.dim(), " dimensions");
+  STD_TORCH_CHECK(!exps.has_value() || exps->dim() == 2, "exps must have shape (rows, V)");
+  const Tensor& like = exps.has_value() ? *exps : anchor;
+  const int64_t rows = anchor.size(0);
+  const auto vector = [&](const Tensor& values, const char* name) {
+    return checked_vector(like, values, name, rows, statistics_type(like));
+  };
+  cpu::SettleRows call{};
+  call.anchor = vector(anchor, "anchor");
+  call.sum = vector(sum, "sum");
+  call.offset = vector(offset, "offset");
+  call.best = best.has_value() ? vector(*best, "best") : nullptr;
+  call.column = static_cast<const int64_t*>(checked_vector(like, column, "column", rows, ScalarType::Long));
+  call.raw = vector(raw, "raw");
+  call.logit = vector(logit, "logit");
+  call.map = {nullptr, scale, cap};
+  call.rows = rows;
+  if (exps.has_value()) {
+    check_matrix(*exps, "exps", *exps);
+    STD_TORCH_CHECK(exps->size(0) == rows, "exps must have the ", rows, " rows of anchor, got ", exps->size(0));
+    call.exps = exps->mutable_data_ptr();
+    call.exps_stride = exps->stride(0);
+  }
+  Tensor scores = torch::stable::new_empty(anchor, {cpu::kRowScores, rows});
+  call.scores = scores.mutable_data_ptr();
+  return {call, scores};
 }
 
 inline cpu::ScaleRows scale_rows_call(const Tensor& out, const Tensor& input, const Tensor& factor) {

@@ -58,15 +58,24 @@ void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor l
   run(kernel, call, call.tile.rows, call.tile.cols);
 }
 
-Tensor gather_dot(Tensor hidden, Tensor weight, Tensor index) {
-  const auto kernel = row_kernels().gather_dot[static_cast<int>(fastpref::element_of(hidden, "hidden"))];
-  const auto [call, out] = fastpref::gather_dot_call(hidden, weight, index);
-  for (int64_t row = 0; row < hidden.size(0); ++row) {
-    STD_TORCH_CHECK(call.index[row] >= 0 && call.index[row] < weight.size(0), "index must be in [0, ", weight.size(0),
-                    "), got ", call.index[row]);
-  }
+std::tuple<Tensor, Tensor, Tensor> target_logits(Tensor hidden, Tensor weight, Tensor target,
+                                                 std::optional<Tensor> bias, double scale, double cap) {
+  const auto kernel = row_kernels().target_logits[static_cast<int>(fastpref::element_of(hidden, "hidden"))];
+  const auto [call, column, raw, logit] = fastpref::target_logits_call(hidden, weight, target, bias, scale, cap);
   run(kernel, call, hidden.size(0), call.width);
-  return out;
+  return {column, raw, logit};
+}
+
+// What settling a row takes, in columns of the other kernels.
+constexpr int64_t kSettleWidth = 64;
+
+Tensor settle_rows(std::optional<Tensor> exps, Tensor anchor, Tensor sum, Tensor offset, std::optional<Tensor> best,
+                   Tensor column, Tensor raw, Tensor logit, double scale, double cap) {
+  const auto element = exps.has_value() ? fastpref::element_of(*exps, "exps") : fastpref::element_of(anchor, "anchor");
+  const auto [call, scores] =
+      fastpref::settle_rows_call(exps, anchor, sum, offset, best, column, raw, logit, scale, cap);
+  run(row_kernels().settle_rows[static_cast<int>(element)], call, call.rows, kSettleWidth);
+  return scores;
 }
 
 void scale_rows(Tensor out, Tensor input, Tensor factor) {
@@ -97,7 +106,12 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
       "logit_grad_(Tensor(a!) tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp, Tensor? "
       "grad_lse, "
       "Tensor? grad_entropy, Tensor? entropy, Tensor? bias, float scale, float cap) -> ()");
-  m.def("gather_dot(Tensor hidden, Tensor weight, Tensor index) -> Tensor");
+  m.def(
+      "target_logits(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float cap) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "settle_rows_(Tensor(a!)? exps, Tensor anchor, Tensor sum, Tensor offset, Tensor? best, Tensor column, Tensor "
+      "raw, Tensor logit, float scale, float cap) -> Tensor");
   m.def("scale_rows_(Tensor(a!) out, Tensor input, Tensor factor) -> ()");
   m.def(
       "divergence_rows_(Tensor(a!) student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float scale, "
@@ -115,7 +129,8 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastpref, CPU, m) {
   m.impl("exp_rows_", TORCH_BOX(&exp_rows));
   m.impl("logit_grad_", TORCH_BOX(&logit_grad));
-  m.impl("gather_dot", TORCH_BOX(&gather_dot));
+  m.impl("target_logits", TORCH_BOX(&target_logits));
+  m.impl("settle_rows_", TORCH_BOX(&settle_rows));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows));
   m.impl("divergence_rows_", TORCH_BOX(&divergence_rows));
 }

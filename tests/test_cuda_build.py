@@ -67,7 +67,7 @@ needs_nvcc = pytest.mark.skipif(
 def test_kernels_keep_to_registers_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
     compiled, entries = compile_kernels(SOURCES / "row_kernels.cu", tmp_path)
     # Four kernels of exp_rows and one of each other operator, for every element type.
-    assert len(entries) == 28
+    assert len(entries) == 32
     for entry, target, stack, stores, loads, registers in compiled:
         assert (stack, stores, loads) == ("0", "0", "0"), (entry, target)
         # Two blocks of 512 threads a multiprocessor; one for float64.
@@ -75,9 +75,11 @@ def test_kernels_keep_to_registers_and_move_16_bytes_at_a_time(tmp_path: Path) -
     wide_load = r"ld\.global\.(v4|v2\.[fbu]64)|cp\.async\.c[ag]\.shared\.global .*, 16"
     for text in entries:
         name = text.split("(")[0]
+        if "settle_rows" in name:  # a thread a row, and few rows
+            continue
         assert re.search(wide_load, text), name
         assert ("barrier.cluster" in text) == ("cluster_kernel" in name), name
-        if "gather_dot" not in name:
+        if "target_logits" not in name:
             assert re.search(r"st\.global\.(v4|v2\.[fbu]64)", text), name
 
 
@@ -103,7 +105,7 @@ def test_cuda_kernels_are_registered_exactly_where_the_build_says_so() -> None:
     if built is None:
         pytest.skip("the build left no facts about CUDA")
     assert _extension.ops_unavailable_reason() is None
-    rows = ("exp_rows_", "logit_grad_", "gather_dot", "scale_rows_")
+    rows = ("exp_rows_", "logit_grad_", "target_logits", "settle_rows_", "scale_rows_")
     for name in (*rows, "sequence_sums", "pair_head"):
         has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpref::{name}", "CUDA")
         assert has == (not built.startswith("not built")), name

@@ -17,10 +17,10 @@ from fastpref.scoring.backends import UpstreamGradient
 from fastpref.scoring.backends.tiled import Tiled
 from fastpref.scoring.types import LogitMap, statistics_dtype
 from tests.cuda_on_host.kernels import ELEMENTS, Kernels, compile_kernels, unavailable_reason
+from tests.scoring.settling import MAPS, check_settle, check_settle_alone, check_target_logits
 
 # Largest relative error of one rounding to the element type.
 ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in ELEMENTS}
-MAPS = {"plain": LogitMap(1.0, 0.0), "scaled": LogitMap(0.7, 0.0), "capped": LogitMap(1.3, 20.0)}
 GUARD = 30.0
 
 
@@ -290,18 +290,43 @@ def test_logit_grad_of_a_target_nobody_holds_is_nan(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("width", [3, 64, 5003])
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_gather_dot(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
-    """Rows of both matrices begin at any address; an index outside the weight gives NaN."""
+def test_target_logits_of_any_width(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
+    """Rows of both matrices begin at any address; a target outside the weight gives NaN."""
     hidden = torch.randn(5, width + 1).to(dtype)[:, 1:]
     weight = torch.randn(9, width + 2).to(dtype)[:, :width]
-    index = torch.tensor([8, 0, 3, -1, 9])
-    dots = kernels.gather_dot(hidden, weight, index)
-    terms = hidden[:3].double() * weight[index[:3]].double()
+    target = torch.tensor([8, 0, 3, -1, 9])
+    found = kernels.target_logits(hidden, weight, target, None, LogitMap(1.0, 0.0))
+    terms = hidden[:3].double() * weight[target[:3]].double()
     digits = torch.finfo(statistics_dtype(dtype)).eps
-    error = (dots[:3].double() - terms.sum(1)).abs()
+    error = (found.raw[:3].double() - terms.sum(1)).abs()
     assert bool((error <= 20 * digits * terms.abs().sum(1)).all())
-    assert dots[3:].isnan().all()
-    assert torch.equal(dots[:3], kernels.gather_dot(hidden, weight, index, backwards=True)[:3])
+    assert found.raw[3:].isnan().all() and found.column.tolist() == [8, 0, 3, -1, -1]
+    again = kernels.target_logits(hidden, weight, target, None, LogitMap(1.0, 0.0), backwards=True)
+    assert torch.equal(found.raw[:3], again.raw[:3])
+
+
+maps = pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS)
+@maps
+@pytest.mark.parametrize("biased", [False, True])
+def test_target_logits(kernels: Kernels, dtype: torch.dtype, map: LogitMap, biased: bool) -> None:
+    check_target_logits(kernels.target_logits, dtype, map, biased)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS)
+@maps
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("offset", [0.0, -3.0])
+def test_settle(
+    kernels: Kernels, dtype: torch.dtype, map: LogitMap, statistics: bool, offset: float
+) -> None:
+    check_settle(kernels.settle, dtype, map, statistics, offset)
+
+
+def test_settle_alone(kernels: Kernels) -> None:
+    check_settle_alone(kernels.settle)
 
 
 @pytest.mark.parametrize("width", [3, 64, 5003])

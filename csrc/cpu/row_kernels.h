@@ -50,13 +50,33 @@ struct LogitGrad {
   const void* entropy;       // (rows,), read with grad_entropy only
 };
 
-// out[i] = hidden[i] . weight[index[i]]
-struct GatherDot {
+// raw[i] = hidden[i] . weight[y] + bias[y] and its logit, y = target[i]; -1 and NaN where y is no row of the weight
+struct TargetLogits {
   const void* hidden;
   const void* weight;
-  int64_t hidden_stride, weight_stride, width;
-  const int64_t* index;
-  void* out;  // (rows,), the statistics' type
+  int64_t hidden_stride, weight_stride, width, vocab;
+  LogitMap map;
+  const int64_t* target;  // (rows,)
+  int64_t* column;        // (rows,), y or -1
+  void* raw;              // (rows,), the statistics' type, as is
+  void* logit;
+};
+
+// Of each row, all of the statistics' type.
+constexpr int kRowScores = 5;  // logp, anchor, norm, log_norm, scale
+
+struct SettleRows {
+  const void* anchor;
+  const void* sum;
+  const void* offset;
+  const void* best;  // or null
+  const int64_t* column;
+  const void* raw;
+  const void* logit;
+  LogitMap map;  // without bias
+  void* exps;    // (rows, cols), one contiguous row at a time, or null
+  int64_t rows, exps_stride;
+  void* scores;  // (kRowScores, rows)
 };
 
 // out[i, :] = factor[i] in[i, :], rounded once
@@ -86,7 +106,8 @@ struct DivergenceRows {
 struct RowKernels {
   void (*exp_rows[kElements])(const ExpRows&, int64_t begin, int64_t end);
   void (*logit_grad[kElements])(const LogitGrad&, int64_t begin, int64_t end);
-  void (*gather_dot[kElements])(const GatherDot&, int64_t begin, int64_t end);
+  void (*target_logits[kElements])(const TargetLogits&, int64_t begin, int64_t end);
+  void (*settle_rows[kElements])(const SettleRows&, int64_t begin, int64_t end);
   void (*scale_rows[kElements])(const ScaleRows&, int64_t begin, int64_t end);
   void (*divergence_rows[kElements])(const DivergenceRows&, int64_t begin, int64_t end);
 };

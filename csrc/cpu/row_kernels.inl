@@ -15,6 +15,12 @@
 // becomes
 //     dz_v = t'_v p_v ((h - g) - k (log p_v + H)),   and at the target  t'_y (g (1 - p_y) + p_y (h - k (logp + H))),
 // with p_v = exp(t_v - anchor) / norm: a logarithm of norm, rounded at its own magnitude, would cost digits of p.
+//
+// settle_rows, per row, from S, the anchor a and the target's logit t_y:
+//     norm = S + exp(t_y - a),   log_norm = log norm,   logp = t_y - a - log_norm,   scale = exp(a + offset - anchor) /
+//     norm
+// where anchor is a or, given best, that one, to which norm and log_norm then move. Kept exponentials receive
+// (p_y - 1) / scale at the target, times 1 - tanh^2 under a cap.
 
 #include <cstdint>
 #include <type_traits>
@@ -347,15 +353,55 @@ void logit_grad(const LogitGrad& call, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void gather_dot(const GatherDot& call, int64_t begin, int64_t end) {
+void target_logits(const TargetLogits& call, int64_t begin, int64_t end) {
   using A = typename AccumulateType<T>::type;
+  const A* bias = static_cast<const A*>(call.map.bias);
+  const Map<A> map(LogitMap{nullptr, call.map.scale, call.map.cap});
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(call.hidden) + row * call.hidden_stride;
-    const T* w = static_cast<const T*>(call.weight) + call.index[row] * call.weight_stride;
-    A sum = 0;
+    const int64_t y = call.target[row];
+    const bool here = y >= 0 && y < call.vocab;
+    A raw = static_cast<A>(__builtin_nan("")), slope;
+    if (here) {
+      const T* x = static_cast<const T*>(call.hidden) + row * call.hidden_stride;
+      const T* w = static_cast<const T*>(call.weight) + y * call.weight_stride;
+      A sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < call.width; ++i) sum += load(x[i]) * load(w[i]);
-    static_cast<A*>(call.out)[row] = sum;
+      for (int64_t i = 0; i < call.width; ++i) sum += load(x[i]) * load(w[i]);
+      raw = bias == nullptr ? sum : sum + bias[y];
+    }
+    call.column[row] = here ? y : -1;
+    static_cast<A*>(call.raw)[row] = raw;
+    map.apply(&raw, 0, 1, static_cast<A*>(call.logit) + row, &slope);
+  }
+}
+
+template <class T>
+void settle_rows(const SettleRows& call, int64_t begin, int64_t end) {
+  using A = typename AccumulateType<T>::type;
+  const Map<double> map(call.map);
+  const auto at = [](const void* values, int64_t row) {
+    return static_cast<double>(static_cast<const A*>(values)[row]);
+  };
+  for (int64_t row = begin; row < end; ++row) {
+    const double anchor = at(call.anchor, row), sum = at(call.sum, row), relative = at(call.logit, row) - anchor;
+    double top = anchor, norm = sum + __builtin_exp(relative);
+    double log_norm = relative == 0 ? __builtin_log1p(sum) : __builtin_log(norm);
+    const double logp = relative - log_norm;
+    if (call.best != nullptr) {
+      // About the largest logit, where log p and the entropy add up without cancelling.
+      top = at(call.best, row);
+      norm *= __builtin_exp(anchor - top);
+      log_norm = __builtin_log(norm);
+    }
+    const double scale = __builtin_exp(anchor + at(call.offset, row) - top) / norm;
+    const double scores[kRowScores] = {logp, top, norm, log_norm, scale};
+    for (int i = 0; i < kRowScores; ++i) static_cast<A*>(call.scores)[i * call.rows + row] = static_cast<A>(scores[i]);
+    if (call.exps == nullptr || call.column[row] < 0) continue;
+    const double raw = at(call.raw, row);
+    double logit, slope = 1;
+    map.apply(&raw, 0, 1, &logit, &slope);
+    T* exps = static_cast<T*>(call.exps) + row * call.exps_stride;
+    store(exps[call.column[row]], static_cast<A>(__builtin_expm1(logp) / scale * slope));
   }
 }
 
@@ -379,7 +425,8 @@ extern const RowKernels FASTPREF_ROW_KERNELS;
 const RowKernels FASTPREF_ROW_KERNELS = {
     {exp_rows<double>, exp_rows<float>, exp_rows<BFloat16>, exp_rows<Float16>},
     {logit_grad<double>, logit_grad<float>, logit_grad<BFloat16>, logit_grad<Float16>},
-    {gather_dot<double>, gather_dot<float>, gather_dot<BFloat16>, gather_dot<Float16>},
+    {target_logits<double>, target_logits<float>, target_logits<BFloat16>, target_logits<Float16>},
+    {settle_rows<double>, settle_rows<float>, settle_rows<BFloat16>, settle_rows<Float16>},
     {scale_rows<double>, scale_rows<float>, scale_rows<BFloat16>, scale_rows<Float16>},
     {divergence_rows<double>, divergence_rows<float>, divergence_rows<BFloat16>, divergence_rows<Float16>},
 };

@@ -97,10 +97,18 @@ cudaError_t launch_logit_grad(cpu::Element element, const cpu::LogitGrad& call, 
   });
 }
 
-cudaError_t launch_gather_dot(cpu::Element element, const cpu::GatherDot& call, int64_t rows, int64_t vocab,
-                              cudaStream_t stream) {
+cudaError_t launch_target_logits(cpu::Element element, const cpu::TargetLogits& call, int64_t rows,
+                                 cudaStream_t stream) {
   return with_element(element, [&](auto zero) {
-    gather_dot_kernel<decltype(zero)><<<blocks(rows), kThreads, 0, stream>>>(call, vocab);
+    target_logits_kernel<decltype(zero)><<<blocks(rows), kThreads, 0, stream>>>(call);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t launch_settle_rows(cpu::Element element, const cpu::SettleRows& call, cudaStream_t stream) {
+  return with_element(element, [&](auto zero) {
+    const int64_t full = (call.rows + kSettleThreads - 1) / kSettleThreads;
+    settle_rows_kernel<decltype(zero)><<<blocks(full), kSettleThreads, 0, stream>>>(call);
     return cudaGetLastError();
   });
 }

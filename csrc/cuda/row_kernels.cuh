@@ -313,15 +313,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) logit_grad_kerne
   });
 }
 
-// Checking an index on the host would wait for the device: a row whose index is outside [0, vocab) gets NaN.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) gather_dot_kernel(cpu::GatherDot call, int64_t vocab) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) target_logits_kernel(cpu::TargetLogits call) {
   using A = typename AccumulateType<T>::type;
-  const int64_t i = blockIdx.x, index = call.index[i];
-  const bool inside = index >= 0 && index < vocab;
+  const int64_t i = blockIdx.x, y = call.target[i];
+  const bool here = y >= 0 && y < call.vocab;
   A sum = 0;
-  if (inside) {
-    const T* weight = static_cast<const T*>(call.weight) + index * call.weight_stride;
+  if (here) {
+    const T* weight = static_cast<const T*>(call.weight) + y * call.weight_stride;
     for_each_piece(static_cast<const T*>(call.hidden) + i * call.hidden_stride, static_cast<int>(call.width),
                    [&](const auto& piece, int column) {
                      constexpr int n = std::decay_t<decltype(piece)>::kSize;
@@ -333,7 +332,45 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) gather_dot_kerne
                    });
   }
   sum = block_reduce(sum, Sum{});
-  if (threadIdx.x == 0) static_cast<A*>(call.out)[i] = inside ? sum : std::numeric_limits<A>::quiet_NaN();
+  if (threadIdx.x != 0) return;
+  if (!here) sum = std::numeric_limits<A>::quiet_NaN();
+  if (here && call.map.bias != nullptr) sum += static_cast<const A*>(call.map.bias)[y];
+  const Map<A> map(cpu::LogitMap{nullptr, call.map.scale, call.map.cap});
+  call.column[i] = here ? y : -1;
+  static_cast<A*>(call.raw)[i] = sum;
+  static_cast<A*>(call.logit)[i] = map.apply(Piece<A, 1>{{sum}}, 0).t[0];
+}
+
+// In double throughout: there are few rows.
+constexpr int kSettleThreads = 128;
+
+template <class T>
+__global__ void __launch_bounds__(kSettleThreads) settle_rows_kernel(cpu::SettleRows call) {
+  using A = typename AccumulateType<T>::type;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSettleThreads + threadIdx.x;
+  if (i >= call.rows) return;
+  const auto at_row = [i](const void* values) { return static_cast<double>(static_cast<const A*>(values)[i]); };
+  const double anchor = at_row(call.anchor), sum = at_row(call.sum), relative = at_row(call.logit) - anchor;
+  double top = anchor, norm = sum + exp(relative);
+  double log_norm = relative == 0 ? log1p(sum) : log(norm);
+  const double logp = relative - log_norm;
+  if (call.best != nullptr) {
+    top = at_row(call.best);
+    norm *= exp(anchor - top);
+    log_norm = log(norm);
+  }
+  const double scale = exp(anchor + at_row(call.offset) - top) / norm;
+  const double scores[] = {logp, top, norm, log_norm, scale};
+#pragma unroll
+  for (int j = 0; j < cpu::kRowScores; ++j) {
+    static_cast<A*>(call.scores)[j * call.rows + i] = static_cast<A>(scores[j]);
+  }
+  const int64_t column = call.column[i];
+  if (call.exps == nullptr || column < 0) return;
+  const Map<double> map(call.map);
+  const double slope = map.apply(Piece<double, 1>{{at_row(call.raw)}}, 0).slope[0];
+  T* exps = static_cast<T*>(call.exps) + i * call.exps_stride;
+  store(exps[column], static_cast<A>(expm1(logp) / scale * slope));
 }
 
 template <class T>

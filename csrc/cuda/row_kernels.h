@@ -15,8 +15,9 @@ constexpr int64_t kMostColumns = (int64_t{1} << 31) - 1;
 
 cudaError_t launch_exp_rows(cpu::Element element, const cpu::ExpRows& call, cudaStream_t stream);
 cudaError_t launch_logit_grad(cpu::Element element, const cpu::LogitGrad& call, cudaStream_t stream);
-cudaError_t launch_gather_dot(cpu::Element element, const cpu::GatherDot& call, int64_t rows, int64_t vocab,
-                              cudaStream_t stream);
+cudaError_t launch_target_logits(cpu::Element element, const cpu::TargetLogits& call, int64_t rows,
+                                 cudaStream_t stream);
+cudaError_t launch_settle_rows(cpu::Element element, const cpu::SettleRows& call, cudaStream_t stream);
 cudaError_t launch_scale_rows(cpu::Element element, const cpu::ScaleRows& call, int64_t rows, cudaStream_t stream);
 
 }  // namespace fastpref::cuda

@@ -36,13 +36,25 @@ void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor l
   on_device_of(tile, [&](cudaStream_t stream) { return fastpref::cuda::launch_logit_grad(element, call, stream); });
 }
 
-Tensor gather_dot(Tensor hidden, Tensor weight, Tensor index) {
+std::tuple<Tensor, Tensor, Tensor> target_logits(Tensor hidden, Tensor weight, Tensor target,
+                                                 std::optional<Tensor> bias, double scale, double cap) {
   const auto element = fastpref::element_of(hidden, "hidden");
-  const auto [call, out] = fastpref::gather_dot_call(hidden, weight, index);
+  const auto [call, column, raw, logit] = fastpref::target_logits_call(hidden, weight, target, bias, scale, cap);
   on_device_of(hidden, [&, &call = call](cudaStream_t stream) {
-    return fastpref::cuda::launch_gather_dot(element, call, hidden.size(0), weight.size(0), stream);
+    return fastpref::cuda::launch_target_logits(element, call, hidden.size(0), stream);
   });
-  return out;
+  return {column, raw, logit};
+}
+
+Tensor settle_rows(std::optional<Tensor> exps, Tensor anchor, Tensor sum, Tensor offset, std::optional<Tensor> best,
+                   Tensor column, Tensor raw, Tensor logit, double scale, double cap) {
+  const auto element = exps.has_value() ? fastpref::element_of(*exps, "exps") : fastpref::element_of(anchor, "anchor");
+  const auto [call, scores] =
+      fastpref::settle_rows_call(exps, anchor, sum, offset, best, column, raw, logit, scale, cap);
+  on_device_of(anchor, [&, &call = call](cudaStream_t stream) {
+    return fastpref::cuda::launch_settle_rows(element, call, stream);
+  });
+  return scores;
 }
 
 void scale_rows(Tensor out, Tensor input, Tensor factor) {
@@ -58,6 +70,7 @@ void scale_rows(Tensor out, Tensor input, Tensor factor) {
 STABLE_TORCH_LIBRARY_IMPL(fastpref, CUDA, m) {
   m.impl("exp_rows_", TORCH_BOX(&exp_rows));
   m.impl("logit_grad_", TORCH_BOX(&logit_grad));
-  m.impl("gather_dot", TORCH_BOX(&gather_dot));
+  m.impl("target_logits", TORCH_BOX(&target_logits));
+  m.impl("settle_rows_", TORCH_BOX(&settle_rows));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows));
 }

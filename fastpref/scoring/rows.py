@@ -12,7 +12,7 @@ which is -log1p(S), without cancellation, in the usual case a = t_y.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,23 +79,6 @@ class TargetLogits(NamedTuple):
     column: Tensor  # the target's column, -1 where it is elsewhere
     raw: Tensor  # its product plus bias; NaN where it is elsewhere
     logit: Tensor
-
-
-def target_logits(
-    dot: Callable[[Tensor], Tensor],
-    target: Tensor,
-    columns: int,
-    bias: Tensor | None,
-    map: LogitMap,
-) -> TargetLogits:
-    """From ``dot``, the products of each row with the given columns, one a row."""
-    here = (target >= 0) & (target < columns)
-    index = torch.where(here, target, 0)
-    raw = dot(index)
-    if bias is not None:
-        raw += bias[index]
-    raw = torch.where(here, raw, torch.nan)
-    return TargetLogits(torch.where(here, target, -1), raw, map.logit(raw))
 
 
 class RowScores(NamedTuple):

@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient, plain
-from fastpref.scoring.rows import RowSums
+from fastpref.scoring.rows import RowScores, RowSums, TargetLogits
 from fastpref.scoring.types import LogitMap, statistics_dtype
 
 HERE = Path(__file__).resolve().parent
@@ -78,15 +79,29 @@ class LogitGradStruct(ctypes.Structure):
     )
 
 
-class GatherDotStruct(ctypes.Structure):
+class TargetLogitsStruct(ctypes.Structure):
     _fields_ = (
         ("hidden", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("hidden_stride", ctypes.c_int64),
         ("weight_stride", ctypes.c_int64),
         ("width", ctypes.c_int64),
-        ("index", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
+        ("vocab", ctypes.c_int64),
+        ("map", MapStruct),
+        ("target", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in TargetLogits._fields),
+    )
+
+
+class SettleRowsStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("anchor", "sum", "offset", "best")),
+        *((name, ctypes.c_void_p) for name in TargetLogits._fields),
+        ("map", MapStruct),
+        ("exps", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("exps_stride", ctypes.c_int64),
+        ("scores", ctypes.c_void_p),
     )
 
 
@@ -103,6 +118,10 @@ class ScaleRowsStruct(ctypes.Structure):
 
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def pointers(tensors: Iterable[Tensor | None]) -> list[int | None]:
+    return [pointer(one) for one in tensors]
 
 
 class Kernels(NamedTuple):
@@ -158,31 +177,68 @@ class Kernels(NamedTuple):
         call = LogitGradStruct(
             TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
             MapStruct(pointer(bias), *map),
-            *(pointer(value) for value in upstream),
+            *pointers(upstream),
         )
         self.library.logit_grad(
             ELEMENTS.index(tile.dtype), ctypes.byref(call), ctypes.c_bool(backwards)
         )
 
-    def gather_dot(
-        self, hidden: Tensor, weight: Tensor, index: Tensor, backwards: bool = False
-    ) -> Tensor:
+    def target_logits(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+        backwards: bool = False,
+    ) -> TargetLogits:
         rows, width = hidden.shape
-        out = torch.full((rows,), torch.nan, dtype=statistics_dtype(hidden.dtype))
-        call = GatherDotStruct(
+        raw = torch.full((rows,), 7.0, dtype=statistics_dtype(hidden.dtype))
+        found = TargetLogits(torch.full((rows,), -7), raw, raw.clone())
+        call = TargetLogitsStruct(
             hidden.data_ptr(),
             weight.data_ptr(),
             hidden.stride(0),
             weight.stride(0),
             width,
-            index.data_ptr(),
-            out.data_ptr(),
+            weight.shape[0],
+            MapStruct(pointer(bias), *map),
+            target.data_ptr(),
+            *pointers(found),
         )
-        sizes = ctypes.c_int64(rows), ctypes.c_int64(weight.shape[0])
-        self.library.gather_dot(
-            ELEMENTS.index(hidden.dtype), ctypes.byref(call), *sizes, ctypes.c_bool(backwards)
+        self.library.target_logits(
+            ELEMENTS.index(hidden.dtype),
+            ctypes.byref(call),
+            ctypes.c_int64(rows),
+            ctypes.c_bool(backwards),
         )
-        return out
+        return found
+
+    def settle(
+        self,
+        sums: RowSums,
+        own: TargetLogits,
+        exps: Tensor | None,
+        map: LogitMap,
+        backwards: bool = False,
+    ) -> tuple[RowScores, Tensor]:
+        rows = sums.sum.shape[0]
+        scores = torch.full((5, rows), torch.nan, dtype=sums.sum.dtype)
+        call = SettleRowsStruct(
+            *pointers((sums.anchor, sums.sum, sums.offset, sums.best)),
+            *pointers(own),
+            MapStruct(None, *map),
+            pointer(exps),
+            rows,
+            0 if exps is None else exps.stride(0),
+            scores.data_ptr(),
+        )
+        dtype = sums.sum.dtype if exps is None else exps.dtype
+        self.library.settle_rows(
+            ELEMENTS.index(dtype), ctypes.byref(call), ctypes.c_bool(backwards)
+        )
+        *found, scale = scores
+        return RowScores(*found), scale
 
     def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         call = ScaleRowsStruct(

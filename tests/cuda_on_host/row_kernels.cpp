@@ -56,10 +56,18 @@ extern "C" void logit_grad(int element, const cpu::LogitGrad* call, bool backwar
   run(kernels, element, call->tile.rows, backwards, *call);
 }
 
-extern "C" void gather_dot(int element, const cpu::GatherDot* call, int64_t rows, int64_t vocab, bool backwards) {
-  const Kernel<cpu::GatherDot, int64_t> kernels[] = {gather_dot_kernel<double>, gather_dot_kernel<float>,
-                                                     gather_dot_kernel<__nv_bfloat16>, gather_dot_kernel<__half>};
-  run(kernels, element, rows, backwards, *call, vocab);
+extern "C" void target_logits(int element, const cpu::TargetLogits* call, int64_t rows, bool backwards) {
+  const Kernel<cpu::TargetLogits> kernels[] = {target_logits_kernel<double>, target_logits_kernel<float>,
+                                               target_logits_kernel<__nv_bfloat16>, target_logits_kernel<__half>};
+  run(kernels, element, rows, backwards, *call);
+}
+
+extern "C" void settle_rows(int element, const cpu::SettleRows* call, bool backwards) {
+  const Kernel<cpu::SettleRows> kernels[] = {settle_rows_kernel<double>, settle_rows_kernel<float>,
+                                             settle_rows_kernel<__nv_bfloat16>, settle_rows_kernel<__half>};
+  for (int64_t block = 0; block * kSettleThreads < call->rows; ++block) {
+    host::run_block(block, kSettleThreads, backwards, [=] { kernels[element](*call); });
+  }
 }
 
 extern "C" void scale_rows(int element, const cpu::ScaleRows* call, int64_t rows, bool backwards) {

@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from tests.scoring.cases import BACKENDS, DTYPES
+from tests.scoring.settling import MAPS, check_settle, check_settle_alone, check_target_logits
+
+if "cpp" in BACKENDS:
+    from fastpref.scoring.backends import compiled
 
 pytestmark = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are not built")
 ops = torch.ops.fastpref
@@ -260,16 +264,38 @@ def test_empty_tiles(shape):
     ops.logit_grad_(**logit_grad_arguments(rows, cols))
 
 
+maps = pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@maps
+@pytest.mark.parametrize("biased", [False, True])
+def test_target_logits(dtype, map, biased):
+    check_target_logits(compiled.target_logits, dtype, map, biased)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [0, 1, 7, 1025])
-def test_gather_dot(dtype, width):
+def test_target_logits_of_any_width(dtype, width):
     hidden = torch.randn(20, width + 3).to(dtype)[:, 2 : 2 + width]
     weight = torch.randn(50, width + 9).to(dtype)[:, 5 : 5 + width]
-    index = torch.randint(0, 50, (20,))
-    dot = ops.gather_dot(hidden, weight, index)
-    assert dot.dtype == exact_of(dtype)
-    expected = (hidden.double() * weight.double()[index]).sum(1)
-    torch.testing.assert_close(dot.double(), expected, rtol=1e-5, atol=1e-4)
+    target = torch.randint(0, 50, (20,))
+    _, raw, logit = ops.target_logits(hidden, weight, target, None, 1.0, 0.0)
+    expected = (hidden.double() * weight.double()[target]).sum(1)
+    torch.testing.assert_close(raw.double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(raw, logit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@maps
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("offset", [0.0, -3.0])
+def test_settle(dtype, map, statistics, offset):
+    check_settle(compiled.settle, dtype, map, statistics, offset)
+
+
+def test_settle_alone():
+    check_settle_alone(compiled.settle)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -292,7 +318,17 @@ def test_scale_rows(dtype, width):
 MATRICES = {
     "hidden": torch.zeros(3, 4),
     "weight": torch.zeros(9, 4),
-    "index": torch.zeros(3).long(),
+    "target": torch.zeros(3).long(),
+    "bias": torch.zeros(9),
+    "scale": 1.0,
+    "cap": 0.0,
+}
+SETTLED = {
+    "exps": torch.zeros(3, 4),
+    **{name: torch.zeros(3) for name in ("anchor", "sum", "offset", "best", "raw", "logit")},
+    "column": torch.zeros(3).long(),
+    "scale": 1.0,
+    "cap": 0.0,
 }
 ROWS = {"out": torch.zeros(3, 4), "input": torch.zeros(3, 4), "factor": torch.zeros(3)}
 
@@ -300,14 +336,26 @@ ROWS = {"out": torch.zeros(3, 4), "input": torch.zeros(3, 4), "factor": torch.ze
 @pytest.mark.parametrize(
     "op, name, value, message",
     [
-        ("gather_dot", "hidden", torch.zeros(4), "hidden.*rows, H"),
-        ("gather_dot", "hidden", torch.zeros(4, 3).t()[:3], "hidden.*contiguous rows"),
-        ("gather_dot", "hidden", torch.zeros(3, 4).int(), "hidden.*float64.*float16"),
-        ("gather_dot", "weight", torch.zeros(9, 5), "weight.*rows, 4"),
-        ("gather_dot", "weight", torch.zeros(9, 4).double(), "weight.*dtype"),
-        ("gather_dot", "index", torch.zeros(2).long(), r"index.*\(3,\)"),
-        ("gather_dot", "index", torch.tensor([0, 9, 0]), r"index.*\[0, 9\).*9"),
-        ("gather_dot", "index", torch.tensor([0, -1, 0]), r"index.*\[0, 9\).*-1"),
+        ("target_logits", "hidden", torch.zeros(4), "hidden.*rows, H"),
+        ("target_logits", "hidden", torch.zeros(4, 3).t()[:3], "hidden.*contiguous rows"),
+        ("target_logits", "hidden", torch.zeros(3, 4).int(), "hidden.*float64.*float16"),
+        ("target_logits", "weight", torch.zeros(9, 5), "weight.*rows, 4"),
+        ("target_logits", "weight", torch.zeros(9, 4).double(), "weight.*dtype"),
+        ("target_logits", "target", torch.zeros(2).long(), r"target.*\(3,\)"),
+        ("target_logits", "target", torch.zeros(3).int(), "target.*int64"),
+        ("target_logits", "bias", torch.zeros(4), r"bias.*\(9,\)"),
+        ("target_logits", "bias", torch.zeros(9).double(), "bias.*dtype"),
+        ("settle_rows_", "exps", torch.zeros(3), r"exps.*rows, V"),
+        ("settle_rows_", "exps", torch.zeros(3, 4).int(), "exps.*float64.*float16"),
+        ("settle_rows_", "exps", torch.zeros(2, 4), "exps.*3 rows"),
+        ("settle_rows_", "exps", torch.zeros(4, 3).t(), "exps.*contiguous rows"),
+        ("settle_rows_", "anchor", torch.zeros(3, 1), r"anchor.*\(rows,\)"),
+        ("settle_rows_", "column", torch.zeros(3).int(), "column.*int64"),
+        *(
+            ("settle_rows_", name, value, f"{name}.*{message}")
+            for name in ("sum", "offset", "best", "raw", "logit")
+            for value, message in BAD_VECTORS
+        ),
         ("scale_rows_", "input", torch.zeros(3), r"rows, H"),
         ("scale_rows_", "out", torch.zeros(2, 4), r"out.*rows, H"),
         ("scale_rows_", "out", torch.zeros(3, 5), r"out.*rows, 4"),
@@ -317,7 +365,8 @@ ROWS = {"out": torch.zeros(3, 4), "input": torch.zeros(3, 4), "factor": torch.ze
     ],
 )
 def test_matrix_argument_checks(op, name, value, message):
-    arguments = {**(MATRICES if op == "gather_dot" else ROWS), name: value}
+    given = {"target_logits": MATRICES, "settle_rows_": SETTLED, "scale_rows_": ROWS}[op]
+    arguments = {**given, name: value}
     with pytest.raises(RuntimeError, match=message):
         getattr(ops, op)(**arguments)
 
@@ -345,7 +394,25 @@ def test_opcheck_logit_grad(dtype, optional):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_matrices(dtype):
     hidden, weight = torch.randn(3, 4).to(dtype), torch.randn(9, 4).to(dtype)
-    index, factor = torch.randint(0, 9, (3,)), torch.randn(3).to(exact_of(dtype))
-    torch.library.opcheck(ops.gather_dot.default, (hidden, weight, index), test_utils=CHECKS)
+    target, factor = torch.randint(0, 9, (3,)), torch.randn(3).to(exact_of(dtype))
+    for bias in (None, torch.randn(9).to(exact_of(dtype))):
+        torch.library.opcheck(
+            ops.target_logits.default,
+            (hidden, weight, target, bias, 1.0, 0.0),
+            test_utils=CHECKS,
+        )
     out = torch.zeros_like(hidden)
     torch.library.opcheck(ops.scale_rows_.default, (out, hidden, factor), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("optional", [False, True])
+def test_opcheck_settle_rows(dtype, optional):
+    exact = exact_of(dtype)
+    arguments = {
+        name: one.to(exact) if isinstance(one, torch.Tensor) and one.is_floating_point() else one
+        for name, one in SETTLED.items()
+    }
+    arguments["exps"] = torch.zeros(3, 4, dtype=dtype) if optional else None
+    arguments["best"] = arguments["best"] if optional else None
+    torch.library.opcheck(ops.settle_rows_.default, (), arguments, test_utils=CHECKS)

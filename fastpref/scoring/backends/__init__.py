@@ -41,6 +41,21 @@ class RowKernels(Protocol):
     def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         """factor[i] rows[i], (rows, H), into ``out``, which may be ``rows``; rounded once."""
 
+    def target_logits(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+    ) -> TargetLogits:
+        """Those of each row's target, in the statistics' dtype."""
+
+    def settle(
+        self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+    ) -> tuple[RowScores, Tensor]:
+        """As ``rows.settle``."""
+
 
 class RowBackend(RowKernels, Protocol):
     """The primitive that backends differ in."""
@@ -71,21 +86,6 @@ class RowBackend(RowKernels, Protocol):
         map: LogitMap,
     ) -> None:
         """The tile becomes the gradient with respect to the raw products hidden weight^T."""
-
-    def target_logits(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
-    ) -> TargetLogits:
-        """Those of each row's target, in the statistics' dtype."""
-
-    def settle(
-        self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
-    ) -> tuple[RowScores, Tensor]:
-        """As ``rows.settle``."""
 
     def needs_tile(self, dtype: torch.dtype, write: bool) -> bool:
         """Whether ``project`` needs a (rows, cols) tile to work in."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import RowSums
+from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
 from . import UpstreamGradient, operators, plain
 
@@ -42,12 +42,22 @@ def temporary_bytes(
     return 0
 
 
-def gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+def target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
+) -> TargetLogits:
     # Weights that lie transposed are rare; the operator wants contiguous rows.
     if hidden.stride(1) != 1 or weight.stride(1) != 1:
-        return plain.gather_dot(hidden, weight, index)
-    dot: Tensor = torch.ops.fastpref.gather_dot(hidden, weight, index)
-    return dot
+        return plain.target_logits(hidden, weight, target, bias, map)
+    return TargetLogits(*torch.ops.fastpref.target_logits(hidden, weight, target, bias, *map))
+
+
+def settle(
+    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+) -> tuple[RowScores, Tensor]:
+    *scores, scale = torch.ops.fastpref.settle_rows_(
+        exps, sums.anchor, sums.sum, sums.offset, sums.best, *own, *map
+    )
+    return RowScores(*scores), scale
 
 
 def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:

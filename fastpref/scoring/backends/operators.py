@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rows import RowScores
 from ..types import statistics_dtype
 
 # Rows of the sums that exp_rows_ returns, as in csrc/cpu/row_kernels.h.
@@ -47,9 +48,28 @@ def _logit_grad(
     return None
 
 
-@torch.library.register_fake("fastpref::gather_dot")  # type: ignore[untyped-decorator]
-def _gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    return hidden.new_empty((hidden.shape[0],), dtype=statistics_dtype(hidden.dtype))
+@torch.library.register_fake("fastpref::target_logits")  # type: ignore[untyped-decorator]
+def _target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, scale: float, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw = hidden.new_empty((hidden.shape[0],), dtype=statistics_dtype(hidden.dtype))
+    return torch.empty_like(target), raw, torch.empty_like(raw)
+
+
+@torch.library.register_fake("fastpref::settle_rows_")  # type: ignore[untyped-decorator]
+def _settle_rows(
+    exps: Tensor | None,
+    anchor: Tensor,
+    sum: Tensor,
+    offset: Tensor,
+    best: Tensor | None,
+    column: Tensor,
+    raw: Tensor,
+    logit: Tensor,
+    scale: float,
+    cap: float,
+) -> Tensor:
+    return anchor.new_empty((len(RowScores._fields) + 1, anchor.shape[0]))
 
 
 @torch.library.register_fake("fastpref::scale_rows_")  # type: ignore[untyped-decorator]

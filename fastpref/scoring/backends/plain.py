@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import RowSums
+from ..rows import RowSums, TargetLogits
+from ..rows import settle as settle_rows
 from ..types import LogitMap, statistics_dtype
 from . import UpstreamGradient
 
@@ -156,7 +157,23 @@ def _logit_grad_block(
     tile.copy_(grad * map.slope(raw) * map.scale)
 
 
-def gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+def target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
+) -> TargetLogits:
+    here = (target >= 0) & (target < weight.shape[0])
+    index = torch.where(here, target, 0)
+    raw = _gather_dot(hidden, weight, index)
+    if bias is not None:
+        raw += bias[index]
+    raw = torch.where(here, raw, torch.nan)
+    return TargetLogits(torch.where(here, target, -1), raw, map.logit(raw))
+
+
+settle = settle_rows
+
+
+def _gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """hidden[i] . weight[index[i]], (rows,) in the statistics' dtype."""
     dtype = statistics_dtype(hidden.dtype)
     rows = _block_rows(hidden)
     parts = [

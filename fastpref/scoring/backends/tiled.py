@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, RowSums, TargetLogits, settle, target_logits
+from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
 from . import RowKernels, UpstreamGradient
 
@@ -40,9 +39,6 @@ class TileKernels(RowKernels, Protocol):
         map: LogitMap,
     ) -> None:
         """The tile becomes the gradient with respect to the raw products."""
-
-    def gather_dot(self, hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        """hidden[i] . weight[index[i]], (rows,) in the statistics' dtype."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +93,12 @@ class Tiled:
         bias: Tensor | None,
         map: LogitMap,
     ) -> TargetLogits:
-        dot = functools.partial(self.kernels.gather_dot, hidden, weight)
-        return target_logits(dot, target, weight.shape[0], bias, map)
+        return self.kernels.target_logits(hidden, weight, target, bias, map)
 
     def settle(
         self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
     ) -> tuple[RowScores, Tensor]:
-        return settle(sums, own, exps, map)
+        return self.kernels.settle(sums, own, exps, map)
 
     def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         return self.kernels.scale_rows(rows, factor, out)

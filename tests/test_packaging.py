@@ -189,3 +189,11 @@ def test_constraints_pin_every_line_once_for_a_python() -> None:
 def test_kernels_directory_does_not_shadow_a_package_of_that_name() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "fastpref" / "kernels").resolve() == ROOT / "kernels"
+
+
+def test_importing_loads_no_compiler_and_no_trainer() -> None:
+    """Each takes a second or more, of every command and every worker process."""
+    heavy = ("torch._dynamo", "triton", "transformers", "trl", "matplotlib")
+    code = f"import sys, fastpref; print([one for one in {heavy!r} if one in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

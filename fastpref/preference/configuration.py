@@ -38,7 +38,6 @@ def configure(
     return made
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _keep(
     objective: str | Objective | Callable[..., Any],
     dp_group: dist.ProcessGroup | None,
@@ -53,6 +52,11 @@ def _keep(
     name = f"objective_{len(known)}"
     setattr(_traced, name, made)
     return name
+
+
+# All that torch.compiler.assume_constant_result does; but that imports torch._dynamo, a second of
+# every import of fastpref.
+_keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _configured(

@@ -7,6 +7,7 @@ row's target lies elsewhere.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import NamedTuple, Protocol
 
@@ -132,6 +133,7 @@ def choose(name: str, device: torch.device, size: Size) -> str:
     return name
 
 
+@functools.cache
 def load(name: str) -> RowBackend:
     if name == "triton":
         from . import fused

@@ -136,9 +136,12 @@ def log_shares(d, e, expm1, student_weight, teacher_weight):
 
 
 @triton.jit
-def terms(d, x, greater, student_weight, teacher_weight, KIND: tl.constexpr):
+def terms(s, t, d, x, greater, shift, student_weight, teacher_weight, KIND: tl.constexpr):
     """Each column's part of D (bhattacharyya: of 1 - sum sqrt(p q)), q - p, the probability that D
-    weights with, and what else the gradient takes the mean of."""
+    weights with, and what else the gradient takes the mean of.
+
+    Where q is all but 1 somewhere, the gradient there is what remains of that column beside the
+    mean: of the last two the sums are in float64, and the products exact."""
     if KIND == BHATTACHARYYA:
         _, root, _, _ = decay(x / 2)
         difference = greater * root * (2.0 + root)
@@ -157,26 +160,41 @@ def terms(d, x, greater, student_weight, teacher_weight, KIND: tl.constexpr):
                 term = tl.where(d > 0, from_greater, from_lesser)
             # Infinite only where the other has no probability at all.
             value = tl.where(term == INF, term, greater * term)
+            if KIND == REVERSE_KL:
+                exact = (s.to(tl.float64) - t.to(tl.float64)) - shift
+                weight = weight.to(tl.float64)
+                part = tl.where(weight == 0.0, 0.0, weight * exact)
         elif KIND == JSD:
             share, total, log, excess, near = log_shares(
                 d, e, expm1, student_weight, teacher_weight
             )
+            weight = weight.to(tl.float64)
+            part = weight * share.to(tl.float64)
             of_lesser = tl.where(d > 0, teacher_weight, student_weight)
             far = of_lesser * tl.where(e == 0.0, 0.0, x * e) - total * log
             value = greater * tl.where(near, of_lesser * from_lesser - excess, far)
-            part = weight * share
         else:
             value = difference * -0.5
+            weight = weight.to(tl.float64)
             part = weight * tl.where(d > 0, 1.0, tl.where(d < 0, 0.0, 0.5))
     return value, tl.where(d > 0, -difference, difference), weight, part
 
 
 @triton.jit
 def gradients(
-    d, x, greater, centred, centre, below, student_weight, teacher_weight, KIND: tl.constexpr
+    d,
+    x,
+    greater,
+    centred,
+    centre,
+    centre_low,
+    below,
+    student_weight,
+    teacher_weight,
+    KIND: tl.constexpr,
 ):
-    """dD/ds; ``centred`` is log(q/p) - D; ``centre`` the mean of log(q/m), or how much of q lies
-    above p, and ``below`` below it."""
+    """dD/ds; ``centred`` is log(q/p) - D; ``centre`` + ``centre_low`` the mean of log(q/m); or
+    ``centre`` how much of q lies above p, and ``below`` below it."""
     e, expm1, _, _ = decay(x)
     q = greater * tl.where(d > 0, 1.0, e)
     if KIND == FORWARD_KL:
@@ -186,7 +204,7 @@ def gradients(
         result = tl.where(q == 0.0, 0.0, q * tl.where(d == INF, d, centred))
     elif KIND == JSD:
         share, _, _, _, _ = log_shares(d, e, expm1, student_weight, teacher_weight)
-        result = student_weight * q * (share - centre)
+        result = student_weight * q * ((share - centre) - centre_low)
     else:
         result = q * tl.where(d > 0, below, tl.where(d < 0, -centre, (below - centre) / 2))
     return result
@@ -252,8 +270,9 @@ def divergence_rows_kernel(
 
     value_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
     excess_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
-    weight_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
-    other_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
+    CENTRED: tl.constexpr = KIND == REVERSE_KL or KIND == JSD or KIND == TV
+    weight_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float64 if CENTRED else tl.float32)
+    other_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float64)
     for first in range(0, columns, BLOCK_COLS):
         s, _ = load_logits(
             student, student_bias, first + lanes, columns, scale, inner, cap, CAPPED, -INF
@@ -262,25 +281,27 @@ def divergence_rows_kernel(
             teacher, teacher_bias, first + lanes, columns, scale, inner, cap, CAPPED, -INF
         )
         d, x, greater = compare(s, t, a, b, p_scale, q_scale, high, low, EXACT)
-        value, excess, weight, other = terms(d, x, greater, student_weight, teacher_weight, KIND)
+        value, excess, weight, other = terms(
+            s, t, d, x, greater, shift, student_weight, teacher_weight, KIND
+        )
         value_parts += value
         excess_parts += excess
         weight_parts += weight
-        if KIND == JSD or KIND == TV:
+        if CENTRED:
             other_parts += other
     total = tl.sum(value_parts).to(tl.float64)
     excess = tl.sum(excess_parts).to(tl.float64)
     weight = tl.sum(weight_parts).to(tl.float64)
     # 1 / weight, but for the square of its distance from 1.
     inverse_weight = 2.0 - weight
-    mean = tl.sum(other_parts).to(tl.float64) * inverse_weight
+    mean = tl.sum(other_parts) * inverse_weight
     value = total
     middle = shift + excess
     r_scale = 0.0
     if KIND == FORWARD_KL or KIND == REVERSE_KL:
         value = total * inverse_weight
         if KIND == REVERSE_KL:
-            middle = shift + (total + excess) * inverse_weight
+            middle = shift + mean
         # The sums of jsd and tv belong to the shift that they were formed with.
         high, low = split(shift + excess)
     if KIND == TV:
@@ -296,7 +317,7 @@ def divergence_rows_kernel(
     tl.store(values + row, value.to(tl.float32))
     if WRITE:
         middle_high, middle_low = split(middle)
-        centre = mean.to(tl.float32)
+        centre, centre_low = split(mean)
         below = (1.0 - mean).to(tl.float32)
         for first in range(0, columns, BLOCK_COLS):
             s, slope = load_logits(
@@ -316,6 +337,15 @@ def divergence_rows_kernel(
             else:
                 d, x, greater = compare(s, t, a, b, p_scale, q_scale, high, low, EXACT)
                 gradient = gradients(
-                    d, x, greater, centred, centre, below, student_weight, teacher_weight, KIND
+                    d,
+                    x,
+                    greater,
+                    centred,
+                    centre,
+                    centre_low,
+                    below,
+                    student_weight,
+                    teacher_weight,
+                    KIND,
                 )
             store_gradient(student, first + lanes, columns, gradient, slope, scale, CAPPED)

@@ -143,8 +143,8 @@ class DivergenceRow {
       row_.shift = Shift<A>(shift + sums.excess);
       value /= sums.weight;
     }
-    if constexpr (kKind == Divergence::reverse_kl) centre = shift + (sums.value + sums.excess) / sums.weight;
-    if constexpr (kKind == Divergence::jsd) row_.centre = static_cast<A>(sums.part / sums.weight);
+    if constexpr (kKind == Divergence::reverse_kl) centre = shift + sums.part / sums.weight;
+    if constexpr (kKind == Divergence::jsd) row_.centre = Shift<A>(sums.part / sums.weight);
     if constexpr (kKind == Divergence::tv) {
       const double above = sums.part / sums.weight;
       value -= sums.excess * (2 * above - 1) / 2;

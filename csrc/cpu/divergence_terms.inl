@@ -66,12 +66,12 @@ template <class A>
 struct Relation {
   A student_anchor = 0, student_inverse = 0;  // q = exp(s - anchor) inverse
   A teacher_anchor = 0, teacher_inverse = 0;
-  A mean_anchor = 0, mean_inverse = 0;       // r
-  Shift<A> shift;                            // lse_s - lse_t
-  Shift<A> centred;                          // and the mean of log(q/p) under q, or that of 2 log(q/r) - log(q/p)
+  A mean_anchor = 0, mean_inverse = 0;  // r
+  Shift<A> shift;                       // lse_s - lse_t
+  Shift<A> centred;                     // reverse_kl: the mean of s - t under q; bhattacharyya: 2 D more than shift
   A student_weight = 0, teacher_weight = 0;  // 1 - beta and beta: a beta close to 1 leaves few digits to the other
   A value = 0;
-  A centre = 0;            // jsd: the mean of log(q/m) under q
+  Shift<A> centre;         // jsd: the mean of log(q/m) under q
   A above = 0, below = 0;  // tv: how much of q lies where it is above and below p
 };
 
@@ -115,13 +115,17 @@ struct DivergenceSums {
   double value = 0;
   double excess = 0;  // sum (q - p)
   double weight = 0;  // sum q, of forward_kl sum p: means divided by it are rid of an error of the greatest
-  double part = 0;    // jsd: sum q log(q/m); tv: sum of q above p, with half of q where equal
+  // reverse_kl: sum q log(q/p); jsd: sum q log(q/m); tv: sum of q above p, with half of q where equal.
+  // Products in double: where q is all but 1 somewhere, the gradient there is what remains of that
+  // column's logarithm beside their sum, and a rounding of the product alone would stay.
+  double part = 0;
 };
 
 template <Divergence kKind, class A>
 __attribute__((noinline)) void add_terms(const Relation<A>& relation, const A* s, const A* t, int64_t n,
                                          DivergenceSums& sums) {
   const Relation<A> row = relation;
+  const double shift = static_cast<double>(row.shift.high) + row.shift.low;
   double value = 0, excess = 0, weight = 0, part = 0;
 #pragma omp simd reduction(+ : value, excess, weight, part)
   for (int64_t i = 0; i < n; ++i) {
@@ -143,6 +147,7 @@ __attribute__((noinline)) void add_terms(const Relation<A>& relation, const A* s
                                : choose(pair.d > 0, e.from_greater, e.from_lesser);
         // Infinite only where the other has no probability at all, also if this one's was rounded to 0.
         value += term < static_cast<A>(kInfinity) ? pair.greater * term : term;
+        if constexpr (!forward) part += q == 0 ? 0.0 : q * ((static_cast<double>(s[i]) - t[i]) - shift);
       } else if constexpr (kKind == Divergence::jsd) {
         const Logarithm<A> log = log_mixture(pair.d, e.exp, e.expm1, row.student_weight, row.teacher_weight);
         const A of_lesser = choose(pair.d > 0, row.teacher_weight, row.student_weight);
@@ -150,7 +155,7 @@ __attribute__((noinline)) void add_terms(const Relation<A>& relation, const A* s
         const A far = of_lesser * product - log.sum * log.log1p;
         value += pair.greater * choose(log.k == 0, of_lesser * e.from_lesser - log.excess, far);
         weight += q;
-        part += q * log_share(pair.d, e.exp, log.log1p);
+        part += static_cast<double>(q) * log_share(pair.d, e.exp, log.log1p);
       } else {
         value -= difference / 2;
         weight += q;
@@ -177,19 +182,21 @@ __attribute__((noinline)) void differentiate(const Relation<A>& relation, A* s, 
       const A q = exp_difference<A>(s[i], row.student_anchor) * row.student_inverse;
       const A r = exp_mean(s[i], t[i], row.mean_anchor) * row.mean_inverse;
       s[i] = choose(rises, -q, r) * decay(choose(rises, -d, d)).expm1 / 2;
+    } else if constexpr (kKind == Divergence::reverse_kl) {
+      const A q = exp_difference<A>(s[i], row.student_anchor) * row.student_inverse;
+      // Beside an infinite D, that column's own part of it remains.
+      const A above = s[i] - t[i] < static_cast<A>(kInfinity) ? subtract(s[i], t[i], row.centred) : A(kInfinity);
+      s[i] = q == 0 ? A(0) : q * above;
     } else {
       const Pair<A> pair = compare(s[i], t[i], row);
       const Decay<A> e = decay(pair.x);
       const A q = pair.greater * choose(pair.d > 0, A(1), e.exp);
       if constexpr (kKind == Divergence::forward_kl) {
         s[i] = choose(pair.d > 0, -pair.greater, pair.greater) * e.expm1;
-      } else if constexpr (kKind == Divergence::reverse_kl) {
-        // Beside an infinite D, that column's own part of it remains.
-        const A above = pair.d < static_cast<A>(kInfinity) ? subtract(s[i], t[i], row.centred) : pair.d;
-        s[i] = q == 0 ? A(0) : q * above;
       } else if constexpr (kKind == Divergence::jsd) {
         const Logarithm<A> log = log_mixture(pair.d, e.exp, e.expm1, row.student_weight, row.teacher_weight);
-        s[i] = row.student_weight * q * (log_share(pair.d, e.exp, log.log1p) - row.centre);
+        const A share = log_share(pair.d, e.exp, log.log1p);
+        s[i] = row.student_weight * q * ((share - row.centre.high) - row.centre.low);
       } else {
         const A not_above = pair.d < 0 ? -row.above : (row.below - row.above) / 2;
         s[i] = q * choose(pair.d > 0, row.below, not_above);

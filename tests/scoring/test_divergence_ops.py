@@ -10,6 +10,7 @@ import mpmath
 import pytest
 import torch
 
+from fastpref.scoring.backends.divergences import divergence_rows
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import BACKENDS, DTYPES, check_contract
 from tests.scoring.divergences import (
@@ -74,6 +75,27 @@ def check(tiles, kind, dtype, beta=BETA):
 def test_values_and_gradients(kind, dtype, cols):
     for tiles in variants(6, cols).values():
         check(tiles, kind, dtype)
+
+
+@kinds
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("cols", [7, 1000])
+def test_rows_with_one_probability_of_nearly_1(kind, backend, cols):
+    """The gradient there is what remains of one number beside the mean of all."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        tiles = random_tiles(6, cols, spread=20.0).to(torch.float32)
+        exact = value_and_gradient(tiles.to(torch.float64), kind, BETA)
+        student = tiles.student.clone()
+        value = divergence_rows(student, *tiles[1:], kind, BETA, True, backend)
+        actual, eager = (
+            {"value": value, "gradient": student},
+            value_and_gradient(tiles, kind, BETA),
+        )
+        # Where m underflows plain torch is infinite.
+        finite = {name: one for name, one in eager.items() if one.isfinite().all()}
+        check_contract({name: actual[name] for name in finite}, finite, exact)
+        assert value.isfinite().all()
 
 
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 0.5, 0.9, 1 - 1e-3])

@@ -18,10 +18,15 @@ With logits s of the student and t of the teacher, q = softmax(s), p = softmax(t
                    dD/ds = c s / |s|^2 - t / (|s| |t|)
 
 A column without weight counts nothing: 0 log 0 is 0.
+
+These sums cancel where q is close to p, and the gradients where q is all but 1 somewhere. The
+kernels sum other terms (csrc/cpu/divergence_rows.inl); plain torch computes in float64 instead,
+unless the products were rounded to 16 bits before.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -49,7 +54,7 @@ def temporary_bytes(
     if _in_registers(backend, dtype):
         return 0
     block = max(cols, min(rows * cols, _block_elements(device_type)))
-    return _TEMPORARIES * block * statistics_dtype(dtype).itemsize
+    return _TEMPORARIES * block * _formula_dtype(dtype).itemsize
 
 
 def _in_registers(backend: str, dtype: torch.dtype) -> bool:
@@ -85,11 +90,12 @@ def divergence_rows(
     formula = FORMULAS[divergence]
     values = [student.new_empty(0, dtype=statistics_dtype(student.dtype))]
     for rows, own, other in logit_blocks(student, teacher, student_bias, teacher_bias, map):
-        value, gradient = formula(own, other, beta)
+        wide = _formula_dtype(student.dtype)
+        value, gradient = formula(own.to(wide), other.to(wide), beta)
         if write:
             tile = student[rows]
             tile.copy_(gradient * map.slope(_raw(tile, student_bias)) * map.scale)
-        values.append(value)
+        values.append(value.to(values[0].dtype))
     return torch.cat(values)
 
 
@@ -108,6 +114,10 @@ def logit_blocks(
         rows = slice(start, min(total, start + step))
         own, other = _raw(student[rows], student_bias), _raw(teacher[rows], teacher_bias)
         yield rows, map.logit(own), map.logit(other)
+
+
+def _formula_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,7 +141,8 @@ def _reverse_kl(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 def _jsd(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log_q, log_p = s.log_softmax(1), t.log_softmax(1)
     q, p = log_q.exp(), log_p.exp()
-    log_m = ((1 - beta) * q + beta * p).log()
+    # The log of (1 - beta) q + beta p, which may underflow where one of the two does not.
+    log_m = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
     own = _mean_of(q, log_q - log_m)
     value = beta * _mean_of(p, log_p - log_m) + (1 - beta) * own
     return value, torch.where(q > 0, (1 - beta) * q * (log_q - log_m - own[:, None]), 0)

@@ -9,6 +9,8 @@ BENCH_ARGS ?=
 DEMO_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_OUT ?= gpu-results
+# With pytest-xdist there the tests, most of whose time is the compilation of kernels, share the cores.
+GPU_WORKERS ?= $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8)
 
 OVERHEAD := --benchmark-storage=file://benchmarks/baseline --benchmark-columns=median,iqr,rounds \
   --benchmark-sort=name --benchmark-warmup=on
@@ -54,11 +56,11 @@ bench-baseline: $(PACKAGE) ## store what a call costs on this machine as the bas
 	rm -rf benchmarks/baseline
 	$(BIN)/python -m pytest -q benchmarks $(OVERHEAD) --benchmark-save=calls $(PYTEST_ARGS)
 
-# Not in the virtual environment, whose torch is a CPU build.
+# Not in the virtual environment, whose torch is a CPU build. Neither half keeps the other from running.
 gpu: ## correctness and timings on the GPU here, by GPU_PYTHON with its own torch
 	test -e fastpref/_ops.so || $(GPU_PYTHON) setup.py -q build_ext --inplace
-	$(GPU_PYTHON) -m pytest -q -m gpu -x tests/gpu $(PYTEST_ARGS)
-	$(GPU_PYTHON) -m fastpref bench --suite gpu --out $(GPU_OUT) $(BENCH_ARGS)
+	failed=0; $(GPU_PYTHON) -m fastpref bench --suite gpu --out $(GPU_OUT) $(BENCH_ARGS) || failed=1; \
+	  $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu $(GPU_WORKERS) $(PYTEST_ARGS) || failed=1; exit $$failed
 
 lint: $(DEPENDENCIES) ## formatting, ruff, mypy --strict, clang-format
 	$(BIN)/ruff check

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def measure(
     progress: Callable[[str], None],
     only: Collection[str] = (),
     compiling: bool = True,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Plain data: ``case``'s own fields, ``timings`` by candidate with the bare products first, and
     ``skipped``, the reason by candidate.
@@ -34,6 +36,7 @@ def measure(
     Args:
         only: names of candidates; empty: all.
         compiling: whether to run candidates that compile themselves first, for seconds.
+        left_out: reasons by candidate.
     """
     # Beyond its limit of recompilations torch.compile runs a function as it is, and says nothing.
     torch.compiler.reset()
@@ -49,7 +52,7 @@ def measure(
         if only and one.name not in only:
             continue
         progress(f"checking {one.name}")
-        reason = one.unavailable
+        reason = one.unavailable or left_out.get(one.name)
         if reason is None and one.compiles and not compiling:
             reason = "compiles for seconds first, which --quick leaves out"
         if reason is None:
@@ -81,6 +84,11 @@ def _checked(
     try:
         found = errors(one.run(), exact)
         peak = clock.peak(one.run)
+        if case.device != "cpu":
+            torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        # The device answers this process nothing more: worker.py starts another.
+        raise
     except Exception as failure:
         first = (str(failure).splitlines() or [""])[0]
         return f"{type(failure).__name__}: {first[:200]}", {}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ScoringOptions, linear_divergence
+from ..scoring.backends.divergences import unavailable_reason as divergence_unavailable
 from . import exact, scorers
 from .experiment import Case, Experiment, Implementation, Loss, bare_products, missing
 from .work import Work
@@ -23,6 +24,7 @@ def divergence_experiment(case: Case) -> Experiment:
         *(
             Implementation(one.name, _fused(one.options), one.unavailable)
             for one in scorers.own(case, ("recompute",))
+            if divergence_unavailable(one.options.backend) is None
         ),
         Implementation("plain torch", _plain),
         Implementation("torch.compile", _compiled, compiles=True),

@@ -66,7 +66,10 @@ def own(case: Case, schedules: tuple[Schedule, ...] = ()) -> list[Own]:
         reason = unavailable_reason(backend, case.device)
         found.append(Own(f"fastpref, {backend} backend", replace(plain, backend=backend), reason))
     if case.mode == "trainable head":
-        found += [Own(f"fastpref, {one}", replace(plain, schedule=one)) for one in schedules]
+        for one in schedules:
+            # Batches are of whole groups, so the bound on all tokens does not serve.
+            bound = None if one == "batches" else plain.max_scored
+            found.append(Own(f"fastpref, {one}", replace(plain, schedule=one, max_scored=bound)))
     return found
 
 

@@ -46,7 +46,10 @@ class _Step:
     def __init__(self, work: Work, mode: Mode) -> None:
         self.work, self.mode = work, mode
         self.body = _body(work)
-        self.tokens = work.target.clamp(min=0)
+        # Masked positions get tokens that differ: the gradient of one embedding is no sum over all.
+        others = torch.arange(work.target.numel(), device=work.target.device)
+        others = (others % work.shape.vocab_size).view_as(work.target)
+        self.tokens = torch.where(work.scored, work.target, others)
         self.weight = work.leaves(hidden=False, weight=mode == "trainable head")[1]
         parameters = [*self.body.parameters(), self.weight]
         self.parameters = [one for one in parameters if one.requires_grad]

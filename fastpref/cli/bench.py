@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,12 +22,16 @@ from ..bench.cases import measure
 from ..bench.experiment import MODES, Case
 from ..bench.suites import SUITES
 from ..bench.work import MODELS, Shape
+from ..bench.worker import Worker
+
+T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORY = "memory"
 USUAL = ("score", "dpo", "divergence", "heads", MEMORY)
 MEMORY_TOKENS = (512, 1024, 2048)
 MEMORY_BUDGET = 32  # MiB
+ROUNDS = {"cpu": 3, "cuda": 15}
 QUICK = Shape(4, 64, 256, 8192)
 
 
@@ -87,7 +91,12 @@ def add_parser(subparsers: Any) -> None:
         help="a softmax with the entropy of a trained model's (default), or of random logits",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=None,
+        help=f"interleaved rounds (default {ROUNDS['cpu']}, on a GPU {ROUNDS['cuda']})",
+    )
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument(
         "--out", type=Path, default=None, help="also write JSON, CSV, Markdown and PNG there"
@@ -121,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _wrong(args: argparse.Namespace) -> str | None:
-    if args.rounds < 1:
+    if args.rounds is not None and args.rounds < 1:
         return f"--rounds must be at least 1, got {args.rounds}"
     if args.threads is not None and args.threads < 1:
         return f"--threads must be at least 1, got {args.threads}"
@@ -175,10 +184,12 @@ class _Run:
     device: str
 
     def __post_init__(self) -> None:
+        self.rounds: int = self.args.rounds or ROUNDS[self.device]
         self.report: dict[str, Any] = {"machine": machine.describe(self.device)}
 
     def cases(self) -> None:
-        self._measure(_chosen(self.args))
+        compiling = not self.args.quick
+        self._measure((case, compiling) for case in _chosen(self.args))
         if MEMORY in (self.args.what or USUAL):
             self._memory(self._memory_cases())
         self._write()
@@ -191,10 +202,10 @@ class _Run:
             yield Case("score", "trainable head", "float32", one, device=self.device)
 
     def gpu(self) -> None:
-        end = time.monotonic() + gpu.SECONDS
         cases = itertools.islice(gpu.cases(), 3 if self.args.quick else None)
-        self._measure(_until(end, cases, lambda case: f"{case.what}, {case.mode}"))
-        self._memory(_until(end, gpu.memory_cases(), lambda case: f"memory, N={case.shape.scored}"))
+        self._measure(_until(gpu.SECONDS, cases, lambda one: f"{one[0].what}, {one[0].mode}"))
+        rows = gpu.memory_cases()
+        self._memory(_until(gpu.MEMORY_SECONDS, rows, lambda one: f"memory, N={one.shape.scored}"))
         self._write()
 
     def scaling(self) -> None:
@@ -204,7 +215,7 @@ class _Run:
             rows = self.report["curves"][axis] = []
             for size in sizes[:2] if self.args.quick else sizes:
                 progress = _progress(f"{axis}={size}")
-                rows.append(scaling.point(axis, size, self.args.rounds, self.device, progress))
+                rows.append(scaling.point(axis, size, self.rounds, self.device, progress))
                 self._save()
             _clear()
             print("\n" + reporting.terminal_curve(axis, rows), flush=True)
@@ -215,15 +226,18 @@ class _Run:
         table = []
         for case in itertools.islice(choice.cases("cuda"), 2 if self.args.quick else None):
             progress = _progress(f"{case.dtype}, {case.shape}")
-            table.append(choice.entry(case, 10 * major + minor, self.args.rounds, progress))
+            table.append(choice.entry(case, 10 * major + minor, self.rounds, progress))
             print(f"  {table[-1]}", flush=True)
             if self.args.out is not None:
                 path = self.args.out / "choice.json"
                 path.write_text(json.dumps(table, indent=1) + "\n")
 
-    def _measure(self, cases: Iterable[Case]) -> None:
+    def _measure(self, cases: Iterable[tuple[Case, bool]]) -> None:
+        """The cases, and of each whether to run candidates that compile themselves first."""
         found = self.report["cases"] = []
-        for case in cases:
+        worker = Worker()
+        run = measure if self.device == "cpu" else worker.measure
+        for case, compiling in cases:
             name = f"{case.what}, {case.dtype}, {case.mode}"
             reason = SUITES[case.what].unavailable
             if reason is not None:
@@ -231,12 +245,12 @@ class _Run:
                 continue
             # A case that fails, for want of memory above all, must not cost the others.
             try:
-                row = measure(
+                row = run(
                     case,
-                    self.args.rounds,
+                    self.rounds,
                     _progress(f"{name}: "),
                     self.args.implementation or (),
-                    compiling=not self.args.quick,
+                    compiling,
                 )
             except Exception as error:
                 _clear()
@@ -246,6 +260,7 @@ class _Run:
             found.append(row)
             print("\n" + reporting.terminal_case(row), flush=True)
             self._save()
+        worker.close()
 
     def _memory(self, cases: Iterable[Case]) -> None:
         rows = self.report["memory"] = []
@@ -285,8 +300,9 @@ def _chosen(args: argparse.Namespace) -> Iterator[Case]:
                 yield Case(what, mode, dtype, shape, args.logits, args.device)
 
 
-def _until(end: float, cases: Iterable[Case], name: Callable[[Case], str]) -> Iterator[Case]:
-    """Cases that begin before ``end``; the others are said."""
+def _until(seconds: float, cases: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
+    """Cases that begin within ``seconds``; the others are said."""
+    end = time.monotonic() + seconds
     for case in cases:
         if time.monotonic() < end:
             yield case

@@ -36,7 +36,8 @@ def test_candidates_of_a_suite(what: str, mode: Mode) -> None:
         pytest.skip(str(SUITES[what].unavailable))
     row = measure(case(what, mode), 1, lambda text: None, compiling=False)
     timings = row["timings"]
-    assert {name for name in row["skipped"] if name.startswith("fastpref")} == set()
+    skipped = {one: why for one, why in row["skipped"].items() if one.startswith("fastpref")}
+    assert skipped == {}
     assert len(timings) > 2 and timings[LIMIT]["peak"] > 0
     assert all(
         one["seconds"] > 0 and one["error"] is not None for one in list(timings.values())[1:]
@@ -71,7 +72,8 @@ def test_the_clock_times_the_device_and_not_the_host() -> None:
     a = torch.randn(4096, 4096, device="cuda")
     products = [torch.empty_like(a)]
     clock.warm(lambda: torch.mm(a, a, out=products[0]))
-    short = clock(lambda: torch.mm(a, a, out=products[0]))
+    # Other tests may use the device at the same time.
+    short = min(clock(lambda: torch.mm(a, a, out=products[0])) for _ in range(5))
 
     def long() -> None:
         for _ in range(10):

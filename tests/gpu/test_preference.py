@@ -34,11 +34,17 @@ def test_error(backend: str, dtype: torch.dtype, options: str) -> None:
     exact = there({k: v.double() if k != "target" else v for k, v in batch(dtype).items()})
     chosen = ScoringOptions(backend=backend, **OPTIONS[options])
     output = preference_loss(**given, objective="dpo", options=chosen)
-    check_contract(
+    actual, eager, exactly = (
         found(output.loss, output.logps, given, -3.7),
         found(*plain(given, "dpo"), given, -3.7),
         found(*plain(exact, "dpo"), exact, -3.7),
     )
+    # Of one number plain torch may have the last bit by luck.
+    loss = actual.pop("loss").double()
+    torch.testing.assert_close(
+        loss, exactly["loss"], rtol=1e-6 if dtype.itemsize > 2 else 1e-2, atol=0
+    )
+    check_contract(actual, eager, exactly)
 
 
 def packed(given: dict[str, Tensor]) -> dict[str, Any]:
@@ -73,6 +79,7 @@ def test_a_captured_graph_replays() -> None:
     given = there(batch(torch.float32))
     arguments = packed(given)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             step(arguments)
@@ -89,8 +96,13 @@ def test_a_captured_graph_replays() -> None:
 
 def test_torch_compile() -> None:
     given = there(batch(torch.float32))
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for got, want in zip(compiled(given), step(given), strict=True):
+
+    def loss(arguments: dict[str, Any]) -> Tensor:
+        return preference_loss(**arguments, objective="dpo", outputs=("entropy",)).loss
+
+    value = torch.compile(loss, fullgraph=True, dynamic=True)(given)
+    gradients = torch.autograd.grad(value, [given["hidden"], given["weight"]])
+    for got, want in zip((value, *gradients), step(given)[:3], strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -106,9 +118,9 @@ def test_twice_the_pairs_take_no_larger_workspace(schedule: str) -> None:
         plan = explain(*arguments, options=options)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         preference_loss(*arguments, options=options).loss.backward()
-        peak = torch.cuda.max_memory_allocated() - before
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
         assert peak <= plan.workspace_bytes + hidden.nbytes + weight.nbytes + (8 << 20), str(plan)
         grown.append(peak - 6 * hidden.nbytes)
     assert grown[1] <= grown[0] + (1 << 20)

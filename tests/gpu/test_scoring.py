@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_logprob on a GPU: every backend against float64, its bits, its host reads, its memory."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,8 @@ SIZES = {
     "aligned": {"rows": 300, "hidden": 136, "vocab": 2056},
     "ragged": {"rows": 300, "hidden": 133, "vocab": 2051},
 }
+# Rows that the pass in place shares among a cluster of blocks.
+LONG = {"rows": 40, "hidden": 64, "vocab": 70001}
 
 
 def verify(backend, dtype, schedule, *, outputs=("logp",), differentiated=("logp",), **arguments):
@@ -81,8 +84,17 @@ def test_all_outputs(backend, dtype, schedule, feature):
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("feature", ["plain", "softcap", "bias"])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_long_rows(backend, dtype, feature, statistics):
+    outputs = OUTPUTS if statistics else ("logp",)
+    verify(backend, dtype, "auto", outputs=outputs, **LONG, **FEATURES[feature])
+
+
+@backends
 @dtypes
-@pytest.mark.parametrize("below", [0.01, 1.0])
+@pytest.mark.parametrize("below", [0.05, 1.0])
 @pytest.mark.parametrize("schedule", ["auto", "recompute"])
 def test_targets_far_below_the_maximum(backend, dtype, schedule, below):
     verify(backend, dtype, schedule, below=below, ignored=0.1, **SIZES["aligned"])
@@ -147,6 +159,7 @@ def test_a_captured_graph_replays(backend):
         return logp
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             one()
@@ -173,7 +186,8 @@ def test_more_than_two_to_the_31_logits(backend):
     rows, vocab = 20000, 128256
     case = make_case(dtype=torch.bfloat16, rows=rows, hidden=64, vocab=vocab).on("cuda")
     options = ScoringOptions(backend=backend, schedule="keep", memory_budget=16 << 30)
-    plan = explain(case.hidden.requires_grad_(), case.weight, case.target, options=options)
+    leaf = case.hidden.detach().requires_grad_()
+    plan = explain(leaf, case.weight, case.target, options=options)
     assert plan.kept_rows * vocab > 2**31
     logp, d_hidden, d_weight = step(case, options)
     small = ScoringOptions(backend="torch", schedule="recompute", memory_budget=1 << 30)
@@ -195,9 +209,9 @@ def test_memory_stays_within_the_plan(backend, schedule):
     plan = explain(hidden, weight, case.target, options=options)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     linear_logprob(hidden, weight, case.target, options=options).logp.sum().backward()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     gradients = hidden.nbytes + weight.nbytes
     assert peak <= plan.workspace_bytes + gradients + (1 << 20)
 
@@ -229,7 +243,7 @@ SANITIZED = """
 import torch
 from fastpref import ScoringOptions, linear_logprob
 for dtype in (torch.bfloat16, torch.float32):
-    for rows, width, vocab in ((70, 40, 520), (33, 37, 515)):
+    for rows, width, vocab in ((70, 40, 520), (33, 37, 515), (9, 40, 70001)):
         hidden = torch.randn(rows, width, device="cuda", dtype=dtype, requires_grad=True)
         weight = torch.randn(vocab, width, device="cuda", dtype=dtype, requires_grad=True)
         target = torch.randint(vocab, (rows,), device="cuda")
@@ -250,12 +264,16 @@ def test_no_access_out_of_bounds(backend):
         [
             "compute-sanitizer",
             "--error-exitcode=9",
+            "--report-api-errors=no",  # torch asks for symbols that a driver may not have
             sys.executable,
             "-c",
             f"BACKEND = {backend!r}\n{SANITIZED}",
         ],
         capture_output=True,
         text=True,
+        timeout=240,
+        # Inside one of torch's large blocks nothing is out of bounds.
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not work on this machine")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpref.bench import gpu, memory, scaling
+from fastpref.bench import cases, gpu, memory, scaling
 from fastpref.bench.cases import LIMIT
 from fastpref.bench.experiment import MODES, Case
 from fastpref.bench.losses import OVERFLOWING
@@ -216,3 +216,30 @@ def test_without_a_gpu_the_command_says_so(
 ) -> None:
     assert bench.run(arguments(*given)) == 1
     assert "finds no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_on_a_gpu_cases_run_in_a_process_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that fails is said, and those after it are measured all the same."""
+    asked: list[tuple[str, int, bool]] = []
+    closed: list[bool] = []
+    row = cases.measure(Case("score", "forward", shape=TINY), 1, str, ["plain torch"])
+
+    class Worker:
+        def measure(self, case: Case, rounds: int, *given: Any) -> dict[str, Any]:
+            asked.append((case.what, rounds, given[-1]))
+            if case.what == "kto":
+                raise RuntimeError("round 1 of 15: its process died")
+            return row
+
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(bench, "Worker", Worker)
+    monkeypatch.setattr(bench.machine, "describe", lambda device: {})
+    run = bench._Run(arguments("--suite", "gpu"), "cuda")
+    run._measure([(Case(what, "forward"), what == "dpo") for what in ("dpo", "kto", "orpo")])
+    assert asked == [("dpo", 15, True), ("kto", 15, False), ("orpo", 15, False)]
+    assert run.report["cases"] == [row, row] and closed == [True]
+    assert "kto, float32, forward: not measured, RuntimeError: round 1" in capsys.readouterr().out

@@ -51,6 +51,19 @@ def test_values_and_gradients(kind, dtype):
         check(with_bias(plain._replace(map=LogitMap(1.3, 5.0))), kind, dtype)
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "tv"])
+def test_rows_with_one_probability_of_nearly_1(kind):
+    """The gradient there is what remains of one number beside the mean of all."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        tiles = random_tiles(6, 7, spread=20.0).to(torch.float32)
+        exact, eager = (
+            {"gradient": value_and_gradient(tiles.to(one), kind, BETA)["gradient"]}
+            for one in (torch.float64, torch.float32)
+        )
+        check_contract({"gradient": run(tiles, kind)["gradient"]}, eager, exact)
+
+
 @kinds
 @pytest.mark.parametrize("apart", [0.1, 1e-3])
 def test_digits_of_close_rows(kind, apart):

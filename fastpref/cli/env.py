@@ -27,7 +27,7 @@ PACKAGES = (
     "datasets",
     "liger-kernel",
 )
-BACKENDS: tuple[Backend, ...] = ("torch", "cpp", "triton", "cuda")
+BACKENDS: tuple[Backend, ...] = ("torch", "cpp", "rows", "triton", "cuda")
 # Name, when it is read, meaning.
 VARIABLES = (
     ("FASTPREF_CPU_CAPABILITY", "run", "baseline, avx2 or avx512: lowers the CPU instruction set"),
@@ -69,10 +69,13 @@ def collect() -> Report:
         "cpu": _cpu,
         "gpus": _gpus,
         "backends": _backends,
+        "tiers": _tiers,
         "environment": _environment,
         "self_check": _self_check,
     }
-    return {name: _guarded(probe) for name, probe in probes.items()}
+    # First, for what its launches show of the kernels.
+    checked = _guarded(probes.pop("self_check"))
+    return {name: _guarded(probe) for name, probe in probes.items()} | {"self_check": checked}
 
 
 def _guarded(probe: Callable[[], Report]) -> Report:
@@ -154,6 +157,30 @@ def _backends() -> Report:
         device: {name: unavailable_reason(name, device) or "available" for name in BACKENDS}
         for device in _device_types()
     }
+
+
+def _tiers() -> Report:
+    """What ``backend="auto"`` takes on each GPU, and why not what comes before it."""
+    import torch
+
+    from ..scoring.backends import TIERS, choose, unavailable_reason
+    from ..scoring.backends.choice import Size
+    from ..scoring.backends.probe import failures
+
+    report: Report = {}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device, failed = torch.device("cuda", index), failures()
+        size = Size(torch.bfloat16, 8192, 4096, 128256)
+        tier = choose("auto", device, size)
+        reasons = {name: unavailable_reason(name, "cuda") for name in TIERS}
+        reasons |= {
+            name: failed[f"{name} on {device}"] for name in TIERS if f"{name} on {device}" in failed
+        }
+        if reasons.get(tier) is not None:
+            tier = next(name for name in TIERS[TIERS.index(tier) :] if reasons[name] is None)
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+        report[str(device)] = tier + (f" ({why})" if why else "")
+    return report
 
 
 def _environment() -> Report:

@@ -44,7 +44,7 @@ def linear_logprob(
         target: (...) int64, already shifted. A target outside [0, V) that is not ``ignore_index``
             gives NaN in its row.
         bias: (V,), or None. -inf takes an entry out of the vocabulary; under a softcap, which maps
-            it to -softcap, it does not. ``mean_logits`` averages over it all the same.
+            it to -softcap, it does not.
         ignore_index: target of a position that is not scored.
         temperature: greater than 0.
         logit_scale: multiplies z before the cap.

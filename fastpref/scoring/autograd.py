@@ -71,7 +71,7 @@ def run_forward(
         head = call.head(parameters)
         rows = packed_rows(call, hidden, parameters)
         target = call.packing.gather(call.target.reshape(-1))
-        run = Run(head, call.plan, call.backend, call.request.group)
+        run = Run(head, call.plan, call.backend, call.request.group, call.mean_row(head))
         scores, kept = forward(run, rows, target, call.request.outputs)
         spread = (None if value is None else _unpacked(value, call) for value in scores)
         return TokenScores._make(spread), kept, head

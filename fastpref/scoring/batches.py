@@ -232,6 +232,7 @@ class _OnePass:
         parameters."""
         call, flat, target = self.call, hidden.reshape(-1, hidden.shape[-1]), self.call.target
         head, scores = call.head(parameters), self._no_scores()
+        mean = call.mean_row(head)
         totals, d_a = self._totals(head.weight, head.trained), None
         d_rows = None
         if call.request.needs_hidden:
@@ -241,7 +242,7 @@ class _OnePass:
             at = self.positions[start : start + plan.scored]
             rows = flat.index_select(0, at).to(plan.dtype)
             rows = widen(rows, parameters.lora_a, call.request.lora_scale)
-            run = Run(head, plan, call.backend, call.request.group)
+            run = Run(head, plan, call.backend, call.request.group, mean)
             value, gradients = self._batch(run, rows, at, scores, totals)
             if d_rows is not None and gradients.hidden is not None:
                 d_rows[start : start + plan.scored], d_a_part = row_gradients(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import vocab_parallel
 from .backends import RowBackend
+from .mean_logit import MeanRow
 from .rows import (
     RowScores,
     TargetLogits,
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     plan: Plan
     backend: RowBackend
     group: dist.ProcessGroup | None
+    mean: MeanRow | None = None  # where the forward pass is asked for mean logits without a cap
 
 
 @dataclass(slots=True)
@@ -59,6 +61,9 @@ def forward(
 ) -> tuple[TokenScores, Kept]:
     """Scores of ``hidden`` (N, H) in the head's dtype, and what backward needs."""
     plan, weight = run.plan, run.head.weight
+    if run.mean is not None:
+        # What remains is asked of the tiles.
+        outputs = tuple(name for name in outputs if name != "mean_logits")
     total, kept_rows = hidden.shape[0], plan.kept_rows
     exps = work = direct = None
     if kept_rows:
@@ -80,6 +85,8 @@ def forward(
             torch.mm(buffer, weight, out=direct[chunk])
     chunk_scores, chunk_rows, chunk_scales = zip(*parts, strict=True)
     scores = TokenScores._make(map(_concatenate, zip(*chunk_scores, strict=True)))
+    if run.mean is not None:
+        scores = scores._replace(mean_logits=run.mean.logits(hidden))
     row = RowScores._make(map(_concatenate, zip(*chunk_rows, strict=True)))
     scale = chunk_scales[0] if len(chunk_scales) == 1 else torch.cat(chunk_scales)
     return scores, Kept(target, row, scale, scores.entropy, exps, direct)

@@ -34,6 +34,10 @@ def reference_scores(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / temperature
+    # A cap maps a bias of -inf to an ordinary logit.
+    allowed = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+    if bias is not None and softcap is None:
+        allowed = bias != -torch.inf
     scored = target != ignore_index
     index = torch.where(scored, target, 0)[..., None]
     log_probs = logits.log_softmax(-1)
@@ -43,7 +47,7 @@ def reference_scores(
         logp=log_probs.gather(-1, index)[..., 0],
         entropy=-torch.where(probs > 0, probs * log_probs, 0.0).sum(-1),
         log_sum_sq_probs=(2 * log_probs).logsumexp(-1),
-        mean_logits=logits.mean(-1),
+        mean_logits=torch.where(allowed, logits, 0.0).sum(-1) / allowed.sum(),
         is_top1=(logits > own).sum(-1) == 0,
         lse=logits.logsumexp(-1),
     )

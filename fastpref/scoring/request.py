@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
 from . import backends, vocab_parallel
 from .backends import RowBackend
 from .backends.choice import Size
+from .mean_logit import MeanRow
 from .packing import Packing, pack
 from .schedule import Plan, Problem, choose, total_memory
 from .types import (
@@ -198,6 +199,12 @@ class Call:
             bias = bias[used].to(statistics_dtype(dtype)).contiguous()
         start = self.shard.start if request.start is None else request.start
         return Head(weight, bias, request.map, start, self.shard.total, trained)
+
+    def mean_row(self, head: Head) -> MeanRow | None:
+        """What mean logits are formed with, where they are asked for and linear."""
+        if "mean_logits" not in self.request.outputs or head.map.cap != 0:
+            return None
+        return MeanRow.of(head, self.request.group)
 
     @property
     def backend(self) -> RowBackend:

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "cpp", "triton", "cuda"]
+Backend = Literal["auto", "torch", "cpp", "rows", "triton", "cuda"]
 Schedule = Literal["auto", "direct", "keep", "recompute", "batches"]
 
-BACKENDS: tuple[str, ...] = ("auto", "torch", "cpp", "triton", "cuda")
+BACKENDS: tuple[str, ...] = ("auto", "torch", "cpp", "rows", "triton", "cuda")
 SCHEDULES: tuple[str, ...] = ("auto", "direct", "keep", "recompute", "batches")
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,7 +27,7 @@ class TokenScores(NamedTuple):
     - ``logp``: log p[y]. Differentiable.
     - ``entropy``: -sum p log p, in nats. Differentiable.
     - ``log_sum_sq_probs``: log sum p^2.
-    - ``mean_logits``: mean of t over the vocabulary.
+    - ``mean_logits``: mean of t over the vocabulary, less the ids that a bias of -inf excludes.
     - ``is_top1``: bool, the target's logit is the greatest, the first of equal ones.
     - ``lse``: log sum exp t. Differentiable.
 
@@ -57,7 +57,9 @@ class ScoringOptions:
     """How to score. Every default lets fastpref choose; no option changes a result by more than
     rounding.
 
-    - ``backend``: "torch" (any device), "cpp" (CPU), "triton", "cuda", or "auto".
+    - ``backend``: "torch" (any device), "cpp" (CPU); on a GPU "rows" (torch's products, one Triton
+      pass over their rows), "triton" (products and exponentials in one kernel), "cuda" (the pass in
+      CUDA C++); or "auto".
     - ``memory_budget``: workspace in bytes. None takes a sixteenth of the device's total memory, so
       that the choice of schedule depends on shapes and options alone. Below the least tile, the
       least tile is used.

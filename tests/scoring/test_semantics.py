@@ -175,13 +175,28 @@ def test_entries_out_of_the_vocabulary(backend, plan):
         assert (leaves[name].grad[out] == 0).all()
 
 
-@pytest.mark.parametrize("at_target", [False, True])
-def test_mean_of_logits_with_an_infinite_one(backend, plan, at_target):
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_mean_logits_leave_excluded_ids_out(backend, plan, softcap):
+    """Under a cap a bias of -inf is a logit of -softcap, and excludes nothing."""
     case = make_case(rows=8, vocab=V, dtype=torch.float32, bias=True)
     bias = case.bias.clone()
-    bias[case.target[0] if at_target else (case.target.max() + 1) % V] = -INF
-    scores, _ = scored(plan, backend, case.hidden, case.weight, case.target, ("mean_logits",), bias)
-    assert (scores.mean_logits == -INF).all()
+    bias[::3] = -INF
+    options = ScoringOptions(backend=backend, **PLANS[plan])
+    scores = linear_logprob(
+        case.hidden,
+        case.weight,
+        case.target,
+        bias=bias,
+        softcap=softcap,
+        outputs=("mean_logits",),
+        options=options,
+    )
+    logits = case.hidden.double() @ case.weight.double().t() + bias.double()
+    if softcap is None:
+        logits = logits[:, ~bias.isinf()]
+    else:
+        logits = softcap * torch.tanh(logits / softcap)
+    torch.testing.assert_close(scores.mean_logits.double(), logits.mean(1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])

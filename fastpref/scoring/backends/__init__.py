@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
-from .choice import Size, by_speed
+from .choice import Size
 
 
 class UpstreamGradient(NamedTuple):
@@ -106,25 +106,37 @@ def unavailable_reason(name: str, device_type: str) -> str | None:
         from .cuda import unavailable_reason as cuda_unavailable_reason
 
         return cuda_unavailable_reason(device_type)
-    if name == "triton":
+    if name in ("triton", "rows"):
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        from .fused import unavailable_reason as fused_unavailable_reason
-
-        return fused_unavailable_reason(device_type)
+            return "triton is not installed; pip install triton"
+        reason: str | None = _module(name).unavailable_reason(device_type)
+        return reason
     return f"there is no backend {name!r}"
 
 
+# What can serve a GPU, the one to take first first: the fused kernels where they have shown
+# themselves on this very card, else one pass over the rows of torch's own products, by Triton or,
+# where that is missing or fails its probe, by the CUDA C++ kernels of a library built with nvcc.
+TIERS = ("triton", "rows", "cuda", "torch")
+
+
+def next_tier(name: str, device_type: str) -> tuple[str, RowBackend]:
+    """What serves where backend ``name`` does not."""
+    later = TIERS[TIERS.index(name) + 1 :]
+    serving = next(one for one in later if unavailable_reason(one, device_type) is None)
+    return serving, load(serving)
+
+
 def choose(name: str, device: torch.device, size: Size) -> str:
-    """The backend that serves ``name`` for a projection of ``size`` on ``device``.
+    """The backend that serves ``name`` for a projection of ``size`` on ``device``. Launches
+    nothing.
 
     Raises ValueError with the reason when a named one cannot.
     """
     if name == "auto":
-        wanted = ["cpp"]
+        wanted: tuple[str, ...] = ("cpp",)
         if device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            wanted = by_speed(10 * major + minor, size)
+            wanted = TIERS[1:]
         serving = (one for one in wanted if unavailable_reason(one, device.type) is None)
         return next(serving, "torch")
     reason = unavailable_reason(name, device.type)
@@ -133,19 +145,17 @@ def choose(name: str, device: torch.device, size: Size) -> str:
     return name
 
 
+def _module(name: str) -> Any:
+    """Imported only where it is used: Triton is not everywhere, nor is the compiled library."""
+    file = {"triton": "fused", "torch": "plain", "cpp": "compiled", "cuda": "compiled"}
+    return importlib.import_module(f"{__name__}.{file.get(name, name)}")
+
+
 @functools.cache
 def load(name: str) -> RowBackend:
-    if name == "triton":
-        from . import fused
-
-        return fused
+    """The backend of that name. On a GPU its kernels are tried before they serve."""
+    from .probe import Probed
     from .tiled import Tiled
 
-    if name in ("cpp", "cuda"):
-        # The same operators: torch's dispatcher picks the kernels by the tile's device.
-        from . import compiled
-
-        return Tiled(compiled)
-    from . import plain
-
-    return Tiled(plain)
+    backend: RowBackend = _module(name) if name == "triton" else Tiled(_module(name))
+    return Probed(name, backend) if name in TIERS[:-1] else backend

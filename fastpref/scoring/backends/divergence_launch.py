@@ -9,10 +9,42 @@ from torch import Tensor
 from ...kernels import cosine_rows
 from ...kernels import divergence_rows as kernels
 from ..types import LogitMap
+from . import divergences, probe
 from .glue import map_arguments
 
 KINDS = 6
 COSINE = 5  # has a kernel of its own
+
+
+def serves(
+    tier: str,
+    student: Tensor,
+    teacher: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    map: LogitMap,
+    kind: int,
+    write: bool,
+) -> bool:
+    """Whether the kernel has been seen right on this device."""
+    biases = student_bias is not None, teacher_bias is not None
+
+    def check() -> str:
+        generator = torch.Generator().manual_seed(0)
+        cols = 2 * kernels.COLS + student.shape[1] % 16
+        logits = torch.randn(2, 3, cols, generator=generator).to(student.device, student.dtype)
+        vectors = torch.randn(2, cols, generator=generator).to(student.device)
+        given = (vectors[0] if biases[0] else None), (vectors[1] if biases[1] else None)
+        own, expected = logits.clone(), logits.clone()
+        values = divergence_rows(own[0], own[1], *given, map, kind, 0.5, write)
+        name = divergences.KINDS[kind]
+        right = divergences.formula_rows(expected[0], expected[1], *given, map, name, 0.5, write)
+        found = [{"values": values, "gradients": own.float()}]
+        found.append({"values": right, "gradients": expected.float()})
+        return probe.differences(found, student.dtype)
+
+    key = "divergence_rows", student.dtype, teacher.dtype, biases, map.cap != 0, kind, write
+    return probe.passes(tier, key, student.device, check)
 
 
 def divergence_rows(

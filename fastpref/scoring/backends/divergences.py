@@ -59,7 +59,7 @@ def temporary_bytes(
 
 def _in_registers(backend: str, dtype: torch.dtype) -> bool:
     """Whether a kernel keeps what lies between tile and result."""
-    return backend == "cpp" or (backend == "triton" and dtype != torch.float64)
+    return backend == "cpp" or (backend in ("triton", "rows") and dtype != torch.float64)
 
 
 def _block_elements(device_type: str) -> int:
@@ -81,12 +81,27 @@ def divergence_rows(
     product)."""
     if _in_registers(backend, student.dtype):
         tiles, kind = (student, teacher, student_bias, teacher_bias), KINDS.index(divergence)
-        if backend == "triton":
-            from .divergence_launch import divergence_rows as launch
+        if backend == "cpp":
+            value: Tensor = torch.ops.fastpref.divergence_rows_(*tiles, *map, kind, beta, write)
+            return value
+        from . import divergence_launch
 
-            return launch(*tiles, map, kind, beta, write)
-        value: Tensor = torch.ops.fastpref.divergence_rows_(*tiles, *map, kind, beta, write)
-        return value
+        if divergence_launch.serves(backend, *tiles, map, kind, write):
+            return divergence_launch.divergence_rows(*tiles, map, kind, beta, write)
+    return formula_rows(student, teacher, student_bias, teacher_bias, map, divergence, beta, write)
+
+
+def formula_rows(
+    student: Tensor,
+    teacher: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    map: LogitMap,
+    divergence: str,
+    beta: float,
+    write: bool,
+) -> Tensor:
+    """As ``divergence_rows``, in plain torch."""
     formula = FORMULAS[divergence]
     values = [student.new_empty(0, dtype=statistics_dtype(student.dtype))]
     for rows, own, other in logit_blocks(student, teacher, student_bias, teacher_bias, map):

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
+from ..workspace import lease
 from . import RowKernels, UpstreamGradient
+
+LOOSE_BYTES = 64 << 20  # of a tile that the plan does not know
 
 
 class TileKernels(RowKernels, Protocol):
@@ -62,10 +65,22 @@ class Tiled:
         write: bool,
         statistics: bool,
     ) -> RowSums:
-        if tile is None:
-            raise RuntimeError("the plan has no tile for this product")
-        torch.mm(hidden, weight.t(), out=tile)
-        return self.kernels.exp_rows(tile, target, anchor, bias, map, write, statistics)
+        if tile is not None:
+            torch.mm(hidden, weight.t(), out=tile)
+            return self.kernels.exp_rows(tile, target, anchor, bias, map, write, statistics)
+        # Planned for a backend that needs none and could not serve after all.
+        cols = weight.shape[0]
+        step = max(1, LOOSE_BYTES // max(1, cols * hidden.dtype.itemsize))
+        room = lease((min(step, hidden.shape[0]), cols), hidden.dtype, hidden.device)
+        parts = []
+        for start in range(0, max(1, hidden.shape[0]), step):
+            rows = slice(start, min(hidden.shape[0], start + step))
+            part = room[: rows.stop - start]
+            torch.mm(hidden[rows], weight.t(), out=part)
+            at = part, target[rows], anchor[rows]
+            parts.append(self.kernels.exp_rows(*at, bias, map, False, statistics))
+        columns = zip(*parts, strict=True)
+        return RowSums._make(None if one[0] is None else torch.cat(one) for one in columns)
 
     def project_gradient(
         self,

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel serves a device once it has been seen right there.
+
+Before its first launch on a device each kernel works on a few rows whose products are whole
+numbers, so that every backend forms the same ones, and is compared with plain torch. Where it does
+not compile, does not run or computes something else, the next tier serves instead, and one warning
+names the reason. The comparison is read by the host: once a kernel and device, never while a graph
+is being captured.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rows import RowScores, RowSums, TargetLogits, token_scores
+from ..types import OUTPUTS, LogitMap, statistics_dtype
+from . import RowBackend, UpstreamGradient, next_tier, plain
+from .tiled import Tiled
+
+logger = logging.getLogger("fastpref")
+
+ROWS, WIDTH = 6, 64
+_lock = threading.Lock()
+_reasons: dict[tuple[str, torch.device, Hashable], str | None] = {}
+
+
+def failures() -> dict[str, str]:
+    """Of the kernels tried so far in this process: by tier and device, why they do not serve."""
+    with _lock:
+        return {f"{tier} on {device}": why for (tier, device, _), why in _reasons.items() if why}
+
+
+def passes(tier: str, kernel: Hashable, device: torch.device, check: Callable[[], str]) -> bool:
+    """Whether ``kernel`` of ``tier`` computes on ``device`` what it should. ``check`` says what is
+    wrong, "" where nothing is."""
+    key = tier, device, kernel
+    with _lock:
+        if key in _reasons:
+            return _reasons[key] is None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Compiling and reading a result are both forbidden here.
+        logger.warning(
+            "fastpref's %s kernels were not used before this CUDA graph, which gets torch's "
+            "operators instead; run the step once before it is captured",
+            tier,
+        )
+        return False
+    try:
+        with torch.no_grad():
+            wrong = check()
+    except Exception as error:  # whatever compiler, driver and launch raise
+        wrong = f"{type(error).__name__}: {error}"
+    with _lock:
+        warned = any(why and (one, at) == (tier, device) for (one, at, _), why in _reasons.items())
+        _reasons[key] = wrong or None
+    if wrong and not warned:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        logger.warning(
+            "fastpref's %s kernels do not serve %s (%s); the %s backend does instead, right but "
+            "slower. `python -m fastpref env` shows what serves; a newer triton or driver may "
+            "help, and ScoringOptions(backend=...) chooses",
+            tier,
+            name,
+            wrong.strip().splitlines()[-1][:300],
+            next_tier(tier, device.type)[0],
+        )
+    return not wrong
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A backend whose kernels serve where they pass, and the next tier where not."""
+
+    tier: str
+    backend: RowBackend
+
+    def needs_tile(self, dtype: torch.dtype, write: bool) -> bool:
+        return self.backend.needs_tile(dtype, write)
+
+    def temporary_bytes(
+        self, rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
+    ) -> int:
+        return self.backend.temporary_bytes(rows, cols, device_type, dtype, statistics)
+
+    def _serving(
+        self, device: torch.device, kernel: Hashable, check: Callable[[RowBackend], str]
+    ) -> RowBackend:
+        if passes(self.tier, kernel, device, lambda: check(self.backend)):
+            return self.backend
+        return next_tier(self.tier, device.type)[1]
+
+    def project(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tile: Tensor | None,
+        target: Tensor,
+        anchor: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+        write: bool,
+        statistics: bool,
+    ) -> RowSums:
+        flags = write, statistics, bias is None, map.cap != 0
+        serving = self._serving(
+            hidden.device,
+            ("project", hidden.dtype, *flags),
+            lambda backend: _check_project(backend, _Example.of(hidden, weight, bias, map), *flags),
+        )
+        return serving.project(hidden, weight, tile, target, anchor, bias, map, write, statistics)
+
+    def project_gradient(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tile: Tensor,
+        target: Tensor,
+        upstream: UpstreamGradient,
+        bias: Tensor | None,
+        map: LogitMap,
+    ) -> None:
+        given = tuple(one is not None for one in upstream)
+        serving = self._serving(
+            hidden.device,
+            ("project_gradient", hidden.dtype, given, bias is None, map.cap != 0),
+            lambda backend: _check_gradient(backend, _Example.of(hidden, weight, bias, map), given),
+        )
+        serving.project_gradient(hidden, weight, tile, target, upstream, bias, map)
+
+    def target_logits(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        map: LogitMap,
+    ) -> TargetLogits:
+        serving = self._serving(
+            hidden.device,
+            ("target_logits", hidden.dtype, bias is None, map.cap != 0),
+            lambda backend: _check_target_logits(backend, _Example.of(hidden, weight, bias, map)),
+        )
+        return serving.target_logits(hidden, weight, target, bias, map)
+
+    def settle(
+        self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+    ) -> tuple[RowScores, Tensor]:
+        dtype = sums.sum.dtype if exps is None else exps.dtype
+        flags = exps is None, sums.best is None, map.cap != 0
+        serving = self._serving(
+            sums.sum.device,
+            ("settle", dtype, *flags),
+            lambda backend: _check_settle(backend, sums.sum.device, dtype, map, *flags),
+        )
+        return serving.settle(sums, own, exps, map)
+
+    def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        serving = self._serving(
+            rows.device,
+            ("scale_rows", rows.dtype, out.dtype),
+            lambda backend: _check_scale(backend, rows.device, rows.dtype, out.dtype, factor.dtype),
+        )
+        return serving.scale_rows(rows, factor, out)
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Hidden states and weights of -1, 0 and 1: their products are exact in every dtype. Sizes have
+    the remainders of those that are to be served."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    map: LogitMap
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, map: LogitMap) -> _Example:
+        device, dtype = hidden.device, hidden.dtype
+        width = WIDTH + hidden.shape[1] % 16
+        columns = (4096 if device.type == "cuda" else 256) + weight.shape[0] % 16
+        generator = torch.Generator().manual_seed(0)
+
+        def whole(*shape: int) -> Tensor:
+            return torch.randint(-1, 2, shape, generator=generator, dtype=torch.int64)
+
+        states, weights = whole(ROWS, width), whole(columns, width)
+        target = torch.randint(columns, (ROWS,), generator=generator)
+        # As far below the largest as such products go: the anchor will not do.
+        weights[target[1]] = -states[1]
+        weights[(target[1] + 1) % columns] = states[1]
+        if bias is not None:
+            random = torch.randn(columns, generator=generator, dtype=torch.float64)
+            bias = random.to(device, statistics_dtype(dtype))
+        return cls(
+            states.to(device, dtype), weights.to(device, dtype), target.to(device), bias, map
+        )
+
+    def tile(self) -> Tensor:
+        from ..workspace import lease
+
+        shape = self.hidden.shape[0], self.weight.shape[0]
+        return lease(shape, self.hidden.dtype, self.hidden.device)
+
+    def own(self) -> TargetLogits:
+        return plain.target_logits(self.hidden, self.weight, self.target, self.bias, self.map)
+
+
+def _check_project(
+    backend: RowBackend, example: _Example, write: bool, statistics: bool, *_: bool
+) -> str:
+    own = example.own()
+    found = []
+    for one in (backend, Tiled(plain)):
+        tile = example.tile() if one.needs_tile(example.hidden.dtype, write) else None
+        sums = one.project(
+            example.hidden,
+            example.weight,
+            tile,
+            example.target,
+            own.logit,
+            example.bias,
+            example.map,
+            write,
+            statistics,
+        )
+        kept = tile if write else None
+        rows, scale = plain.settle(sums, own, kept, example.map)
+        outputs = OUTPUTS if statistics else ("logp", "lse")
+        scores = token_scores(
+            outputs, sums, rows, example.target, own.logit, example.weight.shape[0]
+        )
+        named = {name: value for name, value in scores._asdict().items() if value is not None}
+        # Only under a cap these are a statistic of the pass.
+        if example.map.cap == 0:
+            named.pop("mean_logits", None)
+        if kept is not None:
+            named["exponentials"] = kept.to(scale.dtype) * scale[:, None]
+        found.append(named)
+    return differences(list(found), example.hidden.dtype)
+
+
+def _check_gradient(backend: RowBackend, example: _Example, given: tuple[bool, ...]) -> str:
+    own, tile = example.own(), example.tile()
+    arguments = example.target, own.logit, example.bias, example.map
+    sums = Tiled(plain).project(
+        example.hidden, example.weight, tile, *arguments, write=False, statistics=True
+    )
+    rows, _ = plain.settle(sums, own, None, example.map)
+    entropy = token_scores(("entropy",), sums, rows, *arguments[:2], 1).entropy
+    g = torch.arange(ROWS, dtype=rows.logp.dtype, device=tile.device) / 4 - 1
+    values = rows.anchor, rows.norm, rows.logp, g, g + 0.5, 1 - g, entropy
+    upstream = UpstreamGradient._make(
+        one if there else None for one, there in zip(values, given, strict=True)
+    )
+    found = []
+    for one in (backend, Tiled(plain)):
+        tile = example.tile()
+        one.project_gradient(
+            example.hidden,
+            example.weight,
+            tile,
+            example.target,
+            upstream,
+            example.bias,
+            example.map,
+        )
+        found.append({"gradients": tile.to(rows.logp.dtype)})
+    return differences(list(found), example.hidden.dtype)
+
+
+def _check_target_logits(backend: RowBackend, example: _Example) -> str:
+    arguments = example.hidden, example.weight, example.target, example.bias, example.map
+    found = (one.target_logits(*arguments)._asdict() for one in (backend, Tiled(plain)))
+    return differences(list(found), torch.float32)
+
+
+def _check_settle(
+    backend: RowBackend,
+    device: torch.device,
+    dtype: torch.dtype,
+    map: LogitMap,
+    without_exps: bool,
+    without_best: bool,
+    *_: bool,
+) -> str:
+    exact = statistics_dtype(dtype)
+    at = torch.arange(ROWS, dtype=exact, device=device)
+    raw = at / 2 - 1
+    own = TargetLogits(torch.arange(ROWS, device=device) - 1, raw, map.logit(raw))
+    anchor = torch.where(at < 3, own.logit, own.logit + 7)
+    best = None if without_best else anchor + 1
+    sums = RowSums(anchor, (at + 1) / 3, at / 8, best)
+    found = []
+    for one in (backend, Tiled(plain)):
+        exps = None
+        if not without_exps:
+            exps = torch.zeros((ROWS, 8), dtype=dtype, device=device)
+        rows, scale = one.settle(sums, own, exps, map)
+        named = {**rows._asdict(), "scale": scale}
+        if exps is not None:
+            named["exponentials"] = exps.to(exact)
+        found.append(named)
+    return differences(list(found), dtype)
+
+
+def _check_scale(
+    backend: RowBackend,
+    device: torch.device,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+) -> str:
+    rows = torch.arange(3 * 1040, device=device).view(3, 1040).fmod(251).to(dtype)
+    factor = torch.tensor([0.75, 0.0, -2.5], dtype=factor_dtype, device=device)
+    found = (
+        {"rows": one.scale_rows(rows, factor, torch.empty_like(rows, dtype=out_dtype))}
+        for one in (backend, Tiled(plain))
+    )
+    return differences(list(found), out_dtype)
+
+
+def differences(both: list[dict[str, Tensor]], dtype: torch.dtype) -> str:
+    """Which values lie further apart than rounding to ``dtype`` or float32 sums explain."""
+    found, expected = both
+    for name, right in expected.items():
+        own, right = found[name].double(), right.double()
+        spread = 1e-4 if dtype.itemsize > 2 else 8 * torch.finfo(dtype).eps
+        allowed = spread * right.abs() + 1e-4
+        # Written so that a NaN fails where none is expected.
+        fine = ((own - right).abs() <= allowed) | (own == right) | (own.isnan() & right.isnan())
+        if not bool(fine.all()):
+            worst = (own - right).abs().max().item()
+            return f"{name} differ from torch's by up to {worst:.2g}"
+    return ""

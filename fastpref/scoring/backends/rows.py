@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows backend: torch's own products, then one pass over their rows in place by a Triton kernel
+(kernels/exp_rows.py, kernels/logit_grad_rows.py). Needs no host sync."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...kernels import exp_rows as exponentials
+from ...kernels import join_shares, logit_grad_rows
+from .. import rows as row_formulas
+from ..rows import RowScores, RowSums, TargetLogits
+from ..types import LogitMap
+from . import UpstreamGradient, glue, plain
+from .glue import DTYPES
+from .operators import STATISTICS, SUMS
+
+INTERPRETED = not isinstance(exponentials.exp_rows_kernel, triton.JITFunction)
+# In the interpreter, which runs one program after the other: several steps in small tests.
+PIECES = 16 if INTERPRETED else exponentials.PIECES
+WARPS = exponentials.WARPS
+# A multiprocessor has enough to do with so many programs.
+PROGRAMS = 2
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """Why these kernels cannot serve tensors on ``device_type``, or None when they can."""
+    if INTERPRETED:
+        return None if device_type == "cpu" else "Triton's interpreter is on: CPU tensors only"
+    if device_type != "cuda":
+        return f"the rows backend runs on CUDA tensors, got {device_type}; use backend='auto'"
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs and this torch is for ROCm"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no NVIDIA GPU"
+    return None
+
+
+def temporary_bytes(
+    rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
+) -> int:
+    """Most memory that a pass over a (rows, cols) tile takes beside it: sums of shares."""
+    if dtype not in DTYPES:
+        return plain.temporary_bytes(rows, cols, device_type, dtype, statistics)
+    kinds = len(SUMS) + (len(STATISTICS) + 2 if statistics else 0)
+    # Rows are only split where there are few.
+    return 4 * kinds * (2 * (rows + 3) + 2 * PROGRAMS * 1024)
+
+
+def exp_rows(
+    tile: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    bias: Tensor | None,
+    map: LogitMap,
+    write: bool,
+    statistics: bool,
+) -> RowSums:
+    """As ``TileKernels.exp_rows``; the entries of ``map`` may be (rows,) float32 tensors."""
+    if tile.dtype not in DTYPES or not tile.numel():
+        return plain.exp_rows(tile, target, anchor, bias, map, write, statistics)
+    halves = write and tile.dtype == torch.float16
+    rows = tile.shape[0]
+    shares = _shares(tile)
+    joined = shares > 1 or halves
+    kinds = len(SUMS) + (len(STATISTICS) if statistics else 0)
+    stride = rows + -rows % 4
+    sums = anchor.new_empty((kinds, shares, stride), dtype=torch.float32)
+    best_index = target.new_empty((shares, stride)) if statistics else None
+    settings, flags = _map_arguments(map, tile), _map_flags(map)
+    shape = _shape(tile)
+    exponentials.exp_rows_kernel[(rows * shares,)](
+        tile,
+        tile.stride(0),
+        target,
+        anchor,
+        bias,
+        sums,
+        best_index,
+        tile.shape[1],
+        shares,
+        stride,
+        *settings,
+        WRITE=write and not halves,
+        STATISTICS=statistics,
+        EXACT=tile.dtype == torch.float32,
+        num_warps=WARPS,
+        **flags,
+        **shape,
+    )
+    out, out_index = sums[:, 0], None if best_index is None else best_index[0]
+    if joined:
+        out = sums.new_empty((kinds, stride))
+        out_index = None if best_index is None else best_index.new_empty(stride)
+        join_shares.join_shares_kernel[(rows * shares,)](
+            tile,
+            tile.stride(0),
+            target,
+            anchor,
+            bias,
+            sums,
+            best_index,
+            out,
+            out_index,
+            tile.shape[1],
+            shares,
+            stride,
+            stride,
+            *settings,
+            WRITE=write,
+            HALVES=halves,
+            STATISTICS=statistics,
+            MOST_SHARES=join_shares.MOST_SHARES,
+            num_warps=WARPS,
+            **flags,
+            **shape,
+        )
+    named = dict(zip(SUMS + STATISTICS, out[:, :rows], strict=False))
+    return RowSums(**named, best_index=None if out_index is None else out_index[:rows])
+
+
+def logit_grad(
+    tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
+) -> None:
+    """As ``TileKernels.logit_grad``; the entries of ``map`` may be (rows,) float32 tensors."""
+    if tile.dtype not in DTYPES or not tile.numel():
+        plain.logit_grad(tile, target, upstream, bias, map)
+        return
+    shares = _shares(tile)
+    logit_grad_rows.logit_grad_rows_kernel[(tile.shape[0] * shares,)](
+        tile,
+        tile.stride(0),
+        target,
+        *upstream,
+        bias,
+        tile.shape[1],
+        shares,
+        *_map_arguments(map, tile),
+        EXACT=tile.dtype == torch.float32,
+        num_warps=WARPS,
+        **_map_flags(map),
+        **_shape(tile),
+    )
+
+
+def _shape(tile: Tensor) -> dict[str, Any]:
+    """How the kernels step through rows of ``tile``."""
+    vector = 16 // tile.element_size()
+    aligned = tile.stride(0) % vector == 0 and tile.data_ptr() % 16 == 0
+    return {
+        "PIECES": PIECES,
+        "VECTOR": vector,
+        "ALIGNED": aligned,
+        "EVEN": aligned and tile.shape[1] % vector == 0,
+    }
+
+
+def _shares(tile: Tensor) -> int:
+    """Into how many programs' columns a row is split."""
+    steps = triton.cdiv(tile.shape[1], PIECES * (16 // tile.element_size()))
+    wanted = triton.cdiv(PROGRAMS * _processors(tile.device), tile.shape[0])
+    return max(1, min(int(wanted), int(steps), join_shares.MOST_SHARES))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _map_flags(map: LogitMap) -> dict[str, bool]:
+    by_row = isinstance(map.scale, Tensor) or isinstance(map.cap, Tensor)
+    return {"CAPPED": isinstance(map.cap, Tensor) or map.cap != 0, "BY_ROW": by_row}
+
+
+def _map_arguments(map: LogitMap, tile: Tensor) -> tuple[float | Tensor, ...]:
+    """scale, scale / cap and cap; all three by row where one is."""
+    flags = _map_flags(map)
+    settings = map.scale, map.scale / map.cap if flags["CAPPED"] else 0.0, map.cap
+    if not flags["BY_ROW"]:
+        return settings
+    rows = torch.empty(tile.shape[0], dtype=torch.float32, device=tile.device)
+    return tuple(torch.zeros_like(rows) + one for one in settings)
+
+
+def target_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
+) -> TargetLogits:
+    if glue.matrices_supported(hidden, weight) is not None:
+        return plain.target_logits(hidden, weight, target, bias, map)
+    return glue.target_logits(hidden, weight, target, bias, map)
+
+
+def settle(
+    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+) -> tuple[RowScores, Tensor]:
+    if sums.sum.dtype != torch.float32:
+        return row_formulas.settle(sums, own, exps, map)
+    return glue.settle(sums, own, exps, map)
+
+
+def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    if glue.matrices_supported(rows, out) is not None:
+        return plain.scale_rows(rows, factor, out)
+    return glue.scale_rows(rows, factor, out)

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exponentials of rows of raw products about an anchor, in place of the products, and their sums.
+
+    t[n, v] = the logit of tile[n, v] + bias[v] (logit_map.py)
+    e[n, v] = exp(t[n, v] - anchor[n]),   0 at the row's target
+    sums: 0 the anchor, 1 the sum of e, 2 zero
+
+and, with STATISTICS: 3 the largest t (the target's included), 4 the sum of e (t - that), 5 the sum
+of e^2, 6, under a cap, the sum of t without the target's; in ``best_index`` the first column of the
+largest t. With WRITE the tile becomes e (times the slope under a cap).
+
+The tile is read once and written once, although only at the end of a row it is known whether the
+anchor will do, and an exponential that overflowed could not be turned back: 16 bytes of columns
+that follow each other are a piece, and from a logit on that lies more than ``GUARD`` above the
+anchor the pieces of that place in each step keep their products, of which only the largest is
+looked for. If there was one, the largest logit becomes the anchor and the row is gone over again:
+pieces that hold exponentials are scaled to it, the others taken then.
+
+A row is split into shares of consecutive columns, a program each; join_shares.py puts several
+together. A share that moves its anchor moves alone. Bytes: read 2, written 2 (float32: 4 and 4) a
+logit; a share that moves its anchor twice that.
+"""
+
+import triton
+import triton.language as tl
+
+from .exponentials import INF, LN2, LOG2E, anchored
+from .logit_map import map_logits
+
+WARPS = 4
+PIECES = WARPS * 32 * 2  # of one step: two a thread
+# exp(30) an element leaves exp(72) for a sum of squares over 2^18 columns: float32 ends at exp(88).
+GUARD = tl.constexpr(30.0)
+# A row of nothing but -inf takes a finite anchor below every other part's.
+LOWEST_ANCHOR = tl.constexpr(-1e30)
+# Its exponential is 0, and so is its product with that: of -inf it would be NaN.
+LOWEST = tl.constexpr(-1e4)
+
+
+@triton.jit
+def map_of_row(scale, inner, cap, row, BY_ROW: tl.constexpr):
+    """Numbers, or where each row has its own, those of ``row``."""
+    if BY_ROW:
+        scale, inner, cap = tl.load(scale + row), tl.load(inner + row), tl.load(cap + row)
+    return scale, inner, cap
+
+
+@triton.jit
+def share_bounds(columns, shares, share, BLOCK: tl.constexpr):
+    """Of a share: its first column, that of a last step which it does not fill, and its end."""
+    steps = tl.cdiv(tl.cdiv(columns, BLOCK), shares)
+    # Nothing that is rounded to a column: accesses are wide where they begin at whole steps.
+    begin = share * steps * BLOCK
+    end = tl.minimum(begin + steps * BLOCK, columns)
+    return begin, begin + tl.maximum(end - begin, 0) // BLOCK * BLOCK, end
+
+
+@triton.jit
+def row_start(tile, stride, row, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
+    # 64-bit: N V passes 2^31.
+    start = row.to(tl.int64) * stride
+    if ALIGNED:
+        start = tl.multiple_of(start, VECTOR)
+    return tile + start
+
+
+@triton.jit
+def step_columns(first, end, PIECES: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr):
+    """Columns of a step, (PIECES, VECTOR), and which lie before the end."""
+    starts = first + tl.arange(0, PIECES)[:, None] * VECTOR
+    cols = starts + tl.arange(0, VECTOR)[None, :]
+    # Accesses are wide where a piece is there as a whole or not at all.
+    return cols, tl.broadcast_to(starts < end, (PIECES, VECTOR)) if EVEN else cols < end
+
+
+@triton.jit
+def load_step(row, bias, cols, inside, MASKED: tl.constexpr):
+    """Raw products as they are stored, and the same with the bias."""
+    if MASKED:
+        raw = tl.load(row + cols, inside, 0.0)
+    else:
+        raw = tl.load(row + cols)
+    z = raw.to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + cols, inside, 0.0) if MASKED else tl.load(bias + cols)
+    return raw, z
+
+
+@triton.jit
+def store_step(row, cols, inside, values, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(row + cols, values, inside)
+    else:
+        tl.store(row + cols, values)
+
+
+@triton.jit
+def take_step(
+    row,
+    bias,
+    first,
+    end,
+    y,
+    a,
+    highest,  # (PIECES,) of what was seen: the largest x
+    total,  # of what was taken: the sum of e
+    taken,  # how many steps were taken
+    best,  # the first column of the largest x
+    centre,  # what x of `weighted` is about
+    weighted,
+    squares,
+    logits,
+    scale,
+    inner,
+    cap,
+    WRITE: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PIECES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
+    raw, z = load_step(row, bias, cols, inside, MASKED)
+    other = cols != y
+    if MASKED:
+        other = other & inside
+    x, e, t, slope = anchored(z, other, a, scale, inner, cap, CAPPED, EXACT)
+    top = tl.max(x, 1)
+    before = highest
+    highest = tl.maximum(before, top)
+    # So that a NaN is taken, and spoils the sum.
+    going = (highest > (GUARD if EXACT else GUARD * LOG2E)) == 0
+    taken += going.to(tl.int32)
+    if STATISTICS:
+        found = tl.min(tl.where(x == top[:, None], cols, end), 1)
+        best = tl.where(top > before, found, best)
+        # Without weight so far the centre may be -inf.
+        raised = tl.where(total > 0, (centre - highest) * total, 0.0)
+        # Neither is the difference of two -inf.
+        apart = tl.maximum(x - tl.maximum(highest, LOWEST_ANCHOR)[:, None], LOWEST)
+        weighted = tl.where(going, weighted + raised + tl.sum(e * apart, 1), weighted)
+        centre = tl.where(going, highest, centre)
+        squares = tl.where(going, squares + tl.sum(e * e, 1), squares)
+        if CAPPED:
+            logits += tl.sum(tl.where(other, t, 0.0), 1)
+    total = tl.where(going, total + tl.sum(e, 1), total)
+    if WRITE:
+        values = (e * slope if CAPPED else e).to(row.dtype.element_ty)
+        store_step(row, cols, inside, tl.where(going[:, None], values, raw), MASKED)
+    return highest, total, taken, best, centre, weighted, squares, logits
+
+
+@triton.jit
+def highest_logit(
+    row,
+    bias,
+    begin,
+    end,
+    y,
+    scale,
+    inner,
+    cap,
+    CAPPED: tl.constexpr,
+    PIECES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Of all columns but the target's."""
+    top = tl.full((PIECES, VECTOR), -INF, dtype=tl.float32)
+    for first in range(begin, end, PIECES * VECTOR):
+        cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
+        _, z = load_step(row, bias, cols, inside, True)
+        t, _ = map_logits(z, scale, inner, cap, CAPPED)
+        top = tl.maximum(top, tl.where(inside & (cols != y), t, -INF))
+    return tl.max(tl.max(top, 1), 0)
+
+
+@triton.jit
+def take_rest(
+    row,
+    bias,
+    begin,
+    end,
+    y,
+    a,
+    factor,  # of exponentials about the anchor before
+    total,
+    taken,
+    weighted,
+    squares,
+    scale,
+    inner,
+    cap,
+    WRITE: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PIECES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Goes over the row again: scales what was taken, takes the rest about the anchor ``a``."""
+    number = 0
+    for first in range(begin, end, PIECES * VECTOR):
+        cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
+        raw, z = load_step(row, bias, cols, inside, True)
+        x, e, _, slope = anchored(z, inside & (cols != y), a, scale, inner, cap, CAPPED, EXACT)
+        rest = taken <= number
+        total += tl.where(rest, tl.sum(e, 1), 0.0)
+        if STATISTICS:
+            weighted += tl.where(rest, tl.sum(e * tl.maximum(x, LOWEST), 1), 0.0)
+            squares += tl.where(rest, tl.sum(e * e, 1), 0.0)
+        if WRITE:
+            values = e * slope if CAPPED else e
+            values = tl.where(rest[:, None], values, raw.to(tl.float32) * factor)
+            store_step(row, cols, inside, values.to(row.dtype.element_ty), True)
+        number += 1
+    return total, weighted, squares
+
+
+@triton.jit(do_not_specialize=["columns", "tile_stride", "shares", "sums_stride"])
+def exp_rows_kernel(
+    tile,  # (N, V) raw products, exponentials with WRITE
+    tile_stride,
+    target,  # (N,) int64, a column of the tile or elsewhere
+    anchor,  # (N,) float32
+    bias,  # (V,) float32, or None
+    sums,  # (kinds, shares, N) float32
+    best_index,  # (shares, N) int64, or None
+    columns,  # V
+    shares,
+    sums_stride,  # from one share's row of sums to the next
+    scale,  # a number or with BY_ROW (N,) float32, and so the next two
+    inner,
+    cap,
+    WRITE: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    EXACT: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows start at multiples of 16 bytes
+    PIECES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,  # and so does the number of columns
+):
+    id = tl.program_id(0) // shares
+    share = tl.program_id(0) % shares
+    begin, filled, end = share_bounds(columns, shares, share, PIECES * VECTOR)
+    row = row_start(tile, tile_stride, id, ALIGNED, VECTOR)
+    scale, inner, cap = map_of_row(scale, inner, cap, id, BY_ROW)
+    # 32 bits of it, once it is known to lie in this share.
+    y = tl.load(target + id)
+    here = (y >= begin) & (y < end)
+    y = tl.where(here, y, -1).to(tl.int32)
+    a = tl.load(anchor + id)
+    if (tl.abs(a) < INF) == 0:
+        a = highest_logit(row, bias, begin, end, y, scale, inner, cap, CAPPED, PIECES, VECTOR, EVEN)
+        a = tl.where(a == -INF, LOWEST_ANCHOR, a)
+    if STATISTICS:
+        # Before it is overwritten.
+        own = tl.load(row + y, here, 0.0).to(tl.float32)
+        if bias is not None:
+            own += tl.load(bias + y, here, 0.0)
+        own, _, _, _ = anchored(own, here, a, scale, inner, cap, CAPPED, EXACT)
+    zeros = tl.zeros((PIECES,), dtype=tl.float32)
+    total, weighted, squares, logits = zeros, zeros, zeros, zeros
+    highest = zeros - INF
+    centre = highest
+    taken = tl.zeros((PIECES,), dtype=tl.int32)
+    best = taken + begin
+    for first in range(begin, filled, PIECES * VECTOR):
+        highest, total, taken, best, centre, weighted, squares, logits = take_step(
+            row, bias, first, end, y, a, highest, total, taken, best, centre, weighted, squares,
+            logits, scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, EVEN,
+            False,
+        )  # fmt: skip
+    if filled < end:
+        highest, total, taken, best, centre, weighted, squares, logits = take_step(
+            row, bias, filled, end, y, a, highest, total, taken, best, centre, weighted, squares,
+            logits, scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, EVEN,
+            True,
+        )  # fmt: skip
+    unit = 1.0 if EXACT else LN2
+    top = tl.max(highest, 0)
+    kept = a
+    if top > (GUARD if EXACT else GUARD * LOG2E):
+        a += top * unit
+        factor = tl.exp(kept - a)
+        if STATISTICS:
+            # Nothing was taken where the centre is -inf.
+            moved = tl.where(total > 0, (centre - top) * total, 0.0)
+            weighted = (weighted + moved) * factor
+            squares *= factor * factor
+        total *= factor
+        # What was written above is read by other threads.
+        tl.debug_barrier()
+        total, weighted, squares = take_rest(
+            row, bias, begin, end, y, a, factor, total, taken, weighted, squares, scale, inner,
+            cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, EVEN,
+        )  # fmt: skip
+        if STATISTICS:
+            centre = zeros + top
+    out = sums + share * sums_stride + id
+    kind = tl.cast(shares, tl.int64) * sums_stride
+    tl.store(out, a)
+    tl.store(out + kind, tl.sum(total, 0))
+    tl.store(out + 2 * kind, 0.0)
+    if STATISTICS:
+        largest = tl.maximum(top, own)
+        first = tl.min(tl.where(highest == top, best, columns), 0)
+        first = tl.where(own > top, y, tl.where(own == top, tl.minimum(first, y), first))
+        below = tl.where(total > 0, (centre - largest) * total, 0.0)
+        tl.store(out + 3 * kind, kept + largest * unit)
+        tl.store(out + 4 * kind, tl.sum(weighted + below, 0) * unit)
+        tl.store(out + 5 * kind, tl.sum(squares, 0))
+        tl.store(out + 6 * kind, tl.sum(logits, 0))
+        tl.store(best_index + share * sums_stride + id, first.to(tl.int64))

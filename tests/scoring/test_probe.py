@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel that does not compute what it should does not serve: the next tier does, and one warning
+says why."""
+
+import logging
+
+import pytest
+import torch
+
+from fastpref import ScoringOptions, linear_divergence, linear_logprob
+from fastpref.scoring import backends
+from fastpref.scoring.backends import divergence_launch, fused, glue, plain, probe, rows
+from fastpref.scoring.types import OUTPUTS
+from tests.scoring.cases import verify
+
+pytestmark = pytest.mark.skipif(not rows.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+SIZES = {"rows": 9, "hidden": 20, "vocab": 150}
+# Launches by name: where they are, the tier they belong to, and which of their numbers are spoiled.
+LAUNCHES = {
+    "exp_rows": (rows, "rows", lambda arguments, result: result.sum),
+    "logit_grad": (rows, "rows", lambda arguments, result: arguments[0]),
+    "project": (fused, "triton", lambda arguments, result: result.sum),
+    "project_gradient": (fused, "triton", lambda arguments, result: arguments[2]),
+    "target_logits": (glue, "rows", lambda arguments, result: result.raw),
+    "settle": (glue, "rows", lambda arguments, result: result[0].logp),
+    "scale_rows": (glue, "rows", lambda arguments, result: result),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried(monkeypatch):
+    monkeypatch.setattr(probe, "_reasons", {})
+
+
+def fail(*_, **__):
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+def spoil(launch, numbers):
+    """The launch, its first number off by a tenth and more."""
+
+    def spoiled(*arguments):
+        result = launch(*arguments)
+        numbers(arguments, result)[:1].mul_(1.1).add_(0.1)
+        return result
+
+    return spoiled
+
+
+@pytest.mark.parametrize("broken", ["raises", "wrong number"])
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_broken_kernel_does_not_serve(monkeypatch, caplog, name, broken):
+    module, tier, numbers = LAUNCHES[name]
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, fail if broken == "raises" else spoil(right, numbers))
+    with caplog.at_level(logging.WARNING, "fastpref"):
+        for _ in range(2):
+            for needs in (("hidden", "weight"), ("hidden",)):
+                schedule = "recompute" if "grad" in name else "auto"
+                options = ScoringOptions(backend=tier, schedule=schedule)
+                verify(options, torch.float32, outputs=OUTPUTS[:1], needs=needs, **SIZES)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert f"{tier} kernels do not serve cpu" in warning
+    assert ("no kernel image" if broken == "raises" else "differ from torch's") in warning
+    assert f"the {'rows' if tier == 'triton' else 'torch'} backend does instead" in warning
+    assert list(probe.failures()) == [f"{tier} on cpu"]
+
+
+@pytest.mark.parametrize("broken", ["raises", "wrong number"])
+def test_a_broken_divergence_does_not_serve(monkeypatch, caplog, broken):
+    launch = divergence_launch.divergence_rows
+    spoiled = spoil(launch, lambda arguments, result: result)
+    monkeypatch.setattr(
+        divergence_launch, "divergence_rows", fail if broken == "raises" else spoiled
+    )
+    tensors = torch.randn(5, 8), torch.randn(70, 8), torch.randn(5, 8), torch.randn(70, 8)
+    own, right = (
+        linear_divergence(*tensors, options=ScoringOptions(backend=name))
+        for name in ("rows", "torch")
+    )
+    torch.testing.assert_close(own, right, rtol=1e-6, atol=1e-6)
+    assert len(caplog.records) == 1
+
+
+def test_kernels_that_are_right_serve(monkeypatch, caplog):
+    verify(ScoringOptions(backend="triton"), torch.float32, outputs=OUTPUTS, **SIZES)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        verify(ScoringOptions(backend="rows"), dtype, outputs=OUTPUTS, **SIZES)
+    again = ScoringOptions(backend="rows", schedule="recompute")
+    verify(again, torch.float32, **SIZES)
+    assert probe.failures() == {} and not caplog.records
+    for name in ("exp_rows", "logit_grad"):
+        monkeypatch.setattr(plain, name, fail)
+    verify(again, torch.float32, **SIZES)
+
+
+def test_a_probe_runs_once(monkeypatch):
+    runs = []
+    check = probe._check_project
+    monkeypatch.setattr(probe, "_check_project", lambda *a: runs.append(a) or check(*a))
+    hidden, weight, target = torch.randn(4, 8), torch.randn(30, 8), torch.arange(4)
+    for _ in range(3):
+        linear_logprob(hidden, weight, target, options=ScoringOptions(backend="rows"))
+    assert len(runs) == 1
+
+
+def test_choosing_launches_nothing(monkeypatch):
+    for module, name in ((rows, "exp_rows"), (glue, "target_logits"), (fused, "project")):
+        monkeypatch.setattr(module, name, fail)
+    size = backends.choice.Size(torch.float32, 4, 8, 30)
+    for name in ("rows", "triton", "torch"):
+        assert backends.choose(name, torch.device("cpu"), size) == name
+    assert probe.failures() == {}
+
+
+def test_the_order_of_tiers(monkeypatch):
+    """On a GPU: rows, CUDA C++ where Triton is missing, torch where both are."""
+    reasons = {}
+    monkeypatch.setattr(backends, "unavailable_reason", lambda name, device: reasons.get(name))
+    size = backends.choice.Size(torch.bfloat16, 4, 8, 30)
+    chosen = []
+    for missing in ("rows", "cuda", "torch"):
+        chosen.append(backends.choose("auto", torch.device("cuda"), size))
+        reasons[missing] = "missing"
+    assert chosen == ["rows", "cuda", "torch"]

@@ -57,6 +57,12 @@ def _is_low(tile: Tensor) -> bool:
     return tile.dtype.itemsize == 2
 
 
+def _is_direct(tile: Tensor, bias: Tensor | None, map: LogitMap) -> bool:
+    """Whether logits need not be rounded as they were when the row was scored: they are so much
+    coarser in the first place."""
+    return _is_low(tile) and bias is None and map.cap == 0
+
+
 def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:
     return tile.to(statistics_dtype(tile.dtype)) if bias is None else tile + bias[None]
 
@@ -255,9 +261,9 @@ def _logit_grad_block(
 
 def _shifted(tile: Tensor, anchor: Tensor, bias: Tensor | None, map: LogitMap) -> Tensor:
     """Logits less each row's anchor, a tensor of their own."""
-    if bias is None and map.cap == 0:
+    if _is_direct(tile, bias, map):
         return torch.addcmul(-anchor[:, None], tile, _scale(tile, map))
-    return map.logit(_raw(tile, bias)).sub_(anchor[:, None])
+    return _logits(tile, bias, map).sub_(anchor[:, None])
 
 
 def _exp_and_linear(
@@ -270,7 +276,7 @@ def _exp_and_linear(
 ) -> tuple[Tensor, Tensor]:
     """exp(shifted), and constant + slope shifted: finite, since 0 times infinity is no 0."""
     exact = anchor.dtype
-    if not _is_low(tile) or bias is not None or map.cap != 0:
+    if not _is_direct(tile, bias, map):
         shifted = _shifted(tile, anchor, bias, map).clamp_(min=_LOWEST)
         linear = torch.addcmul(constant.to(exact)[:, None], shifted, slope.to(exact)[:, None])
         return shifted.exp_(), linear

@@ -32,6 +32,7 @@ from . import UpstreamGradient
 _BLOCK_CPU = 1 << 20
 _BLOCK_ELSEWHERE = 1 << 24
 _TEMPORARIES = 5
+_PIECE = 64
 _GUARD = 30.0
 # Beyond every logit. A row of nothing but -inf takes a finite anchor below every other part's.
 _LOWEST = -1e30
@@ -63,20 +64,39 @@ def _is_direct(tile: Tensor, bias: Tensor | None, map: LogitMap) -> bool:
     return _is_low(tile) and bias is None and map.cap == 0
 
 
-def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:
+def raw_products(tile: Tensor, bias: Tensor | None) -> Tensor:
+    """With their bias, in the statistics' dtype; the tile itself where that changes nothing."""
     return tile.to(statistics_dtype(tile.dtype)) if bias is None else tile + bias[None]
 
 
-def _logits(tile: Tensor, bias: Tensor | None, map: LogitMap) -> Tensor:
-    """In the statistics' dtype; a tensor of their own."""
+def logits(
+    tile: Tensor, bias: Tensor | None, map: LogitMap, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Of raw products, in ``dtype`` (None: the statistics'); a tensor of their own."""
     if bias is None and map.cap == 0:
-        return tile * _scale(tile, map)
-    return map.logit(_raw(tile, bias))
+        return tile * scale_of(map, tile, dtype)
+    found = map.logit(raw_products(tile, bias))
+    return found if dtype is None else found.to(dtype)
 
 
-def _scale(tile: Tensor, map: LogitMap) -> Tensor:
-    """(1, 1) in the statistics' dtype. A factor with dimensions widens a tile as it is read."""
-    return torch.full((1, 1), map.scale, dtype=statistics_dtype(tile.dtype), device=tile.device)
+def scale_of(map: LogitMap, tile: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(1, 1), in ``dtype`` (None: the statistics'). A factor with dimensions widens a tile as it is
+    read; a number does not."""
+    dtype = dtype or statistics_dtype(tile.dtype)
+    return torch.full((1, 1), map.scale, dtype=dtype, device=tile.device)
+
+
+def power_sum(matrix: Tensor, order: int) -> Tensor:
+    """(rows,) sums of |x|^order, order 1 or 2, in one pass. On CPU a norm adds one number after
+    another, so that it is taken of pieces."""
+    cols = matrix.shape[1]
+    whole = cols - cols % _PIECE
+    pieces = matrix[:, :whole].unflatten(1, (whole // _PIECE, _PIECE))
+    parts = [
+        torch.linalg.vector_norm(one, ord=order, dim=-1)
+        for one in (pieces, matrix[:, None, whole:])
+    ]
+    return torch.cat(parts, dim=1).pow(order).sum(1)
 
 
 class _Targets(NamedTuple):
@@ -144,7 +164,7 @@ def _exp_block(
     write: bool,
     statistics: bool,
 ) -> _BlockSums:
-    x = _logits(tile, bias, map)
+    x = logits(tile, bias, map)
     targets = _targets(target, tile.shape[1])
     own = torch.where(targets.here, x[targets.place], -torch.inf)
     total = None
@@ -171,9 +191,7 @@ def _exp_block(
     entropy = squares = None
     if statistics:
         entropy = torch.special.entr(q).sum(1)
-        # The norm adds one square after another.
-        low = _is_low(tile)
-        squares = torch.linalg.vector_norm(q, dim=1).square() if low else q.square().sum(1)
+        squares = power_sum(q, 2)
     offset = torch.zeros_like(anchor)
     if write:
         written = factor
@@ -193,7 +211,7 @@ def _write(tile: Tensor, rows: Tensor, factor: Tensor, bias: Tensor | None, map:
     if map.cap == 0:
         torch.mul(rows, factor, out=tile)
     else:
-        tile.copy_(rows.mul_(factor).mul_(map.slope(_raw(tile, bias))))
+        tile.copy_(rows.mul_(factor).mul_(map.slope(raw_products(tile, bias))))
 
 
 def _with_statistics(found: RowSums, sums: _BlockSums, target: Tensor) -> RowSums:
@@ -254,7 +272,7 @@ def _logit_grad_block(
     own = own * map.scale
     if map.cap != 0:
         at = None if bias is None else bias[targets.place[1]]
-        own = own * map.slope(_raw(tile[targets.place][None], at))[0]
+        own = own * map.slope(raw_products(tile[targets.place][None], at))[0]
     _write(tile, rows, factor, bias, map)
     targets.put(tile, own)
 
@@ -262,8 +280,8 @@ def _logit_grad_block(
 def _shifted(tile: Tensor, anchor: Tensor, bias: Tensor | None, map: LogitMap) -> Tensor:
     """Logits less each row's anchor, a tensor of their own."""
     if _is_direct(tile, bias, map):
-        return torch.addcmul(-anchor[:, None], tile, _scale(tile, map))
-    return _logits(tile, bias, map).sub_(anchor[:, None])
+        return torch.addcmul(-anchor[:, None], tile, scale_of(map, tile))
+    return logits(tile, bias, map).sub_(anchor[:, None])
 
 
 def _exp_and_linear(

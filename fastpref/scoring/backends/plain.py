@@ -32,7 +32,6 @@ from . import UpstreamGradient
 _BLOCK_CPU = 1 << 20
 _BLOCK_ELSEWHERE = 1 << 24
 _TEMPORARIES = 5
-_PIECE = 64
 _GUARD = 30.0
 # Beyond every logit. A row of nothing but -inf takes a finite anchor below every other part's.
 _LOWEST = -1e30
@@ -84,19 +83,6 @@ def scale_of(map: LogitMap, tile: Tensor, dtype: torch.dtype | None = None) -> T
     read; a number does not."""
     dtype = dtype or statistics_dtype(tile.dtype)
     return torch.full((1, 1), map.scale, dtype=dtype, device=tile.device)
-
-
-def power_sum(matrix: Tensor, order: int) -> Tensor:
-    """(rows,) sums of |x|^order, order 1 or 2, in one pass. On CPU a norm adds one number after
-    another, so that it is taken of pieces."""
-    cols = matrix.shape[1]
-    whole = cols - cols % _PIECE
-    pieces = matrix[:, :whole].unflatten(1, (whole // _PIECE, _PIECE))
-    parts = [
-        torch.linalg.vector_norm(one, ord=order, dim=-1)
-        for one in (pieces, matrix[:, None, whole:])
-    ]
-    return torch.cat(parts, dim=1).pow(order).sum(1)
 
 
 class _Targets(NamedTuple):
@@ -191,7 +177,11 @@ def _exp_block(
     entropy = squares = None
     if statistics:
         entropy = torch.special.entr(q).sum(1)
-        squares = power_sum(q, 2)
+        if share is None:
+            squares = torch.linalg.vector_norm(q, dim=1).square()
+        else:
+            # The norm adds one after another on CPU, too.
+            squares = q.square().sum(1)
     offset = torch.zeros_like(anchor)
     if write:
         written = factor

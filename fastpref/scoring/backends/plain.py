@@ -6,10 +6,11 @@ logits (-inf at the target), h the largest and j its column, softmax gives q = e
 operator, and everything follows from it: Z = 1 / q_j, and about any anchor a
 
     e = exp(x - a) = f q,   f = exp(h - a) Z,   sum e = f sum q,   sum e^2 = f^2 sum q^2,
-    sum e (x - best) = f (sum q log q + (log Z + h - best) sum q).
+    sum e (x - best) = f (sum q (x - h) + (h - best) sum q).
 
 sum q is what softmax's Z lacks: on CPU it adds one number after another. Of 16-bit tiles it is
-taken for 1, since their logits are rounded to 2^-9 or 2^-11.
+taken for 1, and sum q (x - h) for log Z + sum q log q, since their logits are rounded to 2^-9 or
+2^-11.
 
 Bytes a logit of a 16-bit tile without bias and cap, where casts are made in registers, with each
 operand of an operator counted once: 18 forward, 24 with exponentials written, 24 more with
@@ -112,9 +113,8 @@ class _BlockSums(NamedTuple):
     own: Tensor  # the target's logit, -inf where it is elsewhere
     highest: Tensor  # h
     column: Tensor  # j, the first of equal ones
-    top: Tensor  # q_j
     share: Tensor | None = None  # sum q, where it is not taken for 1
-    entropy: Tensor | None = None  # -sum q log q
+    moment: Tensor | None = None  # sum q (x - h)
     squares: Tensor | None = None  # sum q^2
     total: Tensor | None = None  # sum of the logits
 
@@ -166,22 +166,23 @@ def _exp_block(
     # Else softmax of a row of nothing but -inf is NaN.
     x.index_put_(best, floor)
     q = x.softmax(1)
-    del x
     top = q[best]
     keep = anchor.isfinite() & ~(floor - anchor > _GUARD)
     anchor = torch.where(keep, anchor, floor)
     wide = (highest.double() - anchor.double()).exp() / top.double()
     factor = wide.to(anchor.dtype)
-    share = None if _is_low(tile) else q.sum(1)
-    sum = factor if share is None else (wide * share).to(anchor.dtype)
-    entropy = squares = None
-    if statistics:
-        entropy = torch.special.entr(q).sum(1)
-        if share is None:
-            squares = torch.linalg.vector_norm(q, dim=1).square()
-        else:
-            # The norm adds one after another on CPU, too.
+    share = moment = squares = None
+    if not _is_low(tile):
+        share = q.sum(1)
+        if statistics:
+            moment = x.sub_(floor[:, None]).clamp_(min=_LOWEST).mul_(q).sum(1)
+            # A norm adds one after another on CPU, too.
             squares = q.square().sum(1)
+    elif statistics:
+        moment = -torch.special.entr(q).sum(1) - top.log()
+        squares = torch.linalg.vector_norm(q, dim=1).square()
+    del x
+    sum = factor if share is None else (wide * share).to(anchor.dtype)
     offset = torch.zeros_like(anchor)
     if write:
         written = factor
@@ -192,8 +193,8 @@ def _exp_block(
             offset = torch.where(norm == 0, 0.0, norm.log())
             written = torch.where(norm == 0, 0.0, factor / norm)
         _write(tile, q, written[:, None], bias, map)
-    found = anchor, sum, offset, factor, own, highest, column, top
-    return _BlockSums(*found, share, entropy, squares, total)
+    found = anchor, sum, offset, factor, own, highest, column
+    return _BlockSums(*found, share, moment, squares, total)
 
 
 def _write(tile: Tensor, rows: Tensor, factor: Tensor, bias: Tensor | None, map: LogitMap) -> None:
@@ -205,16 +206,16 @@ def _write(tile: Tensor, rows: Tensor, factor: Tensor, bias: Tensor | None, map:
 
 
 def _with_statistics(found: RowSums, sums: _BlockSums, target: Tensor) -> RowSums:
-    entropy, squares = sums.entropy, sums.squares
-    if entropy is None or squares is None:
+    moment, squares = sums.moment, sums.squares
+    if moment is None or squares is None:
         raise TypeError("sums of a block without statistics")
     own, highest = sums.own, sums.highest
     best = torch.maximum(own, highest)
     # Of equal ones the first; elsewhere own is -inf, and the target may be any number.
     first = (own == highest) & (own > -torch.inf) & (target < sums.column)
     share = 1.0 if sums.share is None else sums.share.double()
-    shift = highest.double() - best.double() - sums.top.double().log()
-    weighted = sums.factor.double() * (shift * share - entropy.double())
+    shift = (highest.double() - best.double()) * share
+    weighted = sums.factor.double() * (moment.double() + shift)
     return found._replace(
         best=best,
         best_index=torch.where((own > highest) | own.isnan() | first, target, sums.column),

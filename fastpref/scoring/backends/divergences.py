@@ -22,22 +22,32 @@ A column without weight counts nothing: 0 log 0 is 0.
 These sums cancel where q is close to p, and the gradients where q is all but 1 somewhere. The
 kernels sum other terms (csrc/cpu/divergence_rows.inl); plain torch computes in float64 instead,
 unless the products were rounded to 16 bits before.
+
+Bytes of plain torch for each pair of 16-bit logits without bias and cap, counted as in plain.py, of
+the value and with the gradient: forward_kl 64 and 90, reverse_kl 64 and 98, jsd 128 and 146, tv 44
+and 86, bhattacharyya 60 and 86, cosine 37 and 63. The products are read and widened (12) and
+normalised (16); what comes after is one operator for each difference, product and sum.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..types import LogitMap, statistics_dtype
+from .plain import logits, raw_products, scale_of
 
 # Elements of one temporary. Launches are what costs on a GPU.
 _BLOCK_CPU = 1 << 20
-_BLOCK_ELSEWHERE = 1 << 25
-_TEMPORARIES = 12  # of a block, alive at once
+_BLOCK_ELSEWHERE = 1 << 24
+_TEMPORARIES = 7  # of a block, alive at once
+
+_PIECE = 64
+_LARGE = 1e30  # beyond every logarithm
 
 
 def unavailable_reason(backend: str) -> str | None:
@@ -102,15 +112,13 @@ def formula_rows(
     write: bool,
 ) -> Tensor:
     """As ``divergence_rows``, in plain torch."""
-    formula = FORMULAS[divergence]
+    formula, wide = FORMULAS[divergence], _formula_dtype(student.dtype)
     values = [student.new_empty(0, dtype=statistics_dtype(student.dtype))]
-    for rows, own, other in logit_blocks(student, teacher, student_bias, teacher_bias, map):
-        wide = _formula_dtype(student.dtype)
-        value, gradient = formula(own.to(wide), other.to(wide), beta)
-        if write:
-            tile = student[rows]
-            tile.copy_(gradient * map.slope(_raw(tile, student_bias)) * map.scale)
-        values.append(value.to(values[0].dtype))
+    for rows, own, other in logit_blocks(student, teacher, student_bias, teacher_bias, map, wide):
+        found = formula(own, other, beta, write)
+        if found.gradient is not None:
+            _write(student[rows], found.gradient, found.factor, student_bias, map)
+        values.append(found.value.to(values[0].dtype))
     return torch.cat(values)
 
 
@@ -120,78 +128,149 @@ def logit_blocks(
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
     map: LogitMap,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of two tiles of raw products, and their logits in the statistics' dtype, a few at a
-    time."""
+    """Rows of two tiles of raw products, and their logits in ``dtype`` (None: the statistics'), a
+    few at a time."""
     total, cols = student.shape
     step = max(1, _block_elements(student.device.type) // max(1, cols))
     for start in range(0, total, step):
         rows = slice(start, min(total, start + step))
-        own, other = _raw(student[rows], student_bias), _raw(teacher[rows], teacher_bias)
-        yield rows, map.logit(own), map.logit(other)
+        yield (
+            rows,
+            logits(student[rows], student_bias, map, dtype),
+            logits(teacher[rows], teacher_bias, map, dtype),
+        )
 
 
 def _formula_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
-def _raw(tile: Tensor, bias: Tensor | None) -> Tensor:
-    raw = tile.to(statistics_dtype(tile.dtype))
-    return raw if bias is None else raw + bias
+def _write(
+    tile: Tensor, gradient: Tensor, factor: float, bias: Tensor | None, map: LogitMap
+) -> None:
+    """The gradient at raw products, into their tile; uses ``gradient`` up."""
+    if map.cap != 0:
+        gradient = gradient.mul_(map.slope(raw_products(tile, bias)))
+    torch.mul(gradient, scale_of(map, tile) * factor, out=tile)
 
 
-def _forward_kl(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+class _Found(NamedTuple):
+    value: Tensor  # (rows,)
+    gradient: Tensor | None = None  # (rows, cols), but for ``factor``
+    factor: float = 1.0
+
+
+# Each takes logits s and t (rows, cols), beta, and whether the gradient is wanted.
+
+
+def _forward_kl(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
     log_q, log_p = s.log_softmax(1), t.log_softmax(1)
-    q, p = log_q.exp(), log_p.exp()
-    return _mean_of(p, log_p - log_q), q - p
+    undefined = _undefined(log_q, log_p)
+    p = log_p.exp()
+    # Without weight, a column of infinite ratio is NaN and counts nothing.
+    value = log_p.sub_(log_q).mul_(p).nansum(1) + undefined
+    return _Found(value, log_q.exp_().sub_(p) if write else None)
 
 
-def _reverse_kl(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
     log_q, log_p = s.log_softmax(1), t.log_softmax(1)
-    q, ratio = log_q.exp(), log_q - log_p
-    value = _mean_of(q, ratio)
-    return value, torch.where(q > 0, q * (ratio - value[:, None]), 0)
+    undefined = _undefined(log_q, log_p)
+    q = log_q.exp()
+    terms = log_q.sub_(log_p).mul_(q)
+    value = terms.nansum(1) + undefined
+    if not write:
+        return _Found(value)
+    terms.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return _Found(value, terms.addcmul_(q, -value[:, None]))
 
 
-def _jsd(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _jsd(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
     log_q, log_p = s.log_softmax(1), t.log_softmax(1)
-    q, p = log_q.exp(), log_p.exp()
-    # The log of (1 - beta) q + beta p, which may underflow where one of the two does not.
-    log_m = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
-    own = _mean_of(q, log_q - log_m)
-    value = beta * _mean_of(p, log_p - log_m) + (1 - beta) * own
-    return value, torch.where(q > 0, (1 - beta) * q * (log_q - log_m - own[:, None]), 0)
+    undefined = _undefined(log_q, log_p)
+    p = log_p.exp()
+    # log(p / q), finite: m / q with it is infinite where q is 0. From it both m / p and m / q, of
+    # which no two are subtracted; m itself may underflow.
+    ratio = log_p.sub_(log_q).nan_to_num_(nan=0.0, posinf=_LARGE, neginf=-_LARGE)
+    q = log_q.exp_()
+    own, other = math.log1p(-beta), math.log(beta)
+    of_p = _log_add(own - ratio, other).mul_(p).sum(1)
+    terms = _log_add(ratio.add_(other), own).mul_(q)
+    of_q = terms.sum(1) + undefined
+    value = -beta * of_p - (1 - beta) * of_q
+    if not write:
+        return _Found(value)
+    return _Found(value, terms.addcmul_(q, -of_q[:, None]), beta - 1)
 
 
-def _tv(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _tv(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
     q = s.softmax(1)
     difference = q - t.softmax(1)
-    half = difference.sign() / 2
-    return difference.abs().sum(1) / 2, q * (half - (q * half).sum(1, keepdim=True))
+    value = _power_sum(difference, 1) / 2
+    if not write:
+        return _Found(value)
+    terms = difference.sign_().mul_(q)
+    centre = terms.sum(1) + 0 * value  # NaN where the value is
+    return _Found(value, terms.addcmul_(q, -centre[:, None]), 0.5)
 
 
-def _bhattacharyya(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _bhattacharyya(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
     log_q, log_p = s.log_softmax(1), t.log_softmax(1)
-    # Not from exp(middle), which may underflow everywhere.
-    middle = (log_q + log_p) / 2
-    return -middle.logsumexp(1), (log_q.exp() - middle.softmax(1)) / 2
+    # Normalised anew, since its exponentials may underflow everywhere.
+    middle = log_p.add_(log_q).mul_(0.5)
+    rows, column = torch.arange(s.shape[0], dtype=torch.int64, device=s.device), middle.argmax(1)
+    top = middle[rows, column]
+    # Of rows that share no column, q alone remains.
+    middle.index_put_((rows, column), top.clamp(min=-_LARGE))
+    shared = middle.softmax(1)
+    value = shared[rows, column].double().log() - top.double()
+    if not write:
+        return _Found(value)
+    shared.index_put_((rows, column), shared[rows, column].masked_fill(top == -math.inf, 0))
+    return _Found(value, log_q.exp_().sub_(shared), 0.5)
 
 
-def _cosine(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    tiny = torch.finfo(s.dtype).tiny
-    length = s.norm(dim=1, keepdim=True).clamp(min=tiny)
-    s, t = s / length, t / t.norm(dim=1, keepdim=True).clamp(min=tiny)
-    cosine = (s * t).sum(1, keepdim=True)
-    return 1 - cosine[:, 0], (cosine * s - t) / length
+def _cosine(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
+    lengths = [_power_sum(one, 2).double().sqrt() for one in (s, t)]
+    # A row of zeros has no direction.
+    inverse_s, inverse_t = (torch.where(one == 0, 0.0, 1 / one) for one in lengths)
+    both = inverse_s * inverse_t
+    cosine = (s * t).sum(1) * both
+    value = 1 - cosine
+    if not write:
+        return _Found(value)
+    factors = (cosine * inverse_s.square()).to(s.dtype), -both.to(s.dtype)
+    return _Found(value, s.mul_(factors[0][:, None]).addcmul_(t, factors[1][:, None]))
 
 
-def _mean_of(weights: Tensor, values: Tensor) -> Tensor:
-    """sum of weights times values, where there is weight."""
-    return torch.where(weights > 0, weights * values, 0).sum(1)
+def _power_sum(matrix: Tensor, order: int) -> Tensor:
+    """(rows,) sums of |x|^order, order 1 or 2, in one pass. On CPU a norm adds one number after
+    another, so that it is taken of pieces."""
+    cols = matrix.shape[1]
+    whole = cols - cols % _PIECE
+    pieces = matrix[:, :whole].unflatten(1, (whole // _PIECE, _PIECE))
+    norms = [
+        torch.linalg.vector_norm(one, ord=order, dim=-1)
+        for one in (pieces, matrix[:, None, whole:])
+    ]
+    return torch.cat(norms, dim=1).pow_(order).sum(1)
+
+
+def _log_add(logs: Tensor, number: float) -> Tensor:
+    """log(exp(logs) + exp(number)), in place."""
+    other = torch.full((1, 1), number, dtype=logs.dtype, device=logs.device)
+    return torch.logaddexp(logs, other, out=logs)
+
+
+def _undefined(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """(rows,) NaN where one is no distribution, and so NaN in every column; else 0."""
+    both = log_q[:, 0] + log_p[:, 0]
+    return torch.where(both.isnan(), both, 0.0)
 
 
 # In the order of the compiled operator's kinds.
-FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float, bool], _Found]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jsd,

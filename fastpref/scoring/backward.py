@@ -89,7 +89,8 @@ def _row_groups(
     ``active`` are their positions in the arguments of all rows; None: they are all rows.
     """
     vocab, itemsize = run.head.weight.shape[0], hidden.dtype.itemsize
-    total, kept_rows = hidden.shape[0], run.plan.kept_rows
+    # What memory held, which may be less than was planned.
+    total, kept_rows = hidden.shape[0], 0 if kept.exps is None else kept.exps.shape[0]
     exps = kept.exps if upstream.entropy is None and upstream.lse is None else None
     inside = 0
     if exps is not None:

@@ -183,12 +183,16 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(SECOND_DERIVATIVE)
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
 @contextlib.contextmanager
 def products_of(tensor: Tensor) -> Iterator[None]:
     """On the device of ``tensor``, where Triton launches, in the dtypes given, with sums that are
     not rounded on the way."""
     with contextlib.ExitStack() as stack:
-        if tensor.device.type == "cuda":
+        if on_cuda(tensor):
             stack.enter_context(torch.cuda.device(tensor.device))
             stack.enter_context(full_precision_reductions())
         stack.enter_context(torch.autocast(tensor.device.type, enabled=False))

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .backends import UpstreamGradient
+from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
-from .schedule import BIAS_ROWS, Tile, recompute_tile
+from .schedule import Tile, recompute_tile
 from .types import statistics_dtype
 from .workspace import lease, row_stride
 
@@ -225,17 +226,3 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.mm(a, b, out=total)
     else:
         torch.addmm(total, a, b, out=total)
-
-
-def add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> None:
-    """total += matrix^T weights; weights of None are 1.
-
-    In a single product thousands of tiny probabilities would be lost, one after the other, on the
-    one large term of a target; so a few rows at a time, and the total in float64.
-    """
-    exact = statistics_dtype(matrix.dtype)
-    if weights is None:
-        weights = matrix.new_ones(matrix.shape[0], dtype=exact)
-    parts = zip(matrix.split(BIAS_ROWS), weights.split(BIAS_ROWS), strict=True)
-    for part, one in parts:
-        total += torch.mv(part.to(exact).t(), one)

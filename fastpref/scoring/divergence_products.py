@@ -25,8 +25,9 @@ from .autograd import (
     products_of,
     row_gradients,
 )
+from .backends.column_sums import add_column_sums
 from .backends.divergences import divergence_rows
-from .backward import Gradients, add_column_sums, add_product
+from .backward import Gradients, add_product
 from .request import Parameters
 from .retry import with_less
 from .two_heads import Model, Tiles, TwoHeadPlan, TwoHeads

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backends import column_sums
 from .types import Schedule, ScoringOptions, statistics_dtype
 
 BUDGET_SHARE = 16  # of the device's total memory
@@ -32,7 +33,6 @@ LEAST_COLS = 1024
 FEWEST_GOOD_ROWS = 512
 MOST_CHUNK_ROWS = 2048
 SHORTAGE = 4  # by this the budget is divided whenever memory ran out
-BIAS_ROWS = 32  # whose share of the bias gradient is formed at a time
 MEBIBYTE = 1 << 20
 
 
@@ -147,8 +147,10 @@ class Plan(Problem):
             # 16-bit products over slabs and row groups add up in float32.
             rows, cols = self.scored, again.cols
             backward += (rows + cols) * self.hidden_size * (exact + self.itemsize)
-            if self.needs_bias:
-                backward += BIAS_ROWS * self.vocab_size * exact
+        if self.needs_bias:
+            # Kept rows are summed where they lie, whole.
+            shape = max(again.rows, self.kept_rows), self.vocab_size
+            backward += column_sums.temporary_bytes(*shape, self.device_type, self.dtype)
         return self.saved_bytes + max(forward, backward)
 
     @property
@@ -247,7 +249,7 @@ def less(plan: Plan, keep: bool = True) -> Plan | None:
     """
     row_bytes = plan.vocab_size * plan.itemsize
     tiles = (tile.nbytes(plan.itemsize) for tile in plan.sizes[1:] if isinstance(tile, Tile))
-    budget = min(plan.memory_budget, plan.kept_rows * row_bytes + max(tiles))
+    budget = plan.kept_rows * row_bytes + max(tiles)  # what was taken of it
     schedule: Schedule = "auto" if plan.schedule == "direct" else "keep"
     if not keep or plan.schedule == "recompute":
         schedule = "recompute"

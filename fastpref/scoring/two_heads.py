@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .autograd import packed_rows
+from .backends import column_sums
 from .backends import divergences as formulas
 from .packing import Packing, pack
 from .request import Call, Lora, Parameters, Request, make_request, plan_call
@@ -65,6 +66,7 @@ class TwoHeadPlan:
     copied_bytes: int  # of weights in the products' dtype
     memory_budget: int  # bytes for tiles and kept rows
     backend: str
+    device_type: str
 
     @property
     def needs_grad(self) -> bool:
@@ -91,7 +93,11 @@ class TwoHeadPlan:
         product = 0
         if self.needs_weight and itemsize < exact:
             product = self.vocab_size * self.trained_size * (exact + itemsize)
-        return tiles + kept + rows + numbers + product + self.copied_bytes
+        bias = 0
+        if self.needs_bias:
+            shape = max(self.tile_rows, self.kept_rows), self.vocab_size
+            bias = column_sums.temporary_bytes(*shape, self.device_type, self.dtype)
+        return tiles + kept + rows + numbers + product + bias + self.copied_bytes
 
     def __str__(self) -> str:
         return (
@@ -126,8 +132,8 @@ class TwoHeads:
     def less(self, plan: TwoHeadPlan, keep: bool = True) -> TwoHeadPlan | None:
         """The plan to follow where memory ran out under ``plan``; None where that is the least.
         ``keep`` as in schedule.less."""
-        row = plan.vocab_size * plan.dtype.itemsize
-        budget = min(plan.memory_budget, (plan.kept_rows + 2 * plan.tile_rows) * row)
+        rows = plan.kept_rows + 2 * plan.tile_rows
+        budget = rows * plan.vocab_size * plan.dtype.itemsize  # what was taken of it
         recompute = not keep or (plan.schedule == "recompute" and not plan.kept_rows)
         while budget > 1:
             budget = max(1, budget // SHORTAGE)
@@ -287,4 +293,5 @@ def _plan(student: Problem, teacher: Problem, options: ScoringOptions) -> TwoHea
         copied_bytes=copies,
         memory_budget=budget,
         backend=student.backend,
+        device_type=student.device_type,
     )

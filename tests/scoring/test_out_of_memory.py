@@ -10,6 +10,7 @@ import torch
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
 from fastpref.scoring import operators, retry, schedule, workspace
+from fastpref.scoring.backends.column_sums import FEW_ROWS
 from fastpref.scoring.mixture import mixed_logprob
 from fastpref.scoring.request import make_request
 from fastpref.scoring.two_heads import ask_two_heads
@@ -137,7 +138,7 @@ FIXED = V * H * 4
 def test_an_allocator_with_little_ends_in_the_least_tile(name, dtype, said):
     """No tensor may be larger than the least tile, or than a slab of float32 for the bias."""
     call = facts(name, dtype)
-    limit = max(least_tile(dtype), FIXED, schedule.BIAS_ROWS * V * 4)
+    limit = max(least_tile(dtype), FIXED, FEW_ROWS * V * 4)
     mode, found = refusing.run(call.make(), refusing.above(limit), LEAST)
     assert mode.refused and not mode.leaked
     assert said[-1][1].forward_tile.nbytes(dtype.itemsize) <= limit

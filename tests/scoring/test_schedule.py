@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions
-from fastpref.scoring import schedule
+from fastpref.scoring import schedule, two_heads
 from fastpref.scoring.backends import column_sums
 from fastpref.scoring.schedule import Problem, choose
 
@@ -168,6 +168,15 @@ def test_on_a_gpu_the_budget_alone_bounds_a_chunk():
         assert plan(changes, memory_budget=5000 * ROW).forward_tile.rows == 4096
         assert plan(changes, chunk_rows=100).forward_tile.rows <= 100
     assert plan(NO_GRADIENT | {"scored": 8192}).forward_tile.rows == schedule.MOST_CHUNK_ROWS
+
+
+def test_on_a_gpu_the_budget_alone_bounds_a_tile_of_two_heads():
+    """Of whole rows, two of them: of student and teacher."""
+    for device_type, rows in (("cpu", schedule.MOST_CHUNK_ROWS), ("cuda", 8192)):
+        one = plan(FROZEN | {"device_type": device_type, "scored": 8192})
+        assert two_heads._plan(one, one, ScoringOptions()).tile_rows == rows
+        small = ScoringOptions(memory_budget=200 * ROW)
+        assert two_heads._plan(one, one, small).tile_rows == 100
 
 
 def test_the_bias_gradient_is_in_the_workspace():

@@ -58,8 +58,8 @@ class LinearScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, *parameters, exps = ctx.saved_tensors
-        # An earlier backward may have given them back.
-        kept = replace(ctx.kept, exps=None if exps is None or not exps.shape[0] else exps)
+        # Without rows, where an earlier backward has given them back.
+        kept = replace(ctx.kept, exps=exps)
         with torch.no_grad():
             gradients = run_backward(
                 ctx.call, hidden, Parameters(*parameters), kept, upstream, ctx.head

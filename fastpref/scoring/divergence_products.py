@@ -72,8 +72,6 @@ class LinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, kept, direct = ctx.saved_tensors
         student, teacher = models(tensors)
-        if kept is not None and not kept.shape[0]:
-            kept = None  # an earlier backward has given it back
         with torch.no_grad():
             gradients = run_backward(ctx.call, student, teacher, kept, direct, upstream)
         once = once_differentiable(gradients, (*flat(student), upstream))

@@ -14,8 +14,10 @@ WARPS = 4
 MOST_PARTS = 16
 
 
-# Sizes that follow the data must not compile the kernel anew.
-@triton.jit(do_not_specialize=["rows", "part_rows", "cols"])
+# Sizes that follow the data, and where a row's weight lies, must not compile the kernel anew.
+@triton.jit(
+    do_not_specialize=["rows", "part_rows", "cols"], do_not_specialize_on_alignment=["weights"]
+)
 def column_sums_kernel(
     matrix,  # (N, V)
     weights,  # (N,) float32, or None: 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, preference_loss
-from tests.preference.numbers import T, V, batch, found, plain
+from tests.preference.plain_pairs import T, V, batch, found, plain
 from tests.scoring.cases import check_contract
 
 OPTIONS = {

@@ -10,7 +10,7 @@ import torch
 from fastpref import ScoringOptions, explain, objectives, preference_loss
 from fastpref.scoring import retry, schedule
 from fastpref.scoring.batches import BatchedPlan
-from tests.preference.numbers import H, T, V, batch, found, plain
+from tests.preference.plain_pairs import H, T, V, batch, found, plain
 from tests.scoring import refusing
 from tests.scoring.cases import check_contract
 

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import (
+    column_sums,
     cosine_rows,
     divergence_rows,
     linear_exp,
@@ -34,7 +35,14 @@ from . import (
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 # In the disassembly, by compute capability: float32 is multiplied on the ordinary units, exactly.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-_WIDE = ("hidden_stride", "weight_stride", "exps_stride", "grads_stride", "width")
+_WIDE = (
+    "hidden_stride",
+    "weight_stride",
+    "exps_stride",
+    "grads_stride",
+    "matrix_stride",
+    "width",
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ def variants(capability: int, element: str) -> Iterator[Variant]:
         yield from _glue(element, capped)
     blocks = {"BLOCK_WIDTH": 1024}
     yield Variant(scale_rows.scale_rows_kernel, "scale_rows", blocks, {}, element, 4, 3)
+    yield from _columns(element)
     for capped in (False, True):
         yield from _divergences(element, capped)
 
@@ -198,6 +207,18 @@ def _glue(element: str, capped: bool) -> Iterator[Variant]:
         yield Variant(row_scores.row_scores_kernel, name, constants, {}, element, 4, 3)
 
 
+def _columns(element: str) -> Iterator[Variant]:
+    for weighted in (False, True):
+        constants: dict[str, Any] = {
+            "BLOCK_ROWS": column_sums.ROWS,
+            "BLOCK_COLS": column_sums.COLS,
+            **({} if weighted else {"weights": None}),
+        }
+        name = _label("column_sums", False, weighted=weighted)
+        kernel, warps = column_sums.column_sums_kernel, column_sums.WARPS
+        yield Variant(kernel, name, constants, {}, element, warps, 3)
+
+
 def _sums(statistics: bool) -> Iterator[Variant]:
     constants: dict[str, Any] = {"BLOCK_ROWS": row_sums.ROWS, "BLOCK_TILES": row_sums.TILES}
     if not statistics:
@@ -249,6 +270,7 @@ _FLOATS = (
         "best",
         "factor",
         "norm",
+        "weights",
         "logp",
         "entropy",
     ),
@@ -271,6 +293,8 @@ def _type(variant: Variant, argument: str) -> str:
         return "*fp32"
     if argument in _MATRICES:
         return f"*{variant.element}"
+    if argument == "out" and variant.kernel is column_sums.column_sums_kernel:
+        return "*fp64"
     if argument == "out":  # of sums in float32, or a matrix
         return f"*{variant.element}"
     return "fp32" if argument in _NUMBERS else "i32"

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import ScoringOptions, explain, preference_loss
+from ..integrations.trl import default_budget
 from ..scoring import workspace
+from ..scoring.schedule import total_memory
 from .experiment import Case, Loss, Mode, step
 from .losses import score_implementations
 from .timing import MEBIBYTE, Clock
@@ -27,15 +29,26 @@ from .work import Shape, Work
 MODE: Mode = "trainable head"
 
 
-def own_options(budget: int) -> dict[str, ScoringOptions]:
-    """fastpref by itself, and within ``budget`` MiB."""
+def own_options(case: Case, budget: int) -> dict[str, ScoringOptions]:
+    """fastpref by itself, within ``budget`` MiB, and within what its adapter in TRL takes on a GPU
+    of this size; on a CPU it has the memory of the machine."""
     limit = budget * MEBIBYTE
+    in_trl = default_budget(
+        case.shape.scored,
+        case.shape.hidden_size,
+        case.shape.vocab_size,
+        getattr(torch, case.dtype),
+        trains_weight=True,
+        keeps=True,
+        device_memory=total_memory(torch.device(case.device)),
+    )
     return {
         "fastpref": ScoringOptions(),
         f"fastpref, recompute, {budget} MiB": ScoringOptions(
             schedule="recompute", memory_budget=limit
         ),
         f"fastpref, batches, {budget} MiB": ScoringOptions(schedule="batches", memory_budget=limit),
+        "fastpref in TRL": ScoringOptions(memory_budget=in_trl),
     }
 
 
@@ -48,7 +61,7 @@ def names(case: Case, budget: int, compiling: bool) -> list[str]:
         and one.unavailable is None
         and (compiling or not one.compiles)
     ]
-    return [*own_options(budget), *peers]
+    return [*own_options(case, budget), *peers]
 
 
 def measure(case: Case, name: str, budget: int) -> dict[str, Any]:
@@ -93,7 +106,7 @@ def _measure(case: Case, name: str, budget: int) -> dict[str, Any]:
 
 def _implementation(case: Case, work: Work, name: str, budget: int) -> tuple[Loss, float | None]:
     """And the workspace that its plan allows, in MiB."""
-    options = own_options(budget).get(name)
+    options = own_options(case, budget).get(name)
     if options is None:
         peers = {one.name: one.loss for one in score_implementations(case)}
         return peers[name], None

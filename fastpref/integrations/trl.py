@@ -11,6 +11,9 @@ autograd function, which TRL looks up by name at every call. ``patch`` puts an a
 form there; losses, metrics, PEFT, precomputed reference log-probabilities and distributed wrappers
 stay TRL's own. It reaches every trainer that scores through this fused head (DPO, KTO, GRPO, RLOO
 and SFT among them), whether made before or after ``patch``.
+
+On a GPU the workspace is what TRL's own head takes, see ``default_budget``: a batch size tuned on
+stock TRL still fits. Logger ``fastpref`` at level DEBUG says the plan of every call.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import importlib.metadata
 import inspect
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +32,8 @@ import torch
 from torch import Tensor
 
 from ..scoring import ScoringOptions, autograd
-from ..scoring.request import WeightContext, prepare
+from ..scoring.request import Parameters, Request, WeightContext, make_request, plan_target
+from ..scoring.schedule import BUDGET_SHARE, total_memory
 
 logger = logging.getLogger("fastpref")
 
@@ -56,6 +61,10 @@ OUTPUTS = {
     "mean_logits": "mean_logits",
     "is_top1": "is_top1",
 }
+
+# Of TRL's tiles: TOKEN_CHUNK_SIZE there, and the width that it hands over.
+TILE_ROWS = 4096
+TILE_COLS = 32768
 
 _replaced: Any = None  # what patch() found
 
@@ -132,7 +141,7 @@ class LogProbAdapter:
             targets: (N,) int64 in [0, V). Every row is scored.
             temperature, softcap, logit_scale: the logit is ``softcap * tanh(logit_scale * z /
                 softcap) / temperature``, without a cap ``logit_scale * z / temperature``.
-            chunk_size: width of TRL's tiles. Without effect; fastpref chooses its own.
+            chunk_size: width of TRL's tiles. fastpref chooses its own, in no more memory.
             outputs: what to compute beside ``log_probs``.
 
         Returns:
@@ -150,7 +159,7 @@ class LogProbAdapter:
                 "fastpref.integrations.trl.unpatch()"
             )
         with _products_in_hidden_dtype(hidden, weight):
-            call, parameters = prepare(
+            request, parameters = make_request(
                 hidden,
                 weight,
                 targets,
@@ -160,9 +169,14 @@ class LogProbAdapter:
                 logit_scale=logit_scale,
                 softcap=softcap,
                 outputs=("logp", *(OUTPUTS[name] for name in outputs if name != "log_probs")),
-                options=_options(hidden.device),
                 weight_context=_weight_context(),
             )
+        options, budget_from = _options(request, hidden, parameters, chunk_size)
+        request = replace(request, options=options)
+        call = plan_target(request, hidden, parameters, targets)
+        if budget_from is not None:
+            call = replace(call, plan=replace(call.plan, budget_from=budget_from))
+        logger.debug("TRL's fused head: %s", call.plan)
         scores = autograd.score(call, hidden, parameters)
         values = [getattr(scores, name) for name in OUTPUTS.values()]
         # float64 products give float64 scores; TRL's are float32 always.
@@ -172,13 +186,66 @@ class LogProbAdapter:
         )
 
 
-def _options(device: torch.device) -> ScoringOptions | None:
-    """On CPU TRL hands over unscored positions too and drops their scores afterwards.
+def default_budget(
+    rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    trains_weight: bool,
+    keeps: bool,
+    device_memory: int,
+    tile_cols: int = TILE_COLS,
+) -> int:
+    """Bytes of workspace that the adapter takes on a GPU.
 
-    They are known by their gradient of 0, hence only in backward: every product with a gradient in
-    it belongs there. Elsewhere TRL compacts the batch, and the automatic choice is best.
+    They are those of TRL's own head: a tile of at most 4096 rows and ``tile_cols`` columns in
+    ``dtype``, and the float32 gradient of the weight where it is trained. Where these do not hold
+    the exponentials of all rows, which spare a product, as many more as hold them, up to a
+    sixteenth of the device's memory: where that is too much at the time, the call runs again with
+    less.
+
+    Args:
+        rows, hidden_size, vocab_size: N, H and V.
+        dtype: of the products.
+        trains_weight: whether the weight needs a gradient.
+        keeps: whether a gradient is made from exponentials that are kept: not without one, and not
+            where hidden alone needs one, of ``log_probs`` alone.
+        device_memory: of the device in all, bytes.
     """
-    return ScoringOptions(schedule="keep") if device.type == "cpu" else None
+    theirs = min(rows, TILE_ROWS) * tile_cols * dtype.itemsize
+    if trains_weight:
+        theirs += vocab_size * hidden_size * 4
+    exponentials = rows * vocab_size * dtype.itemsize
+    if not keeps or exponentials <= theirs:
+        return max(1, theirs)
+    # A quarter of the budget stays free for a tile.
+    return max(theirs, min(-(-4 * exponentials // 3), device_memory // BUDGET_SHARE))
+
+
+def _options(
+    request: Request, hidden: Tensor, parameters: Parameters, tile_cols: int
+) -> tuple[ScoringOptions, str | None]:
+    """And in words where the memory budget comes from, if from here.
+
+    On CPU TRL hands over unscored positions too and drops their scores afterwards. They are known
+    by their gradient of 0, hence only in backward: every product with a gradient in it belongs
+    there. Elsewhere TRL compacts the batch, and the automatic choice is best.
+    """
+    if hidden.device.type == "cpu":
+        return ScoringOptions(schedule="keep"), None
+    trains = request.needs_weight or request.needs_bias
+    budget = default_budget(
+        hidden.shape[0],
+        hidden.shape[1],
+        parameters.weight.shape[0],
+        request.dtype,
+        trains_weight=request.needs_weight,
+        keeps=request.needs_grad and (trains or "entropy" in request.outputs),
+        device_memory=total_memory(hidden.device),
+        tile_cols=tile_cols,
+    )
+    return ScoringOptions(memory_budget=budget), "as TRL's own head, or what holds the exponentials"
 
 
 def _products_in_hidden_dtype(

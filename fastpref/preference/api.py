@@ -64,7 +64,9 @@ def preference_loss(
         weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, options: as
             in ``linear_logprob``.
         target: (B, T) or (N,) int64, already shifted.
-        objective: the name of one, an ``Objective``, or a pairwise function.
+        objective: the name of one, an ``Objective``, or a pairwise function. It may be called
+            several times for one loss: once a batch of one pass, and again from the first batch
+            where memory runs out, with the random state of before.
         layout: which rows are compared, see layouts.py. Objectives of single responses and of
             tokens take each row by itself.
         group_size: K, with layout="groups".
@@ -93,6 +95,7 @@ def preference_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
+        torch.OutOfMemoryError: as ``linear_logprob``.
     """
     task = make_task(
         hidden,

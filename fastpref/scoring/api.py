@@ -68,11 +68,14 @@ def linear_logprob(
 
     Workspace: at most ``explain(...).workspace_bytes``. Tiles and kept exponentials stay within
     ``options.memory_budget``; on top come a few (N, H) copies of rows, seven numbers a row, a cast
-    weight where one is needed, and a fixed amount for temporaries of the torch backend.
+    weight where one is needed, and a fixed amount for temporaries of the torch backend. Where
+    memory runs out, in forward or in backward, the call runs again with less, see ScoringOptions;
+    backward then gives kept exponentials back and recomputes their rows.
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
         RuntimeError: on a second derivative.
+        torch.OutOfMemoryError: where even the least tile does not fit.
     """
     request, parameters = make_request(
         hidden,

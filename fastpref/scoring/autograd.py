@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from torch import Tensor
 from . import lora, vocab_parallel
 from .backward import Gradients, Upstream, backward
 from .forward import Kept, Run, forward
+from .reductions import full_precision_reductions
 from .request import Call, Parameters
+from .retry import with_less
+from .schedule import Plan, less
 from .types import DIFFERENTIABLE, OUTPUTS, Head, TokenScores, statistics_dtype
 
 SECOND_DERIVATIVE = (
@@ -36,11 +39,11 @@ class LinearScores(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # An output nobody differentiates must not cost a gradient of zeros.
         ctx.set_materialize_grads(False)
-        scores, kept, head = run_forward(call, hidden.detach(), _detached(parameters))
+        scores, kept, head, plan = run_forward(call, hidden.detach(), _detached(parameters))
         if call.request.needs_grad:
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
             ctx.save_for_backward(hidden, *parameters, kept.exps)
-            ctx.kept, ctx.call = replace(kept, exps=None), call
+            ctx.kept, ctx.call = replace(kept, exps=None), replace(call, plan=plan)
             copied = call.plan.copies_weight and call.request.weight_context is None
             ctx.head = head if copied else None
         ctx.mark_non_differentiable(
@@ -55,6 +58,7 @@ class LinearScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, *parameters, exps = ctx.saved_tensors
+        # Without rows, where an earlier backward has given them back.
         kept = replace(ctx.kept, exps=exps)
         with torch.no_grad():
             gradients = run_backward(
@@ -63,18 +67,29 @@ class LinearScores(torch.autograd.Function):
         return (None, *once_differentiable(gradients, (hidden, *parameters, *upstream)))
 
 
-def run_forward(
-    call: Call, hidden: Tensor, parameters: Parameters
-) -> tuple[TokenScores, Kept, Head]:
-    """Scores like the target, what backward needs, and the head in the products' dtype."""
-    with products_of(hidden):
+class Scored(NamedTuple):
+    """Of a forward pass."""
+
+    scores: TokenScores  # like the target
+    kept: Kept
+    head: Head  # in the products' dtype
+    plan: Plan  # that memory held
+
+
+def run_forward(call: Call, hidden: Tensor, parameters: Parameters) -> Scored:
+    """Scores, and what backward needs; with less than planned where memory runs out."""
+
+    def attempt(plan: Plan) -> Scored:
         head = call.head(parameters)
         rows = packed_rows(call, hidden, parameters)
         target = call.packing.gather(call.target.reshape(-1))
-        run = Run(head, call.plan, call.backend, call.request.group, call.mean_row(head))
+        run = Run(head, plan, call.backend, call.request.group, call.mean_row(head))
         scores, kept = forward(run, rows, target, call.request.outputs)
         spread = (None if value is None else _unpacked(value, call) for value in scores)
-        return TokenScores._make(spread), kept, head
+        return Scored(TokenScores._make(spread), kept, head, plan)
+
+    with products_of(hidden):
+        return with_less(attempt, call.plan, less, hidden.device, call.request.group)
 
 
 def run_backward(
@@ -85,7 +100,8 @@ def run_backward(
     upstream: Sequence[Tensor | None],
     head: Head | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients at hidden and at each of the parameters; None where none is needed.
+    """Gradients at hidden and at each of the parameters; None where none is needed. Where memory
+    runs out the exponentials in ``kept`` are given back and their rows recomputed.
 
     ``upstream`` are gradients at the fields of TokenScores.
     """
@@ -94,9 +110,10 @@ def run_backward(
         if call.request.weight_context is None
         else (call.request.weight_context(parameters.weight, parameters.bias))
     )
-    with context, products_of(hidden):
+
+    def attempt(plan: Plan) -> tuple[Tensor | None, ...]:
         rows = packed_rows(call, hidden, parameters)
-        run = Run(head or call.head(parameters), call.plan, call.backend, call.request.group)
+        run = Run(head or call.head(parameters), plan, call.backend, call.request.group)
         gradients = backward(run, rows, kept, _packed_upstream(upstream, call))
         d_hidden = d_a = None
         if gradients.hidden is not None:
@@ -104,6 +121,13 @@ def run_backward(
             d_hidden = call.packing.spread(d_rows).view(hidden.shape).to(hidden.dtype)
         found = by_parameter(gradients, d_a, parameters)
         return d_hidden, *like_parameters(found, parameters)
+
+    def recomputing(plan: Plan) -> Plan | None:
+        kept.give_back()
+        return None if kept.direct is not None else less(plan, keep=False)
+
+    with context, products_of(hidden):
+        return with_less(attempt, call.plan, recomputing, hidden.device, call.request.group)
 
 
 def row_gradients(
@@ -159,11 +183,19 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError(SECOND_DERIVATIVE)
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
 @contextlib.contextmanager
 def products_of(tensor: Tensor) -> Iterator[None]:
-    """On the device of ``tensor``, where Triton launches, and in the dtypes given."""
-    device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-    with device, torch.autocast(tensor.device.type, enabled=False):
+    """On the device of ``tensor``, where Triton launches, in the dtypes given, with sums that are
+    not rounded on the way."""
+    with contextlib.ExitStack() as stack:
+        if on_cuda(tensor):
+            stack.enter_context(torch.cuda.device(tensor.device))
+            stack.enter_context(full_precision_reductions())
+        stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
         yield
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .backends import UpstreamGradient
+from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
-from .schedule import BIAS_ROWS, Tile, recompute_tile
+from .schedule import Tile, recompute_tile
 from .types import statistics_dtype
 from .workspace import lease, row_stride
 
@@ -89,7 +90,8 @@ def _row_groups(
     ``active`` are their positions in the arguments of all rows; None: they are all rows.
     """
     vocab, itemsize = run.head.weight.shape[0], hidden.dtype.itemsize
-    total, kept_rows = hidden.shape[0], run.plan.kept_rows
+    # What memory held, which may be less than was planned.
+    total, kept_rows = hidden.shape[0], 0 if kept.exps is None else kept.exps.shape[0]
     exps = kept.exps if upstream.entropy is None and upstream.lse is None else None
     inside = 0
     if exps is not None:
@@ -224,17 +226,3 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.mm(a, b, out=total)
     else:
         torch.addmm(total, a, b, out=total)
-
-
-def add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> None:
-    """total += matrix^T weights; weights of None are 1.
-
-    In a single product thousands of tiny probabilities would be lost, one after the other, on the
-    one large term of a target; so a few rows at a time, and the total in float64.
-    """
-    exact = statistics_dtype(matrix.dtype)
-    if weights is None:
-        weights = matrix.new_ones(matrix.shape[0], dtype=exact)
-    parts = zip(matrix.split(BIAS_ROWS), weights.split(BIAS_ROWS), strict=True)
-    for part, one in parts:
-        total += torch.mv(part.to(exact).t(), one)

@@ -31,10 +31,12 @@ from .backward import Gradients, Upstream, backward
 from .forward import Run, forward
 from .lora import widen
 from .request import Call, Parameters
+from .retry import nothing_less, random_state, with_less
 from .schedule import (
     MEBIBYTE,
     Plan,
     choose,
+    less,
     rows_to_keep,
 )
 from .types import OUTPUTS, ScoringOptions, TokenScores, statistics_dtype
@@ -99,8 +101,17 @@ class BatchedPlan:
             f"batches on {plan.backend}: {self.units:.2f}u in {len(self.plans)} batches of whole "
             f"groups, at most {plan.scored} of {self.scored} rows each ({plan.schedule}), "
             f"workspace {self.workspace_bytes / MEBIBYTE:.1f} MiB "
-            f"(budget {plan.memory_budget / MEBIBYTE:.1f} MiB)"
+            f"(budget {plan.memory_budget / MEBIBYTE:.1f} MiB, {plan.budget_from})"
         )
+
+
+def less_in_batches(plan: BatchedPlan) -> BatchedPlan | None:
+    """The same batches, in less memory each; None where they are in the least."""
+    smaller = [less(one) for one in plan.plans]
+    if not any(smaller):
+        return None
+    pairs = zip(smaller, plan.plans, strict=True)
+    return replace(plan, plans=tuple(one or same for one, same in pairs))
 
 
 def choose_for_groups(
@@ -158,7 +169,8 @@ def score_with_loss(
         positions: (N,) scored positions of the target, those of a group together, in the order of
             the plan's batches.
         loss: of the scores to a 0-dim tensor; the gradient at a group's log-probabilities must not
-            depend on other groups, nor must it be NaN while those hold 0.
+            depend on other groups, nor must it be NaN while those hold 0. Called once a batch, and
+            again from the first batch, with the random state of before, where memory runs out.
 
     A gradient at the scores' ``logp`` is answered by scoring again, by ``call``'s own plan.
     """
@@ -178,11 +190,10 @@ class BatchedLoss(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        run = _OnePass(call, plan, positions, loss)
+        own = Parameters._make(None if one is None else one.detach() for one in parameters)
         with products_of(hidden):
-            value, scores, d_rows, gradients = run.run(
-                hidden.detach(),
-                Parameters._make(None if one is None else one.detach() for one in parameters),
+            value, scores, d_rows, gradients = _with_less(
+                _OnePass(call, plan, positions, loss), hidden.detach(), own
             )
         ctx.call = call
         ctx.save_for_backward(hidden, *parameters, positions, d_rows, *gradients)
@@ -202,20 +213,45 @@ class BatchedLoss(torch.autograd.Function):
         saved = ctx.saved_tensors
         hidden, parameters = saved[0], Parameters(*saved[1 : 1 + len(Parameters._fields)])
         positions, d_rows, *d_parameters = saved[1 + len(Parameters._fields) :]
-        gradients: list[Tensor | None] = [None] * (1 + len(d_parameters))
+
+        def scaled(plan: Plan) -> list[Tensor | None]:
+            if d_loss is None:
+                return [None] * (1 + len(d_parameters))
+            found = [None if one is None else one * d_loss for one in d_parameters]
+            rows = None if d_rows is None else _spread(d_rows * d_loss, positions, hidden)
+            return [rows, *like_parameters(found, parameters)]
+
+        call, device, group = ctx.call, hidden.device, ctx.call.request.group
         with torch.no_grad():
-            if d_loss is not None:
-                scaled = [None if one is None else one * d_loss for one in d_parameters]
-                gradients = [
-                    None if d_rows is None else _spread(d_rows * d_loss, positions, hidden),
-                    *like_parameters(scaled, parameters),
-                ]
+            gradients = with_less(scaled, call.plan, nothing_less, device, group)
             if any(one is not None for one in d_scores):
-                _, kept, head = run_forward(ctx.call, hidden, parameters)
-                more = run_backward(ctx.call, hidden, parameters, kept, d_scores, head)
-                gradients = [_added(a, b) for a, b in zip(gradients, more, strict=True)]
+                _, kept, head, plan = run_forward(call, hidden, parameters)
+                again = replace(call, plan=plan)
+                more = run_backward(again, hidden, parameters, kept, d_scores, head)
+
+                def added(plan: Plan) -> list[Tensor | None]:
+                    return [_added(a, b) for a, b in zip(gradients, more, strict=True)]
+
+                gradients = with_less(added, call.plan, nothing_less, device, group)
         depends_on = (hidden, *parameters, d_loss, *d_scores)
         return (None, None, None, None, *once_differentiable(gradients, depends_on))
+
+
+def _with_less(
+    planned: _OnePass, hidden: Tensor, parameters: Parameters
+) -> tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]:
+    """What ``_OnePass.run`` returns; every attempt has totals of its own, and draws the same
+    numbers in its loss."""
+    as_before = random_state(hidden.device)
+
+    def attempt(
+        plan: BatchedPlan,
+    ) -> tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]:
+        as_before()
+        return replace(planned, plan=plan).run(hidden, parameters)
+
+    group = planned.call.request.group
+    return with_less(attempt, planned.plan, less_in_batches, hidden.device, group)
 
 
 @dataclass(frozen=True)

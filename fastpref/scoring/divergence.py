@@ -72,10 +72,12 @@ def linear_divergence(
 
     Cost: a product for each head and one for each of student_hidden and student_weight that needs a
     gradient; with both, rows that the memory budget does not hold are projected again in backward.
+    Where memory runs out the call runs again with less, see ScoringOptions.
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
         RuntimeError: on a second derivative.
+        torch.OutOfMemoryError: where 64 rows at a time do not fit.
     """
     if divergence not in KINDS:
         raise ValueError(f"divergence must be one of {', '.join(KINDS)}; got {divergence!r}")

@@ -11,6 +11,7 @@ student's raw products. The upstream gradient g of a row only ever scales rows:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +25,23 @@ from .autograd import (
     products_of,
     row_gradients,
 )
+from .backends.column_sums import add_column_sums
 from .backends.divergences import divergence_rows
-from .backward import Gradients, add_column_sums, add_product
+from .backward import Gradients, add_product
 from .request import Parameters
+from .retry import with_less
 from .two_heads import Model, Tiles, TwoHeadPlan, TwoHeads
 from .types import statistics_dtype
-from .workspace import lease
+from .workspace import give_back, lease
 
 
 class Call(NamedTuple):
     heads: TwoHeads
     divergence: str
     beta: float
+
+    def under(self, plan: TwoHeadPlan) -> Call:
+        return self._replace(heads=replace(self.heads, plan=plan))
 
     def rows(self, student: Tensor, teacher: Tensor, tiles: Tiles, write: bool) -> Tensor:
         """(rows,); with ``write`` the student's tile becomes G."""
@@ -56,10 +62,10 @@ class LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         student, teacher = models(tensors)
-        out, kept, direct = run_forward(call, student.detached(), teacher)
-        if call.heads.plan.needs_grad:
+        out, kept, direct, plan = run_forward(call, student.detached(), teacher)
+        if plan.needs_grad:
             ctx.save_for_backward(*tensors, kept, direct)
-            ctx.call = call
+            ctx.call = call.under(plan)
         return out
 
     @staticmethod
@@ -72,28 +78,42 @@ class LinearDivergence(torch.autograd.Function):
         return (None, *once, *[None] * len(flat(teacher)))
 
 
-def run_forward(
-    call: Call, student: Model, teacher: Model
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values like hidden without its last dimension; G of the kept rows; G W of all rows where only
-    hidden needs a gradient."""
+class Compared(NamedTuple):
+    """Of a forward pass."""
+
+    values: Tensor  # like hidden without its last dimension
+    kept: Tensor | None  # G, (kept rows, V)
+    direct: Tensor | None  # G W of all rows, where only hidden needs a gradient
+    plan: TwoHeadPlan  # that memory held
+
+
+def run_forward(call: Call, student: Model, teacher: Model) -> Compared:
+    """Values, and what backward needs; with less than planned where memory runs out."""
+
+    def attempt(plan: TwoHeadPlan) -> Compared:
+        return _forward(call.under(plan), student, teacher)
+
+    with products_of(student.hidden):
+        return with_less(attempt, call.heads.plan, call.heads.less, student.hidden.device)
+
+
+def _forward(call: Call, student: Model, teacher: Model) -> Compared:
     plan, packing = call.heads.plan, call.heads.packing
     kept = direct = None
-    with products_of(student.hidden):
-        tiles = Tiles.of(call.heads, student, teacher)
-        if plan.kept_rows:
-            kept = lease((plan.kept_rows, plan.vocab_size), plan.dtype, tiles.rows.device)
-        if plan.schedule == "direct":
-            direct = torch.empty_like(tiles.rows)
-        values = [tiles.rows.new_empty(0, dtype=statistics_dtype(plan.dtype))]
-        for rows in plan.chunks(0, plan.scored):
-            keeps = kept is not None and rows.stop <= plan.kept_rows
-            own, other = tiles.project(rows, kept[rows] if kept is not None and keeps else None)
-            values.append(call.rows(own, other, tiles, write=keeps or direct is not None))
-            if direct is not None:
-                torch.mm(own, tiles.student.weight, out=direct[rows])
-        out = packing.spread(torch.cat(values)).view(student.hidden.shape[:-1])
-    return out, kept, direct
+    tiles = Tiles.of(call.heads, student, teacher)
+    if plan.kept_rows:
+        kept = lease((plan.kept_rows, plan.vocab_size), plan.dtype, tiles.rows.device)
+    if plan.schedule == "direct":
+        direct = torch.empty_like(tiles.rows)
+    values = [tiles.rows.new_empty(0, dtype=statistics_dtype(plan.dtype))]
+    for rows in plan.chunks(0, plan.scored):
+        keeps = kept is not None and rows.stop <= plan.kept_rows
+        own, other = tiles.project(rows, kept[rows] if kept is not None and keeps else None)
+        values.append(call.rows(own, other, tiles, write=keeps or direct is not None))
+        if direct is not None:
+            torch.mm(own, tiles.student.weight, out=direct[rows])
+    out = packing.spread(torch.cat(values)).view(student.hidden.shape[:-1])
+    return Compared(out, kept, direct, plan)
 
 
 def run_backward(
@@ -104,25 +124,49 @@ def run_backward(
     direct: Tensor | None,
     upstream: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients at the student's hidden states and parameters."""
+    """Gradients at the student's hidden states and parameters. Where memory runs out ``kept`` is
+    given back and its rows recomputed."""
+    held = kept
+
+    def attempt(plan: TwoHeadPlan) -> tuple[Tensor | None, ...]:
+        return _backward(call.under(plan), student, teacher, held, direct, upstream)
+
+    def recomputing(plan: TwoHeadPlan) -> TwoHeadPlan | None:
+        nonlocal held
+        if held is not None:
+            give_back(held)
+            held = None
+        return None if direct is not None else call.heads.less(plan, keep=False)
+
+    with products_of(student.hidden):
+        return with_less(attempt, call.heads.plan, recomputing, student.hidden.device)
+
+
+def _backward(
+    call: Call,
+    student: Model,
+    teacher: Model,
+    kept: Tensor | None,
+    direct: Tensor | None,
+    upstream: Tensor,
+) -> tuple[Tensor | None, ...]:
     heads, (hidden, parameters) = call.heads, student
     exact = statistics_dtype(heads.plan.dtype)
-    with products_of(hidden):
-        g = heads.packing.gather(upstream.reshape(-1).to(exact)).contiguous()
-        if direct is not None:
-            rows = packed_rows(heads.student, hidden, parameters)
-            d_wide = heads.student.backend.scale_rows(direct, g, torch.empty_like(direct))
-            gradients = Gradients(d_wide, None, None)
-        else:
-            tiles = Tiles.of(heads, student, teacher)
-            rows, gradients = tiles.rows, _products(call, tiles, kept, g)
-        d_hidden = d_a = None
-        if gradients.hidden is not None:
-            d_wide = gradients.hidden.masked_fill_((g == 0)[:, None], 0)
-            d_rows, d_a = row_gradients(heads.student, d_wide, rows, parameters)
-            d_hidden = heads.packing.spread(d_rows).view(hidden.shape).to(hidden.dtype)
-        found = by_parameter(gradients, d_a, parameters)
-        return d_hidden, *like_parameters(found, parameters)
+    g = heads.packing.gather(upstream.reshape(-1).to(exact)).contiguous()
+    if direct is not None:
+        rows = packed_rows(heads.student, hidden, parameters)
+        d_wide = heads.student.backend.scale_rows(direct, g, torch.empty_like(direct))
+        gradients = Gradients(d_wide, None, None)
+    else:
+        tiles = Tiles.of(heads, student, teacher)
+        rows, gradients = tiles.rows, _products(call, tiles, kept, g)
+    d_hidden = d_a = None
+    if gradients.hidden is not None:
+        d_wide = gradients.hidden.masked_fill_((g == 0)[:, None], 0)
+        d_rows, d_a = row_gradients(heads.student, d_wide, rows, parameters)
+        d_hidden = heads.packing.spread(d_rows).view(hidden.shape).to(hidden.dtype)
+    found = by_parameter(gradients, d_a, parameters)
+    return d_hidden, *like_parameters(found, parameters)
 
 
 def _products(call: Call, tiles: Tiles, kept: Tensor | None, g: Tensor) -> Gradients:
@@ -164,7 +208,7 @@ class Chunk(NamedTuple):
 def _chunks(plan: TwoHeadPlan, kept: Tensor | None, g: Tensor) -> list[Chunk]:
     """All rows; on the CPU, where the host can look, those with a gradient: another's G may hold
     anything."""
-    inside = 0 if kept is None else plan.kept_rows
+    inside = 0 if kept is None else kept.shape[0]
     if g.device.type != "cpu" or bool((g != 0).all()):
         whole = [Chunk(slice(0, inside), True)] if inside else []
         return whole + [Chunk(rows, False) for rows in plan.chunks(inside, plan.scored)]

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import vocab_parallel
+from . import vocab_parallel, workspace
 from .backends import RowBackend
 from .mean_logit import MeanRow
 from .rows import (
@@ -54,6 +54,12 @@ class Kept:
     entropy: Tensor | None
     exps: Tensor | None = None  # E, (kept rows, V)
     direct: Tensor | None = None  # E W, (N, H)
+
+    def give_back(self) -> None:
+        """The memory of the exponentials; backward then recomputes their rows."""
+        if self.exps is not None:
+            workspace.give_back(self.exps)
+            self.exps = None
 
 
 def forward(

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .autograd import products_of
 from .backends.divergences import logit_blocks
-from .two_heads import Model, Tiles, TwoHeads
+from .retry import with_less
+from .two_heads import Model, Tiles, TwoHeadPlan, TwoHeads
 from .types import statistics_dtype
 
 
@@ -27,15 +30,19 @@ def mixed_logprob(
         the target is not in the vocabulary.
     """
     packing = heads.packing
-    with torch.no_grad(), products_of(student.hidden):
-        tiles = Tiles.of(heads, student, teacher)
+
+    def attempt(plan: TwoHeadPlan) -> tuple[Tensor, Tensor]:
+        tiles = Tiles.of(replace(heads, plan=plan), student, teacher)
         column = packing.gather(target.reshape(-1))
-        found = tiles.rows.new_empty((2, column.shape[0]), dtype=statistics_dtype(heads.plan.dtype))
-        for rows in heads.plan.chunks(0, heads.plan.scored):
+        found = tiles.rows.new_empty((2, column.shape[0]), dtype=statistics_dtype(plan.dtype))
+        for rows in plan.chunks(0, plan.scored):
             own, other = tiles.project(rows)
             found[:, rows] = _mixed(own, other, tiles, column[rows], epsilon)
         plus, minus = (packing.spread(one).view(target.shape) for one in found)
         return plus, minus
+
+    with torch.no_grad(), products_of(student.hidden):
+        return with_less(attempt, heads.plan, heads.less, student.hidden.device)
 
 
 def _mixed(

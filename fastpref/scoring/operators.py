@@ -45,7 +45,7 @@ def _linear_scores(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, parameters = arguments[0], Parameters(*arguments[1:INPUTS])
     target, *settings = arguments[INPUTS:]
     call = plan_target(Request.of(settings), hidden, parameters, target, traced=True)
-    scores, kept, head = run_forward(call, hidden, parameters)
+    scores, kept, head, _ = run_forward(call, hidden, parameters)
     # Of one storage, perhaps; what an operator returns must not share any.
     rows = [None if one is None else one.clone() for one in (*kept.rows, kept.scale, kept.entropy)]
     exps = head.weight.new_empty((0, head.weight.shape[0])) if kept.exps is None else kept.exps
@@ -94,8 +94,9 @@ def _linear_scores_backward(*arguments: Any) -> tuple[Tensor, ...]:
         RowScores(*rows),
         scale,
         entropy if entropy.numel() else None,
-        exps if exps.shape[0] else None,
-        direct if call.plan.schedule == "direct" else None,
+        # Not this function's to give back.
+        exps.detach() if exps.shape[0] else None,
+        direct if direct.shape[0] else None,
     )
     gradients = run_backward(call, hidden, parameters, kept, upstream)
     needed = call.request.needed(parameters)

@@ -17,21 +17,22 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
 
-from .types import ScoringOptions, statistics_dtype
+from .backends import column_sums
+from .types import Schedule, ScoringOptions, statistics_dtype
 
 BUDGET_SHARE = 16  # of the device's total memory
 LEAST_ROWS = 64
 LEAST_COLS = 1024
-# Below about 512 rows a product spends its time packing the weight; above 2048 a chunk only takes
-# memory.
+# Below about 512 rows a product spends its time packing the weight. On a CPU chunks above 2048 only
+# take memory; on a GPU each chunk has its launches.
 FEWEST_GOOD_ROWS = 512
 MOST_CHUNK_ROWS = 2048
-BIAS_ROWS = 32  # whose share of the bias gradient is formed at a time
+SHORTAGE = 4  # by this the budget is divided whenever memory ran out
 MEBIBYTE = 1 << 20
 
 
@@ -83,11 +84,17 @@ class Plan(Problem):
     forward_tile: Tile
     backward_tile: Tile | None  # None where backward need not recompute
     memory_budget: int  # bytes for tiles and kept exponentials
+    budget_from: str = field(compare=False)  # where it comes from, in words
 
     def of_rows(self, scored: int) -> Problem:
         """The problem with another number of rows."""
         same = {one.name: getattr(self, one.name) for one in fields(Problem)}
         return Problem(**same | {"scored": scored})
+
+    @property
+    def sizes(self) -> tuple[int, Tile, Tile | None]:
+        """What depends on the budget."""
+        return self.kept_rows, self.forward_tile, self.backward_tile
 
     @property
     def forward_units(self) -> float:
@@ -140,8 +147,10 @@ class Plan(Problem):
             # 16-bit products over slabs and row groups add up in float32.
             rows, cols = self.scored, again.cols
             backward += (rows + cols) * self.hidden_size * (exact + self.itemsize)
-            if self.needs_bias:
-                backward += BIAS_ROWS * self.vocab_size * exact
+        if self.needs_bias:
+            # Kept rows are summed where they lie, whole.
+            shape = max(again.rows, self.kept_rows), self.vocab_size
+            backward += column_sums.temporary_bytes(*shape, self.device_type, self.dtype)
         return self.saved_bytes + max(forward, backward)
 
     @property
@@ -156,10 +165,15 @@ class Plan(Problem):
             f"{self.schedule} on {self.backend}: {self.units:.2f}u "
             f"({self.forward_units:.2f} forward, {self.backward_units:.2f} backward), "
             f"workspace {self.workspace_bytes / MEBIBYTE:.1f} MiB "
-            f"(budget {self.memory_budget / MEBIBYTE:.1f} MiB), "
+            f"(budget {self.memory_budget / MEBIBYTE:.1f} MiB, {self.budget_from}), "
             f"{self.kept_rows} of {self.scored} rows kept, "
             f"gradients: {', '.join(gradients) or 'none'}"
         )
+
+
+GIVEN = "memory_budget"
+SHARE = "a sixteenth of the device's memory"
+RAN_OUT = "after memory ran out"
 
 
 def total_memory(device: torch.device) -> int:
@@ -175,8 +189,25 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
             "schedule='batches' needs to know the objective; call fastpref.preference_loss with it"
         )
     budget = memory_budget(problem, options)
+    source = SHARE if options.memory_budget is None else GIVEN
+    schedule, kept, forward, backward = _choice(problem, budget, options)
+    return Plan(
+        **{one.name: getattr(problem, one.name) for one in fields(Problem)},
+        schedule=schedule,
+        kept_rows=kept,
+        forward_tile=forward,
+        backward_tile=backward,
+        memory_budget=budget,
+        budget_from=source,
+    )
+
+
+def _choice(
+    problem: Problem, budget: int, options: ScoringOptions
+) -> tuple[str, int, Tile, Tile | None]:
+    """Schedule, kept rows, and the tiles of both passes."""
     if not problem.needs_grad:
-        return _plan(problem, budget, "score", 0, _score_tile(problem, budget, options), None)
+        return "score", 0, _score_tile(problem, budget, options), None
     if options.schedule == "direct" and (
         problem.needs_weight or problem.needs_bias or not problem.only_logp
     ):
@@ -188,27 +219,49 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
     if frozen and problem.only_logp and options.schedule in ("auto", "direct"):
         tile = _forward_tile(problem, budget, options)
         if tile.cols == problem.vocab_size:
-            return _plan(problem, budget, "direct", 0, tile, None)
+            return "direct", 0, tile, None
         if options.schedule == "direct":
             whole_rows = budget // max(1, problem.vocab_size * problem.itemsize)
             rows = min(max(1, problem.scored), max(LEAST_ROWS, whole_rows))
-            return _plan(problem, budget, "direct", 0, Tile(rows, problem.vocab_size), None)
+            return "direct", 0, Tile(rows, problem.vocab_size), None
     row_bytes = max(1, problem.vocab_size * problem.itemsize)
     kept = 0 if options.schedule == "recompute" else rows_to_keep(problem, budget)
     if kept >= problem.scored:
         whole = Tile(problem.scored, problem.vocab_size)
-        return _plan(problem, budget, "keep", problem.scored, whole, None)
+        return "keep", problem.scored, whole, None
     kept -= kept % LEAST_ROWS
     left = budget - kept * row_bytes
     forward = _score_tile(problem, left, options)
     backward = recompute_tile(problem.scored - kept, problem.vocab_size, problem.itemsize, left)
-    return _plan(
-        problem, budget, "keep/recompute" if kept else "recompute", kept, forward, backward
-    )
+    return "keep/recompute" if kept else "recompute", kept, forward, backward
 
 
 def memory_budget(problem: Problem, options: ScoringOptions) -> int:
     return options.memory_budget or problem.total_memory // BUDGET_SHARE
+
+
+def less(plan: Plan, keep: bool = True) -> Plan | None:
+    """The plan to follow where memory ran out under ``plan``; None where that is the least.
+
+    Args:
+        keep: whether exponentials may be kept; not in backward, where those of the forward pass are
+            given back and their rows recomputed.
+    """
+    row_bytes = plan.vocab_size * plan.itemsize
+    tiles = (tile.nbytes(plan.itemsize) for tile in plan.sizes[1:] if isinstance(tile, Tile))
+    budget = plan.kept_rows * row_bytes + max(tiles)  # what was taken of it
+    schedule: Schedule = "auto" if plan.schedule == "direct" else "keep"
+    if not keep or plan.schedule == "recompute":
+        schedule = "recompute"
+    while budget > 1:
+        budget = max(1, budget // SHORTAGE)
+        options = ScoringOptions(
+            schedule=schedule, memory_budget=budget, chunk_rows=plan.forward_tile.rows
+        )
+        found = replace(choose(plan.of_rows(plan.scored), options), budget_from=RAN_OUT)
+        if found.sizes != plan.sizes:
+            return found
+    return None
 
 
 def rows_to_keep(problem: Problem, budget: int) -> int:
@@ -223,17 +276,26 @@ def _score_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:
     if problem.scores_in_tiles:
         return _forward_tile(problem, budget, options)
     row_bytes = max(1, problem.temporary_bytes // max(1, problem.scored))
-    rows = options.chunk_rows or max(LEAST_ROWS, budget // row_bytes)
-    return Tile(min(max(1, problem.scored), rows), max(1, problem.vocab_size))
+    rows = min(most_chunk_rows(problem, options.chunk_rows), max(LEAST_ROWS, budget // row_bytes))
+    return Tile(rows, max(1, problem.vocab_size))
+
+
+def most_chunk_rows(problem: Problem, asked: int | None = None) -> int:
+    """Of a chunk, whatever the budget, which alone bounds it on a GPU."""
+    most = asked or problem.scored
+    if problem.device_type == "cpu":
+        most = min(most, MOST_CHUNK_ROWS)
+    return max(1, min(most, problem.scored))
 
 
 def _forward_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:
     """Whole rows when the budget holds enough of them, else fewer columns."""
     vocab, itemsize = max(1, problem.vocab_size), problem.itemsize
-    wanted = min(max(1, problem.scored), options.chunk_rows or MOST_CHUNK_ROWS)
+    wanted = most_chunk_rows(problem, options.chunk_rows)
     enough = min(wanted, FEWEST_GOOD_ROWS)
     if enough * vocab * itemsize <= budget:
-        return Tile(min(wanted, _even(problem.scored, budget // (vocab * itemsize))), vocab)
+        most = min(budget // (vocab * itemsize), most_chunk_rows(problem))
+        return Tile(min(wanted, _even(problem.scored, most)), vocab)
     cols = _multiple(budget // (enough * itemsize), LEAST_COLS)
     rows = max(min(wanted, LEAST_ROWS), min(enough, budget // (cols * itemsize)))
     return Tile(rows, min(vocab, cols))
@@ -241,8 +303,7 @@ def _forward_tile(problem: Problem, budget: int, options: ScoringOptions) -> Til
 
 def _even(total: int, most: int) -> int:
     """The size of chunks no larger than ``most`` that split ``total`` most evenly."""
-    most = max(1, min(most, MOST_CHUNK_ROWS))
-    chunks = max(1, math.ceil(total / most))
+    chunks = max(1, math.ceil(total / max(1, most)))
     return math.ceil(max(1, total) / chunks)
 
 
@@ -258,16 +319,3 @@ def recompute_tile(rows: int, vocab_size: int, itemsize: int, budget: int) -> Ti
         cols = LEAST_COLS
         rows = max(min(rows, LEAST_ROWS), min(rows, budget // (cols * itemsize)))
     return Tile(rows, vocab if cols >= vocab else _multiple(cols, LEAST_COLS))
-
-
-def _plan(
-    problem: Problem, budget: int, schedule: str, kept: int, forward: Tile, backward: Tile | None
-) -> Plan:
-    return Plan(
-        **vars(problem),
-        schedule=schedule,
-        kept_rows=kept,
-        forward_tile=forward,
-        backward_tile=backward,
-        memory_budget=budget,
-    )

@@ -69,7 +69,7 @@ def _call(arguments: tuple[Any, ...]) -> tuple[Call, Model, Model]:
 )
 def _linear_divergence(*arguments: Any) -> tuple[Tensor, ...]:
     call, student, teacher = _call(arguments)
-    value, kept, direct = run_forward(call, student, teacher)
+    value, kept, direct, _ = run_forward(call, student, teacher)
     plan, hidden = call.heads.plan, student.hidden
     if kept is None:
         kept = hidden.new_empty((0, plan.vocab_size), dtype=plan.dtype)
@@ -105,7 +105,7 @@ def _linear_divergence_backward(*arguments: Any) -> tuple[Tensor, ...]:
         call,
         student,
         teacher,
-        kept if kept.shape[0] else None,
+        kept.detach() if kept.shape[0] else None,  # not this function's to give back
         direct if call.heads.plan.schedule == "direct" else None,
         upstream,
     )

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from .autograd import packed_rows
+from .backends import column_sums
 from .backends import divergences as formulas
 from .packing import Packing, pack
 from .request import Call, Lora, Parameters, Request, make_request, plan_call
-from .schedule import LEAST_ROWS, MOST_CHUNK_ROWS, Problem, memory_budget
+from .schedule import (
+    LEAST_ROWS,
+    MEBIBYTE,
+    SHORTAGE,
+    Problem,
+    memory_budget,
+    most_chunk_rows,
+)
 from .types import Head, ScoringOptions, statistics_dtype
 from .validation import check_two_heads
 from .workspace import lease
@@ -56,6 +64,9 @@ class TwoHeadPlan:
     kept_rows: int
     temporary_bytes: int
     copied_bytes: int  # of weights in the products' dtype
+    memory_budget: int  # bytes for tiles and kept rows
+    backend: str
+    device_type: str
 
     @property
     def needs_grad(self) -> bool:
@@ -82,7 +93,19 @@ class TwoHeadPlan:
         product = 0
         if self.needs_weight and itemsize < exact:
             product = self.vocab_size * self.trained_size * (exact + itemsize)
-        return tiles + kept + rows + numbers + product + self.copied_bytes
+        bias = 0
+        if self.needs_bias:
+            shape = max(self.tile_rows, self.kept_rows), self.vocab_size
+            bias = column_sums.temporary_bytes(*shape, self.device_type, self.dtype)
+        return tiles + kept + rows + numbers + product + bias + self.copied_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.schedule} of two heads on {self.backend}: {self.units:.2f}u, "
+            f"workspace {self.workspace_bytes / MEBIBYTE:.1f} MiB "
+            f"(budget {self.memory_budget / MEBIBYTE:.1f} MiB), "
+            f"{self.kept_rows} of {self.scored} rows kept, {self.tile_rows} rows a tile"
+        )
 
     def chunks(self, start: int, stop: int) -> list[slice]:
         """Of the rows to be projected; none lies on both sides of the last kept row."""
@@ -105,6 +128,24 @@ class TwoHeads:
     @property
     def packing(self) -> Packing:
         return self.student.packing
+
+    def less(self, plan: TwoHeadPlan, keep: bool = True) -> TwoHeadPlan | None:
+        """The plan to follow where memory ran out under ``plan``; None where that is the least.
+        ``keep`` as in schedule.less."""
+        rows = plan.kept_rows + 2 * plan.tile_rows
+        budget = rows * plan.vocab_size * plan.dtype.itemsize  # what was taken of it
+        recompute = not keep or (plan.schedule == "recompute" and not plan.kept_rows)
+        while budget > 1:
+            budget = max(1, budget // SHORTAGE)
+            options = ScoringOptions(
+                schedule="recompute" if recompute else "auto",
+                memory_budget=budget,
+                chunk_rows=plan.tile_rows,
+            )
+            found = _plan(self.student.plan, self.teacher.plan, options)
+            if (found.kept_rows, found.tile_rows) != (plan.kept_rows, plan.tile_rows):
+                return found
+        return None
 
 
 @dataclass(frozen=True)
@@ -223,7 +264,7 @@ def _plan(student: Problem, teacher: Problem, options: ScoringOptions) -> TwoHea
         schedule = "keep" if trains else "direct"
     # Two tiles, beside kept rows in a quarter of the budget.
     share = budget // 4 if schedule == "keep" else budget
-    wanted = min(max(1, student.scored), options.chunk_rows or MOST_CHUNK_ROWS)
+    wanted = most_chunk_rows(student, options.chunk_rows)
     tile_rows = min(wanted, max(LEAST_ROWS, share // (2 * row)))
     kept = 0
     if schedule == "keep" and options.schedule != "recompute":
@@ -250,4 +291,7 @@ def _plan(student: Problem, teacher: Problem, options: ScoringOptions) -> TwoHea
             tile_rows, vocab, student.device_type, student.dtype, student.backend
         ),
         copied_bytes=copies,
+        memory_budget=budget,
+        backend=student.backend,
+        device_type=student.device_type,
     )

@@ -62,12 +62,14 @@ class ScoringOptions:
       CUDA C++); or "auto".
     - ``memory_budget``: workspace in bytes. None takes a sixteenth of the device's total memory, so
       that the choice of schedule depends on shapes and options alone. Below the least tile, the
-      least tile is used.
+      least tile is used. Where memory runs out all the same (torch.OutOfMemoryError), a call runs
+      again with less, down to the least tile, and logger ``fastpref`` says so once; not under
+      ``tp_group``, where all ranks must run alike, nor while a CUDA graph is captured.
     - ``schedule``: "direct" forms d logp / d hidden in the forward pass; "keep" keeps exponentials
       of as many rows as the budget holds and recomputes the rest; "recompute" keeps none;
       "batches", of ``preference_loss`` only, takes the loss's gradient batch by batch in the
       forward pass; or "auto".
-    - ``chunk_rows``: rows of one product. None: as many as the schedule finds best.
+    - ``chunk_rows``: rows of one product at most. None: as many as the schedule finds best.
     - ``max_scored``: upper bound on the number of scored tokens. On CUDA it saves the one host read
       that packing scored rows otherwise needs. More scored tokens than this raise ValueError on CPU
       and give NaN on CUDA.

@@ -34,6 +34,11 @@ def row_stride(cols: int, dtype: torch.dtype, device: torch.device) -> int:
 
 def lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A (rows, cols) or flat buffer, uninitialised."""
+    # No view: its base would hold the memory when ``give_back`` empties it.
+    return _lease(shape, dtype, device).data
+
+
+def _lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         *rows, cols = shape
         stride = row_stride(cols, dtype, device)
@@ -44,7 +49,7 @@ def lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     buffer = _take(nbytes)
     # Of a storage of its own: detached tensors and views share that and may outlive any tensor.
     lent = (ctypes.c_uint8 * buffer.numel()).from_address(buffer.data_ptr())
-    weakref.finalize(lent, _give_back, buffer).atexit = False
+    weakref.finalize(lent, _return, buffer).atexit = False
     # A tensor made in inference mode could not be written to outside it.
     with torch.inference_mode(False):
         return torch.frombuffer(lent, dtype=torch.uint8)[:nbytes].view(dtype).view(tuple(shape))
@@ -65,9 +70,17 @@ def _take(nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _give_back(buffer: Tensor) -> None:
+def _return(buffer: Tensor) -> None:
     with _lock:
         _idle[:] = sorted([*_idle, buffer], key=Tensor.numel)[-_KEPT_BUFFERS:]
+
+
+def give_back(tensor: Tensor) -> None:
+    """The memory of a leased tensor, whoever holds it: it has no rows any more.
+
+    Autograd saves the tensor itself, and takes no notice of where its data lies.
+    """
+    tensor.data = tensor.new_empty((0, *tensor.shape[1:]))
 
 
 def release() -> None:

@@ -34,6 +34,14 @@ def test_what_a_call_keeps_counts_though_it_was_kept_before() -> None:
     assert row["peak"] > row["gradients"] + row["logits"]
 
 
+def test_in_trl_a_step_takes_what_its_adapter_would_on_a_gpu() -> None:
+    """Beside TRL's own head, whose tile and gradient hold the exponentials here."""
+    row = measure(CASE, "fastpref in TRL", BUDGET)
+    budget = (1024 * 32768 + 32000 * 64) * 4 / 2**20
+    assert row["workspace"] < budget + 16
+    assert row["logits"] * 1.0 < row["peak"] < row["gradients"] + row["workspace"] + 8
+
+
 def test_of_an_alternative() -> None:
     row = measure(CASE, "plain torch", BUDGET)
     assert row["workspace"] is None and row["implementation"] == "plain torch"
@@ -43,10 +51,11 @@ def test_of_an_alternative() -> None:
 
 def test_names() -> None:
     found = names(CASE, BUDGET, compiling=True)
-    assert found[:3] == [
+    assert found[:4] == [
         "fastpref",
         "fastpref, recompute, 16 MiB",
         "fastpref, batches, 16 MiB",
+        "fastpref in TRL",
     ]
     assert {"plain torch", "torch.compile"} <= set(found)
     assert "torch.compile" not in names(CASE, BUDGET, compiling=False)

@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastpref import ScoringOptions
 from fastpref.integrations import trl as integration
 from fastpref.integrations.trl import OUTPUTS, LogProbAdapter
+from fastpref.scoring import workspace
 from fastpref.scoring.reference import reference_scores
+from fastpref.scoring.request import make_request
+from tests.scoring import refusing
 
 ALL = tuple(OUTPUTS)
 WITHOUT_TRL = 'TRL is not installed (pip install "fastpref[trl]")'
@@ -241,6 +246,85 @@ def test_no_rows_at_all_stay_connected() -> None:
     assert [tuple(value.shape) for value in out] == [(0,)] * 5
     gradients = torch.autograd.grad(out[0].sum() + out[1].sum(), [hidden, weight, bias])
     assert [int(gradient.count_nonzero()) for gradient in gradients] == [0, 0, 0]
+
+
+MIB = 1 << 20
+TILE_BYTES = 4096 * 32768 * 2
+H100 = 80 << 30
+BUDGETS = {
+    # rows, H, V, trained, kept: the budget, and the share of rows kept
+    "held by TRL's own": ((8192, 4096, 128256), True, TILE_BYTES + 128256 * 4096 * 4, 0.84),
+    "small H": ((8192, 896, 151936), True, -(-4 * 8192 * 151936 * 2 // 3), 1.0),
+    "more than a sixteenth": ((65536, 896, 151936), True, H100 // 16, 0.2),
+    "frozen, entropy": ((8192, 4096, 128256), None, -(-4 * 8192 * 128256 * 2 // 3), 1.0),
+    "frozen": ((8192, 4096, 128256), False, TILE_BYTES, 0.0),
+    "few rows": ((100, 4096, 128256), False, 100 * 32768 * 2, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_default_budget_on_a_gpu(name: str) -> None:
+    """``trained`` of None: the weight is frozen, and entropy among the outputs."""
+    (rows, hidden_size, vocab), trained, expected, share = BUDGETS[name]
+    budget = integration.default_budget(
+        rows,
+        hidden_size,
+        vocab,
+        torch.bfloat16,
+        trains_weight=bool(trained),
+        keeps=trained is not False,
+        device_memory=H100,
+    )
+    assert budget == expected
+    kept = min(rows, (budget - budget // 4) // (vocab * 2)) if trained is not False else 0
+    assert kept / rows == pytest.approx(share, abs=0.01)
+    # What TRL takes at the same time is never gone below.
+    assert budget >= min(rows, 4096) * 32768 * 2 + (vocab * hidden_size * 4 if trained else 0)
+
+
+@pytest.mark.parametrize("needs", ["nothing", "hidden", "weight"])
+@pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy")])
+def test_options_on_a_gpu_follow_what_needs_a_gradient(
+    needs: str, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, _, targets = make_inputs()
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        value.requires_grad_(name == needs)
+    request, parameters = make_request(hidden, weight, targets, outputs=outputs)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), shape=hidden.shape)
+    monkeypatch.setattr(integration, "total_memory", lambda device: 1 << 22)
+    monkeypatch.setattr(integration, "TILE_ROWS", 10)
+    options, budget_from = integration._options(request, on_gpu, parameters, 64)
+    keeps = needs == "weight" or (needs == "hidden" and "entropy" in outputs)
+    theirs = 10 * 64 * 4 + (needs == "weight") * V * H * 4
+    assert options.memory_budget == (max(theirs, -(-4 * N * V * 4 // 3)) if keeps else theirs)
+    assert options.schedule == "auto" and "TRL's own head" in str(budget_from)
+    assert integration._options(request, hidden, parameters, 64) == (
+        ScoringOptions(schedule="keep"),
+        None,
+    )
+
+
+def test_the_plan_of_a_call_can_be_read(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, _, targets = make_inputs()
+    given = ScoringOptions(memory_budget=3 * MIB), "of a test"
+    monkeypatch.setattr(integration, "_options", lambda *_: given)
+    with caplog.at_level(logging.DEBUG, logger="fastpref"):
+        LogProbAdapter.apply(hidden, weight, None, targets, 1.0, TILE)
+    assert any("(budget 3.0 MiB, of a test)" in message for message in caplog.messages)
+
+
+def test_memory_that_runs_out_gives_the_same_scores() -> None:
+    inputs = make_inputs(n=600)
+    upstream = {"log_probs": torch.randn(600), "entropy": torch.randn(600)}
+    want = scores_and_gradients(LogProbAdapter.apply, inputs, upstream)
+    workspace.release()
+    with refusing.Refusing(refusing.at(0), 600 * V * 4) as mode:
+        got = scores_and_gradients(LogProbAdapter.apply, inputs, upstream)
+    assert mode.refused == 1
+    torch.testing.assert_close(got, want)
 
 
 def test_scores_of_doubles_are_float32() -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions
-from fastpref.scoring import schedule
+from fastpref.scoring import schedule, two_heads
+from fastpref.scoring.backends import column_sums
 from fastpref.scoring.schedule import Problem, choose
 
 N, H, V = 4096, 1024, 32768
@@ -154,6 +155,90 @@ def test_chunks_are_even():
     """2049 rows are not a chunk of 2048 and one of 1."""
     chosen = plan(NO_GRADIENT | {"scored": schedule.MOST_CHUNK_ROWS + 1})
     assert chosen.forward_tile.rows == schedule.MOST_CHUNK_ROWS // 2 + 1
+
+
+ON_CUDA = {"device_type": "cuda"}
+
+
+def test_on_a_gpu_the_budget_alone_bounds_a_chunk():
+    """Each chunk has its launches; 2048 rows are what serves a CPU best."""
+    for changes in (NO_GRADIENT, FROZEN):
+        changes = changes | ON_CUDA | {"scored": 8192}
+        assert plan(changes).forward_tile == (8192, V)
+        assert plan(changes, memory_budget=5000 * ROW).forward_tile.rows == 4096
+        assert plan(changes, chunk_rows=100).forward_tile.rows <= 100
+    assert plan(NO_GRADIENT | {"scored": 8192}).forward_tile.rows == schedule.MOST_CHUNK_ROWS
+
+
+def test_on_a_gpu_the_budget_alone_bounds_a_tile_of_two_heads():
+    """Of whole rows, two of them: of student and teacher."""
+    for device_type, rows in (("cpu", schedule.MOST_CHUNK_ROWS), ("cuda", 8192)):
+        one = plan(FROZEN | {"device_type": device_type, "scored": 8192})
+        assert two_heads._plan(one, one, ScoringOptions()).tile_rows == rows
+        small = ScoringOptions(memory_budget=200 * ROW)
+        assert two_heads._plan(one, one, small).tile_rows == 100
+
+
+def test_the_bias_gradient_is_in_the_workspace():
+    for device_type in ("cpu", "cuda"):
+        changes = {"device_type": device_type}
+        without, with_bias = plan(changes), plan(changes | {"needs_bias": True})
+        needed = column_sums.temporary_bytes(N, V, device_type, torch.bfloat16)
+        assert with_bias.workspace_bytes - without.workspace_bytes == needed
+    assert column_sums.temporary_bytes(N, V, "cpu", torch.bfloat16) == 32 * V * 4
+    assert column_sums.temporary_bytes(N, V, "cpu", torch.float32) == 0
+
+
+def descent(chosen, **arguments):
+    """Each plan after memory ran out under the one before."""
+    found = [chosen]
+    while (smaller := schedule.less(found[-1], **arguments)) is not None:
+        found.append(smaller)
+    return found
+
+
+def held(chosen):
+    tile = max(one.rows * one.cols for one in tiles(chosen))
+    return chosen.kept_rows * chosen.vocab_size + tile
+
+
+PLANS = {
+    "keep": ({}, {}),
+    "keep, forced": ({}, {"schedule": "keep"}),
+    "keep in part": ({}, {"memory_budget": 1024 * ROW}),
+    "recompute": ({}, {"schedule": "recompute"}),
+    "direct": (FROZEN, {}),
+    "direct, forced": (FROZEN, {"schedule": "direct", "memory_budget": 1}),
+    "score": (NO_GRADIENT, {}),
+    "on a GPU": (ON_CUDA, {}),
+    "rows of my own": ({}, {"schedule": "recompute", "chunk_rows": 300}),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("keep", [True, False])
+def test_with_less_until_the_least(name, keep):
+    changes, options = PLANS[name]
+    steps = descent(plan(changes, **options), keep=keep)
+    assert 2 < len(steps) < 12
+    sizes = [held(one) for one in steps]
+    assert sizes == sorted(set(sizes), reverse=True)
+    rows = [one.forward_tile.rows for one in steps]
+    assert rows == sorted(rows, reverse=True)
+    least = steps[-1]
+    assert least.kept_rows == 0
+    for tile in tiles(least):
+        assert tile == (schedule.LEAST_ROWS, schedule.LEAST_COLS)
+    if not keep:
+        assert not any(one.kept_rows for one in steps[1:])
+    assert steps == descent(plan(changes, **options), keep=keep)
+    assert "after memory ran out" in str(least)
+
+
+def test_a_plan_says_where_its_budget_comes_from():
+    assert "(budget 12.0 MiB, memory_budget)" in str(plan(memory_budget=12 << 20))
+    share = 1024 * GIB // schedule.BUDGET_SHARE // (1 << 20)
+    assert f"(budget {share}.0 MiB, a sixteenth of the device's memory)" in str(plan())
 
 
 def test_workspace_grows_with_what_it_holds():

@@ -56,6 +56,19 @@ def test_a_view_or_a_detached_tensor_holds_the_buffer():
     assert first in {buffer.data_ptr() for buffer in workspace._idle}
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_memory_given_back_is_gone_for_every_holder(device):
+    """Also where rows are padded; a view has a memory of its own."""
+    tensor = lease((3, 2051), torch.bfloat16, torch.device(device))
+    holder, view = [tensor], tensor[:2]
+    workspace.give_back(tensor)
+    assert holder[0].shape == (0, 2051) and tensor._base is None
+    if device == "cpu":
+        assert not workspace._idle
+        del view
+        assert [one.numel() for one in workspace._idle] == [3 * 2051 * 2]
+
+
 def test_the_smallest_that_fits():
     small, large = lease((100,), torch.float32, CPU), lease((1000,), torch.float32, CPU)
     addresses = address(small), address(large)

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...kernels import row_scores
+from ...kernels import column_sums, row_scores
 from ...kernels import scale_rows as scaling
 from ...kernels import target_logits as targets
 from ..rows import RowScores, RowSums, TargetLogits
@@ -82,6 +82,33 @@ def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
             rows, factor, out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_WIDTH=1024
         )
     return out
+
+
+def column_parts(rows: int, cols: int) -> int:
+    """In how many parts a tile's columns are summed: enough programs for a GPU, of enough rows."""
+    programs = triton.cdiv(cols, column_sums.COLS)
+    parts = min(column_sums.MOST_PARTS, 1024 // programs, triton.cdiv(rows, 256))
+    return max(1, int(parts))
+
+
+def add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> None:
+    """total (V,) += matrix^T weights, in float64; weights of None are 1."""
+    rows, cols = matrix.shape
+    parts = column_parts(rows, cols)
+    sums = total.new_empty((parts, cols))
+    column_sums.column_sums_kernel[(triton.cdiv(cols, column_sums.COLS), parts)](
+        matrix,
+        weights,
+        sums,
+        rows,
+        triton.cdiv(triton.cdiv(rows, parts), column_sums.ROWS) * column_sums.ROWS,
+        cols,
+        matrix.stride(0),
+        BLOCK_ROWS=column_sums.ROWS,
+        BLOCK_COLS=column_sums.COLS,
+        num_warps=column_sums.WARPS,
+    )
+    total += sums[0] if parts == 1 else sums.sum(0)
 
 
 def map_arguments(map: LogitMap) -> tuple[float, float, float]:

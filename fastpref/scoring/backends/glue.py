@@ -54,8 +54,7 @@ def settle(
     sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
 ) -> tuple[RowScores, Tensor]:
     rows = sums.sum.shape[0]
-    # Each vector starts at a multiple of 16 bytes: kernels are compiled anew for any that does not.
-    out = sums.sum.new_empty((5, rows + -rows % 4))
+    out = sums.sum.new_empty((5, padded(rows)))
     if rows:
         row_scores.row_scores_kernel[(triton.cdiv(rows, row_scores.ROWS),)](
             sums.sum,
@@ -82,6 +81,12 @@ def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
             rows, factor, out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_WIDTH=1024
         )
     return out
+
+
+def padded(rows: int) -> int:
+    """From one vector over ``rows`` to the next: a multiple of 16, else kernels are compiled anew
+    for numbers and addresses that are none."""
+    return rows + -rows % 16
 
 
 def map_arguments(map: LogitMap) -> tuple[float, float, float]:

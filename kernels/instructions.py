@@ -30,8 +30,8 @@ def local_accesses(code: str) -> int:
 
 
 def products_in_flight(code: str) -> int:
-    """Most groups of warp-group products that the main loop leaves unfinished when it waits (sm_90):
-    with 0 it stands still until each is done."""
+    """Most groups of warp-group products that the main loop leaves unfinished when it waits, on
+    sm_90: with 0 it stands still until each is done."""
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE\s+gsb0,\s*(0x[0-9a-f]+)", code)
     return max((int(one, 16) for one in waits), default=0)
 

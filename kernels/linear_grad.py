@@ -17,7 +17,6 @@ import triton.language as tl
 from .linear_exp import load_target, store_slice
 from .logit_map import (
     LN_2,
-    LOG2_E,
     binary_exponents,
     exp2_flushed,
     exp_difference,

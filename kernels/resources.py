@@ -155,7 +155,7 @@ def _flagged(chip: tiles.Chip, element: str) -> Iterator[Variant]:
 
 
 def _ways(element: str) -> Iterator[tuple[bool, bool, bool, str]]:
-    """Whether there is a cap, a bias, a ragged slice (under a cap all count as such); precisions."""
+    """Whether there is a cap, a bias, a ragged slice (under a cap, any); and the precision."""
     for precision in ("ieee", "tf32") if element == "fp32" else ("ieee",):
         for capped, bias in itertools.product(_ON_OFF, _ON_OFF):
             for ragged in (True,) if capped else _ON_OFF:
@@ -321,7 +321,7 @@ def _type(variant: Variant, argument: str) -> str:
 
 
 def signature(variant: Variant) -> dict[str, tuple[str, bool]]:
-    """Of each argument the type that the kernel is compiled for, and whether as a multiple of 16."""
+    """Of each argument the type that the kernel is compiled for, and if as a multiple of 16."""
     said = {}
     for one in variant.kernel.params:
         type_ = _type(variant, one.name)

@@ -50,14 +50,17 @@ class Chip:
 
 
 def _tiles(
-    rows: tuple[int, int], cols: int, width: int, slices: int, warps: tuple[int, int] = (8, 8)
+    rows: tuple[int, int],
+    cols: int,
+    width: int,
+    slices: int | tuple[int, int],
+    warps: tuple[int, int] = (8, 8),
 ) -> Tiles:
-    """``rows`` and ``warps``: of the ordinary tile, of the flagged one."""
-    ordinary, flagged = (
-        TileShape(height, cols, width, number, stages=3, slices=slices)
-        for height, number in zip(rows, warps, strict=True)
+    """Pairs: of the ordinary tile, of the flagged one."""
+    pair = slices if isinstance(slices, tuple) else (slices, slices)
+    return Tiles(
+        *(TileShape(rows[i], cols, width, warps[i], stages=3, slices=pair[i]) for i in range(2))
     )
-    return Tiles(ordinary, flagged)
 
 
 _AMPERE = Chip(
@@ -72,7 +75,7 @@ CHIPS = {
     90: Chip(
         shared_memory=227 << 10,
         descriptors=True,
-        plain={2: _tiles((128, 64), 256, 64, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
+        plain={2: _tiles((128, 64), 256, 64, (4, 1)), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
         heavy={2: _tiles((128, 64), 128, 64, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
     ),
     100: Chip(

@@ -348,7 +348,7 @@ def _chip(device: torch.device | None) -> tiles.Chip:
     """Of a CUDA device; None: the current one."""
     if INTERPRETED:
         return tiles.INTERPRETED
-    properties = _properties(device)
+    properties = _properties(device or torch.device("cuda", torch.cuda.current_device()))
     chip = tiles.chip_of((properties.major, properties.minor))
     if chip is None:
         raise RuntimeError(f"no tiles for {device}, which unavailable_reason() refuses")
@@ -356,7 +356,7 @@ def _chip(device: torch.device | None) -> tiles.Chip:
 
 
 @functools.cache
-def _properties(device: torch.device | None) -> Any:
+def _properties(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
 
 
@@ -373,12 +373,10 @@ def _operands(
     if not machine.descriptors:
         return hidden, weight, tile
     shape = machine.tiles.ordinary
-    return (
-        TensorDescriptor.from_tensor(hidden, [shape.rows, shape.width]),
-        TensorDescriptor.from_tensor(weight, [shape.cols, shape.width]),
-        None
-        if tile is None
-        else TensorDescriptor.from_tensor(tile, [shape.rows, shape.slice_cols]),
+    blocks = (shape.rows, shape.width), (shape.cols, shape.width), (shape.rows, shape.slice_cols)
+    return tuple(
+        None if matrix is None else TensorDescriptor.from_tensor(matrix, list(block))
+        for matrix, block in zip((hidden, weight, tile), blocks, strict=True)
     )
 
 

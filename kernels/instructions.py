@@ -6,6 +6,9 @@ import re
 from collections import Counter
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+_ADDRESS = re.compile(
+    r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:[^;\n]*?\s(?:0x([0-9a-f]+)))?", re.M
+)
 # Of an epilogue's arithmetic, an element each, or half of one where two are packed.
 ARITHMETIC = (
     *("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "MUFU", "ISETP", "SEL", "IADD3"),
@@ -36,14 +39,19 @@ def products_in_flight(code: str) -> int:
     return max((int(one, 16) for one in waits), default=0)
 
 
-def loads_before_epilogue(code: str) -> int:
-    """Bulk tensor loads after the last wait for a product and before the first exponential."""
-    loads = 0
-    for name, _ in instructions(code):
-        if name.startswith(("WARPGROUP.DEPBAR", "HGMMA")):
-            loads = 0
-        elif name.startswith("UTMALDG"):
-            loads += 1
-        elif name.startswith("MUFU.EX2"):
-            return loads
-    return 0
+def loads_beside_epilogue(code: str) -> bool:
+    """Whether the innermost loop around the products has the exponentials in it too, and bulk
+    tensor loads before them: those of the next tile are then under way."""
+    names = {int(at, 16): name for at, name, _ in _ADDRESS.findall(code)}
+    last = max((at for at, name in names.items() if "MMA" in name), default=0)
+    # Beyond it lie pieces of the loop that are rarely entered, and jump back.
+    exit_ = max((at for at, name in names.items() if name == "EXIT"), default=0)
+    loops = [
+        (int(to, 16), int(at, 16))
+        for at, name, to in _ADDRESS.findall(code)
+        if name == "BRA" and to and int(to, 16) <= last < int(at, 16) < exit_
+    ]
+    first, end = max(loops, default=(0, 0))
+    inside = [name.split(".")[0] for at, name in sorted(names.items()) if first <= at < end]
+    powers = [at for at, name in enumerate(inside) if name == "MUFU"]
+    return bool(powers) and "UTMALDG" in inside[: powers[-1]]

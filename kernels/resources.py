@@ -58,16 +58,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread registers, bytes of stack (spills) and of shared memory; matrix instructions and
-    bulk tensor loads in the machine code, and how often others occur."""
+    """Registers and bytes of stack of a thread, shared memory, and what instructions.py counts."""
 
     name: str
     capability: int
     registers: int
     stack: int
+    local_accesses: int  # with the stack: spills
     shared_memory: int
     matrix_instructions: int
     tensor_loads: int
+    products_in_flight: int
+    loads_beside_epilogue: bool
     epilogue: float  # arithmetic instructions to an element of a product's tile; 0: there is none
 
 
@@ -361,7 +363,8 @@ def read(variant: Variant, capability: int) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump reports no registers:\n{usage}")
-    counts = instructions.count(disassemble(compiled))
+    code = disassemble(compiled)
+    counts = instructions.count(code)
     elements = variant.constants.get("BLOCK_ROWS", 0) * variant.constants.get("BLOCK_COLS", 0)
     arithmetic = sum(counts.get(name, 0) for name in instructions.ARITHMETIC)
     return Resources(
@@ -369,9 +372,12 @@ def read(variant: Variant, capability: int) -> Resources:
         capability,
         int(found[1]),
         int(found[2]),
+        instructions.local_accesses(code),
         compiled.metadata.shared,
         counts.get(MATRIX_INSTRUCTION[capability], 0),
         counts.get("UTMALDG", 0),
+        instructions.products_in_flight(code),
+        instructions.loads_beside_epilogue(code),
         round(arithmetic * 32 * variant.warps / elements, 2) if elements else 0.0,
     )
 

@@ -3,7 +3,7 @@
 
     z[n, v] = hidden[n] . weight[v] + bias[v],   t = the logit of z (logit_map.py)
     e[n, v] = exp(t[n, v] - anchor[n]),   0 at the row's target
-    sums[0, v // SLICE_COLS, n] = sum of e[n, v] over the columns of that slice of a tile
+    sums[0, v // BLOCK_COLS, n] = sum of e[n, v] over the columns of that tile
 
 and, with STATISTICS, over the same columns: 1 the largest t (the target's included), 2 the sum of
 e (t - that), 3 the sum of e^2, 4 the sum of t (the target's left out), and in ``best_index`` the
@@ -16,71 +16,20 @@ rescaling, no atomics, and partial sums that add up in a fixed order (row_sums.p
 below the row's largest logit overflows; reanchor.py mends such rows.
 
 One program works through many tiles, ``GROUP_ROWS`` row tiles at a time down each column tile, so
-that their hidden states stay in the second-level cache while the weight streams by. Bytes: hidden
+that their hidden states stay in the second-level cache while the weight streams by. With
+``FLATTEN`` the loads of its next tile are under way during the epilogue of this one. Bytes: hidden
 and weight are read about once a group, ``exps`` is written once; 2 N H V flop.
 """
 
 import triton
 import triton.language as tl
 
-from .logit_map import exp_difference, map_logits
+from .logit_map import logits_above
 from .probabilities import pack_logarithms
+from .products import describe_product, load_product, slice_columns, tile_position
 
 KINDS = 5  # of sums, with statistics
-
-
-@triton.jit
-def load_product(
-    hidden,  # (N, H) pointer
-    weight,  # (V, H) pointer
-    rows,  # (BLOCK_ROWS,) int64, row numbers
-    row_mask,
-    cols,  # (BLOCK_COLS,) column numbers
-    columns,  # V
-    width,  # H
-    hidden_stride,
-    hidden_step,
-    weight_stride,
-    weight_step,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """hidden[rows] @ weight[cols].T in float32, loaded through pointers."""
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    inner = tl.arange(0, BLOCK_WIDTH)
-    # 64-bit: N H and V H both pass 2^31.
-    hidden_rows = hidden + rows.to(tl.int64)[:, None] * hidden_stride
-    weight_rows = weight + cols.to(tl.int64)[:, None] * weight_stride
-    for start in range(0, width, BLOCK_WIDTH):
-        k = (start + inner).to(tl.int64)[None, :]
-        inside = k < width
-        a = tl.load(hidden_rows + k * hidden_step, row_mask[:, None] & inside, 0.0)
-        b = tl.load(weight_rows + k * weight_step, (cols < columns)[:, None] & inside, 0.0)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def describe_product(
-    hidden,  # (N, H) descriptor, blocks (BLOCK_ROWS, BLOCK_WIDTH)
-    weight,  # (V, H) descriptor, blocks (BLOCK_COLS, BLOCK_WIDTH)
-    row,  # first row
-    col,  # first column
-    width,  # H
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The same through tensor descriptors: rows and columns beyond the end count as 0."""
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    for start in range(0, width, BLOCK_WIDTH):
-        a = hidden.load([row, start])
-        b = weight.load([col, start])
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    return acc
+LOWEST = tl.constexpr(-1e38)
 
 
 @triton.jit
@@ -88,6 +37,21 @@ def load_target(target, ids, mask, columns):
     """Targets as 32-bit columns, -1 for those that lie elsewhere."""
     y = tl.load(target + ids, mask, -1)
     return tl.where((y >= 0) & (y < columns), y, -1).to(tl.int32)
+
+
+@triton.jit
+def slice_statistics(t, e, other, cols, columns, RAGGED: tl.constexpr):
+    """Of some columns of each row: the largest logit, its first column, the sum of e (t - largest),
+    of e^2, and of t without the target's."""
+    shown = t
+    if RAGGED:
+        shown = tl.where((cols < columns)[None, :], t, -float("inf"))
+    best = tl.max(shown, 1)
+    # The lowest column of equals.
+    first = tl.min(tl.where(shown == best[:, None], cols[None, :], columns), 1)
+    # A logit of -inf has no weight: finite, it stays so times that. Where all are, NaN is left.
+    weighted = tl.sum(e * (tl.maximum(t, LOWEST) - best[:, None]), 1)
+    return best, first, weighted, tl.sum(e * e, 1), tl.sum(tl.where(other, t, 0.0), 1)
 
 
 @triton.jit
@@ -101,9 +65,6 @@ def finish_slice(
     row,  # the first row, where rows follow each other
     exps,
     bias,
-    sums,
-    best_index,
-    rows,
     columns,
     exps_stride,
     scale,
@@ -111,94 +72,175 @@ def finish_slice(
     cap,
     SLICE_COLS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Exponentials and sums of some columns of a tile."""
+    """Writes the exponentials of some columns of a tile. Returns the logits, the exponentials, and
+    which columns are there and no target."""
     cols = col + tl.arange(0, SLICE_COLS)
-    inside = (cols < columns)[None, :]
     if bias is not None:
         z += tl.load(bias + cols, cols < columns, 0.0)[None, :]
-    t, slope = map_logits(z, scale, inner, cap, CAPPED)
-    other = inside & (cols[None, :] != own[:, None])
-    e = tl.where(other, exp_difference(t, a[:, None], EXACT), 0.0)
-    at = tl.cast(col // SLICE_COLS, tl.int64) * rows + ids
-    # A slice may begin beyond the last column.
-    stored = mask & (col < columns)
-    tl.store(sums + at, tl.sum(e, 1), stored)
-    if best_index is not None:
-        kind = tl.cast(tl.cdiv(columns, SLICE_COLS), tl.int64) * rows
-        shown = tl.where(inside, t, -float("inf"))
-        best = tl.max(shown, 1)
-        # The lowest column of equals.
-        first = tl.min(tl.where(shown == best[:, None], cols[None, :], columns), 1)
-        # A logit of -inf has no weight.
-        weighted = tl.sum(tl.where(e > 0, e * (t - best[:, None]), 0.0), 1)
-        tl.store(sums + kind + at, best, stored)
-        tl.store(sums + 2 * kind + at, weighted, stored)
-        tl.store(sums + 3 * kind + at, tl.sum(e * e, 1), stored)
-        tl.store(sums + 4 * kind + at, tl.sum(tl.where(other, t, 0.0), 1), stored)
-        tl.store(best_index + at, first, stored)
+    t, slope, x, e = logits_above(z, a, scale, inner, cap, CAPPED, EXACT)
+    other = cols[None, :] != own[:, None]
+    if RAGGED:
+        other = other & (cols < columns)[None, :]
+    e = tl.where(other, e, 0.0)
     if exps is not None:
         element: tl.constexpr = exps.dtype if DESCRIPTORS else exps.dtype.element_ty
+        kept = e
         if element == tl.float16:
-            x = t - a[:, None]
             if CAPPED:
                 x += tl.log(slope)
-            e = pack_logarithms(tl.where(other, x, -float("inf")))
+            kept = pack_logarithms(tl.where(other, x, -float("inf")))
         elif CAPPED:
-            e *= slope
-        store_tile(exps, e, ids, mask, row, cols, col, columns, exps_stride, DESCRIPTORS)
+            kept = e * slope
+        store_slice(
+            exps,
+            kept,
+            ids,
+            mask,
+            row,
+            cols,
+            col,
+            columns,
+            exps_stride,
+            DESCRIPTORS,
+            RAGGED,
+            ALIGNED,
+        )
+    return t, e, other
 
 
 @triton.jit
-def store_tile(
-    matrix, values, ids, mask, row, cols, col, columns, stride, DESCRIPTORS: tl.constexpr
+def store_slice(
+    matrix,
+    values,
+    ids,
+    mask,
+    row,
+    cols,
+    col,
+    columns,
+    stride,
+    DESCRIPTORS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
+    """``RAGGED``: the last slice of a row may end beyond its last column. ``ALIGNED``: rows start
+    at multiples of 16 bytes."""
     if DESCRIPTORS:
         matrix.store([row, col], values.to(matrix.dtype))
     else:
+        if ALIGNED:
+            piece: tl.constexpr = 128 // matrix.dtype.element_ty.primitive_bitwidth
+            # Of this the compiler knows what it is a multiple of.
+            stride = stride // piece * piece
         # 64-bit: N V passes 2^31.
         at = ids.to(tl.int64)[:, None] * stride + cols[None, :]
-        inside = mask[:, None] & (cols < columns)[None, :]
+        inside = (mask & (col < columns))[:, None]
+        if RAGGED:
+            inside = inside & (cols < columns)[None, :]
         tl.store(matrix + at, values.to(matrix.dtype.element_ty), inside)
 
 
 @triton.jit
-def halve_columns(z, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Left and right half."""
-    return tl.split(tl.permute(tl.reshape(z, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+def finish_tile(
+    acc,
+    ids,  # (BLOCK_ROWS,) row numbers
+    mask,
+    row,  # the first row, where rows follow each other
+    col,
+    exps,
+    bias,
+    target,
+    anchor,
+    sums,
+    best_index,
+    sums_stride,
+    columns,
+    exps_stride,
+    scale,
+    inner,
+    cap,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    SLICES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Exponentials and sums of a tile of products."""
+    own = load_target(target, ids, mask, columns)
+    a = tl.load(anchor + ids, mask, 0.0)
+    slice_cols: tl.constexpr = BLOCK_COLS // SLICES
+    parts = slice_columns(acc, BLOCK_ROWS, BLOCK_COLS, SLICES)
+    total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    best = tl.full((BLOCK_ROWS,), -float("inf"), dtype=tl.float32)
+    index = tl.zeros((BLOCK_ROWS,), dtype=tl.int32) + col
+    weighted = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    logits = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    for i in tl.static_range(SLICES):
+        first = col + i * slice_cols
+        t, e, other = finish_slice(
+            parts[i],
+            first,
+            own,
+            a,
+            ids,
+            mask,
+            row,
+            exps,
+            bias,
+            columns,
+            exps_stride,
+            scale,
+            inner,
+            cap,
+            slice_cols,
+            DESCRIPTORS,
+            RAGGED,
+            ALIGNED,
+            CAPPED,
+            EXACT,
+        )
+        # A slice may begin beyond the last column: nothing of it counts, whatever it came to.
+        here = first < columns
+        s = tl.where(here, tl.sum(e, 1), 0.0)
+        if best_index is not None:
+            cols = first + tl.arange(0, slice_cols)
+            top, at, w, q, v = slice_statistics(t, e, other, cols, columns, RAGGED)
+            top = tl.where(here, top, -float("inf"))
+            raised = tl.maximum(best, top)
+            # Sums of 0 have no weight, and their largest may be -inf.
+            moved = tl.where(total > 0, (best - raised) * total, 0.0)
+            moved += tl.where(s > 0, (top - raised) * s, 0.0)
+            weighted += moved + tl.where(s == 0, 0.0, w)
+            index = tl.where(top > best, at, index)
+            best = raised
+            squares += tl.where(here, q, 0.0)
+            logits += tl.where(here, v, 0.0)
+        total += s
+    at = tl.cast(col // BLOCK_COLS, tl.int64) * sums_stride + ids
+    tl.store(sums + at, total, mask)
+    if best_index is not None:
+        kind = tl.cast(tl.cdiv(columns, BLOCK_COLS), tl.int64) * sums_stride
+        tl.store(sums + kind + at, best, mask)
+        tl.store(sums + 2 * kind + at, weighted, mask)
+        tl.store(sums + 3 * kind + at, squares, mask)
+        tl.store(sums + 4 * kind + at, logits, mask)
+        tl.store(best_index + at, index, mask)
 
 
-@triton.jit
-def slice_columns(z, ROWS: tl.constexpr, COLS: tl.constexpr, SLICES: tl.constexpr):
-    """1, 2 or 4 slices of the columns, in order. Worked on one after the other, the temporaries of
-    only one take registers."""
-    if SLICES == 1:
-        parts = (z,)
-    else:
-        left, right = halve_columns(z, ROWS, COLS)
-        if SLICES == 2:
-            parts = (left, right)
-        else:
-            left_left, left_right = halve_columns(left, ROWS, COLS // 2)
-            right_left, right_right = halve_columns(right, ROWS, COLS // 2)
-            parts = (left_left, left_right, right_left, right_right)
-    return parts
-
-
-@triton.jit
-def tile_position(tile, row_tiles, col_tiles, GROUP_ROWS: tl.constexpr):
-    """Row tile and column tile of a number: down the rows of a group, then the next column."""
-    in_group = GROUP_ROWS * col_tiles
-    group = tile // in_group
-    first = group * GROUP_ROWS
-    height = tl.minimum(row_tiles - first, GROUP_ROWS)
-    inside = tile - group * in_group
-    return first + inside % height, inside // height
-
-
-@triton.jit
+# Compiled once whatever the sizes: some follow the data.
+@triton.jit(
+    do_not_specialize=["rows", "columns", "width", "exps_stride", "hidden_stride", "weight_stride"],
+    do_not_specialize_on_alignment=["bias", "target", "anchor"],
+)
 def linear_exp_kernel(
     hidden,  # (N, H) descriptor or pointer
     weight,  # (V, H) descriptor or pointer
@@ -207,15 +249,14 @@ def linear_exp_kernel(
     bias,  # (V,) float32, or None
     target,  # (N,) int64, column of the target
     anchor,  # (N,) float32
-    sums,  # (kinds, column slices, N) float32
-    best_index,  # (column slices, N) int32, or None
+    sums,  # (kinds, column tiles, N) float32, rows at multiples of sums_stride
+    best_index,  # (column tiles, N) int32, as far apart, or None
+    sums_stride,
     rows,  # N
     columns,  # V
     width,  # H
     hidden_stride,
-    hidden_step,
     weight_stride,
-    weight_step,
     scale,
     inner,
     cap,
@@ -224,14 +265,21 @@ def linear_exp_kernel(
     BLOCK_WIDTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     SLICES: tl.constexpr,
+    FLATTEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # Else a flattened loop has the epilogue twice.
+    tl.assume(width > 0)
     row_tiles = tl.cdiv(rows, BLOCK_ROWS)
     col_tiles = tl.cdiv(columns, BLOCK_COLS)
-    for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0), flatten=FLATTEN
+    ):
         row_tile, col_tile = tile_position(tile, row_tiles, col_tiles, GROUP_ROWS)
         row = row_tile * BLOCK_ROWS
         col = col_tile * BLOCK_COLS
@@ -251,9 +299,7 @@ def linear_exp_kernel(
                 columns,
                 width,
                 hidden_stride,
-                hidden_step,
                 weight_stride,
-                weight_step,
                 BLOCK_ROWS,
                 BLOCK_COLS,
                 BLOCK_WIDTH,
@@ -271,7 +317,7 @@ def linear_exp_kernel(
             anchor,
             sums,
             best_index,
-            rows,
+            sums_stride,
             columns,
             exps_stride,
             scale,
@@ -281,63 +327,8 @@ def linear_exp_kernel(
             BLOCK_COLS,
             SLICES,
             DESCRIPTORS,
-            CAPPED,
-            EXACT,
-        )
-
-
-@triton.jit
-def finish_tile(
-    acc,
-    ids,  # (BLOCK_ROWS,) row numbers
-    mask,
-    row,  # the first row, where rows follow each other
-    col,
-    exps,
-    bias,
-    target,
-    anchor,
-    sums,
-    best_index,
-    rows,
-    columns,
-    exps_stride,
-    scale,
-    inner,
-    cap,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    SLICES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Exponentials and sums of a tile of products."""
-    own = load_target(target, ids, mask, columns)
-    a = tl.load(anchor + ids, mask, 0.0)
-    slice_cols: tl.constexpr = BLOCK_COLS // SLICES
-    parts = slice_columns(acc, BLOCK_ROWS, BLOCK_COLS, SLICES)
-    for i in tl.static_range(SLICES):
-        finish_slice(
-            parts[i],
-            col + i * slice_cols,
-            own,
-            a,
-            ids,
-            mask,
-            row,
-            exps,
-            bias,
-            sums,
-            best_index,
-            rows,
-            columns,
-            exps_stride,
-            scale,
-            inner,
-            cap,
-            slice_cols,
-            DESCRIPTORS,
+            RAGGED,
+            ALIGNED,
             CAPPED,
             EXACT,
         )

@@ -14,15 +14,15 @@ Rows are worked through as in linear_exp.py; 2 N H V flop.
 import triton
 import triton.language as tl
 
-from .linear_exp import (
-    describe_product,
-    load_product,
-    load_target,
-    slice_columns,
-    store_tile,
-    tile_position,
+from .linear_exp import load_target, store_slice
+from .logit_map import (
+    LN_2,
+    binary_exponents,
+    exp2_flushed,
+    exp_difference,
+    map_logits,
 )
-from .logit_map import exp_difference, map_logits
+from .products import describe_product, load_product, slice_columns, tile_position
 
 
 @triton.jit
@@ -32,7 +32,21 @@ def one_minus_exp(x):
     return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
 
 
-@triton.jit
+# Per-row arguments may be a batch's part of longer vectors: of any alignment.
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "columns",
+        "width",
+        "grads_stride",
+        "hidden_stride",
+        "weight_stride",
+    ],
+    do_not_specialize_on_alignment=[
+        *("bias", "target", "anchor", "norm", "logp"),
+        *("grad_logp", "grad_lse", "grad_entropy", "entropy"),
+    ],
+)
 def linear_grad_kernel(
     hidden,  # (N, H) descriptor or pointer
     weight,  # (V, H) descriptor or pointer
@@ -51,9 +65,7 @@ def linear_grad_kernel(
     columns,  # V
     width,  # H
     hidden_stride,
-    hidden_step,
     weight_stride,
-    weight_step,
     scale,
     inner,
     cap,
@@ -62,14 +74,21 @@ def linear_grad_kernel(
     BLOCK_WIDTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     SLICES: tl.constexpr,
+    FLATTEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # Else a flattened loop has the epilogue twice.
+    tl.assume(width > 0)
     row_tiles = tl.cdiv(rows, BLOCK_ROWS)
     col_tiles = tl.cdiv(columns, BLOCK_COLS)
-    for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0), flatten=FLATTEN
+    ):
         row_tile, col_tile = tile_position(tile, row_tiles, col_tiles, GROUP_ROWS)
         row = row_tile * BLOCK_ROWS
         col = col_tile * BLOCK_COLS
@@ -89,9 +108,7 @@ def linear_grad_kernel(
                 columns,
                 width,
                 hidden_stride,
-                hidden_step,
                 weight_stride,
-                weight_step,
                 BLOCK_ROWS,
                 BLOCK_COLS,
                 BLOCK_WIDTH,
@@ -100,19 +117,23 @@ def linear_grad_kernel(
         own = load_target(target, ids, mask, columns)
         a = tl.load(anchor + ids, mask, 0.0)
         n = tl.load(norm + ids, mask, 1.0)
-        log_p = tl.load(logp + ids, mask, 0.0)
-        g = tl.load(grad_logp + ids, mask, 0.0)
+        log_n = tl.log(n)
+        log_own = tl.load(logp + ids, mask, 0.0)
+        # dz of a logit's dt is `scale`, but for the slope.
+        g = tl.load(grad_logp + ids, mask, 0.0) * scale
         h = tl.zeros_like(g)
         if grad_lse is not None:
-            h = tl.load(grad_lse + ids, mask, 0.0)
-        p = tl.exp(log_p)
-        at_target = one_minus_exp(log_p) * g + p * h
+            h = tl.load(grad_lse + ids, mask, 0.0) * scale
+        p_own = tl.exp(log_own)
+        at_target = one_minus_exp(log_own) * g + p_own * h
         if grad_entropy is not None:
-            k = tl.load(grad_entropy + ids, mask, 0.0)
+            k = tl.load(grad_entropy + ids, mask, 0.0) * scale
             shift = tl.load(entropy + ids, mask, 0.0)
             # p log p is 0 where p is, also at a logit of -inf.
-            at_target -= tl.where(p == 0, 0.0, p * (log_p + shift) * k)
+            at_target -= tl.where(p_own == 0, 0.0, p_own * (log_own + shift) * k)
         slice_cols: tl.constexpr = BLOCK_COLS // SLICES
+        # Of log p below.
+        unit: tl.constexpr = 1.0 if EXACT else LN_2
         parts = slice_columns(acc, BLOCK_ROWS, BLOCK_COLS, SLICES)
         for i in tl.static_range(SLICES):
             z = parts[i]
@@ -121,12 +142,31 @@ def linear_grad_kernel(
             if bias is not None:
                 z += tl.load(bias + cols, cols < columns, 0.0)[None, :]
             t, slope = map_logits(z, scale, inner, cap, CAPPED)
-            p = exp_difference(t, a[:, None], EXACT) * (1.0 / n)[:, None]
-            d = p * (h - g)[:, None]
+            if EXACT:
+                log_p = t - a[:, None] - log_n[:, None]
+                p = exp_difference(t, a[:, None], True) * (1.0 / n)[:, None]
+            else:
+                log_p = binary_exponents(z, t, a + log_n, scale, CAPPED)
+                p = exp2_flushed(log_p)
+            factor = (h - g)[:, None]
             if grad_entropy is not None:
-                surprise = p * (t - a[:, None] + (shift - tl.log(n))[:, None])
-                d -= tl.where(p == 0, 0.0, surprise * k[:, None])
-            d = tl.where(cols[None, :] == own[:, None], at_target[:, None], d) * scale
+                factor -= (log_p + (shift / unit)[:, None]) * (k * unit)[:, None]
+                factor = tl.where(p == 0, 0.0, factor)
+            d = p * factor
+            d = tl.where(cols[None, :] == own[:, None], at_target[:, None], d)
             if CAPPED:
                 d *= slope
-            store_tile(grads, d, ids, mask, row, cols, first, columns, grads_stride, DESCRIPTORS)
+            store_slice(
+                grads,
+                d,
+                ids,
+                mask,
+                row,
+                cols,
+                first,
+                columns,
+                grads_stride,
+                DESCRIPTORS,
+                RAGGED,
+                ALIGNED,
+            )

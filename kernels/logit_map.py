@@ -10,6 +10,10 @@ z is the product plus the bias, ``inner`` is scale / cap.
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def tanh_and_slope(x):
@@ -47,6 +51,46 @@ def exp_difference(t, anchor, EXACT: tl.constexpr):
         lost = (t - (x - back)) - (anchor + back)
         e = tl.where(e > 0, e + e * lost, e)
     return e
+
+
+@triton.jit
+def exp2_flushed(x):
+    """2^x, where a denormal counts as 0: one instruction, of tl.exp2's four."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def binary_exponents(z, t, anchor, scale, CAPPED: tl.constexpr):
+    """(t - anchor) / log 2 of logits (ROWS, COLS) and anchors (ROWS,): without a cap one fused
+    operation on the raw product."""
+    below = (anchor * -LOG2_E)[:, None]
+    if CAPPED:
+        return t * LOG2_E + below
+    return z * (scale * LOG2_E) + below
+
+
+@triton.jit
+def logits_above(
+    z,  # (ROWS, COLS) raw products
+    anchor,  # (ROWS,)
+    scale,
+    inner,
+    cap,
+    CAPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Of raw products: logits t, slopes, t - anchor, and exp of that; without ``EXACT`` as exact as
+    the products of 16-bit inputs."""
+    t, slope = map_logits(z, scale, inner, cap, CAPPED)
+    if EXACT:
+        x = t - anchor[:, None]
+        return t, slope, x, exp_difference(t, anchor[:, None], True)
+    power = binary_exponents(z, t, anchor, scale, CAPPED)
+    return t, slope, power * LN_2, exp2_flushed(power)
 
 
 @triton.jit

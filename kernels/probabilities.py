@@ -44,7 +44,10 @@ def exponentials_of(packed, offset):
     return tl.exp(x - offset).to(tl.float16)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["columns", "matrix_stride"],
+    do_not_specialize_on_alignment=["target", "target_logit"],
+)
 def probabilities_kernel(
     matrix,  # (N, V) float16: codes, then exponentials
     matrix_stride,

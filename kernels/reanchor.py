@@ -11,15 +11,16 @@ these up. The cost is two products of the flagged rows, however they are scatter
 import triton
 import triton.language as tl
 
-from .linear_exp import finish_tile, load_product, load_target
+from .linear_exp import finish_tile, load_target
 from .logit_map import map_logits
+from .products import load_product
 from .row_sums import add_tiles
 
 # A row of nothing but -inf takes a finite anchor below every other part's.
 LOWEST_ANCHOR = tl.constexpr(-1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def list_flagged_kernel(
     flag,  # (N,) int8
     flagged,  # (N,) int32, the numbers of the flagged rows, ascending
@@ -36,7 +37,10 @@ def list_flagged_kernel(
     tl.store(count, found)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["columns", "width", "hidden_stride", "weight_stride"],
+    do_not_specialize_on_alignment=["bias", "target"],
+)
 def largest_logit_kernel(
     hidden,  # (N, H)
     weight,  # (V, H)
@@ -44,14 +48,12 @@ def largest_logit_kernel(
     target,  # (N,)
     flagged,  # (N,)
     count,  # (1,)
-    largest,  # (column tiles, N), by position in the list
-    rows,
+    largest,  # (column tiles, N), by position in the list, rows at multiples of sums_stride
+    sums_stride,
     columns,
     width,
     hidden_stride,
-    hidden_step,
     weight_stride,
-    weight_step,
     scale,
     inner,
     cap,
@@ -80,9 +82,7 @@ def largest_logit_kernel(
             columns,
             width,
             hidden_stride,
-            hidden_step,
             weight_stride,
-            weight_step,
             BLOCK_ROWS,
             BLOCK_COLS,
             BLOCK_WIDTH,
@@ -94,17 +94,17 @@ def largest_logit_kernel(
         own = load_target(target, ids, mask, columns)
         other = (cols < columns)[None, :] & (cols[None, :] != own[:, None])
         top = tl.max(tl.where(other, t, -float("inf")), 1)
-        tl.store(largest + tl.cast(col_tile, tl.int64) * rows + position, top, mask)
+        tl.store(largest + tl.cast(col_tile, tl.int64) * sums_stride + position, top, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=["anchor"])
 def anchor_kernel(
     largest,  # (column tiles, N), by position in the list
     flagged,
     count,
     anchor,  # (N,), those of flagged rows are replaced
     tiles,
-    rows,
+    sums_stride,
     BLOCK_ROWS: tl.constexpr,
 ):
     found = tl.load(count)
@@ -113,13 +113,16 @@ def anchor_kernel(
         mask = position < found
         top = tl.full((BLOCK_ROWS,), -float("inf"), dtype=tl.float32)
         for tile in range(tiles):
-            at = tl.cast(tile, tl.int64) * rows + position
+            at = tl.cast(tile, tl.int64) * sums_stride + position
             top = tl.maximum(top, tl.load(largest + at, mask, 0.0))
         ids = tl.load(flagged + position, mask, 0)
         tl.store(anchor + ids, tl.where(top == -float("inf"), LOWEST_ANCHOR, top), mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["columns", "width", "exps_stride", "hidden_stride", "weight_stride"],
+    do_not_specialize_on_alignment=["bias", "target", "anchor"],
+)
 def reanchor_kernel(
     hidden,
     weight,
@@ -128,17 +131,15 @@ def reanchor_kernel(
     bias,
     target,
     anchor,
-    sums,  # (kinds, column slices, N)
+    sums,  # (kinds, column tiles, N)
     best_index,
+    sums_stride,
     flagged,
     count,
-    rows,
     columns,
     width,
     hidden_stride,
-    hidden_step,
     weight_stride,
-    weight_step,
     scale,
     inner,
     cap,
@@ -146,6 +147,8 @@ def reanchor_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -168,9 +171,7 @@ def reanchor_kernel(
             columns,
             width,
             hidden_stride,
-            hidden_step,
             weight_stride,
-            weight_step,
             BLOCK_ROWS,
             BLOCK_COLS,
             BLOCK_WIDTH,
@@ -188,7 +189,7 @@ def reanchor_kernel(
             anchor,
             sums,
             best_index,
-            rows,
+            sums_stride,
             columns,
             exps_stride,
             scale,
@@ -198,12 +199,14 @@ def reanchor_kernel(
             BLOCK_COLS,
             SLICES,
             False,
+            RAGGED,
+            ALIGNED,
             CAPPED,
             EXACT,
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def settle_kernel(
     sums,
     best_index,
@@ -212,7 +215,7 @@ def settle_kernel(
     out,
     out_index,
     tiles,
-    rows,
+    sums_stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
@@ -221,4 +224,15 @@ def settle_kernel(
         position = start + tl.arange(0, BLOCK_ROWS)
         mask = position < found
         ids = tl.load(flagged + position, mask, 0).to(tl.int64)
-        add_tiles(sums, best_index, ids, mask, out, out_index, tiles, rows, BLOCK_ROWS, BLOCK_TILES)
+        add_tiles(
+            sums,
+            best_index,
+            ids,
+            mask,
+            out,
+            out_index,
+            tiles,
+            sums_stride,
+            BLOCK_ROWS,
+            BLOCK_TILES,
+        )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels take of a chip, read from machine code that is compiled for it without one.
 
-Registers and stack come from the compiler's report, matrix instructions and copies from the
-disassembly, by the cuobjdump that Triton brings; shared memory from Triton.
+Registers and stack come from the compiler's report, instructions from the disassembly, by the
+cuobjdump that Triton brings; shared memory from Triton.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from . import (
     column_sums,
     cosine_rows,
     divergence_rows,
+    instructions,
     linear_exp,
     linear_grad,
     probabilities,
@@ -33,16 +35,10 @@ from . import (
 )
 
 ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
-# In the disassembly, by compute capability: float32 is multiplied on the ordinary units, exactly.
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-_WIDE = (
-    "hidden_stride",
-    "weight_stride",
-    "exps_stride",
-    "grads_stride",
-    "matrix_stride",
-    "width",
-)
+# In the disassembly, by compute capability. Float32 is multiplied on the ordinary units, exactly,
+# unless TF32 is allowed.
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+_ON_OFF = (False, True)
 
 
 @dataclass(frozen=True)
@@ -51,202 +47,259 @@ class Variant:
 
     kernel: Any
     name: str
-    constants: dict[str, Any]
+    constants: dict[str, Any]  # None: the argument is not given
     descriptors: dict[str, tuple[int, int]]  # blocks of the arguments that are descriptors
     element: str
-    warps: int
-    stages: int
+    warps: int = 4
+    stages: int = 3
+    # Of the arguments by whose alignment the kernel is compiled anew, those that are no multiples
+    # of 16: numbers, or addresses in bytes.
+    unaligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread registers, bytes of stack (spills) and of shared memory; matrix instructions and
-    bulk tensor loads in the machine code."""
+    """Registers and bytes of stack of a thread, shared memory, and what instructions.py counts."""
 
     name: str
     capability: int
     registers: int
     stack: int
+    local_accesses: int  # with the stack: spills
     shared_memory: int
     matrix_instructions: int
     tensor_loads: int
+    products_in_flight: int
+    loads_beside_epilogue: bool
+    epilogue: float  # arithmetic instructions to an element of a product's tile; 0: there is none
 
 
 def variants(capability: int, element: str) -> Iterator[Variant]:
-    """All kernels, in all the ways they are launched for inputs of that element type."""
+    """All kernels, in all the ways they are launched on that chip for inputs of that element type;
+    those of whole tiles also with ``flatten``, which a process may turn on."""
     chip = tiles.CHIPS[capability]
-    size = ELEMENTS[element]
-    for capped in (False, True):
-        for statistics in (False, True):
-            heavy = statistics or capped
-            pair = (chip.heavy if heavy else chip.plain)[size]
-            for store in (False, True):
-                yield _exps(chip, pair.ordinary, element, store, statistics, capped)
-                yield _flagged(pair.flagged, element, store, statistics, capped)
-            yield _largest(pair.flagged, element, capped, heavy)
-        for entropy in (False, True):
-            yield _gradient(chip, chip.heavy[size].ordinary, element, entropy, capped)
-    for statistics in (False, True):
+    yield from products(chip, element)
+    if tiles.flattenable(chip, ELEMENTS[element]):
+        yield from products(tiles.flattened(chip), element)
+    yield from _flagged(chip, element)
+    for statistics in _ON_OFF:
         yield from _sums(statistics)
     if element == "fp16":
         yield probabilities_variant()
-    for capped in (False, True):
-        yield from _glue(element, capped)
-    blocks = {"BLOCK_WIDTH": 1024}
-    yield Variant(scale_rows.scale_rows_kernel, "scale_rows", blocks, {}, element, 4, 3)
+    yield from _glue(element)
     yield from _columns(element)
-    for capped in (False, True):
-        yield from _divergences(element, capped)
+    yield from _divergences(element)
 
 
-def _blocks(shape: tiles.TileShape, element: str, capped: bool) -> dict[str, Any]:
+def products(chip: tiles.Chip, element: str) -> Iterator[Variant]:
+    """linear_exp and linear_grad in the chip's ordinary tiles."""
+    for capped, bias, ragged, precision in _ways(element):
+        given = {"bias": bias, "ragged": ragged, "capped": capped}
+        for statistics, store in itertools.product(_ON_OFF, _ON_OFF):
+            shape = _tiles(chip, element, statistics or capped).ordinary
+            yield Variant(
+                linear_exp.linear_exp_kernel,
+                _label("linear_exp", store=store, statistics=statistics, **given)
+                + _suffix(precision, shape),
+                _whole_tiles(chip, shape, capped, ragged, precision)
+                | {"EXACT": element == "fp32"}
+                | _absent(exps=store, best_index=statistics, bias=bias),
+                _described(chip, shape, "exps" if store else None),
+                element,
+                shape.warps,
+                shape.stages,
+            )
+        shape = _tiles(chip, element, True).ordinary
+        for entropy, lse in itertools.product(_ON_OFF, _ON_OFF):
+            yield Variant(
+                linear_grad.linear_grad_kernel,
+                _label("linear_grad", entropy=entropy, lse=lse, **given)
+                + _suffix(precision, shape),
+                _whole_tiles(chip, shape, capped, ragged, precision)
+                | {"EXACT": element == "fp32"}
+                | _absent(grad_entropy=entropy, entropy=entropy, grad_lse=lse, bias=bias),
+                _described(chip, shape, "grads"),
+                element,
+                shape.warps,
+                shape.stages,
+            )
+
+
+def _flagged(chip: tiles.Chip, element: str) -> Iterator[Variant]:
+    """Of rows that are projected again, gathered through pointers."""
+    for capped, bias, ragged, precision in _ways(element):
+        given = {"bias": bias, "ragged": ragged, "capped": capped}
+        for statistics, store in itertools.product(_ON_OFF, _ON_OFF):
+            shape = _tiles(chip, element, statistics or capped).flagged
+            yield Variant(
+                reanchor.reanchor_kernel,
+                _label("reanchor", store=store, statistics=statistics, **given)
+                + _suffix(precision, shape),
+                _blocks(shape, capped, precision)
+                | {"SLICES": shape.slices, "RAGGED": ragged, "ALIGNED": True}
+                | {"EXACT": element == "fp32"}
+                | _absent(exps=store, best_index=statistics, bias=bias),
+                {},
+                element,
+                shape.warps,
+                shape.stages,
+            )
+    for capped, bias, heavy, precision in _ways(element):  # with a cap all are heavy
+        shape = _tiles(chip, element, heavy).flagged
+        yield Variant(
+            reanchor.largest_logit_kernel,
+            _label("largest_logit", heavy=heavy, bias=bias, capped=capped)
+            + _suffix(precision, shape),
+            _blocks(shape, capped, precision) | _absent(bias=bias),
+            {},
+            element,
+            shape.warps,
+            shape.stages,
+        )
+
+
+def _ways(element: str) -> Iterator[tuple[bool, bool, bool, str]]:
+    """Whether there is a cap, a bias, a ragged slice (under a cap, any); and the precision."""
+    for precision in ("ieee", "tf32") if element == "fp32" else ("ieee",):
+        for capped, bias in itertools.product(_ON_OFF, _ON_OFF):
+            for ragged in (True,) if capped else _ON_OFF:
+                yield capped, bias, ragged, precision
+
+
+def _label(name: str, **flags: bool) -> str:
+    return " ".join([name, *(flag for flag, on in flags.items() if on)])
+
+
+def _suffix(precision: str, shape: tiles.TileShape) -> str:
+    return " tf32" * (precision == "tf32") + " flat" * shape.flatten
+
+
+def _absent(**given: bool) -> dict[str, None]:
+    return {name: None for name, here in given.items() if not here}
+
+
+def _tiles(chip: tiles.Chip, element: str, heavy: bool) -> tiles.Tiles:
+    return (chip.heavy if heavy else chip.plain)[ELEMENTS[element]]
+
+
+def _blocks(shape: tiles.TileShape, capped: bool, precision: str) -> dict[str, Any]:
     return {
         "BLOCK_ROWS": shape.rows,
         "BLOCK_COLS": shape.cols,
         "BLOCK_WIDTH": shape.width,
         "CAPPED": capped,
-        "PRECISION": "ieee",
-        "hidden_step": 1,
-        "weight_step": 1,
+        "PRECISION": precision,
     }
 
 
-def _label(name: str, capped: bool, **flags: bool) -> str:
-    said = [flag for flag, on in {**flags, "capped": capped}.items() if on]
-    return " ".join([name, *said])
+def _whole_tiles(
+    chip: tiles.Chip, shape: tiles.TileShape, capped: bool, ragged: bool, precision: str
+) -> dict[str, Any]:
+    return _blocks(shape, capped, precision) | {
+        "GROUP_ROWS": shape.group_rows,
+        "SLICES": shape.slices,
+        "FLATTEN": shape.flatten,
+        "DESCRIPTORS": chip.descriptors,
+        "RAGGED": ragged,
+        "ALIGNED": True,
+    }
 
 
-def _described(chip: tiles.Chip, shape: tiles.TileShape, out: str) -> dict[str, tuple[int, int]]:
+def _described(
+    chip: tiles.Chip, shape: tiles.TileShape, out: str | None
+) -> dict[str, tuple[int, int]]:
     if not chip.descriptors:
         return {}
-    return {
-        "hidden": (shape.rows, shape.width),
-        "weight": (shape.cols, shape.width),
-        out: (shape.rows, shape.slice_cols),
-    }
-
-
-def _exps(
-    chip: tiles.Chip,
-    shape: tiles.TileShape,
-    element: str,
-    store: bool,
-    statistics: bool,
-    capped: bool,
-) -> Variant:
-    constants = _blocks(shape, element, capped) | {
-        "GROUP_ROWS": shape.group_rows,
-        "SLICES": shape.slices,
-        "DESCRIPTORS": chip.descriptors,
-        "EXACT": element == "fp32",
-        **({} if store else {"exps": None}),
-        **({} if statistics else {"best_index": None}),
-    }
-    name = _label("linear_exp", capped, store=store, statistics=statistics)
-    described = _described(chip, shape, "exps")
-    kernel = linear_exp.linear_exp_kernel
-    return Variant(kernel, name, constants, described, element, shape.warps, shape.stages)
-
-
-def _flagged(
-    shape: tiles.TileShape, element: str, store: bool, statistics: bool, capped: bool
-) -> Variant:
-    constants = _blocks(shape, element, capped) | {
-        "SLICES": shape.slices,
-        "EXACT": element == "fp32",
-        **({} if store else {"exps": None}),
-        **({} if statistics else {"best_index": None}),
-    }
-    name = _label("reanchor", capped, store=store, statistics=statistics)
-    kernel = reanchor.reanchor_kernel
-    return Variant(kernel, name, constants, {}, element, shape.warps, shape.stages)
-
-
-def _largest(shape: tiles.TileShape, element: str, capped: bool, heavy: bool) -> Variant:
-    constants = _blocks(shape, element, capped)
-    name = _label("largest_logit", capped, heavy=heavy)
-    kernel = reanchor.largest_logit_kernel
-    return Variant(kernel, name, constants, {}, element, shape.warps, shape.stages)
-
-
-def _gradient(
-    chip: tiles.Chip, shape: tiles.TileShape, element: str, entropy: bool, capped: bool
-) -> Variant:
-    constants = _blocks(shape, element, capped) | {
-        "GROUP_ROWS": shape.group_rows,
-        "SLICES": shape.slices,
-        "DESCRIPTORS": chip.descriptors,
-        "EXACT": element == "fp32",
-        **({} if entropy else {"grad_entropy": None, "entropy": None, "grad_lse": None}),
-    }
-    name = _label("linear_grad", capped, entropy=entropy)
-    described = _described(chip, shape, "grads")
-    kernel = linear_grad.linear_grad_kernel
-    return Variant(kernel, name, constants, described, element, shape.warps, shape.stages)
+    blocks = {"hidden": (shape.rows, shape.width), "weight": (shape.cols, shape.width)}
+    return blocks if out is None else blocks | {out: (shape.rows, shape.slice_cols)}
 
 
 def probabilities_variant() -> Variant:
     constants = {"BLOCK_COLS": probabilities.COLS, "ALIGNED": True}
-    kernel = probabilities.probabilities_kernel
-    return Variant(kernel, "probabilities", constants, {}, "fp16", 4, 3)
+    return Variant(probabilities.probabilities_kernel, "probabilities", constants, {}, "fp16")
 
 
-def _glue(element: str, capped: bool) -> Iterator[Variant]:
-    blocks = {
-        "BLOCK_ROWS": target_logits.ROWS,
-        "BLOCK_WIDTH": target_logits.WIDTH,
-        "CAPPED": capped,
-    }
-    name = _label("target_logits", capped)
-    yield Variant(target_logits.target_logits_kernel, name, blocks, {}, element, 4, 3)
-    for statistics in (False, True):
-        constants: dict[str, Any] = {"BLOCK_ROWS": row_scores.ROWS, "CAPPED": capped}
-        if not statistics:
-            constants |= {"best": None}
-        name = _label("row_scores", capped, statistics=statistics)
-        yield Variant(row_scores.row_scores_kernel, name, constants, {}, element, 4, 3)
+def _glue(element: str) -> Iterator[Variant]:
+    # Hidden states and heads of any width, at any address.
+    lies: dict[str, tuple[str, ...]] = {"": ()}
+    lies[" odd"] = ("width", "hidden_stride", "weight_stride")
+    lies[" unaligned"] = (*lies[" odd"], "hidden", "weight")
+    for (lie, unaligned), capped, bias in itertools.product(lies.items(), _ON_OFF, _ON_OFF):
+        blocks = {"BLOCK_ROWS": target_logits.ROWS, "BLOCK_WIDTH": target_logits.WIDTH}
+        yield Variant(
+            target_logits.target_logits_kernel,
+            _label("target_logits", bias=bias, capped=capped) + lie,
+            blocks | {"CAPPED": capped} | _absent(bias=bias),
+            {},
+            element,
+            unaligned=unaligned,
+        )
+    for statistics, store, capped in itertools.product(_ON_OFF, _ON_OFF, _ON_OFF):
+        constants = {"BLOCK_ROWS": row_scores.ROWS, "CAPPED": capped}
+        yield Variant(
+            row_scores.row_scores_kernel,
+            _label("row_scores", store=store, statistics=statistics, capped=capped),
+            constants | _absent(best=statistics, exps=store),
+            {},
+            element,
+        )
+    lies = {"": (), " odd": ("width", "matrix_stride", "out_stride")}
+    lies[" unaligned"] = (*lies[" odd"], "matrix", "out")
+    for lie, unaligned in lies.items():
+        yield Variant(
+            scale_rows.scale_rows_kernel,
+            "scale_rows" + lie,
+            {"BLOCK_WIDTH": 1024},
+            {},
+            element,
+            unaligned=unaligned,
+        )
 
 
 def _columns(element: str) -> Iterator[Variant]:
-    for weighted in (False, True):
-        constants: dict[str, Any] = {
-            "BLOCK_ROWS": column_sums.ROWS,
-            "BLOCK_COLS": column_sums.COLS,
-            **({} if weighted else {"weights": None}),
-        }
-        name = _label("column_sums", False, weighted=weighted)
-        kernel, warps = column_sums.column_sums_kernel, column_sums.WARPS
-        yield Variant(kernel, name, constants, {}, element, warps, 3)
+    blocks = {"BLOCK_ROWS": column_sums.ROWS, "BLOCK_COLS": column_sums.COLS}
+    for weighted in _ON_OFF:
+        yield Variant(
+            column_sums.column_sums_kernel,
+            _label("column_sums", weighted=weighted),
+            blocks | _absent(weights=weighted),
+            {},
+            element,
+            column_sums.WARPS,
+        )
 
 
 def _sums(statistics: bool) -> Iterator[Variant]:
     constants: dict[str, Any] = {"BLOCK_ROWS": row_sums.ROWS, "BLOCK_TILES": row_sums.TILES}
-    if not statistics:
-        constants |= {"best_index": None, "out_index": None}
+    constants |= _absent(best_index=statistics, out_index=statistics)
     for kernel, name in (
         (row_sums.row_sums_kernel, "row_sums"),
         (reanchor.settle_kernel, "settle"),
     ):
-        label = _label(name, False, statistics=statistics)
-        yield Variant(kernel, label, constants, {}, "fp32", 4, 3)
+        label = _label(name, statistics=statistics)
+        yield Variant(kernel, label, constants, {}, "fp32")
     if not statistics:
-        blocks = {"BLOCK_ROWS": row_sums.ROWS}
-        yield Variant(reanchor.anchor_kernel, "anchor", blocks, {}, "fp32", 4, 3)
-        blocks = {"BLOCK": 1024}
-        yield Variant(reanchor.list_flagged_kernel, "list_flagged", blocks, {}, "fp32", 4, 3)
+        yield Variant(reanchor.anchor_kernel, "anchor", {"BLOCK_ROWS": row_sums.ROWS}, {}, "fp32")
+        yield Variant(reanchor.list_flagged_kernel, "list_flagged", {"BLOCK": 1024}, {}, "fp32")
 
 
-def _divergences(element: str, capped: bool) -> Iterator[Variant]:
-    """With the gradient: without it, it is a part of these."""
-    blocks = {"BLOCK_COLS": divergence_rows.COLS, "CAPPED": capped, "WRITE": True}
-    warps = divergence_rows.WARPS
+def _divergences(element: str) -> Iterator[Variant]:
+    """With the gradient and a bias: without them, it is a part of these."""
     names = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya")
-    for kind, name in enumerate(names):
-        constants = blocks | {"KIND": kind, "EXACT": element == "fp32"}
-        kernel = divergence_rows.divergence_rows_kernel
-        yield Variant(kernel, _label(name, capped), constants, {}, element, warps, 3)
-    kernel = cosine_rows.cosine_rows_kernel
-    yield Variant(kernel, _label("cosine", capped), blocks, {}, element, warps, 3)
+    for capped in _ON_OFF:
+        blocks = {"BLOCK_COLS": divergence_rows.COLS, "CAPPED": capped, "WRITE": True}
+        for kind, name in enumerate(names):
+            yield Variant(
+                divergence_rows.divergence_rows_kernel,
+                _label(name, capped=capped),
+                blocks | {"KIND": kind, "EXACT": element == "fp32"},
+                {},
+                element,
+                divergence_rows.WARPS,
+            )
+        kernel = cosine_rows.cosine_rows_kernel
+        label = _label("cosine", capped=capped)
+        yield Variant(kernel, label, blocks, {}, element, divergence_rows.WARPS)
 
 
 _POINTERS = {
@@ -259,22 +312,9 @@ _POINTERS = {
     "count": "*i32",
 }
 _FLOATS = (
-    *(
-        "bias",
-        "anchor",
-        "sums",
-        "largest",
-        "sum",
-        "raw",
-        "logit",
-        "best",
-        "factor",
-        "norm",
-        "weights",
-        "logp",
-        "entropy",
-    ),
-    *("grad_logp", "grad_lse", "grad_entropy", "target_logit", "offset", "scores"),
+    *("bias", "anchor", "sums", "largest", "sum", "raw", "logit", "best", "factor", "norm", "logp"),
+    *("entropy", "grad_logp", "grad_lse", "grad_entropy", "target_logit", "offset", "scores"),
+    "weights",
     *("student_bias", "teacher_bias", "values"),
 )
 _MATRICES = ("hidden", "weight", "exps", "grads", "matrix", "student", "teacher")
@@ -300,38 +340,63 @@ def _type(variant: Variant, argument: str) -> str:
     return "fp32" if argument in _NUMBERS else "i32"
 
 
+def signature(variant: Variant) -> dict[str, tuple[str, bool]]:
+    """Of each argument the type that the kernel is compiled for, and if as a multiple of 16."""
+    said = {}
+    for one in variant.kernel.params:
+        type_ = _type(variant, one.name)
+        anew = not (one.do_not_specialize or one.do_not_specialize_on_alignment)
+        able = type_ == "i32" or type_.startswith("*")
+        said[one.name] = type_, able and anew and one.name not in variant.unaligned
+    return said
+
+
 def build(variant: Variant, capability: int) -> Any:
     """The variant, compiled for the capability."""
-    names = variant.kernel.arg_names
-    types = {name: _type(variant, name) for name in names}
-    aligned = {
-        (at,): [["tt.divisibility", 16]]
-        for at, name in enumerate(names)
-        if types[name].startswith("*") or (name in _WIDE and types[name] == "i32")
-    }
+    said = signature(variant)
     return triton.compile(
-        ASTSource(variant.kernel, types, variant.constants, aligned),
+        ASTSource(
+            variant.kernel,
+            {name: type_ for name, (type_, _) in said.items()},
+            variant.constants,
+            {
+                (at,): [["tt.divisibility", 16]]
+                for at, (_, aligned) in enumerate(said.values())
+                if aligned
+            },
+        ),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
 
 
+def disassemble(compiled: Any) -> str:
+    return _dump(compiled.asm["cubin"], "-sass")
+
+
 def read(variant: Variant, capability: int) -> Resources:
     """What the machine code of the variant says, compiled for the capability."""
     compiled = build(variant, capability)
-    usage, code = (_dump(compiled.asm["cubin"], flag) for flag in ("-res-usage", "-sass"))
+    usage = _dump(compiled.asm["cubin"], "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump reports no registers:\n{usage}")
-    matrix = MATRIX_INSTRUCTION[capability]
+    code = disassemble(compiled)
+    counts = instructions.count(code)
+    elements = variant.constants.get("BLOCK_ROWS", 0) * variant.constants.get("BLOCK_COLS", 0)
+    arithmetic = sum(counts.get(name, 0) for name in instructions.ARITHMETIC)
     return Resources(
         variant.name,
         capability,
         int(found[1]),
         int(found[2]),
+        instructions.local_accesses(code),
         compiled.metadata.shared,
-        len(re.findall(rf"\s{matrix}\b", code)),
-        len(re.findall(r"\sUTMALDG\b", code)),
+        counts.get(MATRIX_INSTRUCTION[capability], 0),
+        counts.get("UTMALDG", 0),
+        instructions.products_in_flight(code),
+        instructions.loads_beside_epilogue(code),
+        round(arithmetic * 32 * variant.warps / elements, 2) if elements else 0.0,
     )
 
 

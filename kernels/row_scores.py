@@ -35,7 +35,13 @@ def expm1(x):
     return tl.where(e == 1.0, x, tl.where(e == 0.0, -1.0, (e - 1.0) * (x / tl.log(safe))))
 
 
-@triton.jit
+# Vectors may be parts of larger tensors: of any alignment.
+@triton.jit(
+    do_not_specialize=["rows", "exps_stride"],
+    do_not_specialize_on_alignment=[
+        *("sum", "anchor", "offset", "best", "column", "raw", "logit"),
+    ],
+)
 def row_scores_kernel(
     sum,  # (N,), S
     anchor,  # (N,)

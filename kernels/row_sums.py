@@ -18,9 +18,9 @@ LIMIT = tl.constexpr(2.3538526683702e17)
 
 
 @triton.jit
-def _load_tiles(sums, first, tiles, rows, ids, mask, other, BLOCK_TILES: tl.constexpr):
+def _load_tiles(sums, first, tiles, stride, ids, mask, other, BLOCK_TILES: tl.constexpr):
     tile = first + tl.arange(0, BLOCK_TILES)
-    at = tile.to(tl.int64)[:, None] * rows + ids[None, :]
+    at = tile.to(tl.int64)[:, None] * stride + ids[None, :]
     return tl.load(sums + at, (tile < tiles)[:, None] & mask[None, :], other)
 
 
@@ -33,25 +33,25 @@ def add_tiles(
     out,  # (kinds, N)
     out_index,  # (N,) int64, or None
     tiles,
-    rows,
+    stride,  # between rows of sums, of best_index and of out
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
     """Adds the tiles of rows ``ids`` into ``out``; returns S."""
     parts = tl.zeros((BLOCK_TILES, BLOCK_ROWS), dtype=tl.float32)
     for first in range(0, tiles, BLOCK_TILES):
-        parts += _load_tiles(sums, first, tiles, rows, ids, mask, 0.0, BLOCK_TILES)
+        parts += _load_tiles(sums, first, tiles, stride, ids, mask, 0.0, BLOCK_TILES)
     total = tl.sum(parts, 0)
     tl.store(out + ids, total, mask)
     if best_index is not None:
-        kind = tl.cast(tiles, tl.int64) * rows
+        kind = tl.cast(tiles, tl.int64) * stride
         best = tl.full((BLOCK_ROWS,), -float("inf"), dtype=tl.float32)
         index = tl.zeros((BLOCK_ROWS,), dtype=tl.int32)
         for first in range(0, tiles, BLOCK_TILES):
             tops = _load_tiles(
-                sums + kind, first, tiles, rows, ids, mask, -float("inf"), BLOCK_TILES
+                sums + kind, first, tiles, stride, ids, mask, -float("inf"), BLOCK_TILES
             )
-            found = _load_tiles(best_index, first, tiles, rows, ids, mask, 0, BLOCK_TILES)
+            found = _load_tiles(best_index, first, tiles, stride, ids, mask, 0, BLOCK_TILES)
             top = tl.max(tops, 0)
             at = tl.min(tl.where(tops == top[None, :], found, 2147483647), 0)
             index = tl.where(top > best, at, index)
@@ -60,24 +60,28 @@ def add_tiles(
         squares = tl.zeros((BLOCK_TILES, BLOCK_ROWS), dtype=tl.float32)
         logits = tl.zeros((BLOCK_TILES, BLOCK_ROWS), dtype=tl.float32)
         for first in range(0, tiles, BLOCK_TILES):
-            s = _load_tiles(sums, first, tiles, rows, ids, mask, 0.0, BLOCK_TILES)
-            tops = _load_tiles(sums + kind, first, tiles, rows, ids, mask, 0.0, BLOCK_TILES)
+            s = _load_tiles(sums, first, tiles, stride, ids, mask, 0.0, BLOCK_TILES)
+            tops = _load_tiles(sums + kind, first, tiles, stride, ids, mask, 0.0, BLOCK_TILES)
             # A tile of nothing but -inf has no weight.
             weighted += tl.where(s > 0, (tops - best[None, :]) * s, 0.0)
             weighted += _load_tiles(
-                sums + 2 * kind, first, tiles, rows, ids, mask, 0.0, BLOCK_TILES
+                sums + 2 * kind, first, tiles, stride, ids, mask, 0.0, BLOCK_TILES
             )
-            squares += _load_tiles(sums + 3 * kind, first, tiles, rows, ids, mask, 0.0, BLOCK_TILES)
-            logits += _load_tiles(sums + 4 * kind, first, tiles, rows, ids, mask, 0.0, BLOCK_TILES)
-        tl.store(out + rows + ids, best, mask)
-        tl.store(out + 2 * rows + ids, tl.sum(weighted, 0), mask)
-        tl.store(out + 3 * rows + ids, tl.sum(squares, 0), mask)
-        tl.store(out + 4 * rows + ids, tl.sum(logits, 0), mask)
+            squares += _load_tiles(
+                sums + 3 * kind, first, tiles, stride, ids, mask, 0.0, BLOCK_TILES
+            )
+            logits += _load_tiles(
+                sums + 4 * kind, first, tiles, stride, ids, mask, 0.0, BLOCK_TILES
+            )
+        tl.store(out + stride + ids, best, mask)
+        tl.store(out + 2 * stride + ids, tl.sum(weighted, 0), mask)
+        tl.store(out + 3 * stride + ids, tl.sum(squares, 0), mask)
+        tl.store(out + 4 * stride + ids, tl.sum(logits, 0), mask)
         tl.store(out_index + ids, index.to(tl.int64), mask)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "rows"])
 def row_sums_kernel(
     sums,  # (kinds, tiles, N) float32
     best_index,  # (tiles, N) int32, or None
@@ -85,6 +89,7 @@ def row_sums_kernel(
     out_index,  # (N,) int64, or None
     flag,  # (N,) int8
     tiles,
+    sums_stride,
     rows,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
@@ -92,7 +97,7 @@ def row_sums_kernel(
     ids = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask = ids < rows
     total = add_tiles(
-        sums, best_index, ids, mask, out, out_index, tiles, rows, BLOCK_ROWS, BLOCK_TILES
+        sums, best_index, ids, mask, out, out_index, tiles, sums_stride, BLOCK_ROWS, BLOCK_TILES
     )
     # An anchor of NaN or -inf shows in S.
     tl.store(flag + ids, tl.where(total <= LIMIT, 0, 1).to(tl.int8), mask)

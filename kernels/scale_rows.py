@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Factors may be a part of a longer vector: of any alignment.
+@triton.jit(do_not_specialize_on_alignment=["factor"])
 def scale_rows_kernel(
     matrix,  # (N, H)
     factor,  # (N,) float32

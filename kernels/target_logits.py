@@ -14,7 +14,10 @@ from .logit_map import map_logits
 ROWS, WIDTH = 16, 128  # of one program's block
 
 
-@triton.jit
+# A batch's targets may be a part of a longer vector: of any alignment.
+@triton.jit(
+    do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["bias", "target"]
+)
 def target_logits_kernel(
     hidden,  # (N, H)
     weight,  # (V, H)

@@ -6,7 +6,7 @@ Chosen by what the compiler reports for each target (``python -m fastpref kernel
 tile that spills nothing and leaves its shared memory within the chip's. None was timed yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class TileShape:
     slices: int = 1  # of the columns, that the epilogue takes one after the other
     group_rows: int = 16  # row tiles that share a sweep over the vocabulary
     resident: int = 1  # programs on one multiprocessor
+    # Whether its programs load their next tile during the epilogue of this one: slower where
+    # several share a multiprocessor, which overlap as it is.
+    flatten: bool = False
 
     @property
     def slice_cols(self) -> int:
@@ -29,8 +32,8 @@ class TileShape:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of all rows, and of flagged rows, which are gathered through pointers. Slices of both have
-    the same columns: their sums lie alike."""
+    """Of all rows, and of flagged rows, which are gathered through pointers. Both have the same
+    columns: their sums lie alike."""
 
     ordinary: TileShape
     flagged: TileShape
@@ -47,30 +50,32 @@ class Chip:
 
 
 def _tiles(
-    rows: tuple[int, int], cols: int, width: int, slices: int, warps: tuple[int, int] = (8, 8)
+    rows: tuple[int, int],
+    cols: int,
+    width: int,
+    slices: int | tuple[int, int],
+    warps: tuple[int, int] = (8, 8),
 ) -> Tiles:
-    """``rows`` and ``warps``: of the ordinary tile, of the flagged one."""
-    ordinary, flagged = (
-        TileShape(height, cols, width, number, stages=3, slices=slices)
-        for height, number in zip(rows, warps, strict=True)
+    """Pairs: of the ordinary tile, of the flagged one."""
+    pair = slices if isinstance(slices, tuple) else (slices, slices)
+    return Tiles(
+        *(TileShape(rows[i], cols, width, warps[i], stages=3, slices=pair[i]) for i in range(2))
     )
-    return Tiles(ordinary, flagged)
 
 
-LEAST_SLICE = 32  # columns: what bounds the number of partial sums
-
+_AMPERE = Chip(
+    # 8.6 and 8.9 have the least of their kind, 8.0 has 163 KiB.
+    shared_memory=99 << 10,
+    descriptors=False,
+    plain={2: _tiles((128, 64), 128, 32, 2), 4: _tiles((64, 64), 128, 32, 1)},
+    heavy={2: _tiles((128, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 32, 1)},
+)
 CHIPS = {
-    80: Chip(
-        # 8.6 and 8.9 have the least of their kind, 8.0 has 163 KiB.
-        shared_memory=99 << 10,
-        descriptors=False,
-        plain={2: _tiles((128, 64), 128, 32, 2), 4: _tiles((64, 64), 128, 32, 1)},
-        heavy={2: _tiles((128, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 32, 1, (4, 8))},
-    ),
+    80: _AMPERE,
     90: Chip(
         shared_memory=227 << 10,
         descriptors=True,
-        plain={2: _tiles((128, 64), 256, 64, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
+        plain={2: _tiles((128, 64), 256, 64, (4, 1)), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
         heavy={2: _tiles((128, 64), 128, 64, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
     ),
     100: Chip(
@@ -80,6 +85,8 @@ CHIPS = {
         plain={2: _tiles((128, 64), 256, 64, 1), 4: _tiles((64, 64), 64, 32, 1)},
         heavy={2: _tiles((128, 64), 64, 64, 1), 4: _tiles((64, 64), 64, 32, 1)},
     ),
+    # Blackwell without tensor memory and with 99 KiB: its matrix units are those of 8.0.
+    120: replace(_AMPERE),
 }
 
 
@@ -93,7 +100,33 @@ def _small(slices: int) -> Tiles:
 INTERPRETED = Chip(0, False, {2: _small(4), 4: _small(2)}, {2: _small(2), 4: _small(1)})
 
 
-def chip_of(capability: tuple[int, int]) -> Chip:
-    """The newest known chip that is not newer than ``capability``."""
-    number = 10 * capability[0] + capability[1]
-    return CHIPS[max(known for known in CHIPS if known <= number)]
+# 11.0 has the tensor memory, the matrix instructions and the 227 KiB of 10.0.
+_OF_MAJOR = {8: 80, 9: 90, 10: 100, 11: 100, 12: 120}
+
+
+def chip_of(capability: tuple[int, int]) -> Chip | None:
+    """The chip that ``capability`` is compiled and tiled as; None for one that nobody compiled
+    these kernels for: what a newer one takes is not known from an older."""
+    known = _OF_MAJOR.get(capability[0])
+    return None if known is None else CHIPS[known]
+
+
+def flattenable(chip: Chip, itemsize: int) -> bool:
+    """Whether ``flattened`` changes tiles of inputs of that size: products of float32 are not what
+    waits for the epilogue, and without descriptors an epilogue has no loads beside it."""
+    return chip.descriptors and itemsize == 2
+
+
+def flattened(chip: Chip) -> Chip:
+    """``chip`` with ``flatten`` where it can be: ``CHIPS[90] = flattened(CHIPS[90])`` makes this
+    process take it."""
+
+    def of(table: dict[int, Tiles]) -> dict[int, Tiles]:
+        return {
+            size: replace(pair, ordinary=replace(pair.ordinary, flatten=True))
+            if flattenable(chip, size)
+            else pair
+            for size, pair in table.items()
+        }
+
+    return replace(chip, plain=of(chip.plain), heavy=of(chip.heavy))

@@ -18,9 +18,11 @@ ROW = {
     "element": "bf16",
     "registers": 183,
     "stack": 0,
+    "local_accesses": 0,
     "shared_memory": 164000,
     "matrix_instructions": 4,
     "tensor_loads": 6,
+    "epilogue": 6.92,
     "problems": [],
 }
 
@@ -52,7 +54,7 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert run(monkeypatch, [ROW], "--capability", "90", "--element", "bf16") == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1] == "sm_90, bf16"
-    assert said[3].split() == ["linear_exp", "store", "183", "0", "164000", "4", "6"]
+    assert said[3].split() == ["linear_exp", "store", "183", "0", "164000", "4", "6", "6.92"]
 
 
 def test_a_problem_fails_and_is_named(
@@ -60,7 +62,7 @@ def test_a_problem_fails_and_is_named(
 ) -> None:
     assert run(monkeypatch, [ROW, ROW | {"problems": ["spills"]}]) == 1
     said = capsys.readouterr().out
-    assert said.count("spills") == 9  # three chips, three element types
+    assert said.count("spills") == 12  # four chips, three element types
     assert "sm_80, fp16" in said and "sm_100, fp32" in said
 
 

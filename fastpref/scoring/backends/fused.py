@@ -3,6 +3,11 @@
 
 It forms no tile of products where none is to be kept, and takes its sums from float32 logits
 whatever the inputs. Needs no host sync.
+
+The kernels read rows of hidden states and weights that start at multiples of 16 bytes and span as
+many. Others (an odd H, a transposed weight, a head widened by the rank of a low-rank update that is
+no multiple of 8) go through a tile of products and one pass in place, as float64 does: a copy with
+padded rows would take the memory of the whole weight.
 """
 
 from __future__ import annotations
@@ -19,11 +24,13 @@ from ...kernels import linear_exp, linear_grad, probabilities, reanchor, row_sum
 from .. import rows
 from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
-from . import RowBackend, UpstreamGradient, compiled, cuda, glue, plain
-from .tiled import Tiled
+from ..workspace import row_stride
+from . import RowBackend, UpstreamGradient, glue, next_tier, plain
+from .tiled import SPARE_ROWS
 
 INTERPRETED = not isinstance(linear_exp.linear_exp_kernel, triton.JITFunction)
 DTYPES = glue.DTYPES
+_PIECE = 16  # bytes
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -37,6 +44,11 @@ def unavailable_reason(device_type: str) -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         return f"its kernels need compute capability 8.0 or newer, got {capability}"
+    if tiles.chip_of(capability) is None:
+        return (
+            f"its kernels were not compiled for compute capability {capability} yet; "
+            "use backend='auto'"
+        )
     return None
 
 
@@ -47,18 +59,38 @@ def needs_tile(dtype: torch.dtype, write: bool) -> bool:
 def temporary_bytes(
     rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
 ) -> int:
-    """Most memory that a pass over a (rows, cols) tile takes beside it: partial sums."""
+    """Most memory that a pass over a (rows, cols) tile takes beside it: partial sums, or where
+    operands are not aligned a tile of some rows. Which one is the same on all ranks that share a
+    plan, so it may not depend on how operands lie."""
+    other = _in_place(device_type)
     if dtype not in DTYPES:
-        other = _in_place(device_type)
         return other.temporary_bytes(rows, cols, device_type, dtype, statistics)
+    chip = _chip(None)
     kinds = linear_exp.KINDS + 1 if statistics else 1
-    slices = -(-cols // (16 if INTERPRETED else tiles.LEAST_SLICE))
-    return 4 * rows * (kinds * slices + kinds + 3)
+    narrowest = min(table[dtype.itemsize].ordinary.cols for table in (chip.plain, chip.heavy))
+    col_tiles = -(-cols // narrowest)
+    sums = 4 * glue.padded(rows) * (kinds * col_tiles + kinds + 3)
+    some = min(rows, SPARE_ROWS)
+    stride = row_stride(cols, dtype, torch.device(device_type))
+    spare = some * stride * dtype.itemsize
+    return max(sums, spare + other.temporary_bytes(some, cols, device_type, dtype, statistics))
 
 
 def _in_place(device_type: str) -> RowBackend:
     """The backend for what these kernels do not do: one pass over a tile of products."""
-    return Tiled(compiled if cuda.unavailable_reason(device_type) is None else plain)
+    return next_tier("triton", device_type)[1]
+
+
+def _takes(hidden: Tensor, weight: Tensor, tile: Tensor | None) -> bool:
+    """Whether the kernels read these operands and write this tile."""
+    return (
+        hidden.dtype in DTYPES
+        and _aligned(hidden)
+        and _aligned(weight)
+        and hidden.shape[1] * hidden.dtype.itemsize % _PIECE == 0
+        # Tiles on a GPU lie so.
+        and (INTERPRETED or tile is None or _aligned(tile))
+    )
 
 
 def project(
@@ -72,7 +104,7 @@ def project(
     write: bool,
     statistics: bool,
 ) -> RowSums:
-    if hidden.dtype not in DTYPES:
+    if not _takes(hidden, weight, tile if write else None):
         other = _in_place(hidden.device.type)
         return other.project(hidden, weight, tile, target, anchor, bias, map, write, statistics)
     return _Projection(hidden, weight, tile if write else None, target, bias, map, statistics).run(
@@ -97,13 +129,15 @@ class _Projection:
         self.target, self.bias, self.map = target, bias, map
         self.machine = _machine(hidden, statistics or map.cap != 0)
         self.rows = hidden.shape[0]
-        self.slices = triton.cdiv(weight.shape[0], self.machine.tiles.ordinary.slice_cols)
+        self.col_tiles = triton.cdiv(weight.shape[0], self.machine.tiles.ordinary.cols)
         kinds = linear_exp.KINDS if statistics else 1
-        self.sums = target.new_empty((kinds, self.slices, self.rows), dtype=torch.float32)
-        self.out = self.sums.new_empty((kinds, self.rows))
+        self.stride = glue.padded(self.rows)
+        shape = (kinds, self.col_tiles, self.stride)
+        self.sums = target.new_empty(shape, dtype=torch.float32)
+        self.out = self.sums.new_empty((kinds, self.stride))
         self.best_index = self.out_index = None
         if statistics:
-            self.best_index = target.new_empty((self.slices, self.rows), dtype=torch.int32)
+            self.best_index = target.new_empty(shape[1:], dtype=torch.int32)
             self.out_index = target.new_empty(self.rows)
 
     def run(self, target_logit: Tensor) -> RowSums:
@@ -119,7 +153,8 @@ class _Projection:
                 self.out,
                 self.out_index,
                 flag,
-                self.slices,
+                self.col_tiles,
+                self.stride,
                 self.rows,
                 BLOCK_ROWS=row_sums.ROWS,
                 BLOCK_TILES=row_sums.TILES,
@@ -127,40 +162,47 @@ class _Projection:
             self._reanchor(anchor, flag)
             if self.exps is not None and self.exps.dtype == torch.float16:
                 self._exponentiate(self.exps, target_logit, anchor, offset)
+        out = self.out[:, : self.rows]
         if self.out_index is None:
-            return RowSums(anchor, self.out[0], offset)
-        best, weighted, squares, total = self.out[1:]
-        return RowSums(anchor, self.out[0], offset, best, self.out_index, weighted, squares, total)
+            return RowSums(anchor, out[0], offset)
+        best, weighted, squares, total = out[1:]
+        return RowSums(anchor, out[0], offset, best, self.out_index, weighted, squares, total)
 
     def _project(self, anchor: Tensor) -> None:
         shape = self.machine.tiles.ordinary
-        operands, described = _operands(self.hidden, self.weight, self.exps, self.machine)
         linear_exp.linear_exp_kernel[_grid(self.rows, self.weight, self.machine)](
-            *operands,
+            *_operands(self.hidden, self.weight, self.exps, self.machine),
+            *self._arguments(anchor),
+            self.rows,
+            *_sizes(self.hidden, self.weight, self.map),
+            **_whole_tiles(shape, self.machine),
+            **self._flags(shape),
+        )
+
+    def _arguments(self, anchor: Tensor) -> tuple[Any, ...]:
+        """What both kernels that write exponentials take after the operands."""
+        return (
             _stride(self.exps),
             self.bias,
             self.target,
             anchor,
             self.sums,
             self.best_index,
-            *_sizes(self.hidden, self.weight, self.map),
-            GROUP_ROWS=shape.group_rows,
-            DESCRIPTORS=described,
-            SLICES=shape.slices,
-            EXACT=_exact(self.hidden),
-            **_blocks(shape),
-            **_flags(self.hidden, self.map),
+            self.stride,
+        )
+
+    def _flags(self, shape: tiles.TileShape) -> dict[str, Any]:
+        return _blocks(shape, self.hidden, self.map) | _epilogue(
+            shape, self.hidden, self.weight, self.exps, self.map
         )
 
     def _reanchor(self, anchor: Tensor, flag: Tensor) -> None:
         shape = self.machine.tiles.flagged
-        blocks = _blocks(shape) | _flags(self.hidden, self.map)
         sizes = _sizes(self.hidden, self.weight, self.map)
         flagged = flag.new_empty(self.rows, dtype=torch.int32)
         count = flag.new_empty(1, dtype=torch.int32)
         reanchor.list_flagged_kernel[(1,)](flag, flagged, count, self.rows, BLOCK=1024)
         grid = (self.machine.processors,)
-        col_tiles = triton.cdiv(self.weight.shape[0], shape.cols)
         # The sums were added up: their place is free for the largest logits.
         reanchor.largest_logit_kernel[grid](
             self.hidden,
@@ -170,28 +212,28 @@ class _Projection:
             flagged,
             count,
             self.sums,
+            self.stride,
             *sizes,
-            **blocks,
+            **_blocks(shape, self.hidden, self.map),
         )
         reanchor.anchor_kernel[grid](
-            self.sums, flagged, count, anchor, col_tiles, self.rows, BLOCK_ROWS=row_sums.ROWS
+            self.sums,
+            flagged,
+            count,
+            anchor,
+            self.col_tiles,
+            self.stride,
+            BLOCK_ROWS=row_sums.ROWS,
         )
         reanchor.reanchor_kernel[grid](
             self.hidden,
             self.weight,
             self.exps,
-            _stride(self.exps),
-            self.bias,
-            self.target,
-            anchor,
-            self.sums,
-            self.best_index,
+            *self._arguments(anchor),
             flagged,
             count,
             *sizes,
-            SLICES=shape.slices,
-            EXACT=_exact(self.hidden),
-            **blocks,
+            **self._flags(shape),
         )
         reanchor.settle_kernel[grid](
             self.sums,
@@ -200,8 +242,8 @@ class _Projection:
             count,
             self.out,
             self.out_index,
-            self.slices,
-            self.rows,
+            self.col_tiles,
+            self.stride,
             BLOCK_ROWS=row_sums.ROWS,
             BLOCK_TILES=row_sums.TILES,
         )
@@ -233,7 +275,7 @@ def project_gradient(
     bias: Tensor | None,
     map: LogitMap,
 ) -> None:
-    if hidden.dtype not in DTYPES:
+    if not _takes(hidden, weight, tile):
         other = _in_place(hidden.device.type)
         other.project_gradient(hidden, weight, tile, target, upstream, bias, map)
         return
@@ -241,20 +283,17 @@ def project_gradient(
         return
     machine = _machine(hidden, heavy=True)
     shape = machine.tiles.ordinary
-    operands, described = _operands(hidden, weight, tile, machine)
     linear_grad.linear_grad_kernel[_grid(hidden.shape[0], weight, machine)](
-        *operands,
+        *_operands(hidden, weight, tile, machine),
         _stride(tile),
         bias,
         target,
         *upstream,
+        hidden.shape[0],
         *_sizes(hidden, weight, map),
-        GROUP_ROWS=shape.group_rows,
-        SLICES=shape.slices,
-        DESCRIPTORS=described,
-        EXACT=_exact(hidden),
-        **_blocks(shape),
-        **_flags(hidden, map),
+        **_whole_tiles(shape, machine),
+        **_blocks(shape, hidden, map),
+        **_epilogue(shape, hidden, weight, tile, map),
     )
 
 
@@ -266,13 +305,21 @@ class _Machine(NamedTuple):
 
 def _machine(hidden: Tensor, heavy: bool) -> _Machine:
     """What serves this input. ``heavy``: with statistics, a cap or gradients in the epilogue."""
-    chip, processors = tiles.INTERPRETED, 2
-    if not INTERPRETED:
-        properties = _properties(hidden.device)
-        chip = tiles.chip_of((properties.major, properties.minor))
-        processors = properties.multi_processor_count
+    chip = _chip(hidden.device)
+    processors = 2 if INTERPRETED else _properties(hidden.device).multi_processor_count
     table = chip.heavy if heavy else chip.plain
     return _Machine(table[hidden.dtype.itemsize], chip.descriptors, processors)
+
+
+def _chip(device: torch.device | None) -> tiles.Chip:
+    """Of a CUDA device; None: the current one."""
+    if INTERPRETED:
+        return tiles.INTERPRETED
+    properties = _properties(device or torch.device("cuda", torch.cuda.current_device()))
+    chip = tiles.chip_of((properties.major, properties.minor))
+    if chip is None:
+        raise RuntimeError(f"no tiles for {device}, which unavailable_reason() refuses")
+    return chip
 
 
 @functools.cache
@@ -288,34 +335,22 @@ def _grid(rows: int, weight: Tensor, machine: _Machine) -> tuple[int]:
 
 def _operands(
     hidden: Tensor, weight: Tensor, tile: Tensor | None, machine: _Machine
-) -> tuple[tuple[Any, ...], bool]:
-    """The matrices as the kernels take them, and whether that is by descriptors."""
-    matrices = (hidden, weight, tile)
-    described = machine.descriptors and all(
-        _describable(one) for one in matrices if one is not None
-    )
-    if not described:
-        return matrices, False
+) -> tuple[Any, ...]:
+    """The matrices as the kernels take them."""
+    if not machine.descriptors:
+        return hidden, weight, tile
     shape = machine.tiles.ordinary
-    return (
-        _describe(hidden, shape.rows, shape.width),
-        _describe(weight, shape.cols, shape.width),
-        None if tile is None else _describe(tile, shape.rows, shape.slice_cols),
-    ), True
-
-
-def _describable(matrix: Tensor) -> bool:
-    """Whether the copy engine takes it: 16-byte aligned rows."""
-    return matrix.stride(1) == 1 and _aligned(matrix) and min(matrix.shape) > 0
+    blocks = (shape.rows, shape.width), (shape.cols, shape.width), (shape.rows, shape.slice_cols)
+    return tuple(
+        None if matrix is None else TensorDescriptor.from_tensor(matrix, list(block))
+        for matrix, block in zip((hidden, weight, tile), blocks, strict=True)
+    )
 
 
 def _aligned(matrix: Tensor) -> bool:
-    row = matrix.stride(0) * matrix.dtype.itemsize
-    return row % 16 == 0 and matrix.data_ptr() % 16 == 0
-
-
-def _describe(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, [rows, cols])
+    """Whether its rows are contiguous and start at multiples of 16 bytes."""
+    starts = matrix.data_ptr(), matrix.stride(0) * matrix.dtype.itemsize
+    return matrix.stride(1) == 1 and not any(start % _PIECE for start in starts)
 
 
 def _stride(tile: Tensor | None) -> int:
@@ -323,30 +358,53 @@ def _stride(tile: Tensor | None) -> int:
 
 
 def _sizes(hidden: Tensor, weight: Tensor, map: LogitMap) -> tuple[int | float, ...]:
-    """Sizes, strides and the logit map, in the order of the kernels' arguments."""
-    sizes = (hidden.shape[0], *weight.shape)
-    strides = (*hidden.stride(), *weight.stride())
-    return (*sizes, *strides, map.scale, map.scale / map.cap if map.cap else 0.0, map.cap)
+    """Sizes but the rows', strides and the logit map, in the order of the kernels' arguments."""
+    return (*weight.shape, hidden.stride(0), weight.stride(0), *glue.map_arguments(map))
 
 
-def _blocks(shape: tiles.TileShape) -> dict[str, Any]:
+def _blocks(shape: tiles.TileShape, hidden: Tensor, map: LogitMap) -> dict[str, Any]:
     return {
         "BLOCK_ROWS": shape.rows,
         "BLOCK_COLS": shape.cols,
         "BLOCK_WIDTH": shape.width,
         "num_warps": shape.warps,
         "num_stages": shape.stages,
+        "CAPPED": map.cap != 0,
+        "PRECISION": "tf32" if _exact(hidden) and _tf32_allowed() else "ieee",
     }
 
 
-def _flags(hidden: Tensor, map: LogitMap) -> dict[str, Any]:
-    tf32 = _exact(hidden) and not INTERPRETED and torch.backends.cuda.matmul.allow_tf32
-    return {"CAPPED": map.cap != 0, "PRECISION": "tf32" if tf32 else "ieee"}
+def _whole_tiles(shape: tiles.TileShape, machine: _Machine) -> dict[str, Any]:
+    return {
+        "GROUP_ROWS": shape.group_rows,
+        "FLATTEN": shape.flatten,
+        "DESCRIPTORS": machine.descriptors,
+    }
+
+
+def _epilogue(
+    shape: tiles.TileShape, hidden: Tensor, weight: Tensor, tile: Tensor | None, map: LogitMap
+) -> dict[str, Any]:
+    return {
+        "SLICES": shape.slices,
+        # Beside a cap's arithmetic the mask does not count: one kernel less to compile.
+        "RAGGED": map.cap != 0 or weight.shape[0] % shape.slice_cols != 0,
+        "ALIGNED": tile is None or _aligned(tile),
+        "EXACT": _exact(hidden),
+    }
 
 
 def _exact(hidden: Tensor) -> bool:
     """Whether logits are exact enough for the rounding of their differences to show."""
     return hidden.dtype == torch.float32
+
+
+def _tf32_allowed() -> bool:
+    """Torch's setting for products of float32. Since 2.9 there is a new one, which may be set for
+    all of torch; the old one then may not be read."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def target_logits(

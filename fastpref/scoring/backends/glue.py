@@ -54,8 +54,7 @@ def settle(
     sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
 ) -> tuple[RowScores, Tensor]:
     rows = sums.sum.shape[0]
-    # Each vector starts at a multiple of 16 bytes: kernels are compiled anew for any that does not.
-    out = sums.sum.new_empty((5, rows + -rows % 4))
+    out = sums.sum.new_empty((5, padded(rows)))
     if rows:
         row_scores.row_scores_kernel[(triton.cdiv(rows, row_scores.ROWS),)](
             sums.sum,
@@ -109,6 +108,12 @@ def add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> No
         num_warps=column_sums.WARPS,
     )
     total += sums[0] if parts == 1 else sums.sum(0)
+
+
+def padded(rows: int) -> int:
+    """From one vector over ``rows`` to the next: a multiple of 16, else kernels are compiled anew
+    for numbers and addresses that are none."""
+    return rows + -rows % 16
 
 
 def map_arguments(map: LogitMap) -> tuple[float, float, float]:

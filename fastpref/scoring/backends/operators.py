@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of the compiled operators' results, for tracing. Imported once the library is loaded."""
+"""Shapes of the compiled operators' results, for tracing: registered where the library loads."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..._extension import ops_unavailable_reason
 from ..rows import RowScores
 from ..types import statistics_dtype
 
@@ -13,8 +17,18 @@ from ..types import statistics_dtype
 SUMS = ("anchor", "sum", "offset")
 STATISTICS = ("best", "weighted", "squares", "total")
 
+Function = TypeVar("Function", bound=Callable[..., object])
 
-@torch.library.register_fake("fastpref::exp_rows_")  # type: ignore[untyped-decorator]
+
+def _shapes_of(operator: str) -> Callable[[Function], Function]:
+    """Registers the decorated function for it, where there is such an operator."""
+    if ops_unavailable_reason() is not None:
+        return lambda function: function
+    registered: Callable[[Function], Function] = torch.library.register_fake(operator)
+    return registered
+
+
+@_shapes_of("fastpref::exp_rows_")
 def _exp_rows(
     tile: Tensor,
     target: Tensor,
@@ -30,7 +44,7 @@ def _exp_rows(
     return anchor.new_empty((kinds, rows)), target.new_empty((rows if statistics else 0,))
 
 
-@torch.library.register_fake("fastpref::logit_grad_")  # type: ignore[untyped-decorator]
+@_shapes_of("fastpref::logit_grad_")
 def _logit_grad(
     tile: Tensor,
     target: Tensor,
@@ -48,7 +62,7 @@ def _logit_grad(
     return None
 
 
-@torch.library.register_fake("fastpref::target_logits")  # type: ignore[untyped-decorator]
+@_shapes_of("fastpref::target_logits")
 def _target_logits(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, scale: float, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +70,7 @@ def _target_logits(
     return torch.empty_like(target), raw, torch.empty_like(raw)
 
 
-@torch.library.register_fake("fastpref::settle_rows_")  # type: ignore[untyped-decorator]
+@_shapes_of("fastpref::settle_rows_")
 def _settle_rows(
     exps: Tensor | None,
     anchor: Tensor,
@@ -72,12 +86,12 @@ def _settle_rows(
     return anchor.new_empty((len(RowScores._fields) + 1, anchor.shape[0]))
 
 
-@torch.library.register_fake("fastpref::scale_rows_")  # type: ignore[untyped-decorator]
+@_shapes_of("fastpref::scale_rows_")
 def _scale_rows(out: Tensor, input: Tensor, factor: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("fastpref::divergence_rows_")  # type: ignore[untyped-decorator]
+@_shapes_of("fastpref::divergence_rows_")
 def _divergence_rows(
     student: Tensor,
     teacher: Tensor,

@@ -49,7 +49,7 @@ def temporary_bytes(
         return plain.temporary_bytes(rows, cols, device_type, dtype, statistics)
     kinds = len(SUMS) + (len(STATISTICS) + 2 if statistics else 0)
     # Rows are only split where there are few.
-    return 4 * kinds * (2 * (rows + 3) + 2 * PROGRAMS * 1024)
+    return 4 * kinds * (2 * glue.padded(rows) + 2 * PROGRAMS * 1024)
 
 
 def exp_rows(
@@ -69,7 +69,7 @@ def exp_rows(
     shares = _shares(tile)
     joined = shares > 1 or halves
     kinds = len(SUMS) + (len(STATISTICS) if statistics else 0)
-    stride = rows + -rows % 4
+    stride = glue.padded(rows)
     sums = anchor.new_empty((kinds, shares, stride), dtype=torch.float32)
     best_index = target.new_empty((shares, stride)) if statistics else None
     settings, flags = _map_arguments(map, tile), _map_flags(map)

@@ -14,7 +14,8 @@ from ..types import LogitMap
 from ..workspace import lease
 from . import RowKernels, UpstreamGradient
 
-LOOSE_BYTES = 64 << 20  # of a tile that the plan does not know
+# Of a tile that the plan does not know: enough that a product is bound by arithmetic.
+SPARE_ROWS = 512
 
 
 class TileKernels(RowKernels, Protocol):
@@ -69,12 +70,11 @@ class Tiled:
             torch.mm(hidden, weight.t(), out=tile)
             return self.kernels.exp_rows(tile, target, anchor, bias, map, write, statistics)
         # Planned for a backend that needs none and could not serve after all.
-        cols = weight.shape[0]
-        step = max(1, LOOSE_BYTES // max(1, cols * hidden.dtype.itemsize))
-        room = lease((min(step, hidden.shape[0]), cols), hidden.dtype, hidden.device)
+        shape = min(SPARE_ROWS, hidden.shape[0]), weight.shape[0]
+        room = lease(shape, hidden.dtype, hidden.device)
         parts = []
-        for start in range(0, max(1, hidden.shape[0]), step):
-            rows = slice(start, min(hidden.shape[0], start + step))
+        for start in range(0, max(1, hidden.shape[0]), SPARE_ROWS):
+            rows = slice(start, min(hidden.shape[0], start + SPARE_ROWS))
             part = room[: rows.stop - start]
             torch.mm(hidden[rows], weight.t(), out=part)
             at = part, target[rows], anchor[rows]

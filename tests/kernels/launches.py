@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton launches of scoring calls, recorded and not made: CPU tensors stand for a GPU's.
+
+Run as a program of its own, outside Triton's interpreter: ``python -m tests.kernels.launches
+NUMBER``, of the capability; prints JSON, for each case of ``CASES`` and number of rows the launches
+of a forward and a backward pass. What the kernels would have computed is arbitrary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime import JITFunction
+from triton.runtime.jit import create_function_from_signature
+
+from fastpref import ScoringOptions, linear_divergence, linear_logprob
+from fastpref.kernels import resources
+from fastpref.scoring import backward, forward, two_heads, workspace
+from fastpref.scoring.backends import fused
+from fastpref.scoring.types import OUTPUTS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Launch = tuple[Any, ...]
+
+
+def key_of_variant(variant: resources.Variant) -> Launch:
+    """What a compiled kernel is looked up by."""
+    said = {
+        name: f"{type_}{'!' if aligned else ''}"
+        for name, (type_, aligned) in resources.signature(variant).items()
+        if name not in variant.constants
+    }
+    said |= {name: f"={value}" for name, value in variant.constants.items()}
+    said |= {"num_warps": str(variant.warps), "num_stages": str(variant.stages)}
+    return (variant.kernel.__name__, tuple(sorted(said.items())))
+
+
+class Recorder:
+    """Launches since ``take`` was last called, on a chip of some capability."""
+
+    def __init__(self, capability: int) -> None:
+        self.backend = make_backend(GPUTarget("cuda", capability, 32))
+        self.binders: dict[str, Callable[..., Any]] = {}
+        self.launches: list[Launch] = []
+        properties = SimpleNamespace(
+            major=capability // 10, minor=capability % 10, multi_processor_count=132
+        )
+        fused._properties = lambda device: properties
+        fused.unavailable_reason = lambda device_type: None
+        torch.cuda.current_device = lambda: 0
+        for module in (workspace, forward, backward, two_heads):
+            for name, stand_in in (("lease", _lease), ("row_stride", _row_stride)):
+                if hasattr(module, name):
+                    setattr(module, name, stand_in)
+        fused.lease, fused.row_stride = _lease, _row_stride
+        recorder = self
+
+        def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            recorder.launches.append(recorder.key(self, args, kwargs))
+
+        JITFunction.run = run
+
+    def key(self, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+        if kernel.__name__ not in self.binders:
+            self.binders[kernel.__name__] = create_function_from_signature(
+                kernel.signature, kernel.params, self.backend
+            )
+        values, specialization, options = self.binders[kernel.__name__](*args, **kwargs)
+        said = {"num_warps": "4", "num_stages": "3"}
+        for (name, value), (type_, attribute) in zip(values.items(), specialization, strict=True):
+            if type_ == "constexpr":
+                said[name] = f"={getattr(value, 'value', value)}"
+            else:
+                said[name] = type_ + "!" * ("D" in str(attribute or ""))
+        said |= {name: str(value) for name, value in options.items() if name in said}
+        return (kernel.__name__, tuple(sorted(said.items())))
+
+    def take(self) -> list[Launch]:
+        taken, self.launches = self.launches, []
+        return taken
+
+
+def _row_stride(cols: int, dtype: torch.dtype, device: torch.device) -> int:
+    aligned = max(1, 16 // dtype.itemsize)
+    return -(-cols // aligned) * aligned
+
+
+def _lease(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    *rows, cols = shape
+    stride = _row_stride(cols, dtype, device)
+    return torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols]
+
+
+def score(rows: int, dtype: torch.dtype, width: int = 64, vocab: int = 512, **changes: Any) -> None:
+    """Forward and backward of a call. ``changes``: bias, softcap, outputs, needs, what receives a
+    gradient, options."""
+    needs = changes.pop("needs", ("hidden", "weight"))
+    differentiated = changes.pop("differentiated", ("logp",))
+    options = ScoringOptions(backend=changes.pop("backend", "triton"), **changes.pop("options", {}))
+    bias = torch.zeros(vocab) if changes.pop("bias", False) else None
+    hidden, weight = (
+        torch.zeros(n, width, dtype=dtype, requires_grad=name in needs)
+        for n, name in ((rows, "hidden"), (vocab, "weight"))
+    )
+    target = torch.arange(rows) % vocab
+    scores = linear_logprob(hidden, weight, target, bias=bias, options=options, **changes)
+    if needs:
+        sum(getattr(scores, name).sum() for name in differentiated).backward()
+
+
+def diverge(rows: int, dtype: torch.dtype, vocab: int = 512, **changes: Any) -> None:
+    student, teacher = (torch.zeros(rows, 64, dtype=dtype, requires_grad=n == 0) for n in (0, 1))
+    weight = torch.zeros(vocab, 64, dtype=dtype)
+    options = ScoringOptions(backend=changes.pop("backend", "triton"))
+    linear_divergence(
+        student, weight, teacher.detach(), weight, options=options, **changes
+    ).sum().backward()
+
+
+# Calls whose launches must be compiled beforehand and not anew for other numbers of rows. A tier
+# of its own adds its calls here.
+CASES: dict[str, Callable[[int, torch.dtype], None]] = {
+    "keep": score,
+    "no gradient": lambda n, dtype: score(n, dtype, needs=()),
+    "statistics": lambda n, dtype: score(n, dtype, needs=(), outputs=OUTPUTS),
+    "frozen head": lambda n, dtype: score(n, dtype, needs=("hidden",)),
+    "recompute": lambda n, dtype: score(n, dtype, options={"schedule": "recompute"}),
+    "entropy": lambda n, dtype: score(
+        n, dtype, outputs=OUTPUTS, differentiated=("logp", "entropy", "lse")
+    ),
+    "bias and cap": lambda n, dtype: score(
+        n, dtype, bias=True, softcap=30.0, outputs=OUTPUTS, options={"schedule": "recompute"}
+    ),
+    "ragged": lambda n, dtype: score(n, dtype, vocab=515, options={"schedule": "recompute"}),
+    "chunks": lambda n, dtype: score(n, dtype, needs=(), options={"chunk_rows": 7}),
+    "small budget": lambda n, dtype: score(
+        n, dtype, vocab=5000, options={"schedule": "recompute", "memory_budget": 1 << 17}
+    ),
+    "odd width": lambda n, dtype: score(n, dtype, width=63, outputs=OUTPUTS),
+    "rank 8": lambda n, dtype: score(n, dtype, width=72, outputs=OUTPUTS),
+    "divergence": diverge,
+    "cosine": lambda n, dtype: diverge(n, dtype, divergence="cosine"),
+}
+
+
+def all_flags(rows: int, dtype: torch.dtype) -> Iterator[None]:
+    """Calls with every combination of what a kernel is compiled for."""
+    for bias, cap, vocab, outputs in itertools.product(
+        (False, True), (None, 30.0), (512, 515), (("logp", "lse"), OUTPUTS)
+    ):
+        given = {"bias": bias, "softcap": cap, "vocab": vocab, "outputs": outputs}
+        for needs in ((), ("hidden", "weight")):
+            yield score(rows, dtype, needs=needs, **given)
+        recompute = given | {"options": {"schedule": "recompute"}}
+        yield score(rows, dtype, differentiated=("logp", "lse"), **recompute)
+        yield score(rows, dtype, **recompute)
+        if outputs == OUTPUTS:
+            yield score(rows, dtype, differentiated=("logp", "entropy"), **recompute)
+            yield score(rows, dtype, differentiated=("logp", "entropy", "lse"), **recompute)
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    recorder = Recorder(capability)
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"triton": triton.__version__}
+    for element, dtype in DTYPES.items():
+        compiled = {key_of_variant(one) for one in resources.variants(capability, element)}
+        of_case: dict[str, Any] = {}
+        for name, case in CASES.items():
+            forms: dict[str, set[Launch]] = {}
+            for rows in range(1, 65):
+                case(rows, dtype)
+                for launch in recorder.take():
+                    forms.setdefault(launch[0], set()).add(launch)
+            of_case[name] = {kernel: sorted(some) for kernel, some in forms.items()}
+        for tf32 in (False, True) if element == "fp32" else (False,):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            for _ in all_flags(48, dtype):
+                pass
+        launched = set(recorder.take())
+        launched |= {one for forms in of_case.values() for some in forms.values() for one in some}
+        found[element] = {
+            "forms": of_case,
+            "launched": len(launched),
+            "not compiled": sorted(launched - compiled),
+        }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

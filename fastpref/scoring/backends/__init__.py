@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
-from .choice import Size, by_speed
+from . import verdict
+from .choice import Size
 
 
 class UpstreamGradient(NamedTuple):
@@ -118,13 +119,14 @@ def unavailable_reason(name: str, device_type: str) -> str | None:
 def choose(name: str, device: torch.device, size: Size) -> str:
     """The backend that serves ``name`` for a projection of ``size`` on ``device``.
 
+    Launches nothing. On a GPU ``auto`` takes the fused kernels only by a verdict of ``tune``.
+
     Raises ValueError with the reason when a named one cannot.
     """
     if name == "auto":
         wanted = ["cpp"]
         if device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            wanted = by_speed(10 * major + minor, size)
+            wanted = ["triton"] if verdict.verdict(device, size) == "triton" else []
         serving = (one for one in wanted if unavailable_reason(one, device.type) is None)
         return next(serving, "torch")
     reason = unavailable_reason(name, device.type)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lora, vocab_parallel
+from . import canary, lora, vocab_parallel
 from .backward import Gradients, Upstream, backward
 from .forward import Kept, Run, forward
 from .request import Call, Parameters
@@ -73,6 +73,7 @@ def run_forward(
         target = call.packing.gather(call.target.reshape(-1))
         run = Run(head, call.plan, call.backend, call.request.group)
         scores, kept = forward(run, rows, target, call.request.outputs)
+        canary.watch(call, head, rows, target, scores.logp)
         spread = (None if value is None else _unpacked(value, call) for value in scores)
         return TokenScores._make(spread), kept, head
 

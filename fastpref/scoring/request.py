@@ -91,6 +91,11 @@ class Request:
     def needs_grad(self) -> bool:
         return self.needs_hidden or self.needs_weight or self.needs_bias
 
+    @property
+    def heavy(self) -> bool:
+        """Whether a fused epilogue has more to do than to add up exponentials."""
+        return needs_statistics(self.outputs) or self.map.cap != 0
+
     def columns_of(self, parameters: Parameters) -> int:
         """Rows of the weight in use."""
         return parameters.weight.shape[0] if self.columns is None else self.columns
@@ -312,10 +317,9 @@ def make_problem(
     tuned: bool,
 ) -> Problem:
     dtype, device = request.dtype, hidden.device
-    heavy = needs_statistics(request.outputs) or request.map.cap != 0
     # Ranks may have been tuned apart, and their plans must agree: each chunk has its collectives.
     static = not tuned or request.group is not None
-    size = Size(dtype, scored, parameters.inner_size, shard.widest, heavy, static)
+    size = Size(dtype, scored, parameters.inner_size, shard.widest, request.heavy, static)
     name = backends.choose(request.options.backend, device, size)
     backend = backends.load(name)
     return Problem(

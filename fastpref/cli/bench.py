@@ -23,6 +23,8 @@ from ..bench.experiment import MODES, Case
 from ..bench.suites import SUITES
 from ..bench.work import MODELS, Shape
 from ..bench.worker import Worker
+from .progress import clear as _clear
+from .progress import progress as _progress
 
 T = TypeVar("T")
 
@@ -328,17 +330,3 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
         print(f'no pictures: {error}; install "fastpref[bench]"', file=sys.stderr)
     for path in written:
         print(f"written to {path}")
-
-
-def _progress(before: str) -> Callable[[str], None]:
-    """Says what runs on one line that rewrites itself on a terminal; nothing into a file."""
-
-    def say(text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{before}{text}", end="", file=sys.stderr, flush=True)
-
-    return say
-
-
-def _clear() -> None:
-    _progress("")("")

@@ -31,6 +31,7 @@ BACKENDS: tuple[Backend, ...] = ("torch", "cpp", "triton", "cuda")
 # Name, when it is read, meaning.
 VARIABLES = (
     ("FASTPREF_CPU_CAPABILITY", "run", "baseline, avx2 or avx512: lowers the CPU instruction set"),
+    ("FASTPREF_CACHE_DIR", "run", "where verdicts of `tune` lie; otherwise fastpref/ in ~/.cache"),
     ("FASTPREF_SKIP_EXT", "build", "1: build no compiled library"),
     ("FASTPREF_FORCE_EXT", "build", "1: fail where the compiled library cannot be built"),
     ("FASTPREF_BUILD_CUDA", "build", "auto, 0 or 1: CUDA sources where nvcc works, never, always"),
@@ -69,6 +70,7 @@ def collect() -> Report:
         "cpu": _cpu,
         "gpus": _gpus,
         "backends": _backends,
+        "tuning": _tuning,
         "environment": _environment,
         "self_check": _self_check,
     }
@@ -154,6 +156,12 @@ def _backends() -> Report:
         device: {name: unavailable_reason(name, device) or "available" for name in BACKENDS}
         for device in _device_types()
     }
+
+
+def _tuning() -> Report:
+    from ..scoring.backends import verdict
+
+    return {"verdicts": verdict.describe()}
 
 
 def _environment() -> Report:

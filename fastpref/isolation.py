@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 Say = Callable[[str], None]
+STARTING = 180.0  # seconds within which a process has imported torch, from a slow disk
 
 
 class Lost(Exception):
@@ -23,6 +24,7 @@ class Lost(Exception):
 
 def serve(connection: Connection, answer: Callable[[Any, Say], Any]) -> None:
     """In the process: answers each request; meanwhile ``answer`` says what it is doing."""
+    connection.send(("ready", ""))
 
     def say(text: str) -> None:
         connection.send(("doing", text))
@@ -40,12 +42,13 @@ def serve(connection: Connection, answer: Callable[[Any, Say], Any]) -> None:
 
 class Isolated:
     """A process in which ``target`` serves; it ends when it fails or is silent for ``patience``
-    seconds, and is started again for the next request."""
+    seconds once it has begun, and is started again for the next request."""
 
     def __init__(self, target: Callable[[Connection], None], patience: float) -> None:
         self.target, self.patience = target, patience
         self.process: BaseProcess | None = None
         self.connection: Connection | None = None
+        self.begun = False
 
     def ask(self, request: object, progress: Say) -> Any:
         """The answer.
@@ -57,8 +60,11 @@ class Isolated:
         try:
             connection = self._connection()
             connection.send(request)
-            while connection.poll(self.patience):
+            while connection.poll(self.patience if self.begun else STARTING):
                 kind, said = connection.recv()
+                self.begun = True
+                if kind == "ready":
+                    continue
                 if kind == "done":
                     return said
                 if kind == "failed":
@@ -88,3 +94,4 @@ class Isolated:
         if self.connection is not None:
             self.connection.close()
         self.process = self.connection = None
+        self.begun = False

@@ -80,6 +80,20 @@ def test_right_kernels_pass(
     assert 0 < float(last.excess) < 0.5
 
 
+@pytest.mark.skipif(
+    backends.unavailable_reason("triton", "cpu") is not None, reason="Triton's interpreter is off"
+)
+def test_the_fused_kernels_pass_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canary, "WATCH", canary.Watch())
+    monkeypatch.setattr(backends, "choose", lambda *_: "triton")
+    case = make_case(dtype=torch.float16, rows=70, hidden=16, vocab=300, bias=True)
+    for _ in range(2):
+        score(case)
+    (last,) = canary.WATCH.pending
+    # Their logits are not rounded to 16 bits.
+    assert 0 < float(last.excess) < 0.01
+
+
 @pytest.mark.parametrize("off", [1.0, -0.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_kernels_are_found_out_at_the_next_call(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpref.scoring import linear_logprob
+from fastpref.scoring.backends import unavailable_reason
 from fastpref.scoring.types import TokenScores
 from fastpref.tuning import checks
 from fastpref.tuning.checks import CHECKS, Error, Setting
@@ -32,6 +33,15 @@ def test_right_tiers_pass(name: str, tier: str, dtype: str) -> None:
     for width in (16, 23):
         found = checks.check(Setting("cpu", dtype, width, 300), name, tier)
         assert found.fine and found.error > 0, str(found)
+
+
+@pytest.mark.skipif(
+    unavailable_reason("triton", "cpu") is not None, reason="Triton's interpreter is off"
+)
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_fused_kernels_pass_in_the_interpreter(name: str) -> None:
+    found = checks.check(Setting("cpu", "float16", 32, 300), name, "triton")
+    assert found.fine and found.error > 0, str(found)
 
 
 def scaled(scores: TokenScores, name: str, by: float) -> TokenScores:

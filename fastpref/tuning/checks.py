@@ -137,9 +137,8 @@ def _row_by_row(values: Tensor, exact: Tensor) -> float:
 NORMS = {"largest": _largest, "rms": _root_mean_square, "row by row": _row_by_row}
 
 
-def _badness(one: Error) -> float:
-    ratio = one.error / one.allowed if one.allowed else one.error
-    return ratio if ratio == ratio else float("inf")
+def _badness(one: Error) -> tuple[bool, float]:
+    return not one.fine, one.error / one.allowed if one.allowed else one.error
 
 
 def _top1_error(found: Tensor, inputs: Inputs, rows: slice) -> Error:

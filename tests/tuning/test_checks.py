@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -125,6 +126,8 @@ def test_at_their_true_size_there_are_two_waves_of_tiles() -> None:
         assert case.rows // 128 * (case.vocab // 256) > 1.8 * 192
 
 
-def test_an_error_that_is_no_number_is_not_fine() -> None:
-    assert not Error("logp", float("nan"), 1.0).fine
-    assert max([Error("a", 0.5, 1.0), Error("b", float("nan"), 1.0)], key=checks._badness)[0] == "b"
+@pytest.mark.parametrize("wrong", [Error("b", float("nan"), 1.0), Error("b", 0.01, 0.0)])
+def test_what_is_wrong_hides_behind_nothing(wrong: Error) -> None:
+    assert not wrong.fine
+    for errors in itertools.permutations([Error("a", 0.5, 1.0), wrong, Error("c", 0.9, 1.0)]):
+        assert max(errors, key=checks._badness) == wrong

@@ -16,13 +16,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..bench import choice, gpu, machine, memory, pictures, scaling
+from ..bench import gpu, machine, memory, pictures, scaling
 from ..bench import report as reporting
 from ..bench.cases import measure
 from ..bench.experiment import MODES, Case
 from ..bench.suites import SUITES
 from ..bench.work import MODELS, Shape
 from ..bench.worker import Worker
+from .progress import clear as _clear
+from .progress import progress as _progress
 
 T = TypeVar("T")
 
@@ -47,11 +49,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--suite",
-        choices=("cases", "scaling", "gpu", "choice"),
+        choices=("cases", "scaling", "gpu"),
         default="cases",
         help="cases: what the options below name (default); the others take --rounds, --quick and "
         "--out alone. scaling: growth with N, V "
-        "and H. gpu: what `make gpu` measures. choice: the table for backend='auto' on CUDA",
+        "and H. gpu: what `make gpu` measures",
     )
     parser.add_argument(
         "--what",
@@ -119,13 +121,13 @@ def run(args: argparse.Namespace) -> int:
     if nothing is not None:
         print(nothing, file=sys.stderr)
         return 2
-    device = "cuda" if args.suite in ("gpu", "choice") else args.device
+    device = "cuda" if args.suite == "gpu" else args.device
     if device == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr)
         return 1
     run = _Run(args, device)
     print(machine.headline(run.report["machine"]), flush=True)
-    {"cases": run.cases, "scaling": run.scaling, "gpu": run.gpu, "choice": run.choice}[args.suite]()
+    {"cases": run.cases, "scaling": run.scaling, "gpu": run.gpu}[args.suite]()
     return 0
 
 
@@ -220,17 +222,6 @@ class _Run:
             _clear()
             print("\n" + reporting.terminal_curve(axis, rows), flush=True)
         self._write()
-
-    def choice(self) -> None:
-        major, minor = torch.cuda.get_device_capability()
-        table = []
-        for case in itertools.islice(choice.cases("cuda"), 2 if self.args.quick else None):
-            progress = _progress(f"{case.dtype}, {case.shape}")
-            table.append(choice.entry(case, 10 * major + minor, self.rounds, progress))
-            print(f"  {table[-1]}", flush=True)
-            if self.args.out is not None:
-                path = self.args.out / "choice.json"
-                path.write_text(json.dumps(table, indent=1) + "\n")
 
     def _measure(self, cases: Iterable[tuple[Case, bool]]) -> None:
         """The cases, and of each whether to run candidates that compile themselves first."""
@@ -339,17 +330,3 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
         print(f'no pictures: {error}; install "fastpref[bench]"', file=sys.stderr)
     for path in written:
         print(f"written to {path}")
-
-
-def _progress(before: str) -> Callable[[str], None]:
-    """Says what runs on one line that rewrites itself on a terminal; nothing into a file."""
-
-    def say(text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{before}{text}", end="", file=sys.stderr, flush=True)
-
-    return say
-
-
-def _clear() -> None:
-    _progress("")("")

@@ -31,6 +31,7 @@ BACKENDS: tuple[Backend, ...] = ("torch", "cpp", "rows", "triton", "cuda")
 # Name, when it is read, meaning.
 VARIABLES = (
     ("FASTPREF_CPU_CAPABILITY", "run", "baseline, avx2 or avx512: lowers the CPU instruction set"),
+    ("FASTPREF_CACHE_DIR", "run", "where verdicts of `tune` lie; otherwise fastpref/ in ~/.cache"),
     ("FASTPREF_SKIP_EXT", "build", "1: build no compiled library"),
     ("FASTPREF_FORCE_EXT", "build", "1: fail where the compiled library cannot be built"),
     ("FASTPREF_BUILD_CUDA", "build", "auto, 0 or 1: CUDA sources where nvcc works, never, always"),
@@ -70,6 +71,7 @@ def collect() -> Report:
         "gpus": _gpus,
         "backends": _backends,
         "tiers": _tiers,
+        "tuning": _tuning,
         "environment": _environment,
         "self_check": _self_check,
     }
@@ -181,6 +183,12 @@ def _tiers() -> Report:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         report[str(device)] = tier + (f" ({why})" if why else "")
     return report
+
+
+def _tuning() -> Report:
+    from ..scoring.backends import verdict
+
+    return {"verdicts": verdict.describe()}
 
 
 def _environment() -> Report:

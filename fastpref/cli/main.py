@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "a preference training inside TRL, stock against fastpref",
     "objectives": "every objective with its formula, its paper and what it needs",
     "kernels": "registers, shared memory and matrix instructions of the Triton kernels",
+    "tune": "check and time the kernels on this GPU, for backend='auto' to choose by",
     "bench": "measure fastpref against the alternatives",
 }
 

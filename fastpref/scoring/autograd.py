@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import lora, vocab_parallel
+from . import canary, lora, vocab_parallel
 from .backward import Gradients, Upstream, backward
 from .forward import Kept, Run, forward
 from .reductions import full_precision_reductions
@@ -85,6 +85,7 @@ def run_forward(call: Call, hidden: Tensor, parameters: Parameters) -> Scored:
         target = call.packing.gather(call.target.reshape(-1))
         run = Run(head, plan, call.backend, call.request.group, call.mean_row(head))
         scores, kept = forward(run, rows, target, call.request.outputs)
+        canary.watch(call, head, rows, target, scores.logp)
         spread = (None if value is None else _unpacked(value, call) for value in scores)
         return Scored(TokenScores._make(spread), kept, head, plan)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import canary
 from .autograd import (
     by_parameter,
     like_parameters,
@@ -297,6 +298,7 @@ class _OnePass:
         """
         own = self.call.target.view(-1).index_select(0, at)
         found, kept = forward(run, rows, own, self.call.request.outputs)
+        canary.watch(self.call, run.head, rows, own, found.logp)
         for total, part in zip(scores, found, strict=True):
             if total is not None and part is not None:
                 total.view(-1).index_copy_(0, at, part)

@@ -92,6 +92,11 @@ class Request:
     def needs_grad(self) -> bool:
         return self.needs_hidden or self.needs_weight or self.needs_bias
 
+    @property
+    def heavy(self) -> bool:
+        """Whether a fused epilogue has more to do than to add up exponentials."""
+        return needs_statistics(self.outputs) or self.map.cap != 0
+
     def columns_of(self, parameters: Parameters) -> int:
         """Rows of the weight in use."""
         return parameters.weight.shape[0] if self.columns is None else self.columns
@@ -210,6 +215,11 @@ class Call:
     def backend(self) -> RowBackend:
         return backends.load(self.plan.backend)
 
+    @property
+    def tuned(self) -> bool:
+        """Whether a verdict of ``python -m fastpref tune`` chose the backend."""
+        return self.request.options.backend == "auto" and self.plan.backend == "triton"
+
 
 def prepare(
     hidden: Tensor, weight: Tensor, target: Tensor, **arguments: Any
@@ -288,22 +298,35 @@ def plan_target(
 
 
 def plan_call(
-    request: Request, hidden: Tensor, parameters: Parameters, target: Tensor, packing: Packing
+    request: Request,
+    hidden: Tensor,
+    parameters: Parameters,
+    target: Tensor,
+    packing: Packing,
+    tuned: bool = True,
 ) -> Call:
-    """How ``request`` runs on the positions that ``packing`` names."""
+    """How ``request`` runs on the positions that ``packing`` names; ``tuned`` lets ``auto`` heed
+    what was tuned on this machine."""
     columns = request.columns_of(parameters)
     shard = vocab_parallel.shard_range(request.group, columns, hidden.device)
-    problem = make_problem(request, hidden, parameters, packing.scored, shard)
+    problem = make_problem(request, hidden, parameters, packing.scored, shard, tuned)
     plan = choose(problem, request.options)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.
     return Call(request, target.clone(), packing, plan, shard)
 
 
 def make_problem(
-    request: Request, hidden: Tensor, parameters: Parameters, scored: int, shard: Shard
+    request: Request,
+    hidden: Tensor,
+    parameters: Parameters,
+    scored: int,
+    shard: Shard,
+    tuned: bool,
 ) -> Problem:
     dtype, device = request.dtype, hidden.device
-    size = Size(dtype, scored, parameters.inner_size, shard.widest)
+    # Ranks may have been tuned apart, and their plans must agree: each chunk has its collectives.
+    static = not tuned or request.group is not None
+    size = Size(dtype, scored, parameters.inner_size, shard.widest, request.heavy, static)
     name = backends.choose(request.options.backend, device, size)
     backend = backends.load(name)
     return Problem(

@@ -195,7 +195,8 @@ class Question(NamedTuple):
         # The schedules of a single head mean something else.
         alone = replace(options, schedule="auto")
         ours, theirs = (
-            plan_call(replace(request, options=alone), *model, self.target, packing)
+            # What is tuned is the product of one head.
+            plan_call(replace(request, options=alone), *model, self.target, packing, tuned=False)
             for request, model in ((self.student, student), (self.teacher, teacher))
         )
         return TwoHeads(ours, theirs, _plan(ours.plan, theirs.plan, options))

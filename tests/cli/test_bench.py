@@ -210,7 +210,7 @@ def test_wrong_arguments(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("given", [("--suite", "gpu"), ("--suite", "choice"), ("--device", "cuda")])
+@pytest.mark.parametrize("given", [("--suite", "gpu"), ("--device", "cuda")])
 def test_without_a_gpu_the_command_says_so(
     given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,8 @@ def test_command_prints_json_that_says_what_is_there() -> None:
 def test_text_has_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     lines = capsys.readouterr().out.splitlines()
-    for heading in ("versions", "libraries", "build", "cpu", "gpus", "backends", "environment"):
+    sections = ("versions", "libraries", "build", "cpu", "gpus", "backends", "tuning")
+    for heading in (*sections, "environment"):
         assert heading in lines
     assert lines[-1].startswith("self-check: OK")
 
@@ -54,7 +55,9 @@ def test_packages_that_are_absent_are_said_to_be(monkeypatch: pytest.MonkeyPatch
     assert versions["pytest"] == pytest.__version__
 
 
-@pytest.mark.parametrize("section", ["versions", "libraries", "build", "cpu", "gpus", "backends"])
+@pytest.mark.parametrize(
+    "section", ["versions", "libraries", "build", "cpu", "gpus", "backends", "tuning"]
+)
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_failing_probe_leaves_the_rest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], section: str, as_json: bool
@@ -103,6 +106,11 @@ def test_environment_lists_values(monkeypatch: pytest.MonkeyPatch) -> None:
     report = env._environment()
     assert report["FASTPREF_CPU_CAPABILITY"]["value"] == "avx2"
     assert report["MAX_JOBS"]["value"] is None
+
+
+def test_verdicts_are_said_where_they_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTPREF_CACHE_DIR", str(tmp_path))
+    assert env._tuning()["verdicts"].startswith(f"{tmp_path};")
 
 
 def test_environment_knows_every_variable_of_the_sources() -> None:

@@ -12,8 +12,7 @@ import torch
 
 from fastpref import ScoringOptions
 from fastpref.scoring import backends
-from fastpref.scoring.backends import choice
-from fastpref.scoring.backends.choice import Entry, Size
+from fastpref.scoring.backends.choice import Size
 from fastpref.scoring.types import OUTPUTS
 from tests.scoring.cases import BACKENDS, DTYPES, make_case, run, upstream_of
 
@@ -112,49 +111,6 @@ def test_choice(monkeypatch):
         assert backends.unavailable_reason(name, "cpu")
         with pytest.raises(ValueError, match=name):
             backends.choose(name, cpu, SIZE)
-
-
-GPU_TABLE = (
-    Entry(90, Size(torch.bfloat16, 1024, 1024, 32000), {"cuda": 1.0, "triton": 2.0, "torch": 3.0}),
-    Entry(90, Size(torch.bfloat16, 8192, 4096, 128256), {"cuda": 9.0, "triton": 8.0, "torch": 9.5}),
-)
-
-
-@pytest.mark.parametrize(
-    "capability, size, expected",
-    [
-        (90, (torch.bfloat16, 900, 1024, 32000), ["cuda", "triton", "torch"]),
-        (90, (torch.bfloat16, 8000, 4096, 100000), ["triton", "cuda", "torch"]),
-        (90, (torch.bfloat16, 0, 1, 1), ["cuda", "triton", "torch"]),
-        (90, (torch.float32, 1024, 1024, 32000), ["torch"]),
-        (80, (torch.bfloat16, 1024, 1024, 32000), ["torch"]),
-    ],
-)
-def test_the_nearest_measured_size_decides(monkeypatch, capability, size, expected):
-    monkeypatch.setattr(choice, "measured", lambda: GPU_TABLE)
-    assert choice.by_speed(capability, Size(*size)) == expected
-
-
-def test_auto_takes_the_fastest_that_serves(monkeypatch):
-    monkeypatch.setattr(choice, "measured", lambda: GPU_TABLE)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    gpu, size = torch.device("cuda"), Size(torch.bfloat16, 1024, 1024, 32000)
-    for absent, expected in (({}, "cuda"), ({"cuda"}, "triton"), ({"cuda", "triton"}, "torch")):
-        monkeypatch.setattr(
-            backends,
-            "unavailable_reason",
-            lambda name, device, absent=absent: "absent" if name in absent else None,
-        )
-        assert backends.choose("auto", gpu, size) == expected
-
-
-def test_the_shipped_table_is_readable():
-    for entry in choice.measured():
-        assert entry.capability in (80, 90, 100) and set(entry.milliseconds) <= {
-            "torch",
-            "cuda",
-            "triton",
-        }
 
 
 def test_without_compiled_operators(monkeypatch):

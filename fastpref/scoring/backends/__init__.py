@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
+from . import verdict
 from .choice import Size
 
 
@@ -128,15 +129,17 @@ def next_tier(name: str, device_type: str) -> tuple[str, RowBackend]:
 
 
 def choose(name: str, device: torch.device, size: Size) -> str:
-    """The backend that serves ``name`` for a projection of ``size`` on ``device``. Launches
-    nothing.
+    """The backend that serves ``name`` for a projection of ``size`` on ``device``.
+
+    Launches nothing. On a GPU ``auto`` takes the fused kernels only by a verdict of ``tune``.
 
     Raises ValueError with the reason when a named one cannot.
     """
     if name == "auto":
         wanted: tuple[str, ...] = ("cpp",)
         if device.type == "cuda":
-            wanted = TIERS[1:]
+            tuned = verdict.verdict(device, size) == "triton"
+            wanted = TIERS if tuned else TIERS[1:]
         serving = (one for one in wanted if unavailable_reason(one, device.type) is None)
         return next(serving, "torch")
     reason = unavailable_reason(name, device.type)

@@ -13,9 +13,7 @@ using Kernel = void (*)(Arguments...);
 
 template <class... Arguments>
 void run(const Kernel<Arguments...>* kernels, int element, int64_t rows, bool backwards, Arguments... arguments) {
-  for (int64_t row = 0; row < rows; ++row) {
-    host::run_block(row, kThreads, backwards, [=] { kernels[element](arguments...); });
-  }
+  host::run_grid(rows, kThreads, backwards, [=] { kernels[element](arguments...); });
 }
 
 template <class... Arguments>
@@ -65,9 +63,8 @@ extern "C" void target_logits(int element, const cpu::TargetLogits* call, int64_
 extern "C" void settle_rows(int element, const cpu::SettleRows* call, bool backwards) {
   const Kernel<cpu::SettleRows> kernels[] = {settle_rows_kernel<double>, settle_rows_kernel<float>,
                                              settle_rows_kernel<__nv_bfloat16>, settle_rows_kernel<__half>};
-  for (int64_t block = 0; block * kSettleThreads < call->rows; ++block) {
-    host::run_block(block, kSettleThreads, backwards, [=] { kernels[element](*call); });
-  }
+  const int64_t blocks = (call->rows + kSettleThreads - 1) / kSettleThreads;
+  host::run_grid(blocks, kSettleThreads, backwards, [=] { kernels[element](*call); });
 }
 
 extern "C" void scale_rows(int element, const cpu::ScaleRows* call, int64_t rows, bool backwards) {

@@ -174,13 +174,44 @@ void run_cluster(unsigned first, int blocks, int size, bool backwards, Body call
 }
 }  // namespace host
 
+namespace host {
+#ifdef FASTPREF_COUNT_ACCESSES
+// How often each 16-bit element of some memory was read and written. A thread has elements of its own.
+struct Accesses {
+  const void* first;
+  int64_t count;
+  int* reads;
+  int* writes;
+};
+inline Accesses accesses;
+
+struct Counted {
+  Counted() = default;
+  Counted(const Counted& from) { count(accesses.reads, &from); }
+  Counted& operator=(const Counted& from) {
+    count(accesses.reads, &from);
+    count(accesses.writes, this);
+    return *this;
+  }
+
+ private:
+  static void count(int* counts, const Counted* at) {
+    const uintptr_t distance = reinterpret_cast<uintptr_t>(at) - reinterpret_cast<uintptr_t>(accesses.first);
+    if (distance / 2 < static_cast<uintptr_t>(accesses.count)) ++counts[distance / 2];
+  }
+};
+#else
+struct Counted {};
+#endif
+}  // namespace host
+
 #define threadIdx host::current_thread()
 #define blockIdx host::block_index
 
-struct __nv_bfloat16 {
+struct __nv_bfloat16 : host::Counted {
   host::BFloat16 value;
 };
-struct __half {
+struct __half : host::Counted {
   host::Float16 value;
 };
 inline float __bfloat162float(__nv_bfloat16 x) { return host::load(x.value); }
@@ -197,7 +228,10 @@ inline __half __float2half_rn(float x) {
 }
 
 // Asynchronous copies come at once: a wait that is missing is not seen.
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) { memcpy(to, from, size); }
+template <class Whole>
+void __pipeline_memcpy_async(void* to, const Whole* from, size_t) {
+  *static_cast<Whole*>(to) = *from;
+}
 inline void __pipeline_commit() {}
 inline void __pipeline_wait_prior(int) {}
 

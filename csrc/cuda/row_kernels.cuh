@@ -7,7 +7,7 @@
 // anchor stops writing, at that piece, for the rest of the row, and only looks for the maximum. If any thread of the
 // block did, each then goes over its own pieces again: those before its stop hold exponentials, at most e^kGuard, and
 // are scaled to the new anchor; those after it hold products still. An ordinary row is read once and written once, and
-// a moved one twice.
+// a moved one twice; halves are written once, after one more read.
 //
 // A thread only ever touches its own pieces, so the passes over a row need no barrier between them.
 //

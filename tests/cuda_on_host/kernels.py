@@ -29,17 +29,47 @@ def unavailable_reason() -> str | None:
     return None if CSRC.exists() else "not run from a checkout"
 
 
-def compile_library(directory: Path, name: str) -> ctypes.CDLL:
+def compile_library(
+    directory: Path, name: str, csrc: Path = CSRC, flags: tuple[str, ...] = ()
+) -> ctypes.CDLL:
     """The functions of ``name``.cpp beside this file."""
+    return ctypes.CDLL(str(build_library(directory, name, csrc, flags)))
+
+
+def build_library(
+    directory: Path, name: str, csrc: Path = CSRC, flags: tuple[str, ...] = ()
+) -> Path:
     library = directory / f"{name}.so"
     command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread"]
-    # What is shared in a block is thread-local here, and needs no initialisation.
-    command += ["-fno-extern-tls-init", f"-I{HERE}", f"-I{CSRC}"]
+    # What is shared in a block is thread-local here, and needs no initialisation. No library shares
+    # it with another.
+    command += ["-fno-extern-tls-init", "-fno-gnu-unique", f"-I{HERE}", f"-I{csrc}", *flags]
     command += [str(HERE / f"{name}.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
-    return ctypes.CDLL(str(library))
+    return library
+
+
+class Change(NamedTuple):
+    """To a file of csrc/cuda, where ``before`` occurs once."""
+
+    file: str
+    before: str
+    after: str
+
+
+def changed_sources(directory: Path, changes: Iterable[Change]) -> Path:
+    """A copy of csrc with the changes, for compile_library."""
+    csrc = directory / "csrc"
+    shutil.copytree(CSRC, csrc)
+    for file, before, after in changes:
+        path = csrc / "cuda" / file
+        text = path.read_text(encoding="utf-8")
+        if text.count(before) != 1:
+            raise ValueError(f"{file} has {before!r} {text.count(before)} times, expected once")
+        path.write_text(text.replace(before, after), encoding="utf-8")
+    return csrc
 
 
 def compile_kernels(directory: Path) -> "Kernels":

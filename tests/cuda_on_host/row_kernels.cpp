@@ -13,9 +13,7 @@ using Kernel = void (*)(Arguments...);
 
 template <class... Arguments>
 void run(const Kernel<Arguments...>* kernels, int element, int64_t rows, bool backwards, Arguments... arguments) {
-  for (int64_t row = 0; row < rows; ++row) {
-    host::run_block(row, kThreads, backwards, [=] { kernels[element](arguments...); });
-  }
+  host::run_grid(rows, kThreads, backwards, [=] { kernels[element](arguments...); });
 }
 
 template <class... Arguments>
@@ -50,6 +48,12 @@ extern "C" void exp_rows_cluster(int element, const cpu::ExpRows* call, int bloc
   run_clusters(call->best_index == nullptr ? sums : all, element, call->tile.rows, blocks, backwards, *call);
 }
 
+#ifdef FASTPREF_COUNT_ACCESSES
+extern "C" void count_accesses(const void* first, int64_t count, int* reads, int* writes) {
+  host::accesses = {first, count, reads, writes};
+}
+#endif
+
 extern "C" void logit_grad(int element, const cpu::LogitGrad* call, bool backwards) {
   const Kernel<cpu::LogitGrad> kernels[] = {logit_grad_kernel<double>, logit_grad_kernel<float>,
                                             logit_grad_kernel<__nv_bfloat16>, logit_grad_kernel<__half>};
@@ -65,9 +69,8 @@ extern "C" void target_logits(int element, const cpu::TargetLogits* call, int64_
 extern "C" void settle_rows(int element, const cpu::SettleRows* call, bool backwards) {
   const Kernel<cpu::SettleRows> kernels[] = {settle_rows_kernel<double>, settle_rows_kernel<float>,
                                              settle_rows_kernel<__nv_bfloat16>, settle_rows_kernel<__half>};
-  for (int64_t block = 0; block * kSettleThreads < call->rows; ++block) {
-    host::run_block(block, kSettleThreads, backwards, [=] { kernels[element](*call); });
-  }
+  const int64_t blocks = (call->rows + kSettleThreads - 1) / kSettleThreads;
+  host::run_grid(blocks, kSettleThreads, backwards, [=] { kernels[element](*call); });
 }
 
 extern "C" void scale_rows(int element, const cpu::ScaleRows* call, int64_t rows, bool backwards) {

@@ -9,7 +9,5 @@ using namespace fastpref::cuda;
 extern "C" void sequence_sums(int element, const SequenceSums* call, int64_t sequences, bool backwards) {
   void (*const kernels[])(SequenceSums) = {sequence_sums_kernel<double>, sequence_sums_kernel<float>,
                                            sequence_sums_kernel<__nv_bfloat16>, sequence_sums_kernel<__half>};
-  for (int64_t b = 0; b < sequences; ++b) {
-    host::run_block(b, kThreads, backwards, [=] { kernels[element](*call); });
-  }
+  host::run_grid(sequences, kThreads, backwards, [=] { kernels[element](*call); });
 }

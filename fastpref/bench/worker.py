@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases in a process of their own: after an error a CUDA device answers nothing more to the process
-that made it, and a kernel that hangs never returns. Neither must cost the cases after it."""
+"""Calls in a process of their own: after an error a CUDA device answers nothing more to the process
+that made it, and a kernel that hangs never returns. Neither must cost what comes after it."""
 
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,33 +19,52 @@ from .experiment import Case
 # Of silence; the longest step is a peer's first run, which compiles.
 PATIENCE = 120.0
 
+Say = Callable[[str], None]
+
+
+class Failed(RuntimeError):
+    """A call failed, died or hung; ``doing`` is what it last said it was doing."""
+
+    def __init__(self, doing: str, reason: str) -> None:
+        super().__init__(f"{doing or 'setting up'}: {reason}")
+        self.doing, self.reason = doing, reason
+
 
 def serve(connection: Connection) -> None:
-    """Answers each request with what it is doing, until it is done or failed."""
+    """Calls the functions it receives, and answers with what each is doing, until it is done or
+    failed."""
     while True:
         try:
-            case, rounds, only, compiling, left_out = connection.recv()
+            function, given = connection.recv()
         except EOFError:
             return
         try:
-            row = measure(
-                case,
-                rounds,
-                lambda text: connection.send(("doing", text)),
-                only,
-                compiling,
-                left_out,
-            )
-            if case.device != "cpu":
+            found = function(*given, lambda text: connection.send(("doing", text)))
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-            connection.send(("done", row))
+            connection.send(("done", found))
         except Exception as error:
             connection.send(("failed", f"{type(error).__name__}: {error}"))
 
 
+def measured(
+    case: Case,
+    rounds: int,
+    only: Collection[str],
+    compiling: bool,
+    left_out: dict[str, str],
+    say: Say,
+) -> dict[str, Any]:
+    return measure(case, rounds, say, only, compiling, left_out)
+
+
 class Worker:
-    """``measure`` of cases.py, in a process that is started again after a failure."""
+    """A process for calls, started again after a failure.
+
+    Args:
+        patience: seconds of silence after which a call is taken for hung.
+    """
 
     def __init__(
         self, patience: float = PATIENCE, target: Callable[[Connection], None] = serve
@@ -52,44 +72,77 @@ class Worker:
         self.patience, self.target = patience, target
         self.process: BaseProcess | None = None
         self.connection: Connection | None = None
+        # By suite: candidates that took the process down once are not tried again.
+        self.left_out: dict[str, dict[str, str]] = {}
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        *given: Any,
+        progress: Say = lambda text: None,
+        until: float | None = None,
+    ) -> Any:
+        """What ``function(*given, say)`` returns there. All three must be picklable.
+
+        Args:
+            until: of ``time.monotonic``.
+
+        Raises:
+            Failed: it raised, its process died, or it was silent for too long.
+            TimeoutError: it was not done by ``until``.
+        """
+        connection = self._connection()
+        connection.send((function, given))
+        doing = ""
+        try:
+            while True:
+                patience = self.patience
+                if until is not None:
+                    patience = min(patience, until - time.monotonic())
+                if not connection.poll(max(patience, 0.0)):
+                    if patience < self.patience:
+                        raise TimeoutError(f"cut short while {doing or 'setting up'}")
+                    raise Failed(doing, f"no answer for {self.patience:.0f} s")
+                kind, said = connection.recv()
+                if kind == "done":
+                    return said
+                if kind == "failed":
+                    raise Failed(doing, said)
+                doing = said
+                progress(said)
+        except (EOFError, ConnectionError):
+            self.close()
+            raise Failed(doing, "its process died") from None
+        except BaseException:
+            self.close()
+            raise
 
     def measure(
         self,
         case: Case,
         rounds: int,
-        progress: Callable[[str], None],
+        progress: Say,
         only: Collection[str] = (),
         compiling: bool = True,
+        until: float | None = None,
     ) -> dict[str, Any]:
-        """As ``cases.measure``. A candidate that takes the process down is left out, with the
-        reason.
+        """As ``cases.measure``. A candidate that takes the process down is left out of this case
+        and of later ones of its suite, with the reason.
 
         Raises:
-            RuntimeError: the case failed by itself.
+            Failed: the case failed by itself.
+            TimeoutError: as ``call``.
         """
-        left_out: dict[str, str] = {}
+        left_out = self.left_out.setdefault(case.what, {})
         while True:
-            connection = self._connection()
-            connection.send((case, rounds, tuple(only), compiling, left_out))
-            doing, reason = "", f"no answer for {self.patience:.0f} s"
-            while connection.poll(self.patience):
-                try:
-                    kind, said = connection.recv()
-                except EOFError:
-                    reason = "its process died"
-                    break
-                if kind == "done":
-                    return dict(said)
-                if kind == "failed":
-                    reason = said
-                    break
-                doing = said
-                progress(said)
-            self.close()
-            name = doing.removeprefix("checking ")
-            if name == doing or name in left_out:
-                raise RuntimeError(f"{doing or 'setting up'}: {reason}")
-            left_out[name] = reason
+            given = case, rounds, tuple(only), compiling, left_out
+            try:
+                return dict(self.call(measured, *given, progress=progress, until=until))
+            except Failed as failure:
+                name = failure.doing.removeprefix("checking ")
+                if name == failure.doing or name in left_out:
+                    raise
+                left_out[name] = failure.reason
 
     def _connection(self) -> Connection:
         if self.connection is None:

@@ -5,21 +5,22 @@ telling first, each a call that may take its process down."""
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ScoringOptions, linear_divergence, linear_logprob
+from ..scoring.backends.divergences import unavailable_reason as divergence_unavailable
 from ..scoring.reference import reference_scores
 from ..scoring.types import DIFFERENTIABLE, OUTPUTS, Schedule
 from .contract import Named, worst
 from .experiment import Mode
+from .heard import warnings
 from .lanes import Lane
 
 PLAIN = ("logp",)
@@ -81,9 +82,12 @@ CHECKS = {
 def check(name: str, lane: Lane, device: str, say: Callable[[str], None]) -> dict[str, Any]:
     """A row of the report: whether the case ``name`` of ``CHECKS`` keeps the error contract, and
     by what share of it, at which tensor."""
-    said = _said()
+    said = warnings()
     begin = time.perf_counter()
     one = CHECKS[name]
+    away = divergence_unavailable(cast(Any, lane.backend)) if one.divergence else None
+    if away is not None:
+        return {"lane": lane.name, "case": name, "passed": None, "reason": away, "seconds": 0.0}
     if device == "cpu":
         one = replace(one, vocab=min(one.vocab, CPU_VOCAB))
     tensors = _tensors(one, device)
@@ -235,20 +239,3 @@ def _by_hand(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
 def _detached(found: dict[str, Tensor], leaves: Named) -> Named:
     gradients = {f"d {key}": one.grad for key, one in leaves.items() if one.grad is not None}
     return {key: one.detach() for key, one in (found | gradients).items()}
-
-
-class _Heard(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
-@functools.cache
-def _said() -> list[str]:
-    """Warnings of fastpref since the first call in this process: it says a thing once."""
-    heard = _Heard()
-    logging.getLogger("fastpref").addHandler(heard)
-    return heard.said

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from ..kernels import tiles
 
@@ -19,8 +20,8 @@ def unavailable() -> str | None:
 
 @contextlib.contextmanager
 def with_flattened_tiles(flatten: bool = True) -> Iterator[None]:
-    """Every ordinary tile flattened, or none, while the context lasts. Without the field nothing
-    changes."""
+    """Ordinary tiles flattened where the loads of one can pass during the epilogue of another, or
+    none flattened, while the context lasts. Without the field nothing changes."""
     if unavailable() is not None:
         yield
         return
@@ -29,18 +30,17 @@ def with_flattened_tiles(flatten: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        tiles.CHIPS.clear()
         tiles.CHIPS.update(before)
 
 
 def _chip(chip: tiles.Chip, flatten: bool) -> tiles.Chip:
     def changed(table: dict[int, tiles.Tiles]) -> dict[int, tiles.Tiles]:
-        return {
-            size: dataclasses.replace(
-                one,
-                ordinary=dataclasses.replace(one.ordinary, flatten=flatten),
-            )
-            for size, one in table.items()
-        }
+        found = {}
+        for size, pair in table.items():
+            # Products of float32 do not wait for the epilogue.
+            flag: dict[str, Any] = {"flatten": flatten and chip.descriptors and size == 2}
+            ordinary = dataclasses.replace(pair.ordinary, **flag)
+            found[size] = dataclasses.replace(pair, ordinary=ordinary)
+        return found
 
     return dataclasses.replace(chip, plain=changed(chip.plain), heavy=changed(chip.heavy))

@@ -24,7 +24,7 @@ from .worker import Failed, Worker
 # Of a whole call and of the one that runs what it left, from the start of Python to its end.
 SECONDS, MORE_SECONDS = 470.0, 290.0
 # Of them, what a part may take.
-CHECKS_SECONDS, TIMINGS_SECONDS, PROPERTIES_SECONDS = 60.0, 210.0, 45.0
+CHECKS_SECONDS, TIMINGS_SECONDS, PROPERTIES_SECONDS = 60.0, 250.0, 45.0
 TESTS_SECONDS, MEMORY_SECONDS, CASES_SECONDS = 90.0, 40.0, 240.0
 PATIENCE = 50.0  # of silence of a process, which may be compiling
 ROUNDS = {"cpu": 1, "cuda": 10}

@@ -66,31 +66,40 @@ def call_experiment(case: Case) -> Experiment:
 
 
 def _experiment(case: Case, ways: list[Way]) -> Experiment:
-    work, answer = _prepared(replace(case, mode="forward", what=""))
-    exact = functools.partial(_exact, answer, case.mode)
-    pick = functools.partial(_picked, answer)
+    # Whatever the mode and the call.
+    packed = _packed(replace(case, mode="forward", what="head"))
+    exact = functools.partial(_exact, packed.answer, case.mode)
+    pick = functools.partial(_picked, packed.answer)
     candidates = [
         Candidate(
             way.name,
-            functools.partial(_step, way, work, case.mode),
+            functools.partial(_step, way, packed, case.mode),
             exact,
             way.unavailable,
             sampled=pick,
         )
         for way in ways
     ]
-    return Experiment(bare_products(work, case.mode), candidates, work.entropy)
+    limit = bare_products(packed.work, case.mode)
+    return Experiment(limit, candidates, packed.work.entropy)
+
+
+class _Packed(NamedTuple):
+    work: Work
+    hidden: Tensor  # (N, H), the scored rows
+    target: Tensor  # (N,)
+    answer: Callable[[], Sample]
 
 
 # The cases of one shape follow each other.
 @functools.lru_cache(maxsize=1)
-def _prepared(case: Case) -> tuple[Work, Callable[[], Sample]]:
+def _packed(case: Case) -> _Packed:
     work = case.work()
     # The reference model takes no part, and as much memory.
     work = replace(work, ref_hidden=work.hidden, ref_weight=work.weight)
-    return work, functools.cache(
-        lambda: sample(work.rows(work.hidden), work.weight, work.target.flatten()[work.positions])
-    )
+    hidden, target = work.rows(work.hidden), work.target.flatten()[work.positions]
+    answer = functools.cache(lambda: sample(hidden, work.weight, target))
+    return _Packed(work, hidden, target, answer)
 
 
 def _exact(answer: Callable[[], Sample], mode: Mode) -> Outcome:
@@ -113,12 +122,11 @@ def _picked(answer: Callable[[], Sample], outcome: Outcome) -> Outcome:
     )
 
 
-def _step(way: Way, work: Work, mode: Mode) -> Outcome:
-    # Views of the batch: with nothing masked its positions are the rows.
-    hidden = work.hidden.detach().flatten(0, 1).requires_grad_(mode != "forward")
-    weight = work.weight.detach().requires_grad_(mode == "trainable head")
+def _step(way: Way, packed: _Packed, mode: Mode) -> Outcome:
+    hidden = packed.hidden.detach().requires_grad_(mode != "forward")
+    weight = packed.work.weight.detach().requires_grad_(mode == "trainable head")
     with torch.set_grad_enabled(mode != "forward"), way.around():
-        loss, scores = way.head(hidden, weight, work.target.flatten())
+        loss, scores = way.head(hidden, weight, packed.target)
         if mode != "forward":
             loss.backward()
     gradients = (one.grad for one in (hidden, weight) if one.grad is not None)

@@ -65,6 +65,7 @@ def terminal_case(case: dict[str, Any]) -> str:
         cost = timings[OVERFLOWING]["ratio"] / timings["fastpref"]["ratio"]
         lines.append(f"  1% overflowing rows cost {cost:.2f}x of the same case without")
     lines += [f"  {name}: not measured, {why}" for name, why in case["skipped"].items()]
+    lines += [f"  fastpref warned: {one}" for one in case.get("warnings", ())]
     return "\n".join(lines)
 
 

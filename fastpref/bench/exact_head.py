@@ -34,9 +34,9 @@ def sample(hidden: Tensor, weight: Tensor, target: Tensor) -> Sample:
     generator = torch.Generator().manual_seed(0)
     # The last ones lie where an index that is too narrow goes astray.
     last = torch.arange(max(count - LAST, 0), count)
-    rows = torch.cat([torch.randperm(count, generator=generator)[:ROWS], last]).unique().to(device)
+    rows = torch.cat([torch.randperm(count, generator=generator)[:ROWS], last]).to(device)
     anywhere = torch.randint(len(weight), (COLUMNS // 2,), generator=generator).to(device)
-    columns = torch.cat([target[: COLUMNS // 2], anywhere]).unique()
+    columns = torch.cat([target[: COLUMNS // 2], anywhere])
 
     wide = hidden[rows].double()
     logits = torch.cat([wide @ slab.double().t() for slab in weight.split(SLAB)], 1)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import memory, pytests
+from . import memory, pytests, worker
 from . import report as reporting
 from .checks import CHECKS, check
 from .drive import Drive, Item, Part
@@ -37,6 +37,17 @@ TINY = Shape(4, 16, 32, 300)
 LOG = "tests.txt"
 
 
+class Found(NamedTuple):
+    reasons: dict[str, str | None]  # why a lane cannot serve, by its name
+    memory: list[str]  # of what is there to measure the memory of
+
+
+def _look(device: str, say: Callable[[str], None]) -> Found:
+    reasons = {lane.name: lane.unavailable(device) for lane in lanes(device)}
+    first = next(memory_cases(device))
+    return Found(reasons, memory.names(first, MEMORY_BUDGET, compiling=False))
+
+
 class Run:
     """The parts of a run on ``device``, whose rows go to ``drive``."""
 
@@ -47,7 +58,8 @@ class Run:
         self.tiny = device == "cpu"
 
     def parts(self) -> list[Part]:
-        serving = self._serving()
+        reasons, of_memory = self._found()
+        serving = self._serving(reasons)
         first, rest = serving[:1], serving[1:]
         found = [
             self._by_lane("check", check, CHECKS, one, CHECKS_SECONDS) for one in (first, rest)
@@ -57,17 +69,30 @@ class Run:
         for one in serving:
             share = PROPERTIES_SECONDS / len(serving)
             found.append(self._by_lane("observe", observe, PROPERTIES, (one,), share))
-        found += [self._tests(), self._memory()]
-        found.append(self._cases("measure", cases(self.device), CASES_SECONDS))
+        found += [self._tests(), self._memory(of_memory)]
+        # Among their peers are some that compile themselves for a minute.
+        given = cases(self.device), CASES_SECONDS, worker.PATIENCE
+        found.append(self._cases("measure", *given))
         return found
 
-    def _serving(self) -> tuple[Lane, ...]:
-        reasons = {lane: lane.unavailable(self.device) for lane in lanes(self.device)}
-        away = {lane.name: reason for lane, reason in reasons.items() if reason is not None}
+    def _found(self) -> Found:
+        """Asked in a process of its own: a library that crashes when it is loaded costs no more
+        than that. Where it does, everything is tried."""
+        process = Worker(PATIENCE)
+        try:
+            return Found(*process.call(_look, self.device))
+        except Failed as failure:
+            print(f"what there is to measure: {failure}")
+            return Found({lane.name: None for lane in lanes(self.device)}, [])
+        finally:
+            process.close()
+
+    def _serving(self, reasons: dict[str, str | None]) -> tuple[Lane, ...]:
+        away = {name: reason for name, reason in reasons.items() if reason is not None}
         self.drive.report["unavailable"] = away
         for name, reason in away.items():
             print(f"fastpref, {name}: not measured, {reason}")
-        return tuple(lane for lane, reason in reasons.items() if reason is None)
+        return tuple(lane for lane in lanes(self.device) if lane.name not in away)
 
     def _by_lane(
         self,
@@ -78,15 +103,15 @@ class Run:
         seconds: float,
     ) -> Part:
         """Each of ``names`` on each of the lanes, which have a process each."""
-        workers = [Worker(PATIENCE) for _ in chosen]
+        processes = [Worker(PATIENCE) for _ in chosen]
 
         def close() -> None:
-            for worker in workers:
-                worker.close()
+            for process in processes:
+                process.close()
 
-        def do(worker: Worker, lane: Lane, name: str, until: float) -> None:
+        def do(process: Worker, lane: Lane, name: str, until: float) -> None:
             try:
-                row = worker.call(function, name, lane, self.device, until=until)
+                row = process.call(function, name, lane, self.device, until=until)
             except Failed as failure:
                 row = {"lane": lane.name, "case": name, "passed": False, "seconds": None}
                 row["reason"] = failure.reason
@@ -94,44 +119,49 @@ class Run:
 
         items = [
             [
-                Item(f"{verb} {lane.name}: {name}", functools.partial(do, worker, lane, name))
+                Item(f"{verb} {lane.name}: {name}", functools.partial(do, process, lane, name))
                 for name in names
             ]
-            for worker, lane in zip(workers, chosen, strict=True)
+            for process, lane in zip(processes, chosen, strict=True)
         ]
         return Part(seconds, items, close)
 
-    def _cases(self, verb: str, chosen: Iterator[tuple[Case, bool]], seconds: float) -> Part:
-        worker = Worker(PATIENCE)
+    def _cases(
+        self,
+        verb: str,
+        chosen: Iterator[tuple[Case, bool]],
+        seconds: float,
+        patience: float = PATIENCE,
+    ) -> Part:
+        process = Worker(patience)
 
         def do(case: Case, compiling: bool, until: float) -> None:
             reason = SUITES[case.what].unavailable
             if reason is not None:
                 raise RuntimeError(reason)
             given = case, self.rounds, self.progress, (), compiling, until
-            row = worker.measure(*given)
+            row = process.measure(*given)
             self.drive.add("cases", row, "\n" + reporting.terminal_case(row))
 
         items = [
             Item(f"{verb} {_name(case)}", functools.partial(do, case, compiling))
             for case, compiling in chosen
         ]
-        return Part(seconds, [items], worker.close)
+        return Part(seconds, [items], process.close)
 
-    def _memory(self) -> Part:
-        worker = Worker(PATIENCE)
+    def _memory(self, names: list[str]) -> Part:
+        process = Worker(PATIENCE)
 
         def do(case: Case, name: str, until: float) -> None:
-            row = worker.call(_memory_row, case, name, until=until)
+            row = process.call(_memory_row, case, name, until=until)
             self.drive.add("memory", row, reporting.terminal_memory([row]).splitlines()[-1])
 
         items = []
         for case in memory_cases(self.device):
-            names = memory.names(case, MEMORY_BUDGET, compiling=False)
             for name in names[:1] if self.tiny else names:
                 said = f"memory {name}, N={case.shape.scored}"
                 items.append(Item(said, functools.partial(do, case, name)))
-        return Part(MEMORY_SECONDS, [items], worker.close)
+        return Part(MEMORY_SECONDS, [items], process.close)
 
     def _tests(self) -> Part:
         log = None if self.drive.folder is None else self.drive.folder / LOG
@@ -220,4 +250,6 @@ def _shape(model: str, masked: float, device: str) -> Shape:
 def passed(report: dict[str, Any]) -> bool:
     """Whether nothing that was checked was wrong."""
     wrong = any(row["passed"] is False for row in report.get("checks", ()))
-    return not wrong and not any(row["exit"] not in (0, None) for row in report.get("tests", ()))
+    return not wrong and not any(
+        row["failed"] or row["exit"] not in (0, None) for row in report.get("tests", ())
+    )

@@ -66,8 +66,8 @@ def run(given: list[str], log: Path | None, seconds: float) -> tuple[dict[str, A
             code: int | None = process.wait(max(seconds, 0.0))
         except subprocess.TimeoutExpired:
             code = None
-            os.killpg(process.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)
                 process.wait(GRACE)
         finally:
             with contextlib.suppress(ProcessLookupError):

@@ -19,7 +19,7 @@ from fastpref.bench import report as reporting
 from fastpref.bench.checks import CHECKS
 from fastpref.bench.drive import Drive, Part
 from fastpref.bench.experiment import MODES, Case
-from fastpref.bench.lanes import Lane
+from fastpref.bench.lanes import Lane, lanes
 from fastpref.bench.suites import SUITES
 from fastpref.bench.work import Shape
 from fastpref.bench.worker import Failed
@@ -56,9 +56,33 @@ def test_the_cases_are_cases() -> None:
     assert [case.shape.scored for case in gpu.memory_cases("cuda")] == list(gpu.TOKENS)
 
 
+def everything(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = gpu.Found({lane.name: None for lane in lanes(device)}, ["fastpref", "plain torch"])
+    monkeypatch.setattr(gpu.Run, "_found", lambda self: there)
+
+
+def aborts(device: str, say: Any) -> None:
+    os.abort()
+
+
+def test_a_library_that_crashes_when_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_look", aborts)
+    drive = Drive({}, tmp_path, 1e9)
+    names = [
+        item.name
+        for part in gpu.Run(drive, "cuda", 1, quietly).parts()
+        for lane in part.lanes
+        for item in lane
+    ]
+    assert drive.report["unavailable"] == {}
+    assert {f"check {lane.name}: bf16" for lane in lanes("cuda")} <= set(names)
+
+
 def plan(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Part]:
     """With everything there."""
-    monkeypatch.setattr(Lane, "unavailable", lambda self, device: None)
+    everything(device, monkeypatch)
     return gpu.Run(Drive({}, tmp_path, 1e9), device, 1, quietly).parts()
 
 
@@ -101,7 +125,7 @@ def test_a_lane_that_dies_or_hangs_costs_its_checks_alone(
             pass
 
     monkeypatch.setattr(gpu, "Worker", Dies)
-    monkeypatch.setattr(Lane, "unavailable", lambda self, device: None)
+    everything("cuda", monkeypatch)
     drive = Drive({}, tmp_path, 1e9)
     drive.run(gpu.Run(drive, "cuda", 1, quietly).parts()[:2])
     rows = drive.report["checks"]

@@ -95,10 +95,13 @@ def test_a_run_that_is_killed_leaves_what_it_had(
     run = Drive({}, tmp_path, 100, clock=clock)
 
     def adds(until: float) -> None:
+        every = dict.fromkeys("abc", drive.NOT_BEGUN)
+        assert drive.earlier(tmp_path) == ({}, every)
         run.add("checks", {"case": "a"}, "a: ok")
+        # Before it is done with, its row is in the file.
+        assert drive.earlier(tmp_path) == ({"checks": [{"case": "a"}]}, every)
 
     def is_killed(until: float) -> None:
-        # Before it is done, the row of the one before is in the file, and this one is left.
         assert drive.earlier(tmp_path) == (
             {"checks": [{"case": "a"}]},
             {"b": drive.NOT_BEGUN, "c": drive.NOT_BEGUN},
@@ -107,7 +110,7 @@ def test_a_run_that_is_killed_leaves_what_it_had(
 
     with pytest.raises(KeyboardInterrupt):
         run.run([Part(100, [[Item("a", adds), Item("b", is_killed), *items(clock, ran, c=1)]])])
-    assert list(drive.earlier(tmp_path)[1]) == ["b", "c"]
+    assert list(drive.earlier(tmp_path)[1]) == ["b", "c"] and "failed" not in run.report
     assert sorted(path.name for path in tmp_path.iterdir()) == [drive.REPORT, drive.LEFT]
 
 

@@ -50,7 +50,8 @@ def add_parser(subparsers: Any) -> None:
         choices=("cases", "scaling", "gpu", "choice"),
         default="cases",
         help="cases: what the options below name (default); the others take --rounds, --out "
-        "and, but for gpu, --quick alone. scaling: growth with N, V and H. gpu: what `make gpu` does, with --device cpu the same on tiny sizes, to try it. "
+        "and, but for gpu, --quick alone. scaling: growth with N, V and H. gpu: what `make gpu` "
+        "does, with --device cpu the same on tiny sizes, to try it. "
         "choice: the table for backend='auto' on CUDA",
     )
     parser.add_argument(

@@ -9,8 +9,13 @@ BENCH_ARGS ?=
 DEMO_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_OUT ?= gpu-results
-# With pytest-xdist there the tests, most of whose time is the compilation of kernels, share the cores.
-GPU_WORKERS ?= $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8)
+# Where `make gpu` left something: in its own folder, unless that was moved.
+GPU_LEFT ?= $(GPU_OUT)
+# Peers to measure against, for a machine that has none and no network.
+GPU_PACK ?= gpu-pack
+GPU := PYTHONPATH="$(abspath $(GPU_PACK))/site:$$PYTHONPATH" PYTHONUNBUFFERED=1 \
+  TRL_KERNEL="$(firstword $(TRL_KERNEL) $(abspath $(wildcard $(GPU_PACK)/trl-*.py)))" \
+  $(GPU_PYTHON) -m fastpref bench --suite gpu --out $(GPU_OUT)
 
 OVERHEAD := --benchmark-storage=file://benchmarks/baseline --benchmark-columns=median,iqr,rounds \
   --benchmark-sort=name --benchmark-warmup=on
@@ -29,7 +34,7 @@ export HF_HUB_OFFLINE := 1
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow bench bench-compare bench-baseline gpu lint format wheel install clean
+.PHONY: help demo test test-slow bench bench-compare bench-baseline gpu gpu-more gpu-pack lint format wheel install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,11 +61,18 @@ bench-baseline: $(PACKAGE) ## store what a call costs on this machine as the bas
 	rm -rf benchmarks/baseline
 	$(BIN)/python -m pytest -q benchmarks $(OVERHEAD) --benchmark-save=calls $(PYTEST_ARGS)
 
-# Not in the virtual environment, whose torch is a CPU build. Neither half keeps the other from running.
-gpu: ## correctness and timings on the GPU here, by GPU_PYTHON with its own torch
-	test -e fastpref/_ops.so || $(GPU_PYTHON) setup.py -q build_ext --inplace
-	failed=0; $(GPU_PYTHON) -m fastpref bench --suite gpu --out $(GPU_OUT) $(BENCH_ARGS) || failed=1; \
-	  $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu $(GPU_WORKERS) $(PYTEST_ARGS) || failed=1; exit $$failed
+# Not in the virtual environment, whose torch is a CPU build. Nothing is built: without fastpref/_ops.so the kernels in
+# CUDA C++ are left out (`make gpu-pack` builds it, here or on another x86-64 machine).
+gpu: ## correctness and timings on the GPU here, by GPU_PYTHON with its own torch, within 8 minutes
+	$(GPU) $(BENCH_ARGS)
+
+gpu-more: ## what `make gpu` left (GPU_LEFT), within 5 minutes
+	$(GPU) --more $(GPU_LEFT) $(BENCH_ARGS)
+
+gpu-pack: $(PACKAGE) ## what `make gpu` needs beside the sources on a machine without a network, and its size
+	-$(PIP) install -q --no-deps --no-compile --upgrade --target $(GPU_PACK)/site \
+	  liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	$(BIN)/python benchmarks/pack.py $(GPU_PACK)
 
 lint: $(DEPENDENCIES) ## formatting, ruff, mypy --strict, clang-format
 	$(BIN)/ruff check

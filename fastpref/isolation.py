@@ -5,6 +5,7 @@ that made it, and a kernel that hangs never returns. Neither must cost what come
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -14,7 +15,7 @@ Say = Callable[[str], None]
 STARTING = 180.0  # seconds within which a process has imported torch, from a slow disk
 
 
-class Lost(Exception):
+class Lost(RuntimeError):
     """A request that was not answered."""
 
     def __init__(self, doing: str, reason: str) -> None:
@@ -50,17 +51,21 @@ class Isolated:
         self.connection: Connection | None = None
         self.begun = False
 
-    def ask(self, request: object, progress: Say) -> Any:
+    def ask(self, request: object, progress: Say, until: float | None = None) -> Any:
         """The answer.
+
+        Args:
+            until: of ``time.monotonic``.
 
         Raises:
             Lost: there is none.
+            TimeoutError: there was none by ``until``.
         """
         doing, reason = "", f"no answer for {self.patience:.0f} s"
         try:
             connection = self._connection()
             connection.send(request)
-            while connection.poll(self.patience if self.begun else STARTING):
+            while connection.poll(self._patience(until)):
                 kind, said = connection.recv()
                 self.begun = True
                 if kind == "ready":
@@ -75,7 +80,13 @@ class Isolated:
         except (EOFError, OSError):
             reason = "its process died"
         self.close()
+        if until is not None and time.monotonic() >= until:
+            raise TimeoutError(f"cut short while {doing or 'setting up'}")
         raise Lost(doing, reason)
+
+    def _patience(self, until: float | None) -> float:
+        patience = self.patience if self.begun else STARTING
+        return patience if until is None else max(0.0, min(patience, until - time.monotonic()))
 
     def _connection(self) -> Connection:
         if self.connection is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .experiment import Candidate, Case, Errors, errors
+from .heard import warnings
 from .suites import SUITES
 from .timing import Clock, interleave
 
@@ -31,13 +32,14 @@ def measure(
     left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Plain data: ``case``'s own fields, ``timings`` by candidate with the bare products first, and
-    ``skipped``, the reason by candidate.
+    ``skipped``, the reason by candidate, and ``warnings``, fastpref's of this process so far.
 
     Args:
         only: names of candidates; empty: all.
         compiling: whether to run candidates that compile themselves first, for seconds.
         left_out: reasons by candidate.
     """
+    said = warnings()
     # Beyond its limit of recompilations torch.compile runs a function as it is, and says nothing.
     torch.compiler.reset()
     experiment = SUITES[case.what].experiment(case)
@@ -72,6 +74,7 @@ def measure(
         "device": case.device,
         "timings": {name: vars(timing) | found[name] for name, timing in timings.items()},
         "skipped": skipped,
+        "warnings": list(said),
     }
 
 
@@ -82,7 +85,7 @@ def _checked(
     exact = one.exact()
     # A peer's compiler or kernel may fail on this machine; its row then says why.
     try:
-        found = errors(one.run(), exact)
+        found = errors(one.sampled(one.run()), exact)
         peak = clock.peak(one.run)
         if case.device != "cpu":
             torch.cuda.synchronize()

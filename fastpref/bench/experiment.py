@@ -36,6 +36,7 @@ class Case:
 class Outcome(NamedTuple):
     loss: Tensor
     gradients: tuple[Tensor, ...] = ()
+    scores: tuple[Tensor, ...] = ()  # a number a token each, as far as there are any
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Candidate:
     exact: Callable[[], Outcome]  # in float64
     unavailable: str | None = None  # the reason
     compiles: bool = False  # for seconds, before its first run
+    # What of its outcome ``exact`` knows.
+    sampled: Callable[[Outcome], Outcome] = lambda outcome: outcome
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def step(loss: Loss, work: Work, mode: Mode) -> Outcome:
 
 
 class Errors(NamedTuple):
-    loss: float  # relative where the loss is over 1
+    # Relative where it is over 1; of scores, of each kind, the root-mean-square one.
+    loss: float
     gradient: float  # the largest relative root-mean-square error of a gradient; 0 without
 
     @property
@@ -95,8 +99,14 @@ class Errors(NamedTuple):
 def errors(found: Outcome, exact: Outcome) -> Errors:
     pairs = zip(found.gradients, exact.gradients, strict=True)
     of_gradients = [float((got.double() - want).norm() / want.norm()) for got, want in pairs]
-    of_loss = (found.loss.double() - exact.loss).abs() / exact.loss.abs().clamp(min=1)
-    return Errors(float(of_loss), float(torch.tensor([0.0, *of_gradients]).max()))
+    values = [(found.loss, exact.loss), *zip(found.scores, exact.scores, strict=False)]
+    of_loss = [
+        ((got.double() - want) / want.abs().clamp(min=1)).square().mean().sqrt()
+        for got, want in values
+    ]
+    return Errors(
+        float(torch.stack(of_loss).max()), float(torch.tensor([0.0, *of_gradients]).max())
+    )
 
 
 def bare_products(work: Work, mode: Mode, models: int = 1) -> Callable[[], None]:

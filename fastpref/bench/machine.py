@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from . import trl_head
 
 PEERS = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
@@ -60,6 +62,9 @@ def _gpu() -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
+    named = os.environ.get(trl_head.VARIABLE)
+    if package == "trl" and named:
+        return f"from {Path(named).name} alone"
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

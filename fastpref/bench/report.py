@@ -3,7 +3,8 @@
 
 A report is what ``python -m fastpref bench --out`` writes as JSON: ``machine``, and of ``cases``
 (cases.measure), ``memory`` (memory.measure) and ``curves`` (rows of scaling.point by axis) those
-that were measured.
+that were measured. Of ``--suite gpu`` also ``checks`` (checks.check, properties.observe), ``tests``
+(pytests.run), ``unavailable`` (reasons by backend) and ``failed`` (reasons by item).
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def terminal_case(case: dict[str, Any]) -> str:
         cost = timings[OVERFLOWING]["ratio"] / timings["fastpref"]["ratio"]
         lines.append(f"  1% overflowing rows cost {cost:.2f}x of the same case without")
     lines += [f"  {name}: not measured, {why}" for name, why in case["skipped"].items()]
+    lines += [f"  fastpref warned: {one}" for one in case.get("warnings", ())]
     return "\n".join(lines)
 
 
@@ -109,12 +111,56 @@ def growth(axis: str, rows: Rows) -> str:
     return f"time grows with {axis} to the power of: {found}; within {BUDGET} MiB: {spaces}"
 
 
+def terminal_check(row: dict[str, Any]) -> str:
+    verdict = {True: "ok", False: "WRONG", None: "not seen"}[row["passed"]]
+    said = [] if row.get("share") is None else [f"{row['share']:.2f} of its bound ({row['worst']})"]
+    said += [row["reason"]] if row["reason"] else []
+    return f"  {row['lane'] + ': ' + row['case']:64} {verdict:9}{'; '.join(said)}".rstrip()
+
+
+def terminal_tests(row: dict[str, Any]) -> str:
+    counts = f"{row['passed']} passed, {len(row['failed'])} failed, {row['skipped']} skipped"
+    end = "" if row["finished"] else ", cut short"
+    reason = f"; {row['reason']}" if row.get("reason") else ""
+    return "\n".join(
+        [f"  tests of {row['tests']}: {counts}{end}{reason}", *(f"    {x}" for x in row["failed"])]
+    )
+
+
+def terminal_summary(report: dict[str, Any]) -> str:
+    """Of ``--suite gpu``: a line for each way to serve the device."""
+    lines = []
+    for lane, rows in by_lane(report).items():
+        wrong = [row["case"] for row in rows if row["passed"] is False]
+        seen = [row for row in rows if row["passed"] is not None]
+        lines.append(
+            f"fastpref, {lane}: {len(seen) - len(wrong)} of {len(seen)} checks passed"
+            + (f"; wrong: {', '.join(wrong)}" if wrong else "")
+        )
+    lines += [
+        f"fastpref, {lane}: not available: {why}"
+        for lane, why in report.get("unavailable", {}).items()
+    ]
+    lines += [f"{name}: failed: {why}" for name, why in report.get("failed", {}).items()]
+    return "\n".join(lines)
+
+
+def by_lane(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in report.get("checks", ()):
+        found.setdefault(row["lane"], []).append(row)
+    return found
+
+
 def terminal(report: dict[str, Any]) -> str:
     parts = [headline(report["machine"])]
+    parts += ["\n".join(map(terminal_check, report["checks"]))] if report.get("checks") else []
     parts += [terminal_case(case) for case in report.get("cases", ())]
     if report.get("memory"):
         parts.append(terminal_memory(report["memory"]))
     parts += [terminal_curve(axis, rows) for axis, rows in report.get("curves", {}).items()]
+    parts += [terminal_tests(row) for row in report.get("tests", ())]
+    parts += [terminal_summary(report)] if "unavailable" in report else []
     return "\n\n".join(parts)
 
 

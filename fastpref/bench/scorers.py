@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import ScoringOptions, linear_logprob
 from ..scoring.backends import unavailable_reason
-from ..scoring.types import Backend, Schedule
+from ..scoring.types import Schedule
+from . import trl_head
 from .experiment import Case, missing
 from .work import Work
 
@@ -31,18 +32,33 @@ class Scorer(NamedTuple):
 
 
 def peers(device: str) -> list[Scorer]:
-    no_lce = None
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        no_lce = f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
-    no_cce = "needs CUDA" if device == "cpu" else missing("cut_cross_entropy")
+    no_lce, no_cce = no_linear_cross_entropy(), no_cut_cross_entropy(device)
     return [
         Scorer("plain torch", plain),
         Scorer("torch.compile", compiled, compiles=True),
         Scorer("F.linear_cross_entropy", linear_cross_entropy(chunked=False), no_lce),
         Scorer("F.linear_cross_entropy, chunks", linear_cross_entropy(chunked=True), no_lce),
-        Scorer("TRL fused head", trl, missing("trl")),
+        Scorer("TRL fused head", trl, trl_head.unavailable()),
         Scorer("Cut Cross-Entropy", cut_cross_entropy, no_cce),
     ]
+
+
+def no_linear_cross_entropy() -> str | None:
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    return f"torch {torch.__version__} has no chunked F.linear_cross_entropy"
+
+
+def no_cut_cross_entropy(device: str) -> str | None:
+    return "needs CUDA" if device == "cpu" else missing("cut_cross_entropy")
+
+
+def why_not(backend: str, device: str) -> str | None:
+    """Why ``backend`` cannot serve ``device``, or None; also where finding out fails."""
+    try:
+        return unavailable_reason(backend, device)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 class Own(NamedTuple):
@@ -58,13 +74,12 @@ def own(case: Case, schedules: tuple[Schedule, ...] = ()) -> list[Own]:
     need a gradient."""
     # Whoever pads a batch knows how many tokens it scores; a GPU would have to be asked.
     plain = ScoringOptions(max_scored=None if case.device == "cpu" else case.shape.scored)
-    backends: tuple[Backend, ...] = ("torch",)
-    if case.device != "cpu":
-        backends = ("triton", "cuda", "torch")
+    backends = ("torch",) if case.device == "cpu" else ("rows", "triton", "cuda", "torch")
     found = [Own("fastpref", plain)]
     for backend in backends:
-        reason = unavailable_reason(backend, case.device)
-        found.append(Own(f"fastpref, {backend} backend", replace(plain, backend=backend), reason))
+        reason = why_not(backend, case.device)
+        told = plain if reason else replace(plain, backend=cast(Any, backend))
+        found.append(Own(f"fastpref, {backend} backend", told, reason))
     if case.mode == "trainable head":
         for one in schedules:
             # Batches are of whole groups, so the bound on all tokens does not serve.
@@ -104,16 +119,16 @@ def compiled(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
     return _compiled_plain()(hidden, weight, work.target, work.scored)
 
 
+def linear_cross_entropy_options() -> Any:
+    # The defaults cut chunks so small that they take 3 to 22 times the bare products.
+    return torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy="balanced")
+
+
 def linear_cross_entropy(chunked: bool) -> Logp:
     """Of the scored rows. Without chunks it holds their logits, in the input dtype."""
 
     def logp(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
-        options = None
-        if chunked:
-            # The defaults cut chunks so small that they take 3 to 22 times the bare products.
-            options = torch.nn.LinearCrossEntropyOptions(
-                batch_chunk_size=512, acc_policy="balanced"
-            )
+        options = linear_cross_entropy_options() if chunked else None
         target = work.target.flatten()[work.positions]
         nll = F.linear_cross_entropy(
             work.rows(hidden), weight, target, reduction="none", options=options
@@ -131,13 +146,11 @@ def _spread(work: Work, logp: Tensor) -> Tensor:
 
 def trl(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
     """TRL scores the scored tokens on a GPU; on a CPU every position, masked targets set to 0."""
-    from trl.kernels import ChunkedLogProbFunction
-
     rows, target = hidden.flatten(0, 1), work.target.clamp(min=0).flatten()
     if hidden.is_cuda:
         rows, target = rows[work.positions], target[work.positions]
     settings = (1.0, 32768, None, 1.0, ("log_probs",))
-    logp, *_ = ChunkedLogProbFunction.apply(rows, weight, None, target, *settings)
+    logp, *_ = trl_head.function().apply(rows, weight, None, target, *settings)
     if hidden.is_cuda:
         return _spread(work, logp)
     masked: Tensor = logp.view(work.target.shape).masked_fill(~work.scored, 0)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from .divergences import divergence_experiment
 from .experiment import MODES, Case, Experiment, Mode, missing
+from .head import call_experiment, head_experiment
 from .heads import heads_experiment
 from .losses import KINDS, loss_experiment, score_experiment
 from .training import training_experiment
@@ -36,6 +37,10 @@ SUITES = {
         for name, kind in KINDS.items()
     },
     "divergence": Suite("linear_divergence, forward KL", divergence_experiment),
+    "head": Suite("the head alone, packed rows", head_experiment),
+    "call": Suite(
+        "TRL's call: log-probabilities, entropy, mean logits, top token", call_experiment
+    ),
     "heads": Suite(
         "objectives alone, beside the products of a step",
         heads_experiment,

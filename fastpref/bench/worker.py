@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases in a process of their own, which may die without costing those after it."""
+"""Calls in a process of their own, which may die without costing those after it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,56 @@ PATIENCE = 120.0
 
 
 def serve(connection: Connection) -> None:
-    isolation.serve(connection, _measured)
+    isolation.serve(connection, _call)
 
 
-def _measured(request: Any, say: Say) -> dict[str, Any]:
-    case, rounds, only, compiling, left_out = request
-    row = measure(case, rounds, say, only, compiling, left_out)
-    if case.device != "cpu":
+def _call(request: tuple[Callable[..., Any], tuple[Any, ...]], say: Say) -> Any:
+    function, given = request
+    found = function(*given, say)
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    return row
+    return found
+
+
+def measured(
+    case: Case,
+    rounds: int,
+    only: Collection[str],
+    compiling: bool,
+    left_out: dict[str, str],
+    say: Say,
+) -> dict[str, Any]:
+    return measure(case, rounds, say, only, compiling, left_out)
 
 
 class Worker(Isolated):
-    """``measure`` of cases.py, in a process that is started again after a failure."""
+    """A process for calls, started again after a failure.
+
+    Args:
+        patience: seconds of silence after which a call is taken for hung.
+    """
 
     def __init__(
         self, patience: float = PATIENCE, target: Callable[[Connection], None] = serve
     ) -> None:
         super().__init__(target, patience)
+        # By suite: candidates that took the process down once are not tried again.
+        self.left_out: dict[str, dict[str, str]] = {}
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        *given: Any,
+        progress: Say = lambda text: None,
+        until: float | None = None,
+    ) -> Any:
+        """What ``function(*given, say)`` returns there. All three must be picklable.
+
+        Raises:
+            Lost, TimeoutError: as ``ask``.
+        """
+        return self.ask((function, given), progress, until)
 
     def measure(
         self,
@@ -46,19 +77,22 @@ class Worker(Isolated):
         progress: Say,
         only: Collection[str] = (),
         compiling: bool = True,
+        until: float | None = None,
     ) -> dict[str, Any]:
-        """As ``cases.measure``. A candidate that takes the process down is left out, with the
-        reason.
+        """As ``cases.measure``. A candidate that takes the process down is left out of this case
+        and of later ones of its suite, with the reason.
 
         Raises:
-            RuntimeError: the case failed by itself.
+            Lost: the case failed by itself.
+            TimeoutError: as ``ask``.
         """
-        left_out: dict[str, str] = {}
+        left_out = self.left_out.setdefault(case.what, {})
         while True:
+            given = case, rounds, tuple(only), compiling, left_out
             try:
-                return dict(self.ask((case, rounds, tuple(only), compiling, left_out), progress))
+                return dict(self.call(measured, *given, progress=progress, until=until))
             except Lost as lost:
                 name = lost.doing.removeprefix("checking ")
                 if name == lost.doing or name in left_out:
-                    raise RuntimeError(str(lost)) from lost
+                    raise
                 left_out[name] = lost.reason

@@ -9,14 +9,14 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from ..bench import gpu, machine, memory, pictures, scaling
+from ..bench import drive, gpu, machine, memory, pictures, scaling
 from ..bench import report as reporting
 from ..bench.cases import measure
 from ..bench.experiment import MODES, Case
@@ -51,9 +51,9 @@ def add_parser(subparsers: Any) -> None:
         "--suite",
         choices=("cases", "scaling", "gpu"),
         default="cases",
-        help="cases: what the options below name (default); the others take --rounds, --quick and "
-        "--out alone. scaling: growth with N, V "
-        "and H. gpu: what `make gpu` measures",
+        help="cases: what the options below name (default); the others take --rounds, --out "
+        "and, but for gpu, --quick alone. scaling: growth with N, V and H. gpu: what `make gpu` "
+        "does, with --device cpu the same on tiny sizes, to try it",
     )
     parser.add_argument(
         "--what",
@@ -92,7 +92,9 @@ def add_parser(subparsers: Any) -> None:
         default="trained",
         help="a softmax with the entropy of a trained model's (default), or of random logits",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=None, help="default: cpu; of --suite gpu, cuda"
+    )
     parser.add_argument(
         "--rounds",
         type=int,
@@ -102,6 +104,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument(
         "--out", type=Path, default=None, help="also write JSON, CSV, Markdown and PNG there"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=None,
+        help=f"of --suite gpu: the time that it may take (default {gpu.SECONDS:.0f}, with --more "
+        f"{gpu.MORE_SECONDS:.0f})",
+    )
+    parser.add_argument(
+        "--more",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="of --suite gpu: run what an earlier one left, and add to the report that it wrote",
     )
     parser.add_argument(
         "--report", type=Path, default=None, metavar="FILE.json", help="measure nothing, redraw"
@@ -121,14 +137,22 @@ def run(args: argparse.Namespace) -> int:
     if nothing is not None:
         print(nothing, file=sys.stderr)
         return 2
-    device = "cuda" if args.suite == "gpu" else args.device
+    device = _device(args)
     if device == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr)
         return 1
     run = _Run(args, device)
     print(machine.headline(run.report["machine"]), flush=True)
-    {"cases": run.cases, "scaling": run.scaling, "gpu": run.gpu}[args.suite]()
+    if args.suite == "gpu":
+        return run.gpu()
+    {"cases": run.cases, "scaling": run.scaling}[args.suite]()
     return 0
+
+
+def _device(args: argparse.Namespace) -> str:
+    if args.suite == "choice":
+        return "cuda"
+    return args.device or ("cuda" if args.suite == "gpu" else "cpu")
 
 
 def _wrong(args: argparse.Namespace) -> str | None:
@@ -136,6 +160,13 @@ def _wrong(args: argparse.Namespace) -> str | None:
         return f"--rounds must be at least 1, got {args.rounds}"
     if args.threads is not None and args.threads < 1:
         return f"--threads must be at least 1, got {args.threads}"
+    if args.seconds is not None and not args.seconds > 0:
+        return f"--seconds must be positive, got {args.seconds}"
+    if args.more is not None:
+        try:
+            drive.earlier(args.more)
+        except ValueError as error:
+            return str(error)
     if not 0 <= args.masked < 1:
         return f"--masked must be in [0, 1), got {args.masked}"
     shape = _shape(args)
@@ -203,12 +234,28 @@ class _Run:
             one = replace(shape, length=scored // 4)
             yield Case("score", "trainable head", "float32", one, device=self.device)
 
-    def gpu(self) -> None:
-        cases = itertools.islice(gpu.cases(), 3 if self.args.quick else None)
-        self._measure(_until(gpu.SECONDS, cases, lambda one: f"{one[0].what}, {one[0].mode}"))
-        rows = gpu.memory_cases()
-        self._memory(_until(gpu.MEMORY_SECONDS, rows, lambda one: f"memory, N={one.shape.scored}"))
-        self._write()
+    def gpu(self) -> int:
+        """0 unless something that was checked is wrong."""
+        only, usual = None, gpu.SECONDS
+        if self.args.more is not None:
+            before, left = drive.earlier(self.args.more)
+            only, usual = left, gpu.MORE_SECONDS
+            own = self.report["machine"]
+            if all(before["machine"].get(key) == own.get(key) for key in ("chip", "torch")):
+                self.report = before
+            else:
+                print(f"a report of its own: {self.args.more} is of {before['machine']['chip']}")
+        end = time.monotonic() + (self.args.seconds or usual) - drive.age()
+        run = drive.Drive(self.report, self.args.out, end, only)
+        rounds = self.args.rounds or gpu.ROUNDS[self.device]
+        run.run(gpu.Run(run, self.device, rounds, _progress("")).parts())
+        _clear()
+        print("\n" + reporting.terminal_summary(self.report))
+        for name, why in run.left.items():
+            print(f"left: {name}: {why}")
+        for path in _tables(self.report, self.args.out) if self.args.out is not None else ():
+            print(f"written to {path}")
+        return 0 if gpu.passed(self.report) else 1
 
     def scaling(self) -> None:
         self.report["curves"] = {}
@@ -273,7 +320,7 @@ class _Run:
     def _save(self) -> None:
         """What there is, so that a run that is cut short loses nothing."""
         if self.args.out is not None:
-            (self.args.out / "bench.json").write_text(json.dumps(self.report, indent=1) + "\n")
+            drive.write(self.args.out / drive.REPORT, self.report)
 
     def _write(self) -> None:
         self._save()
@@ -288,17 +335,7 @@ def _chosen(args: argparse.Namespace) -> Iterator[Case]:
     for what, dtype in itertools.product(suites, args.dtype or DTYPES[:2]):
         for mode in args.mode or MODES:
             if mode in SUITES[what].modes:
-                yield Case(what, mode, dtype, shape, args.logits, args.device)
-
-
-def _until(seconds: float, cases: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
-    """Cases that begin within ``seconds``; the others are said."""
-    end = time.monotonic() + seconds
-    for case in cases:
-        if time.monotonic() < end:
-            yield case
-        else:
-            print(f"\n{name(case)}: not measured, out of time")
+                yield Case(what, mode, dtype, shape, args.logits, _device(args))
 
 
 def _redraw(path: Path, folder: Path | None) -> int:
@@ -319,14 +356,18 @@ def _redraw(path: Path, folder: Path | None) -> int:
 
 
 def _draw(report: dict[str, Any], folder: Path) -> None:
-    written = []
-    if report.get("cases"):
-        (folder / "bench.csv").write_text(reporting.comma_separated(report))
-        (folder / "bench.md").write_text(reporting.markdown(report) + "\n")
-        written = [folder / "bench.csv", folder / "bench.md"]
+    written = _tables(report, folder)
     try:
         written += pictures.draw(report, folder)
     except ImportError as error:
         print(f'no pictures: {error}; install "fastpref[bench]"', file=sys.stderr)
     for path in written:
         print(f"written to {path}")
+
+
+def _tables(report: dict[str, Any], folder: Path) -> list[Path]:
+    if not report.get("cases"):
+        return []
+    (folder / "bench.csv").write_text(reporting.comma_separated(report))
+    (folder / "bench.md").write_text(reporting.markdown(report) + "\n")
+    return [folder / "bench.csv", folder / "bench.md"]

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from fastpref.bench import pictures
 from fastpref.bench import report as reporting
 from fastpref.bench.cases import LIMIT
+from fastpref.bench.lanes import ON_CUDA
 from fastpref.bench.losses import OVERFLOWING
 from fastpref.cli.main import main
 
@@ -313,3 +315,93 @@ def _shown(text: str, folder: Path) -> list[str]:
     """The pictures of ``folder`` that the text shows, in its order."""
     ends = {f"{folder.name}/{path.name})": path.name for path in folder.glob("*.png")}
     return [ends[end] for end in sorted(filter(text.__contains__, ends), key=text.index)]
+
+
+def of_gpu() -> dict[str, Any]:
+    """What ``make gpu`` might have written before it was cut short."""
+    row = {"lane": "rows", "case": "bf16", "passed": True, "seconds": 0.1, "reason": None}
+    bound = {"share": 0.4, "worst": "d hidden", "error": 1e-3}
+    shape = {
+        "sequences": 8,
+        "length": 1024,
+        "hidden_size": 4096,
+        "vocab_size": 128256,
+        "masked": 0.0,
+    }
+    given = {"dtype": "bfloat16", "device": "cuda", "shape": shape, "warnings": ["it fell back"]}
+    timings = {
+        LIMIT: timing(1.0, None, 2004.0),
+        "fastpref, rows": timing(1.07, 1e-3, 2100.0),
+        "TRL fused head": timing(1.5, 1e-3, 900.0),
+    }
+    return {
+        "machine": {"chip": "a GPU", "driver": "580", "torch": "2.11.0"},
+        "unavailable": {"fused": "triton is not installed"},
+        "checks": [
+            row | bound,
+            row | bound | {"case": "fp32", "passed": False, "share": 7.5},
+            row | {"lane": "cuda", "passed": False, "reason": "its process died"},
+            row | {"lane": "cuda", "passed": None, "reason": "too little memory"},
+        ],
+        "cases": [case("head", "trainable head", timings, **given)],
+        "tests": [
+            {
+                "tests": "scoring",
+                "finished": False,
+                "passed": 3,
+                "failed": ["test_a"],
+                "skipped": 2,
+                "exit": None,
+            }
+        ],
+        "failed": {"time call": "MemoryError: too large"},
+    }
+
+
+def test_a_report_of_a_gpu() -> None:
+    said = reporting.terminal(of_gpu())
+    for line in (
+        r"  rows: bf16 +ok +0.40 of its bound \(d hidden\)",
+        r"  rows: fp32 +WRONG +7.50 of its bound \(d hidden\)",
+        r"  cuda: bf16 +WRONG +its process died",
+        r"  cuda: bf16 +not seen +too little memory",
+        r"  fastpref warned: it fell back",
+        r"  tests of scoring: 3 passed, 1 failed, 2 skipped, cut short\n    test_a",
+        r"fastpref, rows: 1 of 2 checks passed; wrong: fp32",
+        r"fastpref, cuda: 0 of 1 checks passed; wrong: bf16",
+        r"fastpref, fused: not available: triton is not installed",
+        r"time call: failed: MemoryError: too large",
+    ):
+        assert re.search(f"^{line}$", said, re.MULTILINE), line
+
+
+def test_the_readme_says_what_is_measured_and_what_is_predicted() -> None:
+    script = readme_script()
+    shared = {"what": "head", "hidden_size": 4096, "vocab_size": 128256}
+    predictions = [
+        shared
+        | {"implementation": "fastpref, rows", "mode": mode, "predicted": "1.05", "target": target}
+        for mode, target in (("trainable head", 1.05), ("forward", None))
+    ]
+    nothing = script.gpu_section({}, predictions)
+    assert nothing.splitlines()[2:] == [
+        "| fastpref, rows: trainable head | 1.05 | 1.05 | no |",
+        "| fastpref, rows: forward | 1.05 |  | no |",
+    ]
+    found = script.gpu_section({"a/gpu.json": of_gpu()}, predictions)
+    assert "| fastpref, rows: trainable head | 1.05 | 1.05 | 1.07 (a GPU) |" in found
+    assert "| fastpref, rows: forward | 1.05 |  | no |" in found
+    assert "[a/gpu.json](a/gpu.json): a GPU" in found
+    assert "- fastpref, rows: 1 of 2 checks passed; wrong: fp32" in found
+    assert "| TRL fused head | 150.0ms, 1.50x, 900 MiB |" in found
+    assert script.of_gpu(of_gpu())
+
+
+def test_the_gpu_section_of_the_readme_is_that_of_the_results() -> None:
+    script = readme_script()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    predictions = json.loads(script.PREDICTIONS.read_text())
+    inside = script.gpu_section(script.load(gpu=True), predictions)
+    assert script.with_section(text, inside, script.GPU_START, script.GPU_END) == text
+    known = {case["implementation"] for case in predictions}
+    assert known <= {f"fastpref, {lane.name}" for lane in ON_CUDA}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpref.bench import cases, gpu, memory, scaling
+from fastpref.bench import cases, drive, gpu, machine, memory, scaling
 from fastpref.bench.cases import LIMIT
 from fastpref.bench.experiment import MODES, Case
 from fastpref.bench.losses import OVERFLOWING
@@ -180,13 +180,6 @@ def test_scaling(
     )
 
 
-def test_cases_begin_before_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [case for case, _ in gpu.cases()][:3]
-    assert list(bench._until(60, cases, lambda case: case.mode)) == cases
-    assert list(bench._until(-1, cases, lambda case: case.mode)) == []
-    assert capsys.readouterr().out.count("not measured, out of time") == 3
-
-
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -198,6 +191,8 @@ def test_cases_begin_before_the_end(capsys: pytest.CaptureFixture[str]) -> None:
         (("--quick", "--masked", "0.995"), "leave a scored position at --masked 0.995, got 64"),
         (("--what", "score", "--implementation", "fastperf"), "'fastperf' is none of: Cut Cross-E"),
         (("--what", "heads", "--mode", "frozen head"), "heads has no such --mode"),
+        (("--seconds", "0"), "--seconds must be positive, got 0.0"),
+        (("--more", "none"), "--more must be a folder that --suite gpu --out wrote, got none"),
         (("--out", __file__), "--out must be a folder that can be written to"),
         (("--report", __file__, "--out", __file__), "--out must be a folder"),
     ],
@@ -222,13 +217,13 @@ def test_on_a_gpu_cases_run_in_a_process_of_their_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One that fails is said, and those after it are measured all the same."""
-    asked: list[tuple[str, int, bool]] = []
+    asked: list[tuple[str, int]] = []
     closed: list[bool] = []
     row = cases.measure(Case("score", "forward", shape=TINY), 1, str, ["plain torch"])
 
     class Worker:
         def measure(self, case: Case, rounds: int, *given: Any) -> dict[str, Any]:
-            asked.append((case.what, rounds, given[-1]))
+            asked.append((case.what, rounds))
             if case.what == "kto":
                 raise RuntimeError("round 1 of 15: its process died")
             return row
@@ -238,8 +233,47 @@ def test_on_a_gpu_cases_run_in_a_process_of_their_own(
 
     monkeypatch.setattr(bench, "Worker", Worker)
     monkeypatch.setattr(bench.machine, "describe", lambda device: {})
-    run = bench._Run(arguments("--suite", "gpu"), "cuda")
-    run._measure([(Case(what, "forward"), what == "dpo") for what in ("dpo", "kto", "orpo")])
-    assert asked == [("dpo", 15, True), ("kto", 15, False), ("orpo", 15, False)]
+    run = bench._Run(arguments("--device", "cuda"), "cuda")
+    run._measure([(Case(what, "forward"), True) for what in ("dpo", "kto", "orpo")])
+    assert asked == [("dpo", 15), ("kto", 15), ("orpo", 15)]
     assert run.report["cases"] == [row, row] and closed == [True]
     assert "kto, float32, forward: not measured, RuntimeError: round 1" in capsys.readouterr().out
+
+
+def earlier(folder: Path, chip: str) -> None:
+    report = {"machine": machine.describe("cpu") | {"chip": chip}, "checks": [{"lane": "old"}]}
+    drive.write(folder / drive.REPORT, report)
+    drive.write(folder / drive.LEFT, {"check torch: bf16": drive.NOT_BEGUN})
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_more_adds_to_a_report_of_the_same_machine(
+    same: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chip = machine.describe("cpu")["chip"]
+    earlier(tmp_path, chip if same else "another chip")
+    row = {"lane": "torch", "case": "bf16", "passed": False, "reason": "far off"}
+
+    class Run:
+        def __init__(self, run: drive.Drive, *given: Any) -> None:
+            self.drive = run
+
+        def parts(self) -> list[drive.Part]:
+            items = [
+                drive.Item("check torch: bf16", lambda until: self.drive.add("checks", row, "")),
+                drive.Item("check torch: fp32", lambda until: pytest.fail("was not left")),
+            ]
+            return [drive.Part(10, [items])]
+
+    monkeypatch.setattr(gpu, "Run", Run)
+    monkeypatch.setattr(gpu, "passed", lambda report: False)
+    monkeypatch.setattr(bench.reporting, "terminal_summary", str)
+    out = tmp_path / "out"
+    given = ("--suite", "gpu", "--device", "cpu", "--more", str(tmp_path), "--out", str(out))
+    assert bench.run(arguments(*given)) == 1
+    report, left = drive.earlier(out)
+    assert left == {} and report["checks"] == [{"lane": "old"}] * same + [row]
+    assert ("a report of its own" in capsys.readouterr().out) == (not same)

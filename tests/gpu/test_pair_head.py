@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastpref import pair_head
+from fastpref._extension import cuda_ops_unavailable_reason
 from fastpref.objectives import Objective
 from tests.test_pair_head import FAMILY, IDS, differentiable, make_pairs
 
@@ -22,7 +23,8 @@ def test_pair_head(objective: Objective, dtype: torch.dtype, pairs: int) -> None
     upstream = torch.randn(pairs, dtype=torch.float64)
     here = upstream.to("cuda", dtype)
     result = pair_head.pair_head(objective, *there, **counts)
-    assert type(result.losses.grad_fn).__name__ == "_PairHeadBackward"
+    if cuda_ops_unavailable_reason() is None:
+        assert type(result.losses.grad_fn).__name__ == "_PairHeadBackward"
     torch.cuda.set_sync_debug_mode("error")
     try:
         again = pair_head.pair_head(objective, *there, **counts)

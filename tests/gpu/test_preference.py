@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref import ScoringOptions, explain, preference_loss
+from fastpref.scoring.backends.divergences import unavailable_reason
 from tests.gpu.test_scoring import backends
 from tests.preference.test_numbers import CASES, OPTIONS, B, T, batch, found, plain
 from tests.scoring.cases import check_contract
@@ -126,11 +127,14 @@ def test_twice_the_pairs_take_no_larger_workspace(schedule: str) -> None:
     assert grown[1] <= grown[0] + (1 << 20)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@backends
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @dtypes
 @pytest.mark.parametrize("frozen", [False, True])
 def test_divergence(backend: str, divergence: str, dtype: torch.dtype, frozen: bool) -> None:
+    reason = unavailable_reason(backend)
+    if reason is not None:
+        pytest.skip(reason)
     needs = ("hidden",) if frozen else ("hidden", "weight")
     exact, low = rounded_models(dtype, needs, "cuda")
     options = ScoringOptions(backend=backend)

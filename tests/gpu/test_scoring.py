@@ -10,22 +10,20 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, explain, linear_logprob
-from fastpref.scoring.backends import unavailable_reason
+from fastpref.bench.scorers import why_not
 from fastpref.scoring.types import OUTPUTS
 from tests.scoring.cases import INPUTS, check_scores, make_case, run, upstream_of
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
 
 pytestmark = pytest.mark.gpu
 GPU = torch.cuda.is_available()
+REASONS = {
+    name: why_not(name, "cuda") if GPU else "no NVIDIA GPU"
+    for name in ("rows", "triton", "cuda", "torch")
+}
 BACKENDS = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            not GPU or unavailable_reason(name, "cuda") is not None,
-            reason=(unavailable_reason(name, "cuda") or "") if GPU else "no NVIDIA GPU",
-        ),
-    )
-    for name in ("torch", "cuda", "triton")
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    for name, reason in REASONS.items()
 ]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize(

@@ -72,7 +72,7 @@ DIVERGENCES = {
     "reverse_kl": (64, 98),
     "jsd": (128, 146),
     "tv": (44.4, 86.4),
-    "bhattacharyya": (60, 86),
+    "bhattacharyya": (64, 90),
     "cosine": (36.8, 62.8),
 }
 

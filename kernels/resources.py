@@ -5,11 +5,9 @@ Registers and stack come from the compiler's report, instructions from the disas
 cuobjdump that Triton brings; shared memory from Triton.
 """
 
-import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,43 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import (
-    column_sums,
-    cosine_rows,
-    divergence_rows,
-    instructions,
-    linear_exp,
-    linear_grad,
-    probabilities,
-    reanchor,
-    row_scores,
-    row_sums,
-    scale_rows,
-    target_logits,
-    tiles,
-)
+from . import column_sums, exp_rows, instructions, join_shares
+from .variants import Variant
 
-ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
 # In the disassembly, by compute capability. Float32 is multiplied on the ordinary units, exactly,
 # unless TF32 is allowed.
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-_ON_OFF = (False, True)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel as it is launched."""
-
-    kernel: Any
-    name: str
-    constants: dict[str, Any]  # None: the argument is not given
-    descriptors: dict[str, tuple[int, int]]  # blocks of the arguments that are descriptors
-    element: str
-    warps: int = 4
-    stages: int = 3
-    # Of the arguments by whose alignment the kernel is compiled anew, those that are no multiples
-    # of 16: numbers, or addresses in bytes.
-    unaligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,238 +41,9 @@ class Resources:
     epilogue: float  # arithmetic instructions to an element of a product's tile; 0: there is none
 
 
-def variants(capability: int, element: str) -> Iterator[Variant]:
-    """All kernels, in all the ways they are launched on that chip for inputs of that element type;
-    those of whole tiles also with ``flatten``, which a process may turn on."""
-    chip = tiles.CHIPS[capability]
-    yield from products(chip, element)
-    if tiles.flattenable(chip, ELEMENTS[element]):
-        yield from products(tiles.flattened(chip), element)
-    yield from _flagged(chip, element)
-    for statistics in _ON_OFF:
-        yield from _sums(statistics)
-    if element == "fp16":
-        yield probabilities_variant()
-    yield from _glue(element)
-    yield from _columns(element)
-    yield from _divergences(element)
-
-
-def products(chip: tiles.Chip, element: str) -> Iterator[Variant]:
-    """linear_exp and linear_grad in the chip's ordinary tiles."""
-    for capped, bias, ragged, precision in _ways(element):
-        given = {"bias": bias, "ragged": ragged, "capped": capped}
-        for statistics, store in itertools.product(_ON_OFF, _ON_OFF):
-            shape = _tiles(chip, element, statistics or capped).ordinary
-            yield Variant(
-                linear_exp.linear_exp_kernel,
-                _label("linear_exp", store=store, statistics=statistics, **given)
-                + _suffix(precision, shape),
-                _whole_tiles(chip, shape, capped, ragged, precision)
-                | {"EXACT": element == "fp32"}
-                | _absent(exps=store, best_index=statistics, bias=bias),
-                _described(chip, shape, "exps" if store else None),
-                element,
-                shape.warps,
-                shape.stages,
-            )
-        shape = _tiles(chip, element, True).ordinary
-        for entropy, lse in itertools.product(_ON_OFF, _ON_OFF):
-            yield Variant(
-                linear_grad.linear_grad_kernel,
-                _label("linear_grad", entropy=entropy, lse=lse, **given)
-                + _suffix(precision, shape),
-                _whole_tiles(chip, shape, capped, ragged, precision)
-                | {"EXACT": element == "fp32"}
-                | _absent(grad_entropy=entropy, entropy=entropy, grad_lse=lse, bias=bias),
-                _described(chip, shape, "grads"),
-                element,
-                shape.warps,
-                shape.stages,
-            )
-
-
-def _flagged(chip: tiles.Chip, element: str) -> Iterator[Variant]:
-    """Of rows that are projected again, gathered through pointers."""
-    for capped, bias, ragged, precision in _ways(element):
-        given = {"bias": bias, "ragged": ragged, "capped": capped}
-        for statistics, store in itertools.product(_ON_OFF, _ON_OFF):
-            shape = _tiles(chip, element, statistics or capped).flagged
-            yield Variant(
-                reanchor.reanchor_kernel,
-                _label("reanchor", store=store, statistics=statistics, **given)
-                + _suffix(precision, shape),
-                _blocks(shape, capped, precision)
-                | {"SLICES": shape.slices, "RAGGED": ragged, "ALIGNED": True}
-                | {"EXACT": element == "fp32"}
-                | _absent(exps=store, best_index=statistics, bias=bias),
-                {},
-                element,
-                shape.warps,
-                shape.stages,
-            )
-    for capped, bias, heavy, precision in _ways(element):  # with a cap all are heavy
-        shape = _tiles(chip, element, heavy).flagged
-        yield Variant(
-            reanchor.largest_logit_kernel,
-            _label("largest_logit", heavy=heavy, bias=bias, capped=capped)
-            + _suffix(precision, shape),
-            _blocks(shape, capped, precision) | _absent(bias=bias),
-            {},
-            element,
-            shape.warps,
-            shape.stages,
-        )
-
-
-def _ways(element: str) -> Iterator[tuple[bool, bool, bool, str]]:
-    """Whether there is a cap, a bias, a ragged slice (under a cap, any); and the precision."""
-    for precision in ("ieee", "tf32") if element == "fp32" else ("ieee",):
-        for capped, bias in itertools.product(_ON_OFF, _ON_OFF):
-            for ragged in (True,) if capped else _ON_OFF:
-                yield capped, bias, ragged, precision
-
-
-def _label(name: str, **flags: bool) -> str:
-    return " ".join([name, *(flag for flag, on in flags.items() if on)])
-
-
-def _suffix(precision: str, shape: tiles.TileShape) -> str:
-    return " tf32" * (precision == "tf32") + " flat" * shape.flatten
-
-
-def _absent(**given: bool) -> dict[str, None]:
-    return {name: None for name, here in given.items() if not here}
-
-
-def _tiles(chip: tiles.Chip, element: str, heavy: bool) -> tiles.Tiles:
-    return (chip.heavy if heavy else chip.plain)[ELEMENTS[element]]
-
-
-def _blocks(shape: tiles.TileShape, capped: bool, precision: str) -> dict[str, Any]:
-    return {
-        "BLOCK_ROWS": shape.rows,
-        "BLOCK_COLS": shape.cols,
-        "BLOCK_WIDTH": shape.width,
-        "CAPPED": capped,
-        "PRECISION": precision,
-    }
-
-
-def _whole_tiles(
-    chip: tiles.Chip, shape: tiles.TileShape, capped: bool, ragged: bool, precision: str
-) -> dict[str, Any]:
-    return _blocks(shape, capped, precision) | {
-        "GROUP_ROWS": shape.group_rows,
-        "SLICES": shape.slices,
-        "FLATTEN": shape.flatten,
-        "DESCRIPTORS": chip.descriptors,
-        "RAGGED": ragged,
-        "ALIGNED": True,
-    }
-
-
-def _described(
-    chip: tiles.Chip, shape: tiles.TileShape, out: str | None
-) -> dict[str, tuple[int, int]]:
-    if not chip.descriptors:
-        return {}
-    blocks = {"hidden": (shape.rows, shape.width), "weight": (shape.cols, shape.width)}
-    return blocks if out is None else blocks | {out: (shape.rows, shape.slice_cols)}
-
-
-def probabilities_variant() -> Variant:
-    constants = {"BLOCK_COLS": probabilities.COLS, "ALIGNED": True}
-    return Variant(probabilities.probabilities_kernel, "probabilities", constants, {}, "fp16")
-
-
-def _glue(element: str) -> Iterator[Variant]:
-    # Hidden states and heads of any width, at any address.
-    lies: dict[str, tuple[str, ...]] = {"": ()}
-    lies[" odd"] = ("width", "hidden_stride", "weight_stride")
-    lies[" unaligned"] = (*lies[" odd"], "hidden", "weight")
-    for (lie, unaligned), capped, bias in itertools.product(lies.items(), _ON_OFF, _ON_OFF):
-        blocks = {"BLOCK_ROWS": target_logits.ROWS, "BLOCK_WIDTH": target_logits.WIDTH}
-        yield Variant(
-            target_logits.target_logits_kernel,
-            _label("target_logits", bias=bias, capped=capped) + lie,
-            blocks | {"CAPPED": capped} | _absent(bias=bias),
-            {},
-            element,
-            unaligned=unaligned,
-        )
-    for statistics, store, capped in itertools.product(_ON_OFF, _ON_OFF, _ON_OFF):
-        constants = {"BLOCK_ROWS": row_scores.ROWS, "CAPPED": capped}
-        yield Variant(
-            row_scores.row_scores_kernel,
-            _label("row_scores", store=store, statistics=statistics, capped=capped),
-            constants | _absent(best=statistics, exps=store),
-            {},
-            element,
-        )
-    lies = {"": (), " odd": ("width", "matrix_stride", "out_stride")}
-    lies[" unaligned"] = (*lies[" odd"], "matrix", "out")
-    for lie, unaligned in lies.items():
-        yield Variant(
-            scale_rows.scale_rows_kernel,
-            "scale_rows" + lie,
-            {"BLOCK_WIDTH": 1024},
-            {},
-            element,
-            unaligned=unaligned,
-        )
-
-
-def _columns(element: str) -> Iterator[Variant]:
-    blocks = {"BLOCK_ROWS": column_sums.ROWS, "BLOCK_COLS": column_sums.COLS}
-    for weighted in _ON_OFF:
-        yield Variant(
-            column_sums.column_sums_kernel,
-            _label("column_sums", weighted=weighted),
-            blocks | _absent(weights=weighted),
-            {},
-            element,
-            column_sums.WARPS,
-        )
-
-
-def _sums(statistics: bool) -> Iterator[Variant]:
-    constants: dict[str, Any] = {"BLOCK_ROWS": row_sums.ROWS, "BLOCK_TILES": row_sums.TILES}
-    constants |= _absent(best_index=statistics, out_index=statistics)
-    for kernel, name in (
-        (row_sums.row_sums_kernel, "row_sums"),
-        (reanchor.settle_kernel, "settle"),
-    ):
-        label = _label(name, statistics=statistics)
-        yield Variant(kernel, label, constants, {}, "fp32")
-    if not statistics:
-        yield Variant(reanchor.anchor_kernel, "anchor", {"BLOCK_ROWS": row_sums.ROWS}, {}, "fp32")
-        yield Variant(reanchor.list_flagged_kernel, "list_flagged", {"BLOCK": 1024}, {}, "fp32")
-
-
-def _divergences(element: str) -> Iterator[Variant]:
-    """With the gradient and a bias: without them, it is a part of these."""
-    names = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya")
-    for capped in _ON_OFF:
-        blocks = {"BLOCK_COLS": divergence_rows.COLS, "CAPPED": capped, "WRITE": True}
-        for kind, name in enumerate(names):
-            yield Variant(
-                divergence_rows.divergence_rows_kernel,
-                _label(name, capped=capped),
-                blocks | {"KIND": kind, "EXACT": element == "fp32"},
-                {},
-                element,
-                divergence_rows.WARPS,
-            )
-        kernel = cosine_rows.cosine_rows_kernel
-        label = _label("cosine", capped=capped)
-        yield Variant(kernel, label, blocks, {}, element, divergence_rows.WARPS)
-
-
 _POINTERS = {
     "target": "*i64",
     "column": "*i64",
-    "best_index": "*i32",
     "out_index": "*i64",
     "flag": "*i8",
     "flagged": "*i32",
@@ -317,7 +55,8 @@ _FLOATS = (
     "weights",
     *("student_bias", "teacher_bias", "values"),
 )
-_MATRICES = ("hidden", "weight", "exps", "grads", "matrix", "student", "teacher")
+_MATRICES = ("hidden", "weight", "exps", "grads", "matrix", "student", "teacher", "tile")
+_ROWS = (exp_rows.exp_rows_kernel, join_shares.join_shares_kernel)
 _NUMBERS = ("scale", "inner", "cap", "student_weight", "teacher_weight")
 
 
@@ -329,6 +68,8 @@ def _type(variant: Variant, argument: str) -> str:
         return f"tensordesc<{variant.element}[{rows}, {cols}]>"
     if argument in _POINTERS:
         return _POINTERS[argument]
+    if argument == "best_index":
+        return "*i64" if variant.kernel in _ROWS else "*i32"
     if argument in _FLOATS:
         return "*fp32"
     if argument in _MATRICES:
@@ -336,7 +77,7 @@ def _type(variant: Variant, argument: str) -> str:
     if argument == "out" and variant.kernel is column_sums.column_sums_kernel:
         return "*fp64"
     if argument == "out":  # of sums in float32, or a matrix
-        return f"*{variant.element}"
+        return "*fp32" if variant.kernel in _ROWS else f"*{variant.element}"
     return "fp32" if argument in _NUMBERS else "i32"
 
 

@@ -109,12 +109,21 @@ def glue(launches: str, directory: str) -> Iterator[Launch]:
         yield from of(glue, between_products(dtype, map, cols))
 
 
+def rows(launches: str, directory: str) -> Iterator[Launch]:
+    from fastpref.scoring.backends import rows
+
+    extent = INTERPRETED[launches]
+    for dtype, map, cols in itertools.product(TRITON_DTYPES, extent.maps, extent.widths):
+        yield from of(rows, over_tiles(dtype, map, cols))
+
+
 def projection(dtype: torch.dtype, map: str, cols: int, write: bool, statistics: bool) -> Launch:
     from fastpref.scoring.backends import fused
 
     def run(_: Any, place: Place) -> list[Tensor]:
-        hidden = place(torch.randn(37, 43).to(dtype)[:, 2:])
-        weight = place(torch.randn(cols, 43).to(dtype)[:, :41])
+        # Rows of whole 16 bytes, at such distances: others take another way.
+        hidden = place(torch.randn(37, 48).to(dtype)[:, :40])
+        weight = place(torch.randn(cols, 48).to(dtype)[:, :40])
         tile = place(torch.zeros(37, cols + 3, dtype=dtype)[:, 1 : cols + 1])
         target, anchor = torch.randint(cols, (37,)), torch.zeros(37)
         # Rows that are projected again.
@@ -134,8 +143,9 @@ def projected_gradient(dtype: torch.dtype, map: str, cols: int) -> Launch:
     from fastpref.scoring.backends import fused
 
     def run(_: Any, place: Place) -> list[Tensor]:
-        hidden = place(torch.randn(37, 43).to(dtype)[:, 2:])
-        weight = place(torch.randn(cols, 43).to(dtype)[:, :41])
+        # Rows of whole 16 bytes, at such distances: others take another way.
+        hidden = place(torch.randn(37, 48).to(dtype)[:, :40])
+        weight = place(torch.randn(cols, 48).to(dtype)[:, :40])
         tile = place(torch.zeros(37, cols + 3, dtype=dtype)[:, 1 : cols + 1])
         upstream = UpstreamGradient(*(place(one) for one in torch.rand(7, 37)))
         target = place(torch.randint(cols, (37,)))
@@ -177,6 +187,7 @@ def planted(launches: str, directory: str) -> Iterator[Launch]:
 
 TRITON = {
     "glue": glue,
+    "rows": rows,
     "fused": fused,
     "divergence_launch": divergence_launch,
     "planted": planted,

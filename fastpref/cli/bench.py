@@ -150,8 +150,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _device(args: argparse.Namespace) -> str:
-    if args.suite == "choice":
-        return "cuda"
     return args.device or ("cuda" if args.suite == "gpu" else "cpu")
 
 

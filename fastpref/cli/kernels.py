@@ -58,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compile(wanted: tuple[int, str]) -> list[dict[str, Any]]:
-    from ..kernels import resources, tiles
+    from ..kernels import resources, tiles, variants
 
     capability, element = wanted
     rows = []
-    for variant in resources.variants(capability, element):
+    for variant in variants.variants(capability, element):
         row = asdict(resources.read(variant, capability)) | {"element": element}
         limit = tiles.CHIPS[capability].shared_memory
         row["problems"] = [
@@ -74,8 +74,10 @@ def _compile(wanted: tuple[int, str]) -> list[dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    header = ("registers", "stack", "shared memory", "matrix instructions", "tensor loads")
-    header += ("epilogue",)
+    header = (
+        *("registers", "stack", "shared memory", "matrix instructions", "tensor loads"),
+        "epilogue",
+    )
     for (capability, element), part in itertools.groupby(
         rows, lambda row: (row["capability"], row["element"])
     ):

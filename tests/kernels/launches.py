@@ -23,16 +23,17 @@ from triton.runtime import JITFunction
 from triton.runtime.jit import create_function_from_signature
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
-from fastpref.kernels import resources
+from fastpref.kernels import resources, variants
 from fastpref.scoring import backward, forward, two_heads, workspace
-from fastpref.scoring.backends import fused
+from fastpref.scoring.backends import fused, probe, tiled
+from fastpref.scoring.backends import rows as rows_backend
 from fastpref.scoring.types import OUTPUTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Launch = tuple[Any, ...]
 
 
-def key_of_variant(variant: resources.Variant) -> Launch:
+def key_of_variant(variant: variants.Variant) -> Launch:
     """What a compiled kernel is looked up by."""
     said = {
         name: f"{type_}{'!' if aligned else ''}"
@@ -55,13 +56,17 @@ class Recorder:
             major=capability // 10, minor=capability % 10, multi_processor_count=132
         )
         fused._properties = lambda device: properties
-        fused.unavailable_reason = lambda device_type: None
+        for backend in (fused, rows_backend):
+            backend.unavailable_reason = lambda device_type: None
+        rows_backend._processors = lambda device: properties.multi_processor_count
+        # What is tried is arbitrary here, and the same kernels once more.
+        probe.passes = lambda tier, kernel, device, check: True
         torch.cuda.current_device = lambda: 0
-        for module in (workspace, forward, backward, two_heads):
+        for module in (workspace, forward, backward, two_heads, tiled):
             for name, stand_in in (("lease", _lease), ("row_stride", _row_stride)):
                 if hasattr(module, name):
                     setattr(module, name, stand_in)
-        fused.lease, fused.row_stride = _lease, _row_stride
+        fused.row_stride = _row_stride
         recorder = self
 
         def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -147,6 +152,18 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     ),
     "odd width": lambda n, dtype: score(n, dtype, width=63, outputs=OUTPUTS),
     "rank 8": lambda n, dtype: score(n, dtype, width=72, outputs=OUTPUTS),
+    "rows: keep": lambda n, dtype: score(n, dtype, backend="rows"),
+    "rows: no gradient": lambda n, dtype: score(n, dtype, backend="rows", needs=()),
+    "rows: long": lambda n, dtype: score(n, dtype, backend="rows", vocab=20_000),
+    "rows: statistics": lambda n, dtype: score(
+        n, dtype, backend="rows", outputs=OUTPUTS, differentiated=("logp", "entropy", "lse")
+    ),
+    "rows: bias and cap": lambda n, dtype: score(
+        n, dtype, backend="rows", vocab=515, bias=True, softcap=30.0, outputs=OUTPUTS
+    ),
+    "rows: recompute": lambda n, dtype: score(
+        n, dtype, backend="rows", options={"schedule": "recompute"}
+    ),
     "divergence": diverge,
     "cosine": lambda n, dtype: diverge(n, dtype, divergence="cosine"),
 }
@@ -154,10 +171,11 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
 
 def all_flags(rows: int, dtype: torch.dtype) -> Iterator[None]:
     """Calls with every combination of what a kernel is compiled for."""
-    for bias, cap, vocab, outputs in itertools.product(
-        (False, True), (None, 30.0), (512, 515), (("logp", "lse"), OUTPUTS)
+    for backend, bias, cap, vocab, outputs in itertools.product(
+        ("triton", "rows"), (False, True), (None, 30.0), (512, 515), (("logp", "lse"), OUTPUTS)
     ):
         given = {"bias": bias, "softcap": cap, "vocab": vocab, "outputs": outputs}
+        given["backend"] = backend
         for needs in ((), ("hidden", "weight")):
             yield score(rows, dtype, needs=needs, **given)
         recompute = given | {"options": {"schedule": "recompute"}}
@@ -174,7 +192,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"triton": triton.__version__}
     for element, dtype in DTYPES.items():
-        compiled = {key_of_variant(one) for one in resources.variants(capability, element)}
+        compiled = {key_of_variant(one) for one in variants.variants(capability, element)}
         of_case: dict[str, Any] = {}
         for name, case in CASES.items():
             forms: dict[str, set[Launch]] = {}

@@ -20,16 +20,16 @@ CODE = """
 import json, re, sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from fastpref.kernels import resources
+from fastpref.kernels import resources, variants
 
 capability, element, pattern = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def read(at):
-    variant = list(resources.variants(capability, element))[at]
+    variant = list(variants.variants(capability, element))[at]
     return asdict(resources.read(variant, capability)) | {"descriptors": len(variant.descriptors)}
 
 if __name__ == "__main__":
-    names = [one.name for one in resources.variants(capability, element)]
+    names = [one.name for one in variants.variants(capability, element)]
     wanted = [at for at, name in enumerate(names) if re.fullmatch(pattern, name)]
     with ProcessPoolExecutor(2) as pool:
         print(json.dumps(list(pool.map(read, wanted))))
@@ -98,9 +98,9 @@ def test_the_epilogue_is_lean(name: str, most: float, tmp_path: Path) -> None:
 def test_halves_are_read_and_written_16_bytes_at_a_time() -> None:
     """Whatever the number of columns, and with rows that start at odd multiples of 16 bytes."""
     code = (
-        "from fastpref.kernels import resources\n"
+        "from fastpref.kernels import resources, variants\n"
         "for capability in (80, 90, 100, 120):\n"
-        "    variant = resources.probabilities_variant()\n"
+        "    variant = variants.probabilities_variant()\n"
         "    print(resources.build(variant, capability).asm['ptx'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -148,11 +148,11 @@ def test_a_tile_too_large_is_said_to_spill() -> None:
     """The reader sees what the limits are for."""
     code = (
         "from dataclasses import replace\n"
-        "from fastpref.kernels import resources, tiles\n"
+        "from fastpref.kernels import resources, tiles, variants\n"
         "shape = replace(tiles.CHIPS[80].plain[2].ordinary, rows=256, cols=256, slices=1)\n"
         "plain = {2: replace(tiles.CHIPS[80].plain[2], ordinary=shape)}\n"
         "chip = replace(tiles.CHIPS[80], plain=plain)\n"
-        "variants = resources.products(chip, 'bf16')\n"
+        "variants = variants.products(chip, 'bf16')\n"
         "variant = next(one for one in variants if one.name == 'linear_exp store')\n"
         "print(resources.read(variant, 80).stack)\n"
     )

@@ -135,10 +135,11 @@ def test_a_tier_that_is_lost_is_left_out(where: str) -> None:
 
 
 def test_no_tier_is_left() -> None:
-    trouble = {(tier, "plain"): Lost(tier, "ImportError: gone") for tier in HERE}
-    found = judge(SETTING, HERE, Script(trouble), quietly)
-    assert found.left == () and found.verdicts == () and found.times == {}
-    assert len(found.subjects) == 2
+    for where in ("plain", "3u, trainable"):
+        trouble = {(tier, where): Lost(tier, "ImportError: gone") for tier in HERE}
+        found = judge(SETTING, HERE, Script(trouble), quietly)
+        assert found.left == () and found.verdicts == () and found.times == {}
+        assert len(found.subjects) == 2
 
 
 def test_want_of_memory_is_no_fault_of_a_tiers() -> None:

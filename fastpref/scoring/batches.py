@@ -47,6 +47,8 @@ from .types import OUTPUTS, ScoringOptions, TokenScores, statistics_dtype
 ACCUMULATION_ROWS = {"cpu": 100, "cuda": 700}
 
 LossOfScores = Callable[[TokenScores], Tensor]
+# The loss, all scores, the gradient at the rows of the positions, and at the parameters.
+Outcome = tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,16 +240,12 @@ class BatchedLoss(torch.autograd.Function):
         return (None, None, None, None, *once_differentiable(gradients, depends_on))
 
 
-def _with_less(
-    planned: _OnePass, hidden: Tensor, parameters: Parameters
-) -> tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]:
+def _with_less(planned: _OnePass, hidden: Tensor, parameters: Parameters) -> Outcome:
     """What ``_OnePass.run`` returns; every attempt has totals of its own, and draws the same
     numbers in its loss."""
     as_before = random_state(hidden.device)
 
-    def attempt(
-        plan: BatchedPlan,
-    ) -> tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]:
+    def attempt(plan: BatchedPlan) -> Outcome:
         as_before()
         return replace(planned, plan=plan).run(hidden, parameters)
 
@@ -262,11 +260,7 @@ class _OnePass:
     positions: Tensor
     loss: LossOfScores
 
-    def run(
-        self, hidden: Tensor, parameters: Parameters
-    ) -> tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]:
-        """The loss, all scores, the gradient at the rows of ``positions``, and at the
-        parameters."""
+    def run(self, hidden: Tensor, parameters: Parameters) -> Outcome:
         call, flat, target = self.call, hidden.reshape(-1, hidden.shape[-1]), self.call.target
         head, scores = call.head(parameters), self._no_scores()
         mean = call.mean_row(head)

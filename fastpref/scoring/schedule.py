@@ -249,7 +249,7 @@ def less(plan: Plan, keep: bool = True) -> Plan | None:
     """
     row_bytes = plan.vocab_size * plan.itemsize
     tiles = (tile.nbytes(plan.itemsize) for tile in plan.sizes[1:] if isinstance(tile, Tile))
-    budget = plan.kept_rows * row_bytes + max(tiles)  # what was taken of it
+    budget = plan.kept_rows * row_bytes + max(tiles)  # at most this was taken
     schedule: Schedule = "auto" if plan.schedule == "direct" else "keep"
     if not keep or plan.schedule == "recompute":
         schedule = "recompute"

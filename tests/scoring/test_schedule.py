@@ -235,6 +235,15 @@ def test_with_less_until_the_least(name, keep):
     assert "after memory ran out" in str(least)
 
 
+def test_with_less_where_temporaries_bound_the_rows():
+    """Of a backend that forms no products in memory where it keeps none."""
+    changes = NO_GRADIENT | ON_CUDA | {"scores_in_tiles": False, "temporary_bytes": 1000 * N}
+    steps = descent(plan(changes))
+    rows = [one.forward_tile.rows for one in steps]
+    assert rows[0] == N and rows[-1] == schedule.LEAST_ROWS
+    assert rows == sorted(set(rows), reverse=True) and 2 < len(rows) < 8
+
+
 def test_a_plan_says_where_its_budget_comes_from():
     assert "(budget 12.0 MiB, memory_budget)" in str(plan(memory_budget=12 << 20))
     share = 1024 * GIB // schedule.BUDGET_SHARE // (1 << 20)

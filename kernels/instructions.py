@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disassembly (cuobjdump -sass) says of a kernel that multiplies: its instructions by name,
-and in which order the main loop, the copies and the epilogue come."""
+"""What a disassembly (cuobjdump -sass) says of a kernel: its instructions by name; of one that
+multiplies, in which order the main loop, the copies and the epilogue come; of a pass over rows,
+what an element costs."""
 
 import re
 from collections import Counter
@@ -55,3 +56,18 @@ def loads_beside_epilogue(code: str) -> bool:
     inside = [name.split(".")[0] for at, name in sorted(names.items()) if first <= at < end]
     powers = [at for at, name in enumerate(inside) if name == "MUFU"]
     return bool(powers) and "UTMALDG" in inside[: powers[-1]]
+
+
+def of_row_loop(code: str) -> float:
+    """Instructions to an exponential in the loop over the whole steps of a row, which reads 16
+    bytes at a time; 0 where there is none. Of such loops the first is the ordinary one."""
+    lines: list[tuple[int, str, str]] = []
+    lines += [(int(at, 16), name, to) for at, name, to in _ADDRESS.findall(code)]
+    for at, name, to in lines:
+        if name.split(".")[0] != "BRA" or not to or int(to, 16) >= at:
+            continue
+        body = [one for where, one, _ in lines if int(to, 16) <= where <= at]
+        powers = sum(one == "MUFU.EX2" for one in body)
+        if powers and any(one.startswith("LDG.E.128") for one in body):
+            return len(body) / powers
+    return 0.0

@@ -121,7 +121,7 @@ def join_shares_kernel(
     )
     offset = 0.0
     if WRITE:
-        begin, _, end = share_bounds(columns, shares, share, PIECES * VECTOR)
+        begin, _filled, end = share_bounds(columns, shares, share, PIECES * VECTOR)
         row = row_start(tile, tile_stride, id, ALIGNED, VECTOR)
         if HALVES:
             y = tl.load(target + id)
@@ -133,9 +133,9 @@ def join_shares_kernel(
             scale, inner, cap = map_of_row(scale, inner, cap, id, BY_ROW)
             for first in range(begin, end, PIECES * VECTOR):
                 cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
-                _, z = load_step(row, bias, cols, inside, True)
+                _raw, z = load_step(row, bias, cols, inside, True)
                 other = inside & (cols != y)
-                _, e, _, slope = anchored(z, other, lse, scale, inner, cap, CAPPED, False)
+                _x, e, _t, slope = anchored(z, other, lse, scale, inner, cap, CAPPED, False)
                 e = e * slope if CAPPED else e
                 store_step(row, cols, inside, e.to(tl.float16), True)
         else:

@@ -117,8 +117,9 @@ def logit_grad_rows_kernel(
             row, bias, first, end, y, a, rate, entropy_rate, entropy_less_log_norm, own, scale,
             inner, cap, grad_entropy is not None, CAPPED, EXACT, PIECES, VECTOR, EVEN, False,
         )  # fmt: skip
-    if filled < end:
+    # At most once: as a branch the compiler spills for sm_90.
+    for first in range(filled, end, PIECES * VECTOR):
         grad_step(
-            row, bias, filled, end, y, a, rate, entropy_rate, entropy_less_log_norm, own, scale,
+            row, bias, first, end, y, a, rate, entropy_rate, entropy_less_log_norm, own, scale,
             inner, cap, grad_entropy is not None, CAPPED, EXACT, PIECES, VECTOR, EVEN, True,
         )  # fmt: skip

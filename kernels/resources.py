@@ -8,6 +8,7 @@ cuobjdump that Triton brings; shared memory from Triton.
 import re
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class Resources:
     products_in_flight: int
     loads_beside_epilogue: bool
     epilogue: float  # arithmetic instructions to an element of a product's tile; 0: there is none
+    row_loop: float  # instructions to an element of a row; 0: no pass over rows
+    seconds: float  # of its compilation; next to nothing where Triton has it in its cache
 
 
 _POINTERS = {
@@ -117,7 +120,9 @@ def disassemble(compiled: Any) -> str:
 
 def read(variant: Variant, capability: int) -> Resources:
     """What the machine code of the variant says, compiled for the capability."""
+    begun = time.perf_counter()
     compiled = build(variant, capability)
+    seconds = time.perf_counter() - begun
     usage = _dump(compiled.asm["cubin"], "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
@@ -138,6 +143,8 @@ def read(variant: Variant, capability: int) -> Resources:
         instructions.products_in_flight(code),
         instructions.loads_beside_epilogue(code),
         round(arithmetic * 32 * variant.warps / elements, 2) if elements else 0.0,
+        round(instructions.of_row_loop(code), 2),
+        round(seconds, 2),
     )
 
 

@@ -22,6 +22,12 @@ class Packing(NamedTuple):
     valid: Tensor | None  # (scored,) bool; None when no row is dead
     overflow: Tensor | None  # 0-dim bool: more rows were scored than ``max_scored``
 
+    def _valid_like(self, values: Tensor) -> Tensor:
+        """``valid``, one for each row of ``values``."""
+        if self.valid is None:
+            raise RuntimeError("no row is dead")
+        return self.valid.view(-1, *[1] * (values.dim() - 1))
+
     def gather(self, rows: Tensor) -> Tensor:
         """(total, ...) -> (scored, ...); dead rows hold 0."""
         if self.positions is not None:
@@ -30,13 +36,13 @@ class Packing(NamedTuple):
                 self.positions if self.valid is None else self.positions.clamp(max=self.total - 1),
             )
         if self.valid is not None:
-            rows = torch.where(self.valid.view(-1, *[1] * (rows.dim() - 1)), rows, 0)
+            rows = torch.where(self._valid_like(rows), rows, _zero(rows.dtype))
         return rows
 
     def spread(self, values: Tensor) -> Tensor:
         """(scored, ...) -> (total, ...), 0 (False) elsewhere; ``values`` itself if all are."""
         if self.valid is not None:
-            values = torch.where(self.valid.view(-1, *[1] * (values.dim() - 1)), values, 0)
+            values = torch.where(self._valid_like(values), values, _zero(values.dtype))
         if self.positions is None:
             return values
         # Dead rows all land in one extra slot.
@@ -46,6 +52,11 @@ class Packing(NamedTuple):
         if self.overflow is not None and out.is_floating_point():
             out = torch.where(self.overflow, torch.nan, out)
         return out
+
+
+def _zero(dtype: torch.dtype) -> Tensor:
+    """On the host, from where operators on a GPU take it without a launch."""
+    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 def pack(

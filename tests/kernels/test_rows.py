@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from fastpref import ScoringOptions
 from fastpref.scoring.backends import UpstreamGradient, plain, rows
@@ -152,7 +153,7 @@ def test_split_rows(monkeypatch, dtype, padded, cols, map):
             if shares is None:
                 sums = plain.exp_rows(*arguments)
             else:
-                monkeypatch.setattr(rows, "_shares", lambda tile, shares=shares: shares)
+                monkeypatch.setattr(rows, "_shares", lambda tile, flags, shares=shares: shares)
                 sums = rows.exp_rows(*arguments)
             kept = tile if write else None
             scored, scale = plain.settle(sums, own, kept, map)
@@ -230,10 +231,46 @@ def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
 
 
 def test_few_rows_are_split(monkeypatch):
-    tile = torch.empty(1, 100_000)
     monkeypatch.setattr(rows, "_processors", lambda device: 132)
-    monkeypatch.setattr(rows, "PIECES", 256)
-    assert rows._shares(tile) == 64  # no more than steps, nor than are joined
-    assert rows._shares(torch.empty(100, 100_000)) == 3
-    assert rows._shares(torch.empty(264, 100_000)) == 1
-    assert rows._shares(torch.empty(1, 5000)) == 5
+    flags = {"PIECES": 256, "VECTOR": 4}
+    # No more shares than steps, nor than are joined.
+    for count, cols, shares in ((1, 10**5, 64), (100, 10**5, 3), (264, 10**5, 1), (1, 5000, 5)):
+        assert rows._shares(torch.empty(count, cols), flags) == shares
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_bytes_a_logit(monkeypatch, dtype, write, moved):
+    """Counted from loads and stores: one read and one write; of halves that are kept two reads; of
+    a row that moves its anchor both once more."""
+    moves = {"load": 0, "store": 0}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def wide(pointers, mask):
+        small = pointers.get_element_ty().primitive_bitwidth == 16
+        return 2 * int(mask.data.sum()) if small else 0
+
+    def counted_load(self, pointers, mask, *given):
+        moves["load"] += wide(pointers, mask)
+        return load(self, pointers, mask, *given)
+
+    def counted_store(self, pointers, value, mask, *given):
+        moves["store"] += wide(pointers, mask)
+        return store(self, pointers, value, mask, *given)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+    tile = torch.zeros(4, 400, dtype=dtype)
+    tile[:, 7] = 50.0 if moved else 1.0
+    # More rows than programs are wanted: none is split.
+    target, anchor = torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+    rows.exp_rows(tile, target, anchor, None, MAPS[0], write, False)
+    halves = write and dtype == torch.float16
+    read = 1 + moved + halves
+    written = write * (1 + (moved and not halves))
+    assert (moves["load"], moves["store"]) == (2 * read * tile.numel(), 2 * written * tile.numel())
+    upstream = UpstreamGradient(*torch.rand(4, 4), None, None, None)
+    moves |= {"load": 0, "store": 0}
+    rows.logit_grad(tile, target, upstream, None, MAPS[0])
+    assert moves == {"load": 2 * tile.numel(), "store": 2 * tile.numel()}

@@ -22,7 +22,7 @@ from .operators import STATISTICS, SUMS
 
 INTERPRETED = not isinstance(exponentials.exp_rows_kernel, triton.JITFunction)
 # In the interpreter, which runs one program after the other: several steps in small tests.
-PIECES = 16 if INTERPRETED else exponentials.PIECES
+INTERPRETED_PIECES = 16
 WARPS = exponentials.WARPS
 # A multiprocessor has enough to do with so many programs.
 PROGRAMS = 2
@@ -66,14 +66,14 @@ def exp_rows(
         return plain.exp_rows(tile, target, anchor, bias, map, write, statistics)
     halves = write and tile.dtype == torch.float16
     rows = tile.shape[0]
-    shares = _shares(tile)
+    flags = _flags(tile, map)
+    shares = _shares(tile, flags)
     joined = shares > 1 or halves
     kinds = len(SUMS) + (len(STATISTICS) if statistics else 0)
     stride = glue.padded(rows)
     sums = anchor.new_empty((kinds, shares, stride), dtype=torch.float32)
     best_index = target.new_empty((shares, stride)) if statistics else None
-    settings, flags = _map_arguments(map, tile), _map_flags(map)
-    shape = _shape(tile)
+    settings = _map_arguments(map, tile)
     exponentials.exp_rows_kernel[(rows * shares,)](
         tile,
         tile.stride(0),
@@ -91,7 +91,6 @@ def exp_rows(
         EXACT=tile.dtype == torch.float32,
         num_warps=WARPS,
         **flags,
-        **shape,
     )
     out, out_index = sums[:, 0], None if best_index is None else best_index[0]
     if joined:
@@ -118,7 +117,6 @@ def exp_rows(
             MOST_SHARES=join_shares.MOST_SHARES,
             num_warps=WARPS,
             **flags,
-            **shape,
         )
     named = dict(zip(SUMS + STATISTICS, out[:, :rows], strict=False))
     return RowSums(**named, best_index=None if out_index is None else out_index[:rows])
@@ -131,7 +129,8 @@ def logit_grad(
     if tile.dtype not in DTYPES or not tile.numel():
         plain.logit_grad(tile, target, upstream, bias, map)
         return
-    shares = _shares(tile)
+    flags = _flags(tile, map)
+    shares = _shares(tile, flags)
     logit_grad_rows.logit_grad_rows_kernel[(tile.shape[0] * shares,)](
         tile,
         tile.stride(0),
@@ -143,26 +142,30 @@ def logit_grad(
         *_map_arguments(map, tile),
         EXACT=tile.dtype == torch.float32,
         num_warps=WARPS,
-        **_map_flags(map),
-        **_shape(tile),
+        **flags,
     )
 
 
-def _shape(tile: Tensor) -> dict[str, Any]:
-    """How the kernels step through rows of ``tile``."""
+def _flags(tile: Tensor, map: LogitMap) -> dict[str, Any]:
+    """What all three kernels are compiled for: the map, and how rows of ``tile`` are stepped
+    through."""
+    capped = isinstance(map.cap, Tensor) or map.cap != 0
     vector = 16 // tile.element_size()
     aligned = tile.stride(0) % vector == 0 and tile.data_ptr() % 16 == 0
+    pieces = exponentials.CAPPED_PIECES if capped else exponentials.PIECES
     return {
-        "PIECES": PIECES,
+        "CAPPED": capped,
+        "BY_ROW": isinstance(map.scale, Tensor) or isinstance(map.cap, Tensor),
+        "PIECES": INTERPRETED_PIECES if INTERPRETED else pieces,
         "VECTOR": vector,
         "ALIGNED": aligned,
         "EVEN": aligned and tile.shape[1] % vector == 0,
     }
 
 
-def _shares(tile: Tensor) -> int:
+def _shares(tile: Tensor, flags: dict[str, Any]) -> int:
     """Into how many programs' columns a row is split."""
-    steps = triton.cdiv(tile.shape[1], PIECES * (16 // tile.element_size()))
+    steps = triton.cdiv(tile.shape[1], flags["PIECES"] * flags["VECTOR"])
     wanted = triton.cdiv(PROGRAMS * _processors(tile.device), tile.shape[0])
     return max(1, min(int(wanted), int(steps), join_shares.MOST_SHARES))
 
@@ -174,19 +177,14 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _map_flags(map: LogitMap) -> dict[str, bool]:
-    by_row = isinstance(map.scale, Tensor) or isinstance(map.cap, Tensor)
-    return {"CAPPED": isinstance(map.cap, Tensor) or map.cap != 0, "BY_ROW": by_row}
-
-
 def _map_arguments(map: LogitMap, tile: Tensor) -> tuple[float | Tensor, ...]:
     """scale, scale / cap and cap; all three by row where one is."""
-    flags = _map_flags(map)
-    settings = map.scale, map.scale / map.cap if flags["CAPPED"] else 0.0, map.cap
-    if not flags["BY_ROW"]:
+    capped = isinstance(map.cap, Tensor) or map.cap != 0
+    settings = map.scale, map.scale / map.cap if capped else 0.0, map.cap
+    if not any(isinstance(one, Tensor) for one in settings):
         return settings
-    rows = torch.empty(tile.shape[0], dtype=torch.float32, device=tile.device)
-    return tuple(torch.zeros_like(rows) + one for one in settings)
+    rows = torch.zeros(tile.shape[0], dtype=torch.float32, device=tile.device)
+    return tuple(rows + one for one in settings)
 
 
 def target_logits(

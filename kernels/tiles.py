@@ -69,7 +69,7 @@ _AMPERE = Chip(
     shared_memory=99 << 10,
     descriptors=False,
     plain={2: _tiles((128, 64), 128, 32, 2), 4: _tiles((64, 64), 128, 32, 1)},
-    heavy={2: _tiles((128, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 32, 1)},
+    heavy={2: _tiles((128, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
 )
 CHIPS = {
     80: _AMPERE,

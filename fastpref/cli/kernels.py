@@ -74,8 +74,10 @@ def _compile(wanted: tuple[int, str]) -> list[dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    header = ("registers", "stack", "shared memory", "matrix instructions", "tensor loads")
-    header += ("epilogue",)
+    header = (
+        *("registers", "stack", "shared memory", "matrix instructions", "tensor loads"),
+        "epilogue",
+    )
     for (capability, element), part in itertools.groupby(
         rows, lambda row: (row["capability"], row["element"])
     ):

@@ -77,8 +77,8 @@ def finish_slice(
     CAPPED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Writes the exponentials of some columns of a tile. Returns the logits, the exponentials, and
-    which columns are there and no target."""
+    """Writes the exponentials of some columns of a tile. Returns the logits, the exponentials,
+    their sums, and which columns are there and no target."""
     cols = col + tl.arange(0, SLICE_COLS)
     if bias is not None:
         z += tl.load(bias + cols, cols < columns, 0.0)[None, :]
@@ -87,6 +87,7 @@ def finish_slice(
     if RAGGED:
         other = other & (cols < columns)[None, :]
     e = tl.where(other, e, 0.0)
+    total = tl.sum(e, 1)
     if exps is not None:
         element: tl.constexpr = exps.dtype if DESCRIPTORS else exps.dtype.element_ty
         kept = e
@@ -110,7 +111,7 @@ def finish_slice(
             RAGGED,
             ALIGNED,
         )
-    return t, e, other
+    return t, e, total, other
 
 
 @triton.jit
@@ -186,7 +187,7 @@ def finish_tile(
     logits = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for i in tl.static_range(SLICES):
         first = col + i * slice_cols
-        t, e, other = finish_slice(
+        t, e, s, other = finish_slice(
             parts[i],
             first,
             own,
@@ -210,7 +211,7 @@ def finish_tile(
         )
         # A slice may begin beyond the last column: nothing of it counts, whatever it came to.
         here = first < columns
-        s = tl.where(here, tl.sum(e, 1), 0.0)
+        s = tl.where(here, s, 0.0)
         if best_index is not None:
             cols = first + tl.arange(0, slice_cols)
             top, at, w, q, v = slice_statistics(t, e, other, cols, columns, RAGGED)

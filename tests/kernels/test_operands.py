@@ -193,16 +193,22 @@ SETTINGS = {
 
 def test_precision_follows_torch():
     """Whichever of its settings said it, each in a process of its own."""
-    for name, (setting, expected) in SETTINGS.items():
-        if "fp32_precision" in setting and not hasattr(torch.backends, "fp32_precision"):
-            continue
-        code = (
-            f"import torch; b = torch.backends; {setting}\n"
-            "from fastpref.scoring.backends import fused\n"
-            "print(fused._tf32_allowed())\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.strip() == str(expected), (name, done.stdout, done.stderr)
+    code = (
+        "import os, sys, torch\n"
+        "from fastpref.scoring.backends import fused\n"
+        "for setting in sys.argv[1:]:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        exec(setting, {'torch': torch, 'b': torch.backends})\n"
+        "        print(fused._tf32_allowed(), flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+    )
+    known = hasattr(torch.backends, "fp32_precision")
+    cases = [one for one in SETTINGS.values() if known or "fp32_precision" not in one[0]]
+    command = [sys.executable, "-c", code, *(setting for setting, _ in cases)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(expected) for _, expected in cases], done.stderr
 
 
 def nearest(x: np.ndarray) -> np.ndarray:

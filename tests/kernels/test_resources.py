@@ -141,7 +141,8 @@ def test_flattened() -> None:
     assert chip.plain[2].ordinary == replace(tiles.CHIPS[90].plain[2].ordinary, flatten=True)
     assert chip.heavy[2].ordinary.flatten and not chip.heavy[2].flagged.flatten
     assert chip.plain[4] == tiles.CHIPS[90].plain[4]
-    assert tiles.flattened(tiles.CHIPS[80]) == tiles.CHIPS[80]
+    for other in (80, 100, 120):
+        assert tiles.flattened(tiles.CHIPS[other]) == tiles.CHIPS[other]
 
 
 def test_a_tile_too_large_is_said_to_spill() -> None:

@@ -244,7 +244,7 @@ def rows_in_place(element: str) -> Iterator[Variant]:
     """The passes over rows of torch's own products, which begin at multiples of 16 bytes."""
     for even, bias, capped, statistics in itertools.product(_ON_OFF, repeat=4):
         step: dict[str, Any] = {
-            "PIECES": exp_rows.PIECES,
+            "PIECES": exp_rows.CAPPED_PIECES if capped else exp_rows.PIECES,
             "VECTOR": 16 // ELEMENTS[element],
             "EVEN": even,
         }

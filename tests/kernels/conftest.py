@@ -6,6 +6,8 @@ import pytest
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from fastpref.scoring.backends import probe
+
 
 def _exact(handle: TensorHandle) -> np.ndarray:
     if handle.dtype.scalar == tl.bfloat16:
@@ -32,3 +34,9 @@ def silent_overflow():
     warn."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_stands_in(monkeypatch):
+    """A kernel that is wrong must not hide behind the next tier."""
+    monkeypatch.setattr(probe, "passes", lambda tier, kernel, device, check: True)

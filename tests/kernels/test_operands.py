@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.kernels import products, tiles
-from fastpref.scoring.backends import fused
+from fastpref.scoring.backends import fused, tiled
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.kernels.conftest import _dot
 from tests.scoring.cases import verify
@@ -88,14 +88,14 @@ def test_other_storage_goes_in_place(lies, which, no_kernels):
 @pytest.mark.parametrize("rows", [0, 1, 5, 12, 13])
 def test_a_tile_that_the_plan_has_not_is_taken_in_parts(rows, statistics, monkeypatch):
     """And within the temporaries of the plan."""
-    monkeypatch.setattr(fused, "_SPARE_ROWS", 6)
+    monkeypatch.setattr(tiled, "SPARE_ROWS", 6)
     leased = []
 
     def lease(shape, dtype, device):
         leased.append(shape)
         return torch.empty(shape, dtype=dtype)
 
-    monkeypatch.setattr(fused, "lease", lease)
+    monkeypatch.setattr(tiled, "lease", lease)
     hidden, weight = torch.randn(rows, 33), torch.randn(130, 33)
     target, anchor = torch.arange(rows), torch.randn(rows)
     arguments = (target, anchor, None, LogitMap(1.0, 0.0))
@@ -105,7 +105,7 @@ def test_a_tile_that_the_plan_has_not_is_taken_in_parts(rows, statistics, monkey
     for mine, its in zip(sums, other, strict=True):
         assert (mine is None) == (its is None)
         assert mine is None or torch.allclose(mine, its, rtol=1e-5, atol=1e-5)
-    assert leased == [(max(1, min(rows, 6)), 130)]
+    assert leased == [(min(rows, 6), 130)]
     beside = fused.temporary_bytes(rows, 130, "cpu", torch.float32, statistics)
     plain = fused._in_place("cpu").temporary_bytes(
         min(rows, 6), 130, "cpu", torch.float32, statistics

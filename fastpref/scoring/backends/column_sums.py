@@ -30,7 +30,7 @@ def add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> No
     """
     if not matrix.numel():
         return
-    if launches(matrix.device.type, matrix.dtype) and matrix.stride(1) == 1:
+    if launches(matrix.device.type, matrix.dtype) and _serves(matrix, weights):
         from . import glue
 
         glue.add_column_sums(total, matrix, weights)
@@ -60,6 +60,23 @@ def launches(device_type: str, dtype: torch.dtype) -> bool:
     from . import glue
 
     return dtype in glue.DTYPES
+
+
+def _serves(matrix: Tensor, weights: Tensor | None) -> bool:
+    """Whether the kernel reads this matrix, and has been seen right on its device."""
+    from . import glue, probe
+
+    def check() -> str:
+        # Whole numbers: their sums are exact.
+        given = torch.arange(70 * 300, device=matrix.device).view(70, 300).fmod(7).to(matrix.dtype)
+        some = None if weights is None else given[:, 1].to(weights.dtype)
+        totals = given.new_zeros((2, 300), dtype=torch.float64)
+        glue.add_column_sums(totals[0], given, some)
+        _by_blocks(totals[1], given, some)
+        return "" if torch.equal(*totals) else "column sums differ from torch's"
+
+    kernel = "column_sums", matrix.dtype, weights is None
+    return matrix.stride(1) == 1 and probe.passes("rows", kernel, matrix.device, check)
 
 
 def _by_products(total: Tensor, matrix: Tensor, weights: Tensor | None) -> None:

@@ -25,8 +25,7 @@ from .. import rows
 from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
 from ..workspace import row_stride
-from . import RowBackend, UpstreamGradient, glue, next_tier, plain
-from .tiled import SPARE_ROWS
+from . import RowBackend, UpstreamGradient, glue, next_tier, plain, tiled
 
 INTERPRETED = not isinstance(linear_exp.linear_exp_kernel, triton.JITFunction)
 DTYPES = glue.DTYPES
@@ -70,7 +69,7 @@ def temporary_bytes(
     narrowest = min(table[dtype.itemsize].ordinary.cols for table in (chip.plain, chip.heavy))
     col_tiles = -(-cols // narrowest)
     sums = 4 * glue.padded(rows) * (kinds * col_tiles + kinds + 3)
-    some = min(rows, SPARE_ROWS)
+    some = min(rows, tiled.SPARE_ROWS)
     stride = row_stride(cols, dtype, torch.device(device_type))
     spare = some * stride * dtype.itemsize
     return max(sums, spare + other.temporary_bytes(some, cols, device_type, dtype, statistics))

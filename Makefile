@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Processes that share the tests.
+WORKERS ?= auto
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 GPU_PYTHON ?= python3
@@ -44,10 +46,10 @@ demo: $(PACKAGE) ## a preference training inside TRL on the CPU, stock against f
 
 test: $(PACKAGE) $(WHEEL) ## all tests but the sweeps and those that need a GPU
 	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" \
-	  $(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(PACKAGE) $(WHEEL) ## the sweeps
-	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" $(BIN)/python -m pytest -q -m slow -n $(WORKERS) $(PYTEST_ARGS)
 
 bench: $(BENCH) ## measure against the alternatives
 	$(BIN)/python -m fastpref bench $(BENCH_ARGS)

@@ -67,31 +67,32 @@ def row_start(tile, stride, row, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def step_columns(first, end, PIECES: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr):
-    """Columns of a step, (PIECES, VECTOR), and which lie before the end."""
+def step_columns(first, end, PIECES: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr):
+    """Columns of a step, (PIECES, VECTOR), and which of them are read and written: with WHOLE whole
+    pieces, the last one with the padding behind the row. A predicate an element spills."""
     starts = first + tl.arange(0, PIECES)[:, None] * VECTOR
     cols = starts + tl.arange(0, VECTOR)[None, :]
-    # Accesses are wide where a piece is there as a whole or not at all.
-    return cols, tl.broadcast_to(starts < end, (PIECES, VECTOR)) if EVEN else cols < end
+    return cols, tl.broadcast_to(starts < end, (PIECES, VECTOR)) if WHOLE else cols < end
 
 
 @triton.jit
-def load_step(row, bias, cols, inside, MASKED: tl.constexpr):
-    """Raw products as they are stored, and the same with the bias."""
+def load_step(row, bias, cols, reached, end, MASKED: tl.constexpr):
+    """Raw products as they are stored, and the same with the bias; anything beyond the end."""
     if MASKED:
-        raw = tl.load(row + cols, inside, 0.0)
+        raw = tl.load(row + cols, reached, 0.0)
     else:
         raw = tl.load(row + cols)
     z = raw.to(tl.float32)
     if bias is not None:
-        z += tl.load(bias + cols, inside, 0.0) if MASKED else tl.load(bias + cols)
+        # Instead of a mask: the bias has no padding.
+        z += tl.load(bias + (tl.minimum(cols, end - 1) if MASKED else cols))
     return raw, z
 
 
 @triton.jit
-def store_step(row, cols, inside, values, MASKED: tl.constexpr):
+def store_step(row, cols, reached, values, MASKED: tl.constexpr):
     if MASKED:
-        tl.store(row + cols, values, inside)
+        tl.store(row + cols, values, reached)
     else:
         tl.store(row + cols, values)
 
@@ -121,14 +122,14 @@ def take_step(
     EXACT: tl.constexpr,
     PIECES: tl.constexpr,
     VECTOR: tl.constexpr,
-    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
-    raw, z = load_step(row, bias, cols, inside, MASKED)
+    cols, reached = step_columns(first, end, PIECES, VECTOR, WHOLE)
+    raw, z = load_step(row, bias, cols, reached, end, MASKED)
     other = cols != y
     if MASKED:
-        other = other & inside
+        other = other & (cols < end)
     x, e, t, slope = anchored(z, other, a, scale, inner, cap, CAPPED, EXACT)
     top = tl.max(x, 1)
     before = highest
@@ -151,7 +152,7 @@ def take_step(
     total = tl.where(going, total + tl.sum(e, 1), total)
     if WRITE:
         values = (e * slope if CAPPED else e).to(row.dtype.element_ty)
-        store_step(row, cols, inside, tl.where(going[:, None], values, raw), MASKED)
+        store_step(row, cols, reached, tl.where(going[:, None], values, raw), MASKED)
     return highest, total, taken, best, centre, weighted, squares, logits
 
 
@@ -168,15 +169,15 @@ def highest_logit(
     CAPPED: tl.constexpr,
     PIECES: tl.constexpr,
     VECTOR: tl.constexpr,
-    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Of all columns but the target's."""
     top = tl.full((PIECES, VECTOR), -INF, dtype=tl.float32)
     for first in range(begin, end, PIECES * VECTOR):
-        cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
-        _, z = load_step(row, bias, cols, inside, True)
+        cols, reached = step_columns(first, end, PIECES, VECTOR, WHOLE)
+        _, z = load_step(row, bias, cols, reached, end, True)
         t, _ = map_logits(z, scale, inner, cap, CAPPED)
-        top = tl.maximum(top, tl.where(inside & (cols != y), t, -INF))
+        top = tl.maximum(top, tl.where((cols < end) & (cols != y), t, -INF))
     return tl.max(tl.max(top, 1), 0)
 
 
@@ -202,14 +203,16 @@ def take_rest(
     EXACT: tl.constexpr,
     PIECES: tl.constexpr,
     VECTOR: tl.constexpr,
-    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Goes over the row again: scales what was taken, takes the rest about the anchor ``a``."""
     number = 0
     for first in range(begin, end, PIECES * VECTOR):
-        cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
-        raw, z = load_step(row, bias, cols, inside, True)
-        x, e, _, slope = anchored(z, inside & (cols != y), a, scale, inner, cap, CAPPED, EXACT)
+        cols, reached = step_columns(first, end, PIECES, VECTOR, WHOLE)
+        raw, z = load_step(row, bias, cols, reached, end, True)
+        x, e, _, slope = anchored(
+            z, (cols < end) & (cols != y), a, scale, inner, cap, CAPPED, EXACT
+        )
         rest = taken <= number
         total += tl.where(rest, tl.sum(e, 1), 0.0)
         if STATISTICS:
@@ -218,7 +221,7 @@ def take_rest(
         if WRITE:
             values = e * slope if CAPPED else e
             values = tl.where(rest[:, None], values, raw.to(tl.float32) * factor)
-            store_step(row, cols, inside, values.to(row.dtype.element_ty), True)
+            store_step(row, cols, reached, values.to(row.dtype.element_ty), True)
         number += 1
     return total, weighted, squares
 
@@ -246,7 +249,7 @@ def exp_rows_kernel(
     ALIGNED: tl.constexpr,  # rows start at multiples of 16 bytes
     PIECES: tl.constexpr,
     VECTOR: tl.constexpr,
-    EVEN: tl.constexpr,  # and so does the number of columns
+    WHOLE: tl.constexpr,  # and are followed by padding to such
 ):
     id = tl.program_id(0) // shares
     share = tl.program_id(0) % shares
@@ -259,7 +262,9 @@ def exp_rows_kernel(
     y = tl.where(here, y, -1).to(tl.int32)
     a = tl.load(anchor + id)
     if (tl.abs(a) < INF) == 0:
-        a = highest_logit(row, bias, begin, end, y, scale, inner, cap, CAPPED, PIECES, VECTOR, EVEN)
+        a = highest_logit(
+            row, bias, begin, end, y, scale, inner, cap, CAPPED, PIECES, VECTOR, WHOLE
+        )
         a = tl.where(a == -INF, LOWEST_ANCHOR, a)
     if STATISTICS:
         # Before it is overwritten.
@@ -276,14 +281,14 @@ def exp_rows_kernel(
     for first in range(begin, filled, PIECES * VECTOR):
         highest, total, taken, best, centre, weighted, squares, logits = take_step(
             row, bias, first, end, y, a, highest, total, taken, best, centre, weighted, squares,
-            logits, scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, EVEN,
+            logits, scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
             False,
         )  # fmt: skip
     # At most once: as a branch the compiler spills for sm_90.
     for first in range(filled, end, PIECES * VECTOR):
         highest, total, taken, best, centre, weighted, squares, logits = take_step(
             row, bias, first, end, y, a, highest, total, taken, best, centre, weighted, squares,
-            logits, scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, EVEN,
+            logits, scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
             True,
         )  # fmt: skip
     unit = 1.0 if EXACT else LN2
@@ -302,7 +307,7 @@ def exp_rows_kernel(
         tl.debug_barrier()
         total, weighted, squares = take_rest(
             row, bias, begin, end, y, a, factor, total, taken, weighted, squares, scale, inner,
-            cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, EVEN,
+            cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
         )  # fmt: skip
         if STATISTICS:
             centre = zeros + top

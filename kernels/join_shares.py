@@ -97,7 +97,7 @@ def join_shares_kernel(
     MOST_SHARES: tl.constexpr,
     PIECES: tl.constexpr,
     VECTOR: tl.constexpr,
-    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     id = tl.program_id(0) // shares
     share = tl.program_id(0) % shares
@@ -132,18 +132,18 @@ def join_shares_kernel(
             y = tl.where(here, y, -1).to(tl.int32)
             scale, inner, cap = map_of_row(scale, inner, cap, id, BY_ROW)
             for first in range(begin, end, PIECES * VECTOR):
-                cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
-                _raw, z = load_step(row, bias, cols, inside, True)
-                other = inside & (cols != y)
+                cols, reached = step_columns(first, end, PIECES, VECTOR, WHOLE)
+                _raw, z = load_step(row, bias, cols, reached, end, True)
+                other = (cols < end) & (cols != y)
                 _x, e, _t, slope = anchored(z, other, lse, scale, inner, cap, CAPPED, False)
                 e = e * slope if CAPPED else e
-                store_step(row, cols, inside, e.to(tl.float16), True)
+                store_step(row, cols, reached, e.to(tl.float16), True)
         else:
             mine = tl.load(sums + share * sums_stride + id)
             factor = tl.exp(mine - a)
             if mine < a:
                 for first in range(begin, end, PIECES * VECTOR):
-                    cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
-                    e = tl.load(row + cols, inside, 0.0).to(tl.float32) * factor
-                    store_step(row, cols, inside, e.to(row.dtype.element_ty), True)
+                    cols, reached = step_columns(first, end, PIECES, VECTOR, WHOLE)
+                    e = tl.load(row + cols, reached, 0.0).to(tl.float32) * factor
+                    store_step(row, cols, reached, e.to(row.dtype.element_ty), True)
     tl.store(out + 2 * out_stride + id, offset, share == 0)

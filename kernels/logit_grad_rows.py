@@ -42,12 +42,12 @@ def grad_step(
     EXACT: tl.constexpr,
     PIECES: tl.constexpr,
     VECTOR: tl.constexpr,
-    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    cols, inside = step_columns(first, end, PIECES, VECTOR, EVEN)
-    _, z = load_step(row, bias, cols, inside, MASKED)
-    x, e, _, slope = anchored(z, inside, anchor, scale, inner, cap, CAPPED, EXACT)
+    cols, reached = step_columns(first, end, PIECES, VECTOR, WHOLE)
+    _, z = load_step(row, bias, cols, reached, end, MASKED)
+    x, e, _, slope = anchored(z, cols < end, anchor, scale, inner, cap, CAPPED, EXACT)
     value = e * rate
     if ENTROPY:
         # p log p is 0 where p is, also at a logit of -inf.
@@ -56,7 +56,7 @@ def grad_step(
     value = tl.where(cols == y, own, value) * scale
     if CAPPED:
         value *= slope
-    store_step(row, cols, inside, value.to(row.dtype.element_ty), MASKED)
+    store_step(row, cols, reached, value.to(row.dtype.element_ty), MASKED)
 
 
 @triton.jit(do_not_specialize=["columns", "tile_stride", "shares"])
@@ -83,7 +83,7 @@ def logit_grad_rows_kernel(
     ALIGNED: tl.constexpr,
     PIECES: tl.constexpr,
     VECTOR: tl.constexpr,
-    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     id = tl.program_id(0) // shares
     share = tl.program_id(0) % shares
@@ -115,11 +115,11 @@ def logit_grad_rows_kernel(
     for first in range(begin, filled, PIECES * VECTOR):
         grad_step(
             row, bias, first, end, y, a, rate, entropy_rate, entropy_less_log_norm, own, scale,
-            inner, cap, grad_entropy is not None, CAPPED, EXACT, PIECES, VECTOR, EVEN, False,
+            inner, cap, grad_entropy is not None, CAPPED, EXACT, PIECES, VECTOR, WHOLE, False,
         )  # fmt: skip
     # At most once: as a branch the compiler spills for sm_90.
     for first in range(filled, end, PIECES * VECTOR):
         grad_step(
             row, bias, first, end, y, a, rate, entropy_rate, entropy_less_log_norm, own, scale,
-            inner, cap, grad_entropy is not None, CAPPED, EXACT, PIECES, VECTOR, EVEN, True,
+            inner, cap, grad_entropy is not None, CAPPED, EXACT, PIECES, VECTOR, WHOLE, True,
         )  # fmt: skip

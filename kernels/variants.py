@@ -241,16 +241,17 @@ def _columns(element: str) -> Iterator[Variant]:
 
 
 def rows_in_place(element: str) -> Iterator[Variant]:
-    """The passes over rows of torch's own products, which begin at multiples of 16 bytes."""
-    for even, bias, capped, statistics in itertools.product(_ON_OFF, repeat=4):
+    """The passes over rows of torch's own products, which begin at multiples of 16 bytes and are
+    padded to such."""
+    for bias, capped, statistics in itertools.product(_ON_OFF, repeat=3):
         step: dict[str, Any] = {
             "PIECES": exp_rows.CAPPED_PIECES if capped else exp_rows.PIECES,
             "VECTOR": 16 // ELEMENTS[element],
-            "EVEN": even,
+            "WHOLE": True,
         }
         flags: dict[str, Any] = {"CAPPED": capped, "BY_ROW": False, "ALIGNED": True}
         absent = _absent(bias=bias)
-        given = {"bias": bias, "ragged": not even, "capped": capped}
+        given = {"bias": bias, "capped": capped}
         of_sums = flags | {"STATISTICS": statistics} | _absent(best_index=statistics)
         for write in (False,) if element == "fp16" else _ON_OFF:
             label = _label("exp_rows", write=write, statistics=statistics, **given)

@@ -159,8 +159,16 @@ def _flags(tile: Tensor, map: LogitMap) -> dict[str, Any]:
         "PIECES": INTERPRETED_PIECES if INTERPRETED else pieces,
         "VECTOR": vector,
         "ALIGNED": aligned,
-        "EVEN": aligned and tile.shape[1] % vector == 0,
+        "WHOLE": aligned and _is_padded(tile, vector),
     }
+
+
+def _is_padded(tile: Tensor, vector: int) -> bool:
+    """Whether rows have room for as many whole pieces as they need, as all tiles on a GPU have."""
+    (rows, cols), stride = tile.shape, tile.stride(0)
+    width = cols + -cols % vector
+    last = tile.storage_offset() + (rows - 1) * stride + width
+    return width <= stride and last * tile.element_size() <= tile.untyped_storage().nbytes()
 
 
 def _shares(tile: Tensor, flags: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 """``python -m fastpref kernels``: what the Triton kernels take of each chip.
 
 They are compiled here for chips that need not be; nothing runs. All variants of all chips take a
-core most of an hour; ``--rows``, the rows tier alone, two minutes.
+core most of an hour; those of the rows tier alone (``--rows``) some minutes.
 
 Of the rows tier also what a call costs, counted, and what follows from that for an H100 and an
 H200, a prediction beside what is aimed at.

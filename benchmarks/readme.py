@@ -58,7 +58,8 @@ def _predicted(results: dict[str, dict[str, Any]], predictions: list[dict[str, A
     heads = list(dict.fromkeys((one["hidden_size"], one["vocab_size"]) for one in predictions))
     rows: dict[str, list[str]] = {}
     for one in predictions:
-        cells = rows.setdefault(f"{one['implementation']}: {one['mode']}", [])
+        call = ", TRL's call" * (one["what"] == "call")
+        cells = rows.setdefault(f"{one['implementation']}{call}: {one['mode']}", [])
         target = "" if one["target"] is None else f"{one['target']:.2f}"
         cells += [one["predicted"] or "", target, ", ".join(_measured(results, one)) or "no"]
     columns = [f"H={width}, V={vocab}: predicted | aim | measured" for width, vocab in heads]

@@ -13,8 +13,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
+
+from torch import Tensor
+
+from ..scoring.types import Schedule
 
 # Of torch's operators none of these starts work on a device.
 FREE = (
@@ -22,10 +26,22 @@ FREE = (
     *("split", "as_strided", "expand", "unsqueeze", "_local_scalar"),
 )
 TRL_OUTPUTS = ("logp", "entropy", "mean_logits", "is_top1")
-CALLS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "no gradient": (("logp",), False),
-    "exponentials kept": (("logp",), True),
-    "exponentials kept, TRL's outputs": (TRL_OUTPUTS, True),
+
+
+class Call(NamedTuple):
+    outputs: tuple[str, ...] = ("logp",)
+    gradient: bool = True
+    schedule: Schedule = "auto"
+    backward: bool = False  # that pass alone is counted, else the forward pass
+
+
+CALLS = {
+    "no gradient": Call(gradient=False),
+    "no gradient, TRL's outputs": Call(TRL_OUTPUTS, gradient=False),
+    "exponentials kept": Call(),
+    "exponentials kept, TRL's outputs": Call(TRL_OUTPUTS),
+    "exponentials kept, backward": Call(backward=True),
+    "recomputed, backward": Call(schedule="recompute", backward=True),
 }
 
 Counts = dict[str, dict[str, tuple[int, int]]]
@@ -74,32 +90,44 @@ def count(call: Callable[[], object]) -> tuple[int, int]:
     return kernels, operators
 
 
-def of_call(backend: Any, outputs: tuple[str, ...], gradient: bool) -> tuple[int, int]:
-    """Of the forward pass of ``linear_logprob`` on packed rows."""
+def of_call(backend: Any, which: Call) -> tuple[int, int]:
+    """Of a pass of ``linear_logprob`` on packed rows."""
     import torch
 
     from .. import ScoringOptions, linear_logprob
-    from ..scoring import request
+    from ..scoring import backward, request
     from ..scoring.packing import Packing
 
-    hidden, weight = (torch.randn(n, 32).requires_grad_(gradient) for n in (64, 96))
+    hidden, weight = (torch.randn(n, 32).requires_grad_(which.gradient) for n in (64, 96))
     target = torch.randint(96, (64,))
 
     def packed(target: Any, ignore_index: int, *_: Any, **__: Any) -> Packing:
         return Packing(len(target), len(target), None, target != ignore_index, None)
 
-    def call() -> None:
-        options = ScoringOptions(backend=backend)
-        linear_logprob(hidden, weight, target, outputs=outputs, options=options)
+    def forward() -> Tensor:
+        options = ScoringOptions(backend=backend, schedule=which.schedule)
+        logp = linear_logprob(hidden, weight, target, outputs=which.outputs, options=options).logp
+        if logp is None:
+            raise RuntimeError("logp was asked for")
+        return logp
 
-    with mock.patch.object(request, "pack", packed):
-        call()  # tries the kernels
-        return count(call)
+    with (
+        mock.patch.object(request, "pack", packed),
+        # As on a GPU, which does not look for rows without a gradient.
+        mock.patch.object(backward, "_active_rows", lambda upstream: None),
+    ):
+        logp = forward()  # tries the kernels
+        if not which.backward:
+            return count(forward)
+        grad = torch.ones_like(logp)
+        logp.backward(grad)
+        logp = forward()
+        return count(lambda: logp.backward(grad))
 
 
 if __name__ == "__main__":
     tiers = {
-        tier: {name: of_call(tier, *call) for name, call in CALLS.items()}
+        tier: {name: of_call(tier, call) for name, call in CALLS.items()}
         for tier in ("rows", "triton")
     }
     print(json.dumps(tiers))

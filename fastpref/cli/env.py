@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -43,7 +44,10 @@ VARIABLES = (
     ("MAX_JOBS", "build", "compilers at work at the same time; otherwise one a core"),
 )
 # Largest error of a float32 score of the self-check's head, whose logits are of order 1.
-SELF_CHECK_BOUND = 1e-5
+# Largest error of a log-probability by dtype of the inputs; products are rounded to it.
+SELF_CHECK_BOUNDS = {"float32": 1e-5, "bfloat16": 5e-2}
+# On a GPU each dtype has kernels of its own, which may not serve.
+SELF_CHECK_DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 
 Report = dict[str, Any]
 
@@ -208,23 +212,34 @@ def _self_check() -> Report:
     hidden = torch.randn(48, 32, generator=generator, dtype=torch.float64)
     weight = torch.randn(999, 32, generator=generator, dtype=torch.float64) / 32**0.5
     target = torch.randint(999, (48,), generator=generator)
-    expected = (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])[:, 0]
     errors: dict[str, float] = {}
-    for device in _device_types():
-        for name in BACKENDS:
-            if unavailable_reason(name, device) is not None:
-                continue
-            got = linear_logprob(
-                hidden.float().to(device),
-                weight.float().to(device),
-                target.to(device),
-                options=ScoringOptions(backend=name),
-            ).logp
-            if got is not None:
-                errors[f"{name} on {device}"] = (got.cpu().double() - expected).abs().max().item()
-    # Written so that a NaN fails.
-    ok = bool(errors) and all(error <= SELF_CHECK_BOUND for error in errors.values())
-    return {"ok": ok, "max_error": errors}
+    fine = True
+    wanted = (
+        one
+        for device in _device_types()
+        for one in itertools.product([device], BACKENDS, SELF_CHECK_DTYPES[device])
+    )
+    for device, name, dtype in wanted:
+        if unavailable_reason(name, device) is not None:
+            continue
+        trained, head = (
+            one.to(device, getattr(torch, dtype)).requires_grad_(dtype == "bfloat16")
+            for one in (hidden, weight)
+        )
+        got = linear_logprob(
+            trained, head, target.to(device), options=ScoringOptions(backend=name)
+        ).logp
+        if got is None:
+            continue
+        if dtype == "bfloat16":  # what training takes
+            got.sum().backward()
+        exact = trained.detach().cpu().double() @ head.detach().cpu().double().T
+        expected = exact.log_softmax(-1).gather(1, target[:, None])[:, 0]
+        error = (got.detach().cpu().double() - expected).abs().max().item()
+        errors[f"{name} on {device}" + " in bfloat16" * (dtype == "bfloat16")] = error
+        # Written so that a NaN fails.
+        fine = fine and error <= SELF_CHECK_BOUNDS[dtype]
+    return {"ok": bool(errors) and fine, "max_error": errors}
 
 
 def render(report: Report) -> str:

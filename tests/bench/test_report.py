@@ -384,6 +384,10 @@ def test_the_readme_says_what_is_measured_and_what_is_predicted() -> None:
         for mode, target in (("trainable head", 1.05), ("forward", None))
     ]
     nothing = script.gpu_section({}, predictions)
+    call = script.gpu_section({}, [predictions[0] | {"what": "call"}])
+    assert (
+        call.splitlines()[2] == "| fastpref, rows, TRL's call: trainable head | 1.05 | 1.05 | no |"
+    )
     assert nothing.splitlines()[2:] == [
         "| fastpref, rows: trainable head | 1.05 | 1.05 | no |",
         "| fastpref, rows: forward | 1.05 |  | no |",

@@ -33,7 +33,7 @@ def test_command_prints_json_that_says_what_is_there() -> None:
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["fastpref"] == fastpref.__version__
     assert report["backends"]["cpu"]["torch"] == "available"
-    for name in set(env.BACKENDS) - {"triton"}:  # interpreted in this process
+    for name in set(env.BACKENDS) - {"triton", "rows"}:  # interpreted in this process
         expected = unavailable_reason(name, "cpu") or "available"
         assert report["backends"]["cpu"][name] == expected
     assert "torch on cpu" in report["self_check"]["max_error"]
@@ -72,18 +72,27 @@ def test_a_failing_probe_leaves_the_rest(
     assert "FASTPREF_CPU_CAPABILITY" in out
 
 
-@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+@pytest.mark.parametrize("wrong", [0.1, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_wrong_scores_fail_the_self_check(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: float
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wrong: float,
+    dtype: torch.dtype,
 ) -> None:
     right = fastpref.linear_logprob
 
     def skewed(*args: Any, **kwargs: Any) -> fastpref.TokenScores:
         scores = right(*args, **kwargs)
         assert scores.logp is not None
-        scores.logp[-1] += wrong
+        if args[0].dtype == dtype:
+            scores.logp.detach()[-1] += wrong
         return scores
 
+    monkeypatch.setattr(env, "BACKENDS", ("torch",))
+    monkeypatch.setattr(env, "SELF_CHECK_DTYPES", {"cpu": ("float32", "bfloat16")})
+    assert env._self_check()["ok"]
+    assert env._self_check()["max_error"].keys() == {"torch on cpu", "torch on cpu in bfloat16"}
     monkeypatch.setattr(fastpref, "linear_logprob", skewed)
     assert run() == 1
     assert "self-check: FAILED" in capsys.readouterr().out

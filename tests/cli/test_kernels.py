@@ -5,12 +5,14 @@ The numbers are checked in tests/kernels/test_resources.py.
 """
 
 import argparse
+import json
 import sys
 from typing import Any
 
 import pytest
 
 from fastpref.cli import kernels
+from tests.bench.counted import COMPILED, LAUNCHED
 
 ROW = {
     "name": "linear_exp store",
@@ -29,6 +31,8 @@ ROW = {
 
 def run(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], *options: str) -> int:
     monkeypatch.setattr(kernels, "_compile", lambda wanted: [row | _of(wanted) for row in rows])
+    monkeypatch.setattr(kernels, "_compile_anew", lambda wanted: COMPILED)
+    monkeypatch.setattr(kernels.launches, "measured", lambda: {"rows": LAUNCHED})
     monkeypatch.setattr(kernels, "ProcessPoolExecutor", _InProcess)
     parser = argparse.ArgumentParser()
     kernels.add_parser(parser.add_subparsers())
@@ -40,6 +44,9 @@ def _of(wanted: tuple[int, str]) -> dict[str, Any]:
 
 
 class _InProcess:
+    def __init__(self, workers: int | None = None) -> None:
+        pass
+
     def __enter__(self) -> "_InProcess":
         return self
 
@@ -55,6 +62,23 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out.splitlines()
     assert said[1] == "sm_90, bf16"
     assert said[3].split() == ["linear_exp", "store", "183", "0", "164000", "4", "6", "6.92"]
+    assert said[5].startswith("sm_90, bf16, rows tier")
+
+
+def test_the_rows_tier_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, [ROW], "--rows", "--capability", "90") == 0
+    said = capsys.readouterr().out
+    assert "linear_exp" not in said and said.count("rows tier") == 3
+
+
+def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, [ROW], "--json", "--capability", "90", "--element", "bf16") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernels"] == [ROW]
+    first = found["rows tier"][0]
+    assert (first["capability"], first["element"], first["call"]) == (90, "bf16", "no gradient")
 
 
 def test_a_problem_fails_and_is_named(
@@ -64,6 +88,16 @@ def test_a_problem_fails_and_is_named(
     said = capsys.readouterr().out
     assert said.count("spills") == 12  # four chips, three element types
     assert "sm_80, fp16" in said and "sm_100, fp32" in said
+
+
+def test_a_problem_of_the_rows_tier_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spilling = COMPILED["exp_rows"] | {"problems": ["spills"]}
+    monkeypatch.setitem(COMPILED, "exp_rows", spilling)
+    assert run(monkeypatch, [], "--rows", "--capability", "90", "--element", "bf16") == 1
+    said = capsys.readouterr().out
+    assert "exp_rows spills" in said
 
 
 def test_the_interpreter_compiles_nothing(

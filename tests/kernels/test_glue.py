@@ -38,3 +38,6 @@ def test_a_call_launches_little() -> None:
     found = launches.measured()
     for tier, expected in (("rows", [3, 7]), ("triton", [9, 8])):
         assert found[tier]["no gradient"] == found[tier]["exponentials kept"] == expected
+    # Two products, and before and after them c and the scaled rows.
+    assert found["rows"]["exponentials kept, backward"][0] == 2
+    assert found["rows"]["recomputed, backward"][0] == 1

@@ -10,6 +10,8 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from fastpref import ScoringOptions
+from fastpref.bench import predictions
+from fastpref.bench.predictions import Call
 from fastpref.scoring.backends import UpstreamGradient, plain, rows
 from fastpref.scoring.rows import TargetLogits, token_scores
 from fastpref.scoring.types import OUTPUTS, LogitMap
@@ -270,7 +272,12 @@ def test_bytes_a_logit(monkeypatch, dtype, write, moved):
     read = 1 + moved + halves
     written = write * (1 + (moved and not halves))
     assert (moves["load"], moves["store"]) == (2 * read * tile.numel(), 2 * written * tile.numel())
+    if not moved:
+        element = "fp16" if dtype == torch.float16 else "bf16"
+        passes = [predictions.PASSES[one] for one in Call("", kept=write).passes(element)]
+        assert [sum(both) for both in zip(*passes, strict=True)] == [read, written]
     upstream = UpstreamGradient(*torch.rand(4, 4), None, None, None)
     moves |= {"load": 0, "store": 0}
     rows.logit_grad(tile, target, upstream, None, MAPS[0])
     assert moves == {"load": 2 * tile.numel(), "store": 2 * tile.numel()}
+    assert predictions.PASSES["logit_grad_rows"] == (1, 1)

@@ -117,9 +117,20 @@ def test_the_order_of_tiers(monkeypatch):
     """On a GPU: rows, CUDA C++ where Triton is missing, torch where both are."""
     reasons = {}
     monkeypatch.setattr(backends, "unavailable_reason", lambda name, device: reasons.get(name))
+    monkeypatch.setattr(backends.verdict, "verdict", lambda device, size: None)
     size = backends.choice.Size(torch.bfloat16, 4, 8, 30)
     chosen = []
     for missing in ("rows", "cuda", "torch"):
         chosen.append(backends.choose("auto", torch.device("cuda"), size))
         reasons[missing] = "missing"
     assert chosen == ["rows", "cuda", "torch"]
+
+
+@pytest.mark.parametrize("backend", [fused, rows], ids=["triton", "rows"])
+@pytest.mark.parametrize("hip, says", [("6.4", "this torch is for ROCm"), (None, "no NVIDIA GPU")])
+def test_where_no_kernel_runs_the_reason_and_the_remedy_are_named(monkeypatch, backend, hip, says):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    reason = backend.unavailable_reason("cuda")
+    assert says in reason and reason.endswith("use backend='auto'")

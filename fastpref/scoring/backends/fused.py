@@ -38,11 +38,15 @@ def unavailable_reason(device_type: str) -> str | None:
         return None if device_type == "cpu" else "Triton's interpreter is on: CPU tensors only"
     if device_type != "cuda":
         return f"the triton backend runs on CUDA tensors, got {device_type}; use backend='auto'"
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no NVIDIA GPU"
+    missing = glue.no_nvidia_gpu()
+    if missing is not None:
+        return missing
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
-        return f"its kernels need compute capability 8.0 or newer, got {capability}"
+        return (
+            f"its kernels need compute capability 8.0 or newer, got {capability}; "
+            "use backend='auto'"
+        )
     if tiles.chip_of(capability) is None:
         return (
             f"its kernels were not compiled for compute capability {capability} yet; "

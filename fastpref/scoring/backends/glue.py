@@ -16,6 +16,17 @@ from ..types import LogitMap
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def no_nvidia_gpu() -> str | None:
+    """Why no Triton kernel of this package can run on CUDA tensors, or None when some can."""
+    if torch.version.hip is not None:
+        return (
+            "its kernels are written for NVIDIA GPUs and this torch is for ROCm; use backend='auto'"
+        )
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no NVIDIA GPU; use backend='auto'"
+    return None
+
+
 def matrices_supported(*matrices: Tensor) -> str | None:
     """Why the kernels cannot read these, or None when they can."""
     for one in matrices:

@@ -34,11 +34,7 @@ def unavailable_reason(device_type: str) -> str | None:
         return None if device_type == "cpu" else "Triton's interpreter is on: CPU tensors only"
     if device_type != "cuda":
         return f"the rows backend runs on CUDA tensors, got {device_type}; use backend='auto'"
-    if torch.version.hip is not None:
-        return "its kernels are written for NVIDIA GPUs and this torch is for ROCm"
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no NVIDIA GPU"
-    return None
+    return glue.no_nvidia_gpu()
 
 
 def temporary_bytes(

@@ -2,7 +2,9 @@
 """Memory that runs out, at every tensor that a call makes in turn: the call runs again with less,
 and is as right as before."""
 
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -370,6 +372,28 @@ def test_what_fails_for_another_reason_is_not_repeated():
     with pytest.raises(RuntimeError, match="of its own"):
         retry.with_less(attempt, 3, lambda plan: plan - 1, torch.device("cpu"))
     assert attempts == [3]
+
+
+def test_a_call_inside_a_call_leaves_nothing_either(said):
+    """As an objective that scores: the last error of the inner call is the cause of its own."""
+    cpu, made, left = torch.device("cpu"), [], []
+
+    def inner(plan):
+        large = torch.empty(1 << 20, dtype=torch.uint8, device="cpu")
+        made.append(weakref.ref(large))
+        raise torch.OutOfMemoryError(f"no room {large.numel()}")
+
+    def outer(plan):
+        if plan == 2:
+            retry.with_less(inner, 2, lambda plan: plan - 1 or None, cpu)
+        left.extend(one() for one in made)
+
+    gc.disable()
+    try:
+        retry.with_less(outer, 2, lambda plan: plan - 1 or None, cpu)
+    finally:
+        gc.enable()
+    assert left == [None, None] and said == [(2, 1)]
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -290,7 +290,7 @@ class _OnePass:
                 total.view(-1).index_copy_(0, at, part)
         value, slope = self._loss_and_slope(scores)
         upstream = Upstream(slope.view(-1).index_select(0, at), None, None)
-        return value, backward(run, rows, kept, upstream, onto=totals)
+        return value, backward(run, rows, kept, upstream, totals)
 
     def _no_scores(self) -> TokenScores:
         request, target = self.call.request, self.call.target

@@ -19,6 +19,7 @@ from .request import Call, Lora, Parameters, Request, make_request, plan_call
 from .schedule import (
     LEAST_ROWS,
     MEBIBYTE,
+    PRODUCT_BYTES,
     SHORTAGE,
     Problem,
     memory_budget,
@@ -92,7 +93,8 @@ class TwoHeadPlan:
         numbers = 4 * self.scored * exact
         product = 0
         if self.needs_weight and itemsize < exact:
-            product = self.vocab_size * self.trained_size * (exact + itemsize)
+            wide = self.vocab_size * self.trained_size
+            product = wide * exact + min(wide * itemsize, PRODUCT_BYTES)
         bias = 0
         if self.needs_bias:
             shape = max(self.tile_rows, self.kept_rows), self.vocab_size

@@ -275,6 +275,8 @@ def test_two_heads_end_in_the_least_tile(dtype, said):
     mode, found = refusing.run(call.make(), refusing.above(limit), LEAST)
     assert mode.refused and not mode.leaked
     taken = said[-1][1]
+    assert f"MiB, {schedule.GIVEN})" in str(said[0][0])
+    assert f"MiB, {schedule.RAN_OUT})" in str(taken)
     assert taken.tile_rows == schedule.LEAST_ROWS and taken.kept_rows <= 2 * schedule.LEAST_ROWS
     call.check(found)
 

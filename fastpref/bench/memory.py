@@ -38,6 +38,7 @@ def own_options(case: Case, budget: int) -> dict[str, ScoringOptions]:
         case.shape.hidden_size,
         case.shape.vocab_size,
         getattr(torch, case.dtype),
+        getattr(torch, case.dtype),
         trains_weight=True,
         keeps=True,
         device_memory=total_memory(torch.device(case.device)),
@@ -48,7 +49,8 @@ def own_options(case: Case, budget: int) -> dict[str, ScoringOptions]:
             schedule="recompute", memory_budget=limit
         ),
         f"fastpref, batches, {budget} MiB": ScoringOptions(schedule="batches", memory_budget=limit),
-        "fastpref in TRL": ScoringOptions(memory_budget=in_trl),
+        # TRL has the loss: what runs there is two passes.
+        "fastpref in TRL": ScoringOptions(schedule="keep", memory_budget=in_trl),
     }
 
 

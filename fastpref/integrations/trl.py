@@ -12,8 +12,9 @@ form there; losses, metrics, PEFT, precomputed reference log-probabilities and d
 stay TRL's own. It reaches every trainer that scores through this fused head (DPO, KTO, GRPO, RLOO
 and SFT among them), whether made before or after ``patch``.
 
-On a GPU the workspace is what TRL's own head takes, see ``default_budget``: a batch size tuned on
-stock TRL still fits. Logger ``fastpref`` at level DEBUG says the plan of every call.
+On a GPU the workspace is what TRL's own head takes where that spares a product, and otherwise
+gives way where memory runs out, see ``default_budget``: a batch size tuned on stock TRL still fits.
+Logger ``fastpref`` at level DEBUG says the plan of every call.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from ..scoring import ScoringOptions, autograd
 from ..scoring.request import Parameters, Request, WeightContext, make_request, plan_target
-from ..scoring.schedule import BUDGET_SHARE, total_memory
+from ..scoring.schedule import BUDGET_SHARE, PRODUCT_BYTES, total_memory
 
 logger = logging.getLogger("fastpref")
 
@@ -191,6 +192,7 @@ def default_budget(
     hidden_size: int,
     vocab_size: int,
     dtype: torch.dtype,
+    weight_dtype: torch.dtype,
     *,
     trains_weight: bool,
     keeps: bool,
@@ -199,28 +201,43 @@ def default_budget(
 ) -> int:
     """Bytes of workspace that the adapter takes on a GPU.
 
-    They are those of TRL's own head: a tile of at most 4096 rows and ``tile_cols`` columns in
-    ``dtype``, and the float32 gradient of the weight where it is trained. Where these do not hold
-    the exponentials of all rows, which spare a product, as many more as hold them, up to a
-    sixteenth of the device's memory: where that is too much at the time, the call runs again with
-    less.
+    TRL's own head takes a tile of at most 4096 rows and ``tile_cols`` columns in ``dtype``, and the
+    float32 gradient of a 16-bit weight where it is trained. Where these hold the exponentials of
+    all rows, which spare a product, and the copies of rows that fastpref makes and TRL does not,
+    the budget is what keeps all exponentials. A quarter of it is free then, for the tile of a
+    gradient at the entropy. Where they do not, the budget is what TRL takes less those copies, or
+    as much more as holds the exponentials, up to a sixteenth of the device's memory. Where that is
+    too much at the time, the call runs again with less.
+
+    A weight of another dtype than the products is copied whole from forward to backward, which TRL
+    does tile by tile: with all given back, fastpref needs that copy more than TRL.
 
     Args:
         rows, hidden_size, vocab_size: N, H and V.
         dtype: of the products.
+        weight_dtype: of the weight and its gradient.
         trains_weight: whether the weight needs a gradient.
         keeps: whether a gradient is made from exponentials that are kept: not without one, and not
             where hidden alone needs one, of ``log_probs`` alone.
         device_memory: of the device in all, bytes.
     """
-    theirs = min(rows, TILE_ROWS) * tile_cols * dtype.itemsize
-    if trains_weight:
+    tile = min(rows, TILE_ROWS) * tile_cols * dtype.itemsize
+    if not keeps:
+        return max(1, tile)
+    theirs, more = tile, 0
+    if trains_weight and weight_dtype.itemsize < 4:
         theirs += vocab_size * hidden_size * 4
-    exponentials = rows * vocab_size * dtype.itemsize
-    if not keeps or exponentials <= theirs:
-        return max(1, theirs)
+    if weight_dtype != dtype:
+        more = vocab_size * hidden_size * dtype.itemsize
+    exponentials, one = rows * vocab_size * dtype.itemsize, rows * hidden_size * dtype.itemsize
     # A quarter of the budget stays free for a tile.
-    return max(theirs, min(-(-4 * exponentials // 3), device_memory // BUDGET_SHARE))
+    whole = max(1, -(-4 * exponentials // 3))
+    # Of rows TRL has the gradient in float32 and rounded; fastpref packed rows, the same scaled,
+    # the gradient, the same in place, and where some are recomputed it in float32 and a product.
+    if exponentials + one + more <= theirs:
+        return max(tile, whole)
+    theirs -= 3 * one + PRODUCT_BYTES + more
+    return max(tile, theirs, min(whole, device_memory // BUDGET_SHARE))
 
 
 def _options(
@@ -240,6 +257,7 @@ def _options(
         hidden.shape[1],
         parameters.weight.shape[0],
         request.dtype,
+        parameters.weight.dtype,
         trains_weight=request.needs_weight,
         keeps=request.needs_grad and (trains or "entropy" in request.outputs),
         device_memory=total_memory(hidden.device),

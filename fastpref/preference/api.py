@@ -65,8 +65,8 @@ def preference_loss(
             in ``linear_logprob``.
         target: (B, T) or (N,) int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
-            several times for one loss: once a batch of one pass, and again from the first batch
-            where memory runs out, with the random state of before.
+            several times for one loss: once a batch of one pass, and where memory runs out there
+            again in two passes, with the random state of before.
         layout: which rows are compared, see layouts.py. Objectives of single responses and of
             tokens take each row by itself.
         group_size: K, with layout="groups".

@@ -115,7 +115,8 @@ def run_backward(
     def attempt(plan: Plan) -> tuple[Tensor | None, ...]:
         rows = packed_rows(call, hidden, parameters)
         run = Run(head or call.head(parameters), plan, call.backend, call.request.group)
-        gradients = backward(run, rows, kept, _packed_upstream(upstream, call))
+        trained = parameters.weight if parameters.lora_b is None else parameters.lora_b
+        gradients = backward(run, rows, kept, _packed_upstream(upstream, call), trained.dtype)
         d_hidden = d_a = None
         if gradients.hidden is not None:
             d_rows, d_a = row_gradients(call, gradients.hidden, rows, parameters)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .backends import UpstreamGradient
 from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
-from .schedule import Tile, recompute_tile
+from .schedule import PRODUCT_BYTES, Tile, recompute_tile
 from .types import statistics_dtype
 from .workspace import lease, row_stride
 
@@ -54,10 +54,14 @@ class RowGroup(NamedTuple):
 
 
 def backward(
-    run: Run, hidden: Tensor, kept: Kept, upstream: Upstream, onto: Gradients | None = None
+    run: Run,
+    hidden: Tensor,
+    kept: Kept,
+    upstream: Upstream,
+    onto: Gradients | torch.dtype,
 ) -> Gradients:
-    """Gradients in the head's dtype (bias: float64); those of weight and bias are added ``onto``
-    totals in the statistics' dtype (bias: float64) where these are given."""
+    """Gradients in the head's dtype (bias: float64); that of the weight in the dtype ``onto``, or
+    those of weight and bias added ``onto`` totals in the statistics' dtype (bias: float64)."""
     g = torch.zeros_like(kept.scale) if upstream.logp is None else upstream.logp
     upstream = upstream._replace(logp=g)
     # A row without upstream gradient gets none, whatever it holds.
@@ -101,7 +105,8 @@ def _row_groups(
     tile = Tile(0, vocab)
     if gathered or inside < total:
         budget = run.plan.memory_budget - kept_rows * vocab * itemsize
-        tile = recompute_tile(max(gathered, total - inside), vocab, itemsize, budget)
+        slab_bytes = run.plan.slab_bytes if 0 < inside < total else 0
+        tile = recompute_tile(max(gathered, total - inside), vocab, itemsize, budget, slab_bytes)
     trained = hidden[:, run.head.trained :]
     groups = []
     if exps is not None:
@@ -172,7 +177,7 @@ def _shaped(workspace: Tensor, rows: int, columns: slice) -> Tensor:
 
 
 def _products(
-    run: Run, hidden: Tensor, onto: Gradients | None, groups: list[RowGroup], tile: Tile
+    run: Run, hidden: Tensor, onto: Gradients | torch.dtype, groups: list[RowGroup], tile: Tile
 ) -> Gradients:
     """All products, slab by slab; each slab of d weight is written once."""
     plan, weight, dtype = run.plan, run.head.weight, hidden.dtype
@@ -181,13 +186,15 @@ def _products(
     d_hidden = d_weight = d_bias = None
     if plan.needs_hidden:
         d_hidden = hidden.new_empty(hidden.shape, dtype=dtype if len(slabs) == 1 else exact)
-    if onto is not None:
+    if isinstance(onto, Gradients):
         d_weight, d_bias = onto.weight, onto.bias
-    elif plan.needs_weight:
-        shape = weight.shape[0], weight.shape[1] - run.head.trained
-        d_weight = weight.new_empty(shape) if groups else weight.new_zeros(shape)
-    if onto is None and plan.needs_bias:
-        d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float64)
+    else:
+        if plan.needs_weight:
+            shape = weight.shape[0], weight.shape[1] - run.head.trained
+            new = weight.new_empty if groups else weight.new_zeros
+            d_weight = new(shape, dtype=onto)
+        if plan.needs_bias:
+            d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float64)
     stride = row_stride(tile.cols, dtype, hidden.device)
     work = lease((tile.rows * stride,), dtype, hidden.device)
     for columns in slabs if groups else ():
@@ -200,7 +207,7 @@ def _products(
         for group in groups:
             matrix = group.tile(columns, work)
             if slab is not None:
-                first = onto is None and group is groups[0]
+                first = not isinstance(onto, Gradients) and group is groups[0]
                 add_product(slab, matrix.t(), group.hidden, first)
             if d_hidden is not None:
                 add_product(d_hidden[group.rows], matrix, weight[columns], columns is slabs[0])
@@ -220,8 +227,10 @@ def _products(
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total = a b when ``first``, else total += a b."""
     if total.dtype != a.dtype:
-        product = torch.mm(a, b)
-        total.copy_(product) if first else total.add_(product)
+        rows = max(1, PRODUCT_BYTES // (b.shape[1] * b.itemsize))
+        for part, own in zip(total.split(rows), a.split(rows), strict=True):
+            product = torch.mm(own, b)
+            part.copy_(product) if first else part.add_(product)
     elif first:
         torch.mm(a, b, out=total)
     else:

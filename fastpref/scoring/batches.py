@@ -21,12 +21,12 @@ from torch import Tensor
 from . import canary
 from .autograd import (
     by_parameter,
-    like_parameters,
     once_differentiable,
     products_of,
     row_gradients,
     run_backward,
     run_forward,
+    score,
 )
 from .backward import Gradients, Upstream, backward
 from .forward import Run, forward
@@ -108,15 +108,6 @@ class BatchedPlan:
         )
 
 
-def less_in_batches(plan: BatchedPlan) -> BatchedPlan | None:
-    """The same batches, in less memory each; None where they are in the least."""
-    smaller = [less(one) for one in plan.plans]
-    if not any(smaller):
-        return None
-    pairs = zip(smaller, plan.plans, strict=True)
-    return replace(plan, plans=tuple(one or same for one, same in pairs))
-
-
 def choose_for_groups(
     plan: Plan, options: ScoringOptions, groups: Sequence[int] | str
 ) -> Plan | BatchedPlan:
@@ -172,13 +163,28 @@ def score_with_loss(
         positions: (N,) scored positions of the target, those of a group together, in the order of
             the plan's batches.
         loss: of the scores to a 0-dim tensor; the gradient at a group's log-probabilities must not
-            depend on other groups, nor must it be NaN while those hold 0. Called once a batch, and
-            again from the first batch, with the random state of before, where memory runs out.
+            depend on other groups, nor must it be NaN while those hold 0. Called once a batch.
 
-    A gradient at the scores' ``logp`` is answered by scoring again, by ``call``'s own plan.
+    A gradient at the scores' ``logp`` is answered by scoring again, by ``call``'s own plan. Where
+    memory runs out two passes recompute, without totals of the gradients from forward to backward,
+    and the loss is called once more, with the random state of before.
     """
-    value, *scores = BatchedLoss.apply(call, plan, positions, loss, hidden, *parameters)  # type: ignore[no-untyped-call]
-    return value, TokenScores._make(scores)
+    as_before = random_state(hidden.device)
+
+    def attempt(plan: BatchedPlan | Plan) -> tuple[Tensor, TokenScores]:
+        as_before()
+        if isinstance(plan, Plan):
+            found = score(replace(call, plan=plan), hidden, parameters)
+            return loss(found), found
+        value, *scores = BatchedLoss.apply(call, plan, positions, loss, hidden, *parameters)  # type: ignore[no-untyped-call]
+        return value, TokenScores._make(scores)
+
+    def two_passes(plan: BatchedPlan | Plan) -> Plan | None:
+        # Which take less themselves where that is not enough.
+        return None if isinstance(plan, Plan) else less(call.plan, keep=False) or call.plan
+
+    planned: BatchedPlan | Plan = plan
+    return with_less(attempt, planned, two_passes, hidden.device, call.request.group)
 
 
 class BatchedLoss(torch.autograd.Function):
@@ -195,10 +201,9 @@ class BatchedLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         own = Parameters._make(None if one is None else one.detach() for one in parameters)
         with products_of(hidden):
-            value, scores, d_rows, gradients = _with_less(
-                _OnePass(call, plan, positions, loss), hidden.detach(), own
-            )
-        ctx.call = call
+            one_pass = _OnePass(call, plan, positions, loss)
+            value, scores, d_rows, gradients = one_pass.run(hidden.detach(), own)
+        ctx.call, ctx.plan = call, plan
         ctx.save_for_backward(hidden, *parameters, positions, d_rows, *gradients)
         ctx.mark_non_differentiable(
             *(
@@ -217,16 +222,16 @@ class BatchedLoss(torch.autograd.Function):
         hidden, parameters = saved[0], Parameters(*saved[1 : 1 + len(Parameters._fields)])
         positions, d_rows, *d_parameters = saved[1 + len(Parameters._fields) :]
 
-        def scaled(plan: Plan) -> list[Tensor | None]:
+        def scaled(plan: BatchedPlan) -> list[Tensor | None]:
             if d_loss is None:
                 return [None] * (1 + len(d_parameters))
-            found = [None if one is None else one * d_loss for one in d_parameters]
             rows = None if d_rows is None else _spread(d_rows * d_loss, positions, hidden)
-            return [rows, *like_parameters(found, parameters)]
+            pairs = zip(d_parameters, parameters, strict=True)
+            return [rows, *(_scaled(one, d_loss, own) for one, own in pairs)]
 
         call, device, group = ctx.call, hidden.device, ctx.call.request.group
         with torch.no_grad():
-            gradients = with_less(scaled, call.plan, nothing_less, device, group)
+            gradients = with_less(scaled, ctx.plan, nothing_less, device, group)
             if any(one is not None for one in d_scores):
                 _, kept, head, plan = run_forward(call, hidden, parameters)
                 again = replace(call, plan=plan)
@@ -238,19 +243,6 @@ class BatchedLoss(torch.autograd.Function):
                 gradients = with_less(added, call.plan, nothing_less, device, group)
         depends_on = (hidden, *parameters, d_loss, *d_scores)
         return (None, None, None, None, *once_differentiable(gradients, depends_on))
-
-
-def _with_less(planned: _OnePass, hidden: Tensor, parameters: Parameters) -> Outcome:
-    """What ``_OnePass.run`` returns; every attempt has totals of its own, and draws the same
-    numbers in its loss."""
-    as_before = random_state(hidden.device)
-
-    def attempt(plan: BatchedPlan) -> Outcome:
-        as_before()
-        return replace(planned, plan=plan).run(hidden, parameters)
-
-    group = planned.call.request.group
-    return with_less(attempt, planned.plan, less_in_batches, hidden.device, group)
 
 
 @dataclass(frozen=True)
@@ -298,7 +290,7 @@ class _OnePass:
                 total.view(-1).index_copy_(0, at, part)
         value, slope = self._loss_and_slope(scores)
         upstream = Upstream(slope.view(-1).index_select(0, at), None, None)
-        return value, backward(run, rows, kept, upstream, onto=totals)
+        return value, backward(run, rows, kept, upstream, totals)
 
     def _no_scores(self) -> TokenScores:
         request, target = self.call.request, self.call.target
@@ -337,6 +329,13 @@ def _spread(rows: Tensor, positions: Tensor, like: Tensor) -> Tensor:
     out = torch.zeros_like(like, memory_format=torch.contiguous_format)
     out.view(-1, like.shape[-1]).index_copy_(0, positions, rows.to(like.dtype))
     return out
+
+
+def _scaled(total: Tensor | None, by: Tensor, like: Tensor | None) -> Tensor | None:
+    """In the dtype of ``like``, without a product in the wider dtype of the totals beside them."""
+    if total is None or like is None:
+        return None
+    return torch.mul(total, by, out=torch.empty_like(total, dtype=like.dtype))
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:

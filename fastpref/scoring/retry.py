@@ -70,8 +70,7 @@ def with_less(
             smaller = less(plan)
             if smaller is None and first is not None:
                 raise _exhausted(first, plan) from caught
-            # The frames of the failed attempt hold its tensors.
-            caught = caught.with_traceback(None)
+            _forget_frames(caught)
             first = first or caught
             plan = plan if smaller is None else smaller
             workspace.release()
@@ -93,6 +92,13 @@ def random_state(device: torch.device) -> Callable[[], None]:
             torch.cuda.set_rng_state(cuda, device)
 
     return restore
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """The frames of a failed attempt hold its tensors, as do those of what ran out inside it."""
+    while isinstance(error, torch.OutOfMemoryError):
+        error.__traceback__ = None
+        error = error.__cause__
 
 
 def _capturing(device: torch.device) -> bool:

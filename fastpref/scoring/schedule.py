@@ -34,6 +34,7 @@ FEWEST_GOOD_ROWS = 512
 MOST_CHUNK_ROWS = 2048
 SHORTAGE = 4  # by this the budget is divided whenever memory ran out
 MEBIBYTE = 1 << 20
+PRODUCT_BYTES = 1 << 27  # at most, of what a product is before it adds up in a wider dtype
 
 
 class Tile(NamedTuple):
@@ -73,6 +74,13 @@ class Problem:
     @property
     def needs_grad(self) -> bool:
         return self.needs_hidden or self.needs_weight or self.needs_bias
+
+    @property
+    def slab_bytes(self) -> int:
+        """Of the weight's gradient, a column of the vocabulary: 16-bit products of several groups
+        of rows add up in float32."""
+        exact = statistics_dtype(self.dtype).itemsize
+        return self.trained_size * exact if self.needs_weight and self.itemsize < exact else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +136,6 @@ class Plan(Problem):
     @property
     def workspace_bytes(self) -> int:
         """Working memory at its peak, ``saved_bytes`` included, results and gradients not."""
-        exact = statistics_dtype(self.dtype).itemsize
         tile = 0
         if self.schedule == "direct" or (self.scores_in_tiles and self.schedule != "keep"):
             tile = self.forward_tile.nbytes(self.itemsize)
@@ -140,18 +147,34 @@ class Plan(Problem):
         again = self.backward_tile
         if again is None:
             # A gradient at entropy or lse, or rows without any, make kept rows pass through a tile.
+            # A GPU's host cannot look for such rows.
             spare = self.memory_budget - self.kept_rows * self.vocab_size * self.itemsize
-            again = recompute_tile(self.scored, self.vocab_size, self.itemsize, spare)
+            again = Tile(0, self.vocab_size)
+            if self.device_type == "cpu" or not self.only_logp:
+                again = recompute_tile(self.scored, self.vocab_size, self.itemsize, spare)
         backward += again.nbytes(self.itemsize) + self.temporary_bytes
-        if self.itemsize < exact:
-            # 16-bit products over slabs and row groups add up in float32.
-            rows, cols = self.scored, again.cols
-            backward += (rows + cols) * self.hidden_size * (exact + self.itemsize)
+        backward += self._sum_bytes(again)
         if self.needs_bias:
             # Kept rows are summed where they lie, whole.
             shape = max(again.rows, self.kept_rows), self.vocab_size
             backward += column_sums.temporary_bytes(*shape, self.device_type, self.dtype)
         return self.saved_bytes + max(forward, backward)
+
+    def _sum_bytes(self, tile: Tile) -> int:
+        """Of products that add up in float32: those of 16 bits over slabs and row groups, and the
+        gradient of a weight in another dtype."""
+        exact = statistics_dtype(self.dtype).itemsize
+        sums, products = 0, [0]
+        if self.needs_hidden and self.itemsize < exact and tile.cols < self.vocab_size:
+            sums += self.scored * self.hidden_size * exact
+            products.append(self._row_bytes)
+        several = 0 < self.kept_rows < self.scored or tile.rows < self.scored - self.kept_rows
+        if several and self.slab_bytes:
+            sums += tile.cols * self.slab_bytes
+            products.append(tile.cols * self.trained_size * self.itemsize)
+        if self.needs_weight and self.copies_weight:
+            products.append(tile.cols * self.trained_size * self.itemsize)
+        return sums + min(max(products), PRODUCT_BYTES)
 
     @property
     def _row_bytes(self) -> int:
@@ -232,7 +255,10 @@ def _choice(
     kept -= kept % LEAST_ROWS
     left = budget - kept * row_bytes
     forward = _score_tile(problem, left, options)
-    backward = recompute_tile(problem.scored - kept, problem.vocab_size, problem.itemsize, left)
+    slab_bytes = problem.slab_bytes if kept else 0
+    backward = recompute_tile(
+        problem.scored - kept, problem.vocab_size, problem.itemsize, left, slab_bytes
+    )
     return "keep/recompute" if kept else "recompute", kept, forward, backward
 
 
@@ -311,10 +337,15 @@ def _multiple(value: int, of: int) -> int:
     return max(of, value - value % of)
 
 
-def recompute_tile(rows: int, vocab_size: int, itemsize: int, budget: int) -> Tile:
-    """All ``rows`` at once where the budget holds them, so that each slab of dW is one product."""
+def recompute_tile(
+    rows: int, vocab_size: int, itemsize: int, budget: int, slab_bytes: int = 0
+) -> Tile:
+    """All ``rows`` at once where the budget holds them, so that each slab of dW is one product.
+
+    ``slab_bytes`` a column lie beside the tile, where kept rows add up with these.
+    """
     rows, vocab = max(1, rows), max(1, vocab_size)
-    cols = budget // (rows * itemsize)
+    cols = budget // (rows * itemsize + slab_bytes)
     if cols < LEAST_COLS:
         cols = LEAST_COLS
         rows = max(min(rows, LEAST_ROWS), min(rows, budget // (cols * itemsize)))

@@ -5,7 +5,7 @@ by side, tile by tile."""
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,12 @@ from .backends import divergences as formulas
 from .packing import Packing, pack
 from .request import Call, Lora, Parameters, Request, make_request, plan_call
 from .schedule import (
+    GIVEN,
     LEAST_ROWS,
     MEBIBYTE,
+    PRODUCT_BYTES,
+    RAN_OUT,
+    SHARE,
     SHORTAGE,
     Problem,
     memory_budget,
@@ -65,6 +69,7 @@ class TwoHeadPlan:
     temporary_bytes: int
     copied_bytes: int  # of weights in the products' dtype
     memory_budget: int  # bytes for tiles and kept rows
+    budget_from: str = field(compare=False)  # where it comes from, in words
     backend: str
     device_type: str
 
@@ -92,7 +97,8 @@ class TwoHeadPlan:
         numbers = 4 * self.scored * exact
         product = 0
         if self.needs_weight and itemsize < exact:
-            product = self.vocab_size * self.trained_size * (exact + itemsize)
+            wide = self.vocab_size * self.trained_size
+            product = wide * exact + min(wide * itemsize, PRODUCT_BYTES)
         bias = 0
         if self.needs_bias:
             shape = max(self.tile_rows, self.kept_rows), self.vocab_size
@@ -103,7 +109,7 @@ class TwoHeadPlan:
         return (
             f"{self.schedule} of two heads on {self.backend}: {self.units:.2f}u, "
             f"workspace {self.workspace_bytes / MEBIBYTE:.1f} MiB "
-            f"(budget {self.memory_budget / MEBIBYTE:.1f} MiB), "
+            f"(budget {self.memory_budget / MEBIBYTE:.1f} MiB, {self.budget_from}), "
             f"{self.kept_rows} of {self.scored} rows kept, {self.tile_rows} rows a tile"
         )
 
@@ -144,7 +150,7 @@ class TwoHeads:
             )
             found = _plan(self.student.plan, self.teacher.plan, options)
             if (found.kept_rows, found.tile_rows) != (plan.kept_rows, plan.tile_rows):
-                return found
+                return replace(found, budget_from=RAN_OUT)
         return None
 
 
@@ -293,6 +299,7 @@ def _plan(student: Problem, teacher: Problem, options: ScoringOptions) -> TwoHea
         ),
         copied_bytes=copies,
         memory_budget=budget,
+        budget_from=SHARE if options.memory_budget is None else GIVEN,
         backend=student.backend,
         device_type=student.device_type,
     )

@@ -64,7 +64,9 @@ class ScoringOptions:
       that the choice of schedule depends on shapes and options alone. Below the least tile, the
       least tile is used. Where memory runs out all the same (torch.OutOfMemoryError), a call runs
       again with less, down to the least tile, and logger ``fastpref`` says so once; not under
-      ``tp_group``, where all ranks must run alike, nor while a CUDA graph is captured.
+      ``tp_group``, where all ranks must run alike, nor while a CUDA graph is captured. Inside
+      torch.utils.checkpoint(use_reentrant=False), whose second forward must save what the first
+      did, give a budget that fits.
     - ``schedule``: "direct" forms d logp / d hidden in the forward pass; "keep" keeps exponentials
       of as many rows as the budget holds and recomputes the rest; "recompute" keeps none;
       "batches", of ``preference_loss`` only, takes the loss's gradient batch by batch in the

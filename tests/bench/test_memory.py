@@ -38,8 +38,7 @@ def test_in_trl_a_step_takes_what_its_adapter_would_on_a_gpu() -> None:
     """Beside TRL's own head, whose tile and gradient hold the exponentials here."""
     row = measure(CASE, "fastpref in TRL", BUDGET)
     budget = (1024 * 32768 + 32000 * 64) * 4 / 2**20
-    assert row["workspace"] < budget + 16
-    assert row["logits"] * 1.0 < row["peak"] < row["gradients"] + row["workspace"] + 8
+    assert row["logits"] < row["peak"] < min(budget, row["gradients"] + row["workspace"]) + 16
 
 
 def test_of_an_alternative() -> None:

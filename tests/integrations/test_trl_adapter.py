@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastpref import ScoringOptions
 from fastpref.integrations import trl as integration
 from fastpref.integrations.trl import OUTPUTS, LogProbAdapter
-from fastpref.scoring import workspace
+from fastpref.scoring import schedule, workspace
 from fastpref.scoring.reference import reference_scores
 from fastpref.scoring.request import make_request
 from tests.scoring import refusing
@@ -251,35 +251,94 @@ def test_no_rows_at_all_stay_connected() -> None:
 MIB = 1 << 20
 TILE_BYTES = 4096 * 32768 * 2
 H100 = 80 << 30
+LLAMA, QWEN = (4096, 128256), (896, 151936)
+HALF, WIDE = torch.bfloat16, torch.float32
+
+
+def all_kept(rows: int, vocab: int) -> int:
+    return -(-4 * rows * vocab * 2 // 3)
+
+
 BUDGETS = {
-    # rows, H, V, trained, kept: the budget, and the share of rows kept
-    "held by TRL's own": ((8192, 4096, 128256), True, TILE_BYTES + 128256 * 4096 * 4, 0.84),
-    "small H": ((8192, 896, 151936), True, -(-4 * 8192 * 151936 * 2 // 3), 1.0),
-    "more than a sixteenth": ((65536, 896, 151936), True, H100 // 16, 0.2),
-    "frozen, entropy": ((8192, 4096, 128256), None, -(-4 * 8192 * 128256 * 2 // 3), 1.0),
-    "frozen": ((8192, 4096, 128256), False, TILE_BYTES, 0.0),
-    "few rows": ((100, 4096, 128256), False, 100 * 32768 * 2, 0.0),
+    # rows, (H, V), dtype of the weight where it is trained, keeps: the budget
+    "held by TRL's own": (8192, LLAMA, HALF, True, all_kept(8192, LLAMA[1])),
+    "held by few rows": (2048, LLAMA, HALF, True, all_kept(2048, LLAMA[1])),
+    "small H": (8192, QWEN, HALF, True, all_kept(8192, QWEN[1])),
+    "more than a sixteenth": (65536, QWEN, HALF, True, H100 // 16),
+    "float32 weight": (8192, LLAMA, WIDE, True, all_kept(8192, LLAMA[1])),
+    "frozen, entropy": (8192, LLAMA, None, True, all_kept(8192, LLAMA[1])),
+    "frozen": (8192, LLAMA, None, False, TILE_BYTES),
+    "few rows": (100, LLAMA, None, False, 100 * 32768 * 2),
 }
+
+
+def budget_of(
+    rows: int, head: tuple[int, int], trained: torch.dtype | None, keeps: bool, memory: int
+) -> int:
+    return integration.default_budget(
+        rows,
+        *head,
+        torch.bfloat16,
+        trained or torch.bfloat16,
+        trains_weight=trained is not None,
+        keeps=keeps,
+        device_memory=memory,
+    )
 
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_default_budget_on_a_gpu(name: str) -> None:
-    """``trained`` of None: the weight is frozen, and entropy among the outputs."""
-    (rows, hidden_size, vocab), trained, expected, share = BUDGETS[name]
-    budget = integration.default_budget(
-        rows,
-        hidden_size,
-        vocab,
-        torch.bfloat16,
-        trains_weight=bool(trained),
-        keeps=trained is not False,
-        device_memory=H100,
+    rows, head, trained, keeps, expected = BUDGETS[name]
+    assert budget_of(rows, head, trained, keeps, H100) == expected
+
+
+MODELS = {
+    "qwen2.5-0.5b": QWEN,
+    "llama3.2-1b": (2048, 128256),
+    "qwen2.5-1.5b": (1536, 151936),
+    "qwen2.5-7b": (3584, 152064),
+    "llama3-8b": LLAMA,
+    "gemma2-9b": (3584, 256000),
+}
+
+
+@pytest.mark.parametrize("memory", [24, 40, 80])
+@pytest.mark.parametrize("rows", [2048, 8192, 32768])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_fits_with_trl_still_fits(name: str, rows: int, memory: int) -> None:
+    """A gradient at the log-probabilities takes, by plan, no more than TRL, or has a sixteenth of
+    the device for its workspace; and once that has run out, no more than TRL."""
+    hidden_size, vocab = head = MODELS[name]
+    budget = budget_of(rows, head, HALF, True, memory << 30)
+    problem = schedule.Problem(
+        scored=rows,
+        hidden_size=hidden_size,
+        trained_size=hidden_size,
+        vocab_size=vocab,
+        dtype=HALF,
+        needs_hidden=True,
+        needs_weight=True,
+        needs_bias=False,
+        only_logp=True,
+        copies_weight=False,
+        backend="rows",
+        device_type="cuda",
+        scores_in_tiles=True,
+        temporary_bytes=0,
+        total_memory=memory << 30,
     )
-    assert budget == expected
-    kept = min(rows, (budget - budget // 4) // (vocab * 2)) if trained is not False else 0
-    assert kept / rows == pytest.approx(share, abs=0.01)
-    # What TRL takes at the same time is never gone below.
-    assert budget >= min(rows, 4096) * 32768 * 2 + (vocab * hidden_size * 4 if trained else 0)
+    plan = schedule.choose(problem, ScoringOptions(memory_budget=budget))
+    # A tile, gradients of rows and of the weight in float32, and these rounded; numbers of rows.
+    tile = min(rows, 4096) * 32768 * 2
+    trl = tile + 6 * hidden_size * (rows + vocab) + 28 * rows
+    result = 2 * hidden_size * vocab
+    held = 2 * rows * (vocab + hidden_size) <= tile + 4 * hidden_size * vocab
+    if held or budget > (memory << 30) // 16:
+        assert plan.workspace_bytes + result <= trl
+    assert (plan.kept_rows == rows) >= held
+    while (smaller := schedule.less(plan, keep=False)) is not None:
+        plan = smaller
+    assert plan.workspace_bytes + result <= trl
 
 
 @pytest.mark.parametrize("needs", ["nothing", "hidden", "weight"])

@@ -89,15 +89,62 @@ def test_an_allocator_with_little_ends_in_the_least_tile(name, said):
     limit = max(V * H * 4, schedule.LEAST_ROWS * V * 4)
     mode, results = refusing.run(call.make(), refusing.above(limit), LEAST)
     assert mode.refused and not mode.leaked
-    assert isinstance(said[-1][1], BatchedPlan) == ("batches" in name)
+    planned, taken = said[-1]
+    assert isinstance(planned, BatchedPlan) == ("batches" in name)
+    assert taken.schedule != "batches" and taken.kept_rows <= schedule.LEAST_ROWS
+    assert max(one.nbytes(4) for one in (taken.forward_tile, taken.backward_tile)) <= limit
+    call.check(results)
+
+
+def test_batches_give_up_their_totals(said):
+    """In 16 bits the gradient of the weight and a least tile are all that two passes need; one pass
+    adds up a gradient in float32, twice as large, whatever its batches keep."""
+    rows, vocab = 80, 4 * schedule.LEAST_COLS
+    half = {"dtype": torch.bfloat16, "device": "cpu"}
+    hidden, weight = torch.randn(4, rows, H, **half), torch.randn(vocab, H, **half) / 4
+    target = torch.randint(vocab, (4, rows), device="cpu")
+    options = ScoringOptions(schedule="batches", memory_budget=rows * vocab * 2)
+
+    def make():
+        leaves = [one.clone().requires_grad_() for one in (hidden, weight)]
+
+        def forward():
+            return preference_loss(*leaves, target, "simpo", options=options)
+
+        def backward(output):
+            gradients = torch.autograd.grad(output.loss, leaves)
+            return dict(zip(("loss", "a", "b"), (output.loss.detach(), *gradients), strict=True))
+
+        return refusing.Call(forward, backward)
+
+    undisturbed = refusing.run(make(), refusing.never, LEAST)[1]
+    limit = vocab * H * 2
+    assert schedule.LEAST_ROWS * schedule.LEAST_COLS * 2 < limit
+    mode, results = refusing.run(make(), refusing.above(limit), LEAST)
+    assert mode.refused and not mode.leaked and said
+    for name, one in undisturbed.items():
+        assert (results[name] - one).float().norm() < 5e-3 * one.float().norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_of_one_pass_names_it_and_forms_no_wide_product(dtype, said):
+    """Gradients are there already, and are only scaled into the dtype of their inputs."""
+    call = dpo("batches", dtype)
+    found = call.make()
+    output = found.forward()
+    with refusing.Refusing(refusing.at(0), V * H * dtype.itemsize) as mode:
+        results = found.backward(output)
+    assert mode.refused == 1 and mode.count == 2
+    ((planned, taken),) = said
+    assert isinstance(planned, BatchedPlan) and planned is taken
     call.check(results)
 
 
 def random_loss(draws, fails):
-    """Pairwise, with weights drawn anew at each call; memory runs out in call ``fails``."""
+    """Pairwise, with a weight drawn anew at each call; memory runs out in call ``fails``."""
 
     def loss(policy_chosen, policy_rejected):
-        draws.append(torch.rand(policy_chosen.shape))
+        draws.append(torch.rand((), device="cpu"))
         if len(draws) == fails:
             raise torch.OutOfMemoryError("no room in the objective")
         return draws[-1] * torch.nn.functional.softplus(policy_rejected - policy_chosen)
@@ -105,23 +152,24 @@ def random_loss(draws, fails):
     return objectives.Objective(loss, unit="pair", scope="pair")
 
 
-def test_random_numbers_are_those_of_an_undisturbed_call(said):
-    """An objective is called to see whether it trains anything, once a batch, and for the losses;
-    after the failure in its third batch again from the first."""
+def test_random_numbers_begin_where_the_failed_attempt_did(said):
+    """An objective is called to see whether it trains anything, and once a batch; after the failure
+    in its third batch for the loss of two passes, from the numbers of the first. At last it is
+    called for the losses."""
     own = batch(torch.float32)
     leaves = [own["hidden"].requires_grad_(), own["weight"].requires_grad_()]
-    options = ScoringOptions(**SCHEDULES["batches"])
     results, draws = [], ([], [])
     for drawn, fails in zip(draws, (None, 4), strict=True):
         torch.manual_seed(3)
+        options = ScoringOptions(**SCHEDULES["batches" if fails else "two passes"])
         objective = random_loss(drawn, fails)
         output = preference_loss(*leaves, own["target"], objective, options=options)
         gradients = torch.autograd.grad(output.loss, leaves)
-        results.append((output.loss.detach(), *gradients, torch.rand(3)))
-    undisturbed, disturbed = draws
-    assert len(undisturbed) == 1 + 3 + 1 and len(said) == 1
-    torch.testing.assert_close(disturbed[:1] + disturbed[4:], undisturbed)
-    torch.testing.assert_close(results[1], results[0])
+        results.append((output.loss.detach(), *gradients))
+    (only,), disturbed = draws
+    assert len(disturbed) == 1 + 3 + 2 and disturbed[4] == disturbed[1] and len(said) == 1
+    undisturbed = tuple(one / only for one in results[0])
+    torch.testing.assert_close(tuple(one / disturbed[4] for one in results[1]), undisturbed)
 
 
 def test_totals_of_a_failed_attempt_leave_nothing(said):

@@ -2,14 +2,18 @@
 """Memory that runs out, at every tensor that a call makes in turn: the call runs again with less,
 and is as right as before."""
 
+import gc
 import logging
+import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
-from fastpref.scoring import operators, retry, schedule, workspace
+from fastpref.scoring import backward, operators, retry, schedule, workspace
 from fastpref.scoring.backends.column_sums import FEW_ROWS
 from fastpref.scoring.mixture import mixed_logprob
 from fastpref.scoring.request import make_request
@@ -145,6 +149,54 @@ def test_an_allocator_with_little_ends_in_the_least_tile(name, dtype, said):
     call.check(found)
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor made in each dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        given = {refusing._place(one) for one in refusing._tensors((args, kwargs or {}))}
+        for one in refusing._tensors(found):
+            if refusing._place(one) not in given:
+                made = one.untyped_storage().nbytes()
+                self.nbytes[one.dtype] = max(self.nbytes[one.dtype], made)
+        return found
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("budget", [4, 20])
+def test_gradients_of_the_weight_add_up_in_little(budget, weight_dtype, monkeypatch):
+    """Of a budget in MiB that holds some or all exponentials. What adds up in float32 is a slab, or
+    the gradient itself; what is rounded before it does, a part of a product."""
+    monkeypatch.setattr(backward, "PRODUCT_BYTES", 1 << 18)
+    rows, hidden_size, vocab = 300, 512, 8192
+    hidden = torch.randn(rows, hidden_size, dtype=torch.bfloat16, device="cpu").requires_grad_()
+    weight = torch.randn(vocab, hidden_size, dtype=weight_dtype, device="cpu") / 16
+    leaves = [hidden, weight.requires_grad_()]
+    target = torch.randint(vocab, (rows,), device="cpu")
+    options = ScoringOptions(schedule="keep", memory_budget=budget << 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = linear_logprob(*leaves, target, options=options).logp
+    upstream = torch.randn(rows, device="cpu")
+    with Largest() as largest:
+        found = torch.autograd.grad(logp, leaves, upstream)
+    exact = [one.detach().double().requires_grad_() for one in leaves]
+    logits = exact[0] @ exact[1].bfloat16().double().t()
+    scores = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    wanted = torch.autograd.grad(scores, exact, upstream.double())
+    for one, want in zip(found, wanted, strict=True):
+        assert (one - want).norm() < 6e-3 * want.norm()
+    slab, total = schedule.LEAST_COLS * hidden_size * 4, vocab * hidden_size
+    wide, half = largest.nbytes[torch.float32], largest.nbytes[torch.bfloat16]
+    if weight_dtype == torch.float32:
+        assert wide == 4 * total and half < total
+    else:
+        assert wide <= slab and half == 2 * total
+
+
 TWO_HEADS = {
     "score": {"needs": ()},
     "direct": {"needs": ("hidden",)},
@@ -223,6 +275,8 @@ def test_two_heads_end_in_the_least_tile(dtype, said):
     mode, found = refusing.run(call.make(), refusing.above(limit), LEAST)
     assert mode.refused and not mode.leaked
     taken = said[-1][1]
+    assert f"MiB, {schedule.GIVEN})" in str(said[0][0])
+    assert f"MiB, {schedule.RAN_OUT})" in str(taken)
     assert taken.tile_rows == schedule.LEAST_ROWS and taken.kept_rows <= 2 * schedule.LEAST_ROWS
     call.check(found)
 
@@ -370,6 +424,28 @@ def test_what_fails_for_another_reason_is_not_repeated():
     with pytest.raises(RuntimeError, match="of its own"):
         retry.with_less(attempt, 3, lambda plan: plan - 1, torch.device("cpu"))
     assert attempts == [3]
+
+
+def test_a_call_inside_a_call_leaves_nothing_either(said):
+    """As an objective that scores: the last error of the inner call is the cause of its own."""
+    cpu, made, left = torch.device("cpu"), [], []
+
+    def inner(plan):
+        large = torch.empty(1 << 20, dtype=torch.uint8, device="cpu")
+        made.append(weakref.ref(large))
+        raise torch.OutOfMemoryError(f"no room {large.numel()}")
+
+    def outer(plan):
+        if plan == 2:
+            retry.with_less(inner, 2, lambda plan: plan - 1 or None, cpu)
+        left.extend(one() for one in made)
+
+    gc.disable()
+    try:
+        retry.with_less(outer, 2, lambda plan: plan - 1 or None, cpu)
+    finally:
+        gc.enable()
+    assert left == [None, None] and said == [(2, 1)]
 
 
 @pytest.mark.parametrize("backward", [False, True])

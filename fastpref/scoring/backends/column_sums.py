@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..types import statistics_dtype
+from . import import_failure
 
 FEW_ROWS = 32
 # Elements of a temporary off the CPU, where launches cost, and without Triton.
@@ -56,6 +57,8 @@ def temporary_bytes(rows: int, cols: int, device_type: str, dtype: torch.dtype) 
 def launches(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the Triton kernel serves."""
     if device_type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    if import_failure("glue") is not None:
         return False
     from . import glue
 

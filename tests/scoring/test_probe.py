@@ -102,6 +102,15 @@ def test_kernels_that_are_right_serve(monkeypatch, caplog):
     verify(again, torch.float32, **SIZES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [40, 48])
+def test_column_sums_that_are_right_serve(dtype, columns):
+    matrix = torch.ones(3, columns, dtype=dtype)
+    for weights in (None, torch.ones(3)):
+        assert column_sums._serves(matrix, weights)
+    assert probe.failures() == {} and len(probe._reasons) == 2
+
+
 def test_a_probe_runs_once(monkeypatch):
     runs = []
     check = probe._check_project

@@ -272,6 +272,9 @@ def exp_rows_kernel(
         if bias is not None:
             own += tl.load(bias + y, here, 0.0)
         own, _, _, _ = anchored(own, here, a, scale, inner, cap, CAPPED, EXACT)
+        if WRITE:
+            # All threads load it, and one of them overwrites it.
+            tl.debug_barrier()
     zeros = tl.zeros((PIECES,), dtype=tl.float32)
     total, weighted, squares, logits = zeros, zeros, zeros, zeros
     highest = zeros - INF

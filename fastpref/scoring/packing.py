@@ -36,13 +36,15 @@ class Packing(NamedTuple):
                 self.positions if self.valid is None else self.positions.clamp(max=self.total - 1),
             )
         if self.valid is not None:
-            rows = torch.where(self._valid_like(rows), rows, _zero(rows.dtype))
+            # Of a number on the host ``where`` makes a copy that the host waits for, which no graph
+            # can capture.
+            rows = torch.where(self._valid_like(rows), rows, rows.new_zeros(()))
         return rows
 
     def spread(self, values: Tensor) -> Tensor:
         """(scored, ...) -> (total, ...), 0 (False) elsewhere; ``values`` itself if all are."""
         if self.valid is not None:
-            values = torch.where(self._valid_like(values), values, _zero(values.dtype))
+            values = torch.where(self._valid_like(values), values, values.new_zeros(()))
         if self.positions is None:
             return values
         # Dead rows all land in one extra slot.
@@ -52,11 +54,6 @@ class Packing(NamedTuple):
         if self.overflow is not None and out.is_floating_point():
             out = torch.where(self.overflow, torch.nan, out)
         return out
-
-
-def _zero(dtype: torch.dtype) -> Tensor:
-    """On the host, from where operators on a GPU take it without a launch."""
-    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 def pack(

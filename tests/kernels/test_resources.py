@@ -111,6 +111,25 @@ def test_halves_are_read_and_written_16_bytes_at_a_time() -> None:
         assert done.stdout.count(f"{access}.global.b16") == 4
 
 
+def test_a_target_is_read_before_it_is_overwritten() -> None:
+    """By all threads of a program: each loads its product, and one of them stores in its place."""
+    code = (
+        "from fastpref.kernels import resources, variants\n"
+        "for element in ('bf16', 'fp32'):\n"
+        "    for variant in variants.rows_in_place(element):\n"
+        "        if variant.name == 'exp_rows write statistics':\n"
+        "            print(resources.build(variant, 90).asm['ttgir'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    programs = done.stdout.split("tt.func public")[1:]
+    assert len(programs) == 2
+    for program in programs:
+        before = program[: program.index("tt.store")].splitlines()
+        loads = [at for at, line in enumerate(before) if "tt.load" in line and ": !tt.ptr" in line]
+        assert len(loads) == 3  # target, anchor, product
+        assert any("barrier" in line for line in before[loads[-1] :])
+
+
 def test_tiles_of_flagged_rows_lie_as_those_of_all() -> None:
     for chip in (*tiles.CHIPS.values(), tiles.INTERPRETED):
         for pair in (*chip.plain.values(), *chip.heavy.values()):

@@ -3,6 +3,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastpref.scoring.packing import Packing, pack
 
@@ -82,3 +84,24 @@ def test_masked_in_place():
     assert torch.equal(packing.gather(rows), rows.nan_to_num(0.0))
     assert torch.equal(packing.spread(rows), rows.nan_to_num(0.0))
     assert torch.equal(packing.gather(rows[:, 0]), rows[:, 0].nan_to_num(0.0))
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operators on tensors of several devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        assert len({one.device for one in tensors}) <= 1, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.bool])
+@pytest.mark.parametrize("positions", [False, True])
+def test_nothing_comes_from_the_host(dtype, positions):
+    """A zero that lies there is copied to the GPU, and the host waits for it."""
+    valid = torch.ones(4, dtype=torch.bool, device="meta")
+    index = torch.arange(4, device="meta") if positions else None
+    packing = Packing(4, 4, index, valid, valid.any())
+    with OneDevice():
+        rows = packing.gather(torch.empty(4, 3, dtype=dtype, device="meta"))
+        assert packing.spread(rows).dtype == dtype

@@ -9,7 +9,15 @@ import torch
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
 from fastpref.scoring import backends
-from fastpref.scoring.backends import divergence_launch, fused, glue, plain, probe, rows
+from fastpref.scoring.backends import (
+    column_sums,
+    divergence_launch,
+    fused,
+    glue,
+    plain,
+    probe,
+    rows,
+)
 from fastpref.scoring.types import OUTPUTS
 from tests.scoring.cases import verify
 
@@ -94,6 +102,15 @@ def test_kernels_that_are_right_serve(monkeypatch, caplog):
     verify(again, torch.float32, **SIZES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [40, 48])
+def test_column_sums_that_are_right_serve(dtype, columns):
+    matrix = torch.ones(3, columns, dtype=dtype)
+    for weights in (None, torch.ones(3)):
+        assert column_sums._serves(matrix, weights)
+    assert probe.failures() == {} and len(probe._reasons) == 2
+
+
 def test_a_probe_runs_once(monkeypatch):
     runs = []
     check = probe._check_project
@@ -102,6 +119,47 @@ def test_a_probe_runs_once(monkeypatch):
     for _ in range(3):
         linear_logprob(hidden, weight, target, options=ScoringOptions(backend="rows"))
     assert len(runs) == 1
+
+
+def test_other_remainders_are_other_kernels(monkeypatch):
+    runs = []
+    check = probe._check_project
+    monkeypatch.setattr(probe, "_check_project", lambda *a: runs.append(a) or check(*a))
+    for width, columns in ((8, 30), (16, 30), (24, 46), (16, 32), (48, 64)):
+        hidden, weight = torch.randn(4, width), torch.randn(columns, width)
+        linear_logprob(hidden, weight, torch.arange(4), options=ScoringOptions(backend="rows"))
+    assert len(runs) == 3
+
+
+def test_a_probe_without_memory_runs_again(monkeypatch, caplog):
+    """With less, as the call does; the kernel is not to blame."""
+    check, runs = probe._check_project, []
+
+    def short_of_memory(*arguments):
+        runs.append(arguments)
+        if len(runs) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return check(*arguments)
+
+    monkeypatch.setattr(probe, "_check_project", short_of_memory)
+    verify(ScoringOptions(backend="rows"), torch.float32, outputs=OUTPUTS[:1], **SIZES)
+    assert len(runs) > 1 and probe.failures() == {}
+    assert not any("do not serve" in one.getMessage() for one in caplog.records)
+
+
+def test_a_triton_that_cannot_be_imported(monkeypatch):
+    def imported(name):
+        raise AttributeError("module 'triton' has no attribute 'knobs'")
+
+    monkeypatch.setattr(backends, "_module", imported)
+    backends.import_failure.cache_clear()
+    try:
+        size = backends.choice.Size(torch.bfloat16, 4, 8, 30, static=True)
+        assert backends.choose("auto", torch.device("cuda"), size) == "torch"
+        assert "knobs" in backends.unavailable_reason("rows", "cuda")
+        assert not column_sums.launches.__wrapped__("cuda", torch.bfloat16)
+    finally:
+        backends.import_failure.cache_clear()
 
 
 def test_choosing_launches_nothing(monkeypatch):
@@ -117,8 +175,7 @@ def test_the_order_of_tiers(monkeypatch):
     """On a GPU: rows, CUDA C++ where Triton is missing, torch where both are."""
     reasons = {}
     monkeypatch.setattr(backends, "unavailable_reason", lambda name, device: reasons.get(name))
-    monkeypatch.setattr(backends.verdict, "verdict", lambda device, size: None)
-    size = backends.choice.Size(torch.bfloat16, 4, 8, 30)
+    size = backends.choice.Size(torch.bfloat16, 4, 8, 30, static=True)
     chosen = []
     for missing in ("rows", "cuda", "torch"):
         chosen.append(backends.choose("auto", torch.device("cuda"), size))

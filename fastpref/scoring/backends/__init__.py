@@ -110,6 +110,9 @@ def unavailable_reason(name: str, device_type: str) -> str | None:
     if name in ("triton", "rows"):
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; pip install triton"
+        broken = import_failure(name)
+        if broken is not None:
+            return broken
         reason: str | None = _module(name).unavailable_reason(device_type)
         return reason
     return f"there is no backend {name!r}"
@@ -152,6 +155,16 @@ def _module(name: str) -> Any:
     """Imported only where it is used: Triton is not everywhere, nor is the compiled library."""
     file = {"triton": "fused", "torch": "plain", "cpp": "compiled", "cuda": "compiled"}
     return importlib.import_module(f"{__name__}.{file.get(name, name)}")
+
+
+@functools.cache
+def import_failure(name: str) -> str | None:
+    """Why the module of backend ``name`` cannot be imported, or None when it can."""
+    try:
+        _module(name)
+    except Exception as error:  # of a Triton that is broken, or older than the kernels
+        return f"its kernels cannot be imported: {type(error).__name__}: {error}"
+    return None
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..types import statistics_dtype
+from . import import_failure
 
 FEW_ROWS = 32
 # Elements of a temporary off the CPU, where launches cost, and without Triton.
@@ -57,6 +58,8 @@ def launches(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the Triton kernel serves."""
     if device_type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
+    if import_failure("glue") is not None:
+        return False
     from . import glue
 
     return dtype in glue.DTYPES
@@ -66,16 +69,21 @@ def _serves(matrix: Tensor, weights: Tensor | None) -> bool:
     """Whether the kernel reads this matrix, and has been seen right on its device."""
     from . import glue, probe
 
+    # Rows that start at multiples of 16 elements, or not, are other kernels.
+    aligned = matrix.stride(0) % 16 == 0
+    cols = 304 if aligned else 300
+
     def check() -> str:
         # Whole numbers: their sums are exact.
-        given = torch.arange(70 * 300, device=matrix.device).view(70, 300).fmod(7).to(matrix.dtype)
-        some = None if weights is None else given[:, 1].to(weights.dtype)
-        totals = given.new_zeros((2, 300), dtype=torch.float64)
+        given = torch.arange(70 * cols, device=matrix.device).fmod(7).to(matrix.dtype)
+        given = given.view(70, cols)
+        some = None if weights is None else given[:, 1].to(weights.dtype).contiguous()
+        totals = given.new_zeros((2, cols), dtype=torch.float64)
         glue.add_column_sums(totals[0], given, some)
         _by_blocks(totals[1], given, some)
         return "" if torch.equal(*totals) else "column sums differ from torch's"
 
-    kernel = "column_sums", matrix.dtype, weights is None
+    kernel = "column_sums", matrix.dtype, weights is None, aligned
     return matrix.stride(1) == 1 and probe.passes("rows", kernel, matrix.device, check)
 
 

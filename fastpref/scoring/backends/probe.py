@@ -54,6 +54,9 @@ def passes(tier: str, kernel: Hashable, device: torch.device, check: Callable[[]
     try:
         with torch.no_grad():
             wrong = check()
+    except torch.OutOfMemoryError:
+        # Says nothing of the kernel: the call runs again with less, and so does this.
+        raise
     except Exception as error:  # whatever compiler, driver and launch raise
         wrong = f"{type(error).__name__}: {error}"
     with _lock:
@@ -110,7 +113,7 @@ class Probed:
         flags = write, statistics, bias is None, map.cap != 0
         serving = self._serving(
             hidden.device,
-            ("project", hidden.dtype, *flags),
+            ("project", hidden.dtype, _remainders(hidden, weight), *flags),
             lambda backend: _check_project(backend, _Example.of(hidden, weight, bias, map), *flags),
         )
         return serving.project(hidden, weight, tile, target, anchor, bias, map, write, statistics)
@@ -126,9 +129,10 @@ class Probed:
         map: LogitMap,
     ) -> None:
         given = tuple(one is not None for one in upstream)
+        flags = bias is None, map.cap != 0
         serving = self._serving(
             hidden.device,
-            ("project_gradient", hidden.dtype, given, bias is None, map.cap != 0),
+            ("project_gradient", hidden.dtype, _remainders(hidden, weight), given, *flags),
             lambda backend: _check_gradient(backend, _Example.of(hidden, weight, bias, map), given),
         )
         serving.project_gradient(hidden, weight, tile, target, upstream, bias, map)
@@ -143,7 +147,13 @@ class Probed:
     ) -> TargetLogits:
         serving = self._serving(
             hidden.device,
-            ("target_logits", hidden.dtype, bias is None, map.cap != 0),
+            (
+                "target_logits",
+                hidden.dtype,
+                _remainders(hidden, weight),
+                bias is None,
+                map.cap != 0,
+            ),
             lambda backend: _check_target_logits(backend, _Example.of(hidden, weight, bias, map)),
         )
         return serving.target_logits(hidden, weight, target, bias, map)
@@ -167,6 +177,12 @@ class Probed:
             lambda backend: _check_scale(backend, rows.device, rows.dtype, out.dtype, factor.dtype),
         )
         return serving.scale_rows(rows, factor, out)
+
+
+def _remainders(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """What kernels are compiled anew for: whether rows, and the columns of a tile, end at multiples
+    of 16 elements, as those of the example then do."""
+    return hidden.shape[1] % 16 == 0, weight.shape[0] % 16 == 0
 
 
 @dataclass(frozen=True)

@@ -212,11 +212,13 @@ def _detached(parameters: Sequence[Tensor | None]) -> Parameters:
 
 
 def _unpacked(values: Tensor, call: Call) -> Tensor:
+    packing, shape = call.packing, call.target.shape
+    spread = packing.spread(values)
+    if packing.positions is None and packing.valid is not None and spread.shape == shape:
+        return spread  # made just now
     # A copy: the caller may change it, and backward reads the original; autograd refuses in-place
     # changes of a view among several outputs.
-    return values.new_empty(call.target.shape).copy_(
-        call.packing.spread(values).view(call.target.shape)
-    )
+    return values.new_empty(shape).copy_(spread.view(shape))
 
 
 def _packed_upstream(upstream: Sequence[Tensor | None], call: Call) -> Upstream:

@@ -31,6 +31,8 @@ WARPS = 4
 # Of one step: two a thread, one under a cap, where the compiler spills for sm_90 with two.
 PIECES = WARPS * 32 * 2
 CAPPED_PIECES = WARPS * 32
+# Of a thread where there is a bias: by itself the compiler takes fewer, and spills some.
+BIAS_REGISTERS = 128
 # exp(30) an element leaves exp(72) for a sum of squares over 2^18 columns: float32 ends at exp(88).
 GUARD = tl.constexpr(30.0)
 # A row of nothing but -inf takes a finite anchor below every other part's.

@@ -110,7 +110,11 @@ def build(variant: Variant, capability: int) -> Any:
             },
         ),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.warps, "num_stages": variant.stages},
+        options={
+            "num_warps": variant.warps,
+            "num_stages": variant.stages,
+            "maxnreg": variant.registers,
+        },
     )
 
 

@@ -42,6 +42,7 @@ class Variant:
     # Of the arguments by whose alignment the kernel is compiled anew, those that are no multiples
     # of 16: numbers, or addresses in bytes.
     unaligned: tuple[str, ...] = ()
+    registers: int | None = None  # of a thread at most; None: as the compiler likes
 
 
 def variants(capability: int, element: str) -> Iterator[Variant]:
@@ -256,7 +257,15 @@ def rows_in_place(element: str) -> Iterator[Variant]:
         for write in (False,) if element == "fp16" else _ON_OFF:
             label = _label("exp_rows", write=write, statistics=statistics, **given)
             constants = step | of_sums | absent | {"WRITE": write, "EXACT": element == "fp32"}
-            yield Variant(exp_rows.exp_rows_kernel, label, constants, {}, element, exp_rows.WARPS)
+            yield Variant(
+                exp_rows.exp_rows_kernel,
+                label,
+                constants,
+                {},
+                element,
+                exp_rows.WARPS,
+                registers=exp_rows.BIAS_REGISTERS if bias else None,
+            )
         for write in _ON_OFF:
             label = _label("join_shares", write=write, statistics=statistics, **given)
             constants = step | of_sums | absent | _absent(out_index=statistics)

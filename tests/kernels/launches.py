@@ -42,6 +42,7 @@ def key_of_variant(variant: variants.Variant) -> Launch:
     }
     said |= {name: f"={value}" for name, value in variant.constants.items()}
     said |= {"num_warps": str(variant.warps), "num_stages": str(variant.stages)}
+    said["maxnreg"] = str(variant.registers)
     return (variant.kernel.__name__, tuple(sorted(said.items())))
 
 
@@ -80,7 +81,7 @@ class Recorder:
                 kernel.signature, kernel.params, self.backend
             )
         values, specialization, options = self.binders[kernel.__name__](*args, **kwargs)
-        said = {"num_warps": "4", "num_stages": "3"}
+        said = {"num_warps": "4", "num_stages": "3", "maxnreg": "None"}
         for (name, value), (type_, attribute) in zip(values.items(), specialization, strict=True):
             if type_ == "constexpr":
                 said[name] = f"={getattr(value, 'value', value)}"

@@ -86,6 +86,7 @@ def exp_rows(
         STATISTICS=statistics,
         EXACT=tile.dtype == torch.float32,
         num_warps=WARPS,
+        maxnreg=None if bias is None else exponentials.BIAS_REGISTERS,
         **flags,
     )
     out, out_index = sums[:, 0], None if best_index is None else best_index[0]

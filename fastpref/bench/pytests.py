@@ -33,6 +33,7 @@ TESTS = {
     "sequences and the pair head": ("tests/gpu/test_sequences.py", "tests/gpu/test_pair_head.py"),
     "the benchmark itself": ("tests/gpu/test_bench.py",),
     "scoring, every feature and schedule": ("tests/gpu/test_scoring.py", "-k", "test_logp"),
+    "memory that runs out": ("tests/gpu/test_out_of_memory.py",),
     "accesses out of bounds": ("tests/gpu/test_scoring.py", "-k", "out_of_bounds"),
 }
 

@@ -64,8 +64,17 @@ def test_a_sample_is_made_on_the_device() -> None:
     assert {one.device.type for one in tensors} == {"meta"}
 
 
-@pytest.mark.parametrize("what, dtype", [("head", "float32"), ("call", "bfloat16")])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "what, dtype, mode",
+    [
+        pytest.param(what, dtype, mode, marks=[] if mode == ordinary else pytest.mark.slow)
+        for what, dtype, ordinary in (
+            ("head", "float32", "trainable head"),
+            ("call", "bfloat16", "frozen head"),
+        )
+        for mode in MODES
+    ],
+)
 def test_every_candidate_is_right_and_what_is_missing_is_named(
     what: str, dtype: str, mode: Mode
 ) -> None:

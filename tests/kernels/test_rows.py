@@ -30,16 +30,30 @@ def options(dtype, schedule, **changes):
     return options_of("rows", dtype, **{**SCHEDULES[schedule], **changes}, vocab=SIZES["vocab"])
 
 
-@dtypes
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("schedule", ["auto", "recompute", "slabs"])
+def sample(*axes):
+    """The product of ``axes``, of which a third belongs to the ordinary tests: every value of an
+    axis with every one of the next."""
+    numbers = itertools.product(*(range(len(axis)) for axis in axes))
+    return [
+        pytest.param(*case, marks=[] if sum(at) % 3 == 0 else pytest.mark.slow)
+        for at, case in zip(numbers, itertools.product(*axes), strict=True)
+    ]
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "feature, schedule, dtype", sample(FEATURES, ["auto", "recompute", "slabs", "keep"], DTYPES)
+)
 def test_logp(dtype, schedule, feature):
     verify(options(dtype, schedule), dtype, **SIZES, **FEATURES[feature])
 
 
-@dtypes
-@pytest.mark.parametrize("feature", ["plain", "bias", "softcap"])
-@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+@pytest.mark.parametrize(
+    "feature, schedule, dtype",
+    sample(["plain", "bias", "softcap", "temperature"], ["keep", "recompute"], DTYPES),
+)
 def test_all_outputs(dtype, schedule, feature):
     verify(
         options(dtype, schedule),
@@ -57,10 +71,10 @@ def test_frozen_head_and_no_gradient(dtype):
     verify(options(dtype, "chunked"), dtype, outputs=OUTPUTS, differentiated=(), **SIZES)
 
 
-@dtypes
-@pytest.mark.parametrize("below", [0.1, 1.0])
-@pytest.mark.parametrize("schedule", ["keep", "recompute"])
-@pytest.mark.parametrize("outputs", [("logp",), OUTPUTS], ids=["logp", "all"])
+@pytest.mark.parametrize(
+    "below, schedule, outputs, dtype",
+    sample([0.1, 1.0], ["keep", "recompute"], [("logp",), OUTPUTS], DTYPES[::-1]),
+)
 def test_targets_far_below_the_maximum(dtype, schedule, below, outputs):
     """100 to 1000 nats: rows move their anchor."""
     verify(options(dtype, schedule), dtype, outputs=outputs, below=below, ignored=0.1, **SIZES)

@@ -368,8 +368,8 @@ def test_autocast(backend, schedule, dtype):
     with operations:
         logp.backward(gradient)
     assert logp.dtype == torch.float32
-    assert forward_casts == 1
-    assert operations.casts == 2  # and d weight, to float32
+    # d weight is written in float32 at once.
+    assert forward_casts == operations.casts == 1
 
     low = {
         name: arguments[name].detach().to(dtype).requires_grad_() for name in ("hidden", "weight")

@@ -47,7 +47,9 @@ def grad_step(
 ):
     cols, reached = step_columns(first, end, PIECES, VECTOR, WHOLE)
     _, z = load_step(row, bias, cols, reached, end, MASKED)
-    x, e, _, slope = anchored(z, cols < end, anchor, scale, inner, cap, CAPPED, EXACT)
+    # What padding receives is never read.
+    all = tl.full((PIECES, VECTOR), True, dtype=tl.int1)
+    x, e, _, slope = anchored(z, all, anchor, scale, inner, cap, CAPPED, EXACT)
     value = e * rate
     if ENTROPY:
         # p log p is 0 where p is, also at a logit of -inf.

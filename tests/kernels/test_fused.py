@@ -270,7 +270,10 @@ def test_only_doubles_take_a_pass_in_place(monkeypatch, schedule):
         raise RuntimeError("a pass in place")
 
     other = SimpleNamespace(
-        temporary_bytes=lambda *sizes: 0, project=in_place, project_gradient=in_place
+        temporary_bytes=lambda *sizes: 0,
+        target_logits=fused.plain.target_logits,
+        project=in_place,
+        project_gradient=in_place,
     )
     monkeypatch.setattr(fused, "_in_place", lambda device_type: other)
     for dtype in fused.DTYPES:

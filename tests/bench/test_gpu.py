@@ -143,6 +143,7 @@ def bench(*given: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_whole_flow_on_a_cpu(tmp_path: Path) -> None:
     """First a run with hardly any time, then the one that does what it left, into another
     folder."""

@@ -146,10 +146,9 @@ def tile_of(products, padded):
     return room[:, :cols]
 
 
-@dtypes
-@pytest.mark.parametrize("padded", [True, False], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("cols", [160, 163, 400])
-@pytest.mark.parametrize("map", MAPS, ids=["plain", "negative", "capped"])
+@pytest.mark.parametrize(
+    "map, padded, cols, dtype", sample(MAPS, [True, False], [160, 163, 400], DTYPES)
+)
 def test_split_rows(monkeypatch, dtype, padded, cols, map):
     """One row's columns among several programs, some of which move their anchor: as one program
     does it, and as plain torch does."""

@@ -126,14 +126,14 @@ def _tensors(one: Check, device: str) -> Named:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator)
+        return torch.randn(*sizes, generator=generator, dtype=torch.float32, device="cpu")
 
     hidden = normal(one.rows, one.width)
     weight = normal(one.vocab, one.width) * (3 / one.width**0.5)
-    target = torch.randint(one.vocab, (one.rows,), generator=generator)
+    target = torch.randint(one.vocab, (one.rows,), generator=generator, device="cpu")
     if one.overflowing:
         rare = 40
-        weight[:rare, 0] = -torch.linspace(100, 1000, rare)
+        weight[:rare, 0] = -torch.linspace(100, 1000, rare, device="cpu")
         hidden[:, 0] = 1
         every = round(1 / one.overflowing)
         target = rare + target % (one.vocab - rare)

@@ -67,7 +67,7 @@ def _take(nbytes: int) -> Tensor:
         _idle.clear()
     # A buffer made in inference mode could not be written to outside it.
     with torch.inference_mode(False):
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def _return(buffer: Tensor) -> None:

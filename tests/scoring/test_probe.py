@@ -18,7 +18,7 @@ from fastpref.scoring.backends import (
     probe,
     rows,
 )
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import verify
 
 pytestmark = pytest.mark.skipif(not rows.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
@@ -191,3 +191,25 @@ def test_where_no_kernel_runs_the_reason_and_the_remedy_are_named(monkeypatch, b
     monkeypatch.setattr(torch.version, "cuda", None)
     reason = backend.unavailable_reason("cuda")
     assert says in reason and reason.endswith("use backend='auto'")
+
+
+@pytest.mark.parametrize("tier", ["rows", "triton"])
+def test_a_probe_takes_no_default_device_or_dtype(tier, caplog):
+    """Else a process that sets one would lose the kernels."""
+    hidden, weight, bias = torch.randn(4, 8), torch.randn(30, 8), torch.randn(30)
+    target, vector, tile = torch.arange(4), torch.rand(4), torch.zeros(4, 30)
+    kernels, map = backends.load(tier), LogitMap(1.0, 2.0)
+    upstream = backends.UpstreamGradient(*[vector] * 4, None, None, None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            own = kernels.target_logits(hidden, weight, target, bias, map)
+            arguments = target, own.logit, bias, map
+            sums = kernels.project(hidden, weight, tile, *arguments, True, True)
+            kernels.settle(sums, own, tile, map)
+            kernels.project_gradient(hidden, weight, tile, target, upstream, bias, map)
+            kernels.scale_rows(tile, vector, tile)
+            assert divergence_launch.serves(tier, tile, tile, bias, bias, map, 0, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert probe.failures() == {} and not caplog.records

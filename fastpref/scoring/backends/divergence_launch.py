@@ -31,13 +31,14 @@ def serves(
     biases = student_bias is not None, teacher_bias is not None
 
     def check() -> str:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         cols = 2 * kernels.COLS + student.shape[1] % 16
-        random = torch.randn(6, cols, generator=generator)
+        random = torch.randn(6, cols, generator=generator, dtype=torch.float32, device="cpu")
         # Rows as far apart as those of a tile.
         own = lease(random.shape, student.dtype, student.device).copy_(random)
         expected = lease(random.shape, student.dtype, student.device).copy_(random)
-        vectors = torch.randn(2, cols, generator=generator).to(student.device)
+        vectors = torch.randn(2, cols, generator=generator, dtype=torch.float32, device="cpu")
+        vectors = vectors.to(student.device)
         given = (vectors[0] if biases[0] else None), (vectors[1] if biases[1] else None)
         values = divergence_rows(own[:3], own[3:], *given, map, kind, 0.5, write)
         name = divergences.KINDS[kind]

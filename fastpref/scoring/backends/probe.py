@@ -201,18 +201,18 @@ class _Example:
         device, dtype = hidden.device, hidden.dtype
         width = WIDTH + hidden.shape[1] % 16
         columns = (4096 if device.type == "cuda" else 256) + weight.shape[0] % 16
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
 
         def whole(*shape: int) -> Tensor:
-            return torch.randint(-1, 2, shape, generator=generator, dtype=torch.int64)
+            return torch.randint(-1, 2, shape, generator=generator, dtype=torch.int64, device="cpu")
 
         states, weights = whole(ROWS, width), whole(columns, width)
-        target = torch.randint(columns, (ROWS,), generator=generator)
+        target = torch.randint(columns, (ROWS,), generator=generator, device="cpu")
         # As far below the largest as such products go: the anchor will not do.
         weights[target[1]] = -states[1]
         weights[(target[1] + 1) % columns] = states[1]
         if bias is not None:
-            random = torch.randn(columns, generator=generator, dtype=torch.float64)
+            random = torch.randn(columns, generator=generator, dtype=torch.float64, device="cpu")
             bias = random.to(device, statistics_dtype(dtype))
         return cls(
             states.to(device, dtype), weights.to(device, dtype), target.to(device), bias, map

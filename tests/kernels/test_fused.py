@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, explain, linear_logprob
-from fastpref.scoring.backends import fused
+from fastpref.scoring.backends import fused, plain
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import Case, check_scores, make_case, run, upstream_of, verify
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
@@ -273,14 +273,13 @@ def test_the_same_bits_every_time(dtype):
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])
 def test_only_doubles_take_a_pass_in_place(monkeypatch, schedule):
     double = fused.temporary_bytes(10, 5000, "cpu", torch.float64, False)
-    assert double == fused.plain.temporary_bytes(10, 5000, "cpu", torch.float64, False)
+    assert double == plain.temporary_bytes(10, 5000, "cpu", torch.float64, False)
 
     def in_place(*arguments):
         raise RuntimeError("a pass in place")
 
     other = SimpleNamespace(
         temporary_bytes=lambda *sizes: 0,
-        target_logits=fused.plain.target_logits,
         project=in_place,
         project_gradient=in_place,
     )

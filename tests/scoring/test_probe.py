@@ -29,9 +29,9 @@ LAUNCHES = {
     "logit_grad": (rows, "rows", lambda arguments, result: arguments[0]),
     "project": (fused, "triton", lambda arguments, result: result.sum),
     "project_gradient": (fused, "triton", lambda arguments, result: arguments[2]),
-    "target_logits": (glue, "rows", lambda arguments, result: result.raw),
-    "settle": (glue, "rows", lambda arguments, result: result[0].logp),
-    "scale_rows": (glue, "rows", lambda arguments, result: result),
+    "target_logits": (rows, "rows", lambda arguments, result: result.raw),
+    "settle": (rows, "rows", lambda arguments, result: result[0].logp),
+    "scale_rows": (rows, "rows", lambda arguments, result: result),
 }
 
 

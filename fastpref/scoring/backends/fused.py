@@ -21,11 +21,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import linear_exp, linear_grad, probabilities, reanchor, row_sums, tiles
-from .. import rows
-from ..rows import RowScores, RowSums, TargetLogits
+from ..rows import RowSums
 from ..types import LogitMap
 from ..workspace import row_stride
-from . import RowBackend, UpstreamGradient, glue, next_tier, plain, tiled
+from . import RowBackend, UpstreamGradient, glue, next_tier, tiled
+from .glue import scale_rows as scale_rows
+from .glue import settle as settle
+from .glue import target_logits as target_logits
 
 INTERPRETED = not isinstance(linear_exp.linear_exp_kernel, triton.JITFunction)
 DTYPES = glue.DTYPES
@@ -408,26 +410,3 @@ def _tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
-
-
-def target_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
-) -> TargetLogits:
-    if glue.matrices_supported(hidden, weight) is not None:
-        other = _in_place(hidden.device.type)
-        return other.target_logits(hidden, weight, target, bias, map)
-    return glue.target_logits(hidden, weight, target, bias, map)
-
-
-def settle(
-    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
-) -> tuple[RowScores, Tensor]:
-    if sums.sum.dtype != torch.float32:
-        return rows.settle(sums, own, exps, map)
-    return glue.settle(sums, own, exps, map)
-
-
-def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    if glue.matrices_supported(rows, out) is not None:
-        return plain.scale_rows(rows, factor, out)
-    return glue.scale_rows(rows, factor, out)

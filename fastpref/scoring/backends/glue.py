@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of the small Triton kernels between the products: one each, without a host sync."""
+"""Launches of the small Triton kernels between the products: one each, without a host sync. What
+they do not read goes through plain torch."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from ...kernels import column_sums, row_scores
 from ...kernels import scale_rows as scaling
 from ...kernels import target_logits as targets
+from .. import rows as row_formulas
 from ..rows import RowScores, RowSums, TargetLogits
 from ..types import LogitMap
+from . import plain
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,6 +43,8 @@ def matrices_supported(*matrices: Tensor) -> str | None:
 def target_logits(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
 ) -> TargetLogits:
+    if matrices_supported(hidden, weight) is not None:
+        return plain.target_logits(hidden, weight, target, bias, map)
     raw = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     found = TargetLogits(torch.empty_like(target), raw, torch.empty_like(raw))
     if raw.numel():
@@ -64,6 +69,8 @@ def target_logits(
 def settle(
     sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
 ) -> tuple[RowScores, Tensor]:
+    if sums.sum.dtype != torch.float32:
+        return row_formulas.settle(sums, own, exps, map)
     rows = sums.sum.shape[0]
     out = sums.sum.new_empty((5, padded(rows)))
     if rows:
@@ -87,6 +94,8 @@ def settle(
 
 
 def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    if matrices_supported(rows, out) is not None:
+        return plain.scale_rows(rows, factor, out)
     if rows.numel():
         scaling.scale_rows_kernel[(rows.shape[0],)](
             rows, factor, out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_WIDTH=1024

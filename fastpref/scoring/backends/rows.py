@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ...kernels import exp_rows as exponentials
 from ...kernels import join_shares, logit_grad_rows
-from .. import rows as row_formulas
-from ..rows import RowScores, RowSums, TargetLogits
+from ..rows import RowSums
 from ..types import LogitMap
 from . import UpstreamGradient, glue, plain
 from .glue import DTYPES
+from .glue import scale_rows as scale_rows
+from .glue import settle as settle
+from .glue import target_logits as target_logits
 from .operators import STATISTICS, SUMS
 
 INTERPRETED = not isinstance(exponentials.exp_rows_kernel, triton.JITFunction)
@@ -190,25 +192,3 @@ def _map_arguments(map: LogitMap, tile: Tensor) -> tuple[float | Tensor, ...]:
         return settings
     rows = torch.zeros(tile.shape[0], dtype=torch.float32, device=tile.device)
     return tuple(rows + one for one in settings)
-
-
-def target_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
-) -> TargetLogits:
-    if glue.matrices_supported(hidden, weight) is not None:
-        return plain.target_logits(hidden, weight, target, bias, map)
-    return glue.target_logits(hidden, weight, target, bias, map)
-
-
-def settle(
-    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
-) -> tuple[RowScores, Tensor]:
-    if sums.sum.dtype != torch.float32:
-        return row_formulas.settle(sums, own, exps, map)
-    return glue.settle(sums, own, exps, map)
-
-
-def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    if glue.matrices_supported(rows, out) is not None:
-        return plain.scale_rows(rows, factor, out)
-    return glue.scale_rows(rows, factor, out)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
+import torch
+
 from .. import ScoringOptions
 from . import flattened
 from .scorers import why_not
@@ -14,26 +16,26 @@ from .scorers import why_not
 class Lane(NamedTuple):
     name: str
     backend: str
-    flatten: bool | None = None  # of the fused kernels' tiles
+    flatten: bool = False  # the fused kernels' tiles
 
     def unavailable(self, device: str) -> str | None:
         reason = why_not(self.backend, device)
-        return flattened.unavailable() if reason is None and self.flatten else reason
+        if reason is None and self.flatten:
+            return flattened.unavailable(torch.cuda.get_device_capability(device))
+        return reason
 
     def options(self, **given: Any) -> ScoringOptions:
         return ScoringOptions(backend=cast(Any, self.backend), **given)
 
     def tiles(self) -> AbstractContextManager[None]:
         """The tiles that this lane runs on, while the context lasts."""
-        if self.flatten is None:
-            return nullcontext()
-        return flattened.with_flattened_tiles(self.flatten)
+        return flattened.with_flattened_tiles() if self.flatten else nullcontext()
 
 
 # The most likely to serve first.
 ON_CUDA = (
     Lane("rows", "rows"),
-    Lane("fused", "triton", flatten=False),
+    Lane("fused", "triton"),
     Lane("fused, flattened", "triton", flatten=True),
     Lane("cuda", "cuda"),
 )

@@ -61,7 +61,13 @@ def run(given: list[str], log: Path | None, seconds: float) -> tuple[dict[str, A
         start = out.tell()
         # A session of its own: pytest's worker processes are interrupted with it.
         process = subprocess.Popen(
-            given, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            given,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+            # Whatever is started in the background of a shell ignores it, and passes that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             code: int | None = process.wait(max(seconds, 0.0))

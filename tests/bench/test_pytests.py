@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -62,7 +63,19 @@ def command(tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(path)]
 
 
-def test_what_was_cut_short_keeps_what_it_had(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
+def test_what_was_cut_short_keeps_what_it_had(
+    command: list[str], tmp_path: Path, ignored: bool
+) -> None:
+    """Also where this process ignores interrupts, as one in the background of a shell does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        cut_short(command, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def cut_short(command: list[str], tmp_path: Path) -> None:
     log = tmp_path / "tests.txt"
     log.write_text("earlier\n")
     begin = time.monotonic()

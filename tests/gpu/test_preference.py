@@ -11,7 +11,8 @@ from torch import Tensor
 from fastpref import ScoringOptions, explain, preference_loss
 from fastpref.scoring.backends.divergences import unavailable_reason
 from tests.gpu.test_scoring import backends
-from tests.preference.test_numbers import CASES, OPTIONS, B, T, batch, found, plain
+from tests.preference.plain_pairs import B, T, batch, found, plain
+from tests.preference.test_numbers import CASES, OPTIONS
 from tests.scoring.cases import check_contract
 from tests.scoring.test_divergence import DIVERGENCES, check_error, rounded_models
 

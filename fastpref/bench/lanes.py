@@ -20,7 +20,8 @@ class Lane(NamedTuple):
 
     def unavailable(self, device: str) -> str | None:
         reason = why_not(self.backend, device)
-        if reason is None and self.flatten:
+        # Triton's interpreter, on a CPU, has tiles of its own.
+        if reason is None and self.flatten and device != "cpu":
             return flattened.unavailable(torch.cuda.get_device_capability(device))
         return reason
 

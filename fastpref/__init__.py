@@ -3,7 +3,13 @@
 
 from . import _extension, nn, objectives
 from .preference import PreferenceOutput, explain, preference_loss
-from .scoring import ScoringOptions, TokenScores, linear_divergence, linear_logprob
+from .scoring import (
+    ScoringOptions,
+    TokenScores,
+    explain_divergence,
+    linear_divergence,
+    linear_logprob,
+)
 from .sequences import sequence_logp
 
 __version__ = "0.1.0"
@@ -13,6 +19,7 @@ __all__ = [
     "TokenScores",
     "__version__",
     "explain",
+    "explain_divergence",
     "linear_divergence",
     "linear_logprob",
     "nn",

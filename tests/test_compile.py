@@ -16,8 +16,11 @@ from fastpref import (
     preference_loss,
 )
 from fastpref.objectives import registry
+from fastpref.scoring.api import ask
+from fastpref.scoring.operators import DIVERGENCE, MIXTURE, SCORES
 from fastpref.scoring.request import make_request
-from fastpref.scoring.two_heads import ask_two_heads
+from fastpref.scoring.rules.divergence import Divergence
+from fastpref.scoring.rules.mixture import Mixture
 from tests.preference.cases import B, configured, extras_of
 
 H, V, TEACHER = 8, 30, 5
@@ -306,7 +309,7 @@ def scoring_arguments(dtype=torch.float64, needs=True, lora=False, schedule="aut
     leaves = [hidden, bias, *((update[0], update[1]) if update else (weight,))]
     for one in leaves if needs else ():
         one.requires_grad_()
-    request, parameters = make_request(
+    request, rule, model = ask(
         hidden,
         weight,
         target,
@@ -315,7 +318,7 @@ def scoring_arguments(dtype=torch.float64, needs=True, lora=False, schedule="aut
         outputs=("logp", "entropy", "lse", "is_top1"),
         options=ScoringOptions(schedule=schedule, memory_budget=8 * V * 8),
     )
-    return (hidden, *parameters, target, *request.settings)
+    return SCORES.arguments(request, rule, [model], target)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +340,7 @@ def test_opcheck_of_scoring(changes) -> None:
 def test_opcheck_of_scoring_backward() -> None:
     arguments = scoring_arguments()
     found = operators.linear_scores(*arguments)
-    split = len(arguments) - 18
+    split = SCORES.inputs
     inputs = tuple(one.detach() if isinstance(one, Tensor) else one for one in arguments[:split])
     upstream = [torch.ones(3, 4).double(), None, None, None, None, None]
     kept = [one.detach() for one in found[6:]]
@@ -347,37 +350,39 @@ def test_opcheck_of_scoring_backward() -> None:
     )
 
 
-def two_head_arguments(needs=("hidden", "weight")):
+def of_two_heads(rule, needs=("hidden", "weight")):
     hidden, weight = draw(3, 4, H), draw(V, H)
     for name, one in (("hidden", hidden), ("weight", weight)):
         one.requires_grad_(name in needs)
     mask = torch.rand(3, 4) < 0.6
-    question, student, teacher = ask_two_heads(
-        (hidden, weight, None, None),
-        (draw(3, 4, TEACHER), draw(V + 2, TEACHER), None, None),
-        mask,
-        options=None,
-    )
-    tensors = (student.hidden, *student.parameters, teacher.hidden, *teacher.parameters)
-    return (*tensors, question.target, *question.student.settings, *question.teacher.settings)
+    target = torch.where(mask, torch.randint(V, (3, 4)), -100)
+    models = [
+        ask(hidden, weight, target).model,
+        ask(draw(3, 4, TEACHER), draw(V + 2, TEACHER), target, vocab_range=(0, V)).model,
+    ]
+    request = make_request(models, ignore_index=-100, options=None)
+    return request, rule, models, target
 
 
 @pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",), ()])
 def test_opcheck_of_divergences(needs) -> None:
-    arguments = (*two_head_arguments(needs), "reverse_kl", 0.5)
+    arguments = DIVERGENCE.arguments(*of_two_heads(Divergence("reverse_kl", 0.5), needs))
     torch.library.opcheck(operators.linear_divergence.default, arguments)
 
 
 def test_opcheck_of_divergences_backward() -> None:
-    arguments = (*two_head_arguments(), "reverse_kl", 0.5)
+    arguments = DIVERGENCE.arguments(*of_two_heads(Divergence("reverse_kl", 0.5)))
     _, kept, direct = operators.linear_divergence(*arguments)
-    inputs = tuple(one.detach() if isinstance(one, Tensor) else one for one in arguments)
+    split = DIVERGENCE.inputs
+    inputs = tuple(one.detach() if isinstance(one, Tensor) else one for one in arguments[:split])
     more = kept.detach(), direct.detach(), torch.ones(3, 4).double()
-    torch.library.opcheck(operators.linear_divergence_backward.default, (*inputs, *more))
+    torch.library.opcheck(
+        operators.linear_divergence_backward.default, (*inputs, *more, *arguments[split:])
+    )
 
 
 def test_opcheck_of_mixtures() -> None:
-    arguments = (*two_head_arguments(()), torch.randint(V, (3, 4)), 0.1)
+    arguments = MIXTURE.arguments(*of_two_heads(Mixture(0.1), ()))
     torch.library.opcheck(operators.mixed_logprob.default, arguments)
 
 
@@ -385,7 +390,7 @@ def test_opcheck_of_mixtures() -> None:
 def test_a_second_derivative_of_an_operator(name: str) -> None:
     arguments = scoring_arguments()
     if name == "linear_divergence":
-        arguments = (*two_head_arguments(), "forward_kl", 0.5)
+        arguments = DIVERGENCE.arguments(*of_two_heads(Divergence("forward_kl", 0.5)))
     value = getattr(operators, name)(*arguments)[0].sum()
     (gradient,) = torch.autograd.grad(value, arguments[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):

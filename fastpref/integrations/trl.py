@@ -25,16 +25,14 @@ import importlib.metadata
 import inspect
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..scoring import ScoringOptions, autograd
-from ..scoring.request import Parameters, Request, WeightContext, make_request, plan_target
-from ..scoring.schedule import BUDGET_SHARE, PRODUCT_BYTES, total_memory
+from ..preference import explain
+from ..scoring import BUDGET_SHARE, PRODUCT_BYTES, ScoringOptions, WeightContext, linear_logprob
 
 logger = logging.getLogger("fastpref")
 
@@ -159,26 +157,20 @@ class LogProbAdapter:
                 "This TRL may be newer than this fastpref: upgrade fastpref, or call "
                 "fastpref.integrations.trl.unpatch()"
             )
+        given: dict[str, Any] = {
+            "bias": bias,
+            "ignore_index": -1,  # no token: TRL has put 0 where it does not score
+            "temperature": float(temperature),
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "outputs": ("logp", *(OUTPUTS[name] for name in outputs if name != "log_probs")),
+            "weight_context": _weight_context(),
+        }
         with _products_in_hidden_dtype(hidden, weight):
-            request, parameters = make_request(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                ignore_index=-1,  # no token: TRL has put 0 where it does not score
-                temperature=float(temperature),
-                logit_scale=logit_scale,
-                softcap=softcap,
-                outputs=("logp", *(OUTPUTS[name] for name in outputs if name != "log_probs")),
-                weight_context=_weight_context(),
-            )
-        options, budget_from = _options(request, hidden, parameters, chunk_size)
-        request = replace(request, options=options)
-        call = plan_target(request, hidden, parameters, targets)
-        if budget_from is not None:
-            call = replace(call, plan=replace(call.plan, budget_from=budget_from))
-        logger.debug("TRL's fused head: %s", call.plan)
-        scores = autograd.score(call, hidden, parameters)
+            given["options"] = _options(hidden, weight, targets, chunk_size, given)
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("TRL's fused head: %s", explain(hidden, weight, targets, **given))
+            scores = linear_logprob(hidden, weight, targets, **given)
         values = [getattr(scores, name) for name in OUTPUTS.values()]
         # float64 products give float64 scores; TRL's are float32 always.
         return tuple(
@@ -241,29 +233,29 @@ def default_budget(
 
 
 def _options(
-    request: Request, hidden: Tensor, parameters: Parameters, tile_cols: int
-) -> tuple[ScoringOptions, str | None]:
-    """And in words where the memory budget comes from, if from here.
+    hidden: Tensor, weight: Tensor, targets: Tensor, tile_cols: int, given: dict[str, Any]
+) -> ScoringOptions:
+    """For a call with these arguments.
 
     On CPU TRL hands over unscored positions too and drops their scores afterwards. They are known
     by their gradient of 0, hence only in backward: every product with a gradient in it belongs
     there. Elsewhere TRL compacts the batch, and the automatic choice is best.
     """
     if hidden.device.type == "cpu":
-        return ScoringOptions(schedule="keep"), None
-    trains = request.needs_weight or request.needs_bias
+        return ScoringOptions(schedule="keep")
+    plan = explain(hidden, weight, targets, **given)
     budget = default_budget(
-        hidden.shape[0],
-        hidden.shape[1],
-        parameters.weight.shape[0],
-        request.dtype,
-        parameters.weight.dtype,
-        trains_weight=request.needs_weight,
-        keeps=request.needs_grad and (trains or "entropy" in request.outputs),
-        device_memory=total_memory(hidden.device),
+        plan.scored,
+        plan.hidden_size,
+        plan.vocab_size,
+        plan.dtype,
+        weight.dtype,
+        trains_weight=plan.needs_weight,
+        keeps=plan.needs_grad and plan.schedule != "direct",
+        device_memory=plan.total_memory,
         tile_cols=tile_cols,
     )
-    return ScoringOptions(memory_budget=budget), "as TRL's own head, or what holds the exponentials"
+    return ScoringOptions(memory_budget=budget)
 
 
 def _products_in_hidden_dtype(
@@ -282,7 +274,14 @@ def _weight_context() -> WeightContext | None:
     deepspeed = importlib.import_module("transformers.integrations.deepspeed")
     if not deepspeed.is_deepspeed_zero3_enabled():
         return None
-    context: WeightContext = _trl_utils().maybe_gather_lm_head_ctx
+    gather = _trl_utils().maybe_gather_lm_head_ctx
+
+    def context(weight: Tensor, bias: Tensor | None) -> contextlib.AbstractContextManager[Any]:
+        # TRL has gathered it around the forward pass, and to leave twice would partition it twice.
+        found: contextlib.AbstractContextManager[Any]
+        found = contextlib.nullcontext() if weight.numel() else gather(weight, bias)
+        return found
+
     return context
 
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives import Objective
-from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob, operators
-from ..scoring.request import Lora, prepare
+from ..scoring import Plan, ScoringOptions, batches, linear_logprob
+from ..scoring.api import prepare, score, score_traced
+from ..scoring.head import Lora
 from .layouts import LayoutName
 from .output import PreferenceOutput
 from .schedule import PreferencePlan, schedule
@@ -132,19 +133,17 @@ def preference_loss(
     plan = schedule(task)
     reference = None
     if task.reference is not None and plan.reference is not None:
-        _, ref_hidden, ref_parameters = task.reference
         with torch.no_grad():
-            reference = autograd.score(plan.reference, ref_hidden, ref_parameters)
-    _, hidden, parameters = task.policy
+            reference = score(plan.reference, task.reference.model)
+    model = task.policy.model
     if plan.batches is None or plan.positions is None:
-        return task.output(autograd.score(plan.policy, hidden, parameters), reference)
+        return task.output(score(plan.policy, model), reference)
     loss, scores = batches.score_with_loss(
         plan.policy,
         plan.batches,
         plan.positions,
         lambda found: task.output(found, reference).loss,
-        hidden,
-        parameters,
+        model,
     )
     return task.output(scores, reference, loss)
 
@@ -156,8 +155,8 @@ def _traced(task: Task) -> PreferenceOutput:
     target, reference = task.batch.target, None
     if task.reference is not None:
         with torch.no_grad():
-            reference = operators.score(*task.reference, target)
-    return task.output(operators.score(*task.policy, target), reference)
+            reference = score_traced(task.reference, target)
+    return task.output(score_traced(task.policy, target), reference)
 
 
 @overload

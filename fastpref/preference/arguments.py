@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives import Objective
-from ..scoring.request import Lora
+from ..scoring.head import Lora
 from .filling import Batch
 from .output import OUTPUTS
 

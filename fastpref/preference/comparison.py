@@ -4,87 +4,67 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..scoring import linear_divergence, two_head_operators
-from ..scoring.mixture import mixed_logprob
-from ..scoring.request import Lora, Parameters, Request
-from ..scoring.two_heads import ask_two_heads
+from ..scoring import autograd, linear_divergence, operators
+from ..scoring.api import Asked
+from ..scoring.request import make_request, plan_target
+from ..scoring.rules.mixture import Mixture
 from ..scoring.vocab_parallel import vocabulary_size
-
-
-class Projection(NamedTuple):
-    """A model's hidden states and head."""
-
-    request: Request
-    hidden: Tensor
-    parameters: Parameters
-
-    @property
-    def lora(self) -> Lora | None:
-        _, _, a, b = self.parameters
-        return None if a is None or b is None else (a, b, self.request.lora_scale)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    policy: Projection
-    reference: Projection
+    policy: Asked
+    reference: Asked
     target: Tensor  # (B, T) or (N,)
-    ignore_index: int
 
     @property
     def ref_vocabulary_size(self) -> int:
         """Of all ranks together."""
-        request, hidden, parameters = self.reference
-        return vocabulary_size(request.group, parameters.weight.shape[0], hidden.device)
+        hidden, head = self.reference.model
+        return vocabulary_size(head.form.group, head.weight.shape[0], hidden.device)
 
     def kl(self) -> Tensor:
         """KL(reference, policy) of each token, like ``target``; differentiable."""
         self._check_whole()
-        policy, reference = self.policy, self.reference
-        map = policy.request.map
+        (hidden, head), (ref_hidden, ref_head) = self.policy.model, self.reference.model
+        map, request = head.form.map, self.policy.request
         return linear_divergence(
-            policy.hidden,
-            policy.parameters.weight,
-            reference.hidden,
-            reference.parameters.weight,
-            self.target != self.ignore_index,
-            student_bias=policy.parameters.bias,
-            teacher_bias=reference.parameters.bias,
-            student_lora=policy.lora,
-            teacher_lora=reference.lora,
+            hidden,
+            head.weight,
+            ref_hidden,
+            ref_head.weight,
+            self.target != request.ignore_index,
+            student_bias=head.bias,
+            teacher_bias=ref_head.bias,
+            student_lora=head.lora,
+            teacher_lora=ref_head.lora,
             logit_scale=map.scale,
             softcap=map.cap or None,
-            options=policy.request.options,
+            options=request.options,
         )
 
     def mixed_logp(self, epsilon: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the targets, like these, under the policy's logits moved away from
         the reference's by a share of ``epsilon``, and towards them."""
         self._check_whole()
-        policy, reference = self.policy, self.reference
-        map = policy.request.map
+        rule, models = Mixture(epsilon), [self.policy.model.detached(), self.reference.model]
         with torch.no_grad():
-            question, ours, theirs = ask_two_heads(
-                (policy.hidden, *policy.parameters[:2], policy.lora),
-                (reference.hidden, *reference.parameters[:2], reference.lora),
-                self.target != self.ignore_index,
-                temperature=1.0,
-                logit_scale=map.scale,
-                softcap=map.cap or None,
-                options=policy.request.options,
-            )
+            asked = self.policy.request
+            request = make_request(models, ignore_index=asked.ignore_index, options=asked.options)
             if torch.compiler.is_compiling():
-                return two_head_operators.mixed(question, ours, theirs, self.target, epsilon)
-            heads = question.heads(ours, theirs)
-            return mixed_logprob(heads, ours, theirs, self.target, epsilon)
+                plus, minus = operators.MIXTURE.run(request, rule, models, self.target)
+            else:
+                plus, minus = autograd.run(plan_target(request, rule, models, self.target), models)
+        if plus is None or minus is None:
+            raise RuntimeError("both are always found")
+        return plus, minus
 
     def _check_whole(self) -> None:
-        if self.policy.request.group is not None:
+        if self.policy.model.head.form.group is not None:
             raise ValueError(
                 "tp_group must be None where whole distributions are compared; gather the head, or "
                 "pass the extra that is made of them"

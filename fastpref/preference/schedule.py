@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a call of ``preference_loss`` runs.
 
-Two passes (scoring/schedule.py) always can. Batches of whole groups in one pass
+Two passes (scoring/plan.py) always can. Batches of whole groups in one pass
 (scoring/batches.py) need a loss that is a sum over groups of rows: an objective of scope unit, pair
 or list, reduced to a number, on rows of at most one group each, where nothing beside hidden states
 and head needs a gradient, and group sizes that the host knows.
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..scoring import TokenScores
+from ..scoring.api import Asked
 from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing, pack
-from ..scoring.request import Call, plan_call
-from ..scoring.schedule import MEBIBYTE, Plan
-from .comparison import Projection
+from ..scoring.plan import MEBIBYTE, Plan
+from ..scoring.request import Call, plan_target
 from .filling import differentiable_fillings
 from .layouts import Indexed
 from .task import Task
@@ -153,19 +153,19 @@ def _why_no_groups(task: Task) -> str | None:
 
 def _trains_more(task: Task) -> bool:
     """Whether the loss has a gradient beside that of the log-probs."""
-    shape, outputs = task.batch.target, task.policy.request.outputs
+    shape, outputs = task.batch.target, task.policy.rule.outputs
 
     def nothing(names: tuple[str, ...]) -> TokenScores:
         empty = torch.zeros(shape.shape, device=shape.device)
         return TokenScores(**dict.fromkeys(names, empty))
 
-    reference = None if task.reference is None else nothing(task.reference.request.outputs)
+    reference = None if task.reference is None else nothing(task.reference.rule.outputs)
     with torch.enable_grad():
         return task.output(nothing(outputs), reference).loss.requires_grad
 
 
-def _planned(projection: Projection, target: Tensor, packing: Packing) -> Call:
-    request, hidden, parameters = projection
+def _planned(asked: Asked, target: Tensor, packing: Packing) -> Call:
+    request, rule, model = asked
     if request.options.schedule == "batches":
         request = replace(request, options=replace(request.options, schedule="auto"))
-    return plan_call(request, hidden, parameters, target, packing)
+    return plan_target(request, rule, [model], target, packing)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..objectives import Objective
 from ..scoring import ScoringOptions, TokenScores
-from ..scoring.request import Lora, make_request
+from ..scoring.api import Asked, ask
+from ..scoring.head import Lora
 from ..scoring.validation import check_group
 from . import arguments
-from .comparison import Comparison, Projection
+from .comparison import Comparison
 from .configuration import configure
 from .evaluation import evaluate
 from .filling import Batch, Material, filled_extras, policy_scores, reference_scores
@@ -29,8 +30,8 @@ class Task:
     objective: Objective
     batch: Batch
     arrangement: Arrangement
-    policy: Projection
-    reference: Projection | None  # to be scored here
+    policy: Asked
+    reference: Asked | None  # to be scored here
     ref_logps: Tensor | None  # scored before, (B,) or one a token
     token_weights: Tensor | None
     extras: Mapping[str, Tensor]  # as given
@@ -51,7 +52,7 @@ class Task:
             ref_sums = batch.sums(logp_of(reference), self.token_weights)
         comparison = None
         if self.reference is not None:
-            comparison = Comparison(self.policy, self.reference, batch.target, batch.ignore_index)
+            comparison = Comparison(self.policy, self.reference, batch.target)
         material = Material(
             self.objective,
             batch,
@@ -158,7 +159,7 @@ def make_task(
         "options": options,
     }
     names = policy_scores(configured, given) | scores_of(outputs)
-    request, parameters = make_request(
+    policy = ask(
         hidden,
         weight,
         target,
@@ -171,7 +172,7 @@ def make_task(
     reference = None
     if ref_hidden is not None:
         with torch.no_grad():
-            ref_request, ref_parameters = make_request(
+            reference = ask(
                 ref_hidden,
                 weight if ref_weight is None else ref_weight,
                 target,
@@ -181,12 +182,11 @@ def make_task(
                 prefix="ref_",
                 **head,
             )
-        reference = Projection(ref_request, ref_hidden, ref_parameters)
     return Task(
         configured,
         batch,
         arrangement,
-        Projection(request, hidden, parameters),
+        policy,
         reference,
         None if ref_logps is None else ref_logps.detach(),
         token_weights,

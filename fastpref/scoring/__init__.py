@@ -2,8 +2,19 @@
 """Hidden states to per-token log-probabilities."""
 
 from .api import linear_logprob
-from .divergence import linear_divergence
-from .schedule import Plan
+from .divergence import explain_divergence, linear_divergence
+from .head import WeightContext
+from .plan import BUDGET_SHARE, PRODUCT_BYTES, Plan
 from .types import ScoringOptions, TokenScores
 
-__all__ = ["Plan", "ScoringOptions", "TokenScores", "linear_divergence", "linear_logprob"]
+__all__ = [
+    "BUDGET_SHARE",
+    "PRODUCT_BYTES",
+    "Plan",
+    "ScoringOptions",
+    "TokenScores",
+    "WeightContext",
+    "explain_divergence",
+    "linear_divergence",
+    "linear_logprob",
+]

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import autograd, operators
-from .request import Lora, make_request, plan_target
-from .types import ScoringOptions, TokenScores
+from .head import Lora, Model, WeightContext
+from .request import Call, Request, make_model, make_request, plan_target
+from .rules.scores import Scores
+from .types import DIFFERENTIABLE, OUTPUTS, ScoringOptions, TokenScores
+from .validation import check_outputs
 
 
 def linear_logprob(
@@ -27,6 +33,7 @@ def linear_logprob(
     vocab_range: tuple[int, int] | None = None,
     options: ScoringOptions | None = None,
     lora: Lora | None = None,
+    weight_context: WeightContext | None = None,
 ) -> TokenScores:
     """Per-token log-probabilities of a linear head, without ever holding the (tokens, vocabulary)
     logits.
@@ -61,6 +68,9 @@ def linear_logprob(
         lora: (A, B, scale), A (r, H), B (V, r): the head's weight is weight + scale B A, which is
             never formed. Gradients go to A and B; ``weight`` must not need one. Costs a copy of the
             weight widened by r columns. Hu et al., arXiv:2106.09685.
+        weight_context: for a partitioned head, as ZeRO-3 has: ``weight_context(weight, bias)`` is a
+            context within which both hold their data. It is entered around every use of them,
+            backward included.
 
     Returns:
         TokenScores, tensors shaped like ``target``, float32 (float64 for float64 products), 0 at
@@ -77,22 +87,78 @@ def linear_logprob(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where even the least tile does not fit.
     """
-    request, parameters = make_request(
-        hidden,
-        weight,
-        target,
-        bias=bias,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        outputs=outputs,
-        tp_group=tp_group,
-        vocab_range=vocab_range,
-        lora=lora,
-        options=options,
-    )
-    if torch.compiler.is_compiling():
-        return operators.score(request, hidden, parameters, target)
-    call = plan_target(request, hidden, parameters, target)
-    return autograd.score(call, hidden, parameters)
+    with _opened(weight_context, weight, bias):
+        asked = ask(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            outputs=outputs,
+            tp_group=tp_group,
+            vocab_range=vocab_range,
+            lora=lora,
+            weight_context=weight_context,
+            options=options,
+        )
+        if torch.compiler.is_compiling():
+            return score_traced(asked, target)
+        return score(plan_target(*asked[:2], [asked.model], target), asked.model)
+
+
+class Asked(NamedTuple):
+    """What is asked of one model, checked."""
+
+    request: Request
+    rule: Scores
+    model: Model
+
+
+def ask(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logp",),
+    differentiable: tuple[str, ...] = DIFFERENTIABLE,
+    options: ScoringOptions | None = None,
+    **head: Any,
+) -> Asked:
+    """The arguments of ``linear_logprob``, checked, those in ``head`` by ``make_model``;
+    ``differentiable`` are the outputs that can receive a gradient.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
+    """
+    model = make_model(hidden, weight, target, **head)
+    outputs = check_outputs(outputs)
+    rule = Scores(outputs, tuple(name for name in differentiable if name in outputs))
+    return Asked(make_request([model], ignore_index=ignore_index, options=options), rule, model)
+
+
+def score(call: Call, model: Model) -> TokenScores:
+    return TokenScores._make(autograd.run(call, [model]))
+
+
+def score_traced(asked: Asked, target: Tensor) -> TokenScores:
+    """As an operator, which chooses its schedule when it runs."""
+    request, rule, model = asked
+    found = operators.SCORES.run(request, rule, [model], target)
+    wanted = dict(zip(OUTPUTS, found, strict=True))
+    return TokenScores(**{name: wanted[name] for name in rule.outputs})
+
+
+def prepare(hidden: Tensor, weight: Tensor, target: Tensor, **arguments: Any) -> tuple[Call, Model]:
+    """The arguments of ``linear_logprob`` checked and the schedule chosen."""
+    request, rule, model = ask(hidden, weight, target, **arguments)
+    return plan_target(request, rule, [model], target), model
+
+
+def _opened(
+    context: WeightContext | None, weight: Tensor, bias: Tensor | None
+) -> AbstractContextManager[Any]:
+    return nullcontext() if context is None else context(weight, bias)

@@ -1,161 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autograd node of scoring: hidden and the head's parameters in, per-token scores out, any
-upstream gradient back."""
+"""The autograd node of the engine: models in, a rule's outputs out, any upstream gradient back to
+the first model."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import canary, lora, vocab_parallel
-from .backward import Gradients, Upstream, backward
+from . import canary, vocab_parallel
+from .backward import backward
 from .forward import Kept, Run, forward
+from .head import TENSORS, Model
+from .plan import Plan, less
 from .reductions import full_precision_reductions
-from .request import Call, Parameters
+from .request import Call
 from .retry import with_less
-from .schedule import Plan, less
-from .types import DIFFERENTIABLE, OUTPUTS, Head, TokenScores, statistics_dtype
+from .rules import Heads, Upstream
+from .types import statistics_dtype
 
 SECOND_DERIVATIVE = (
     "fastpref's fused head has no second derivative; where one is needed, score with plain torch: "
     "(hidden @ weight.T).log_softmax(-1)"
 )
 
-
-def score(call: Call, hidden: Tensor, parameters: Parameters) -> TokenScores:
-    return TokenScores._make(LinearScores.apply(call, hidden, *parameters))  # type: ignore[no-untyped-call]
+Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 
 
-class LinearScores(torch.autograd.Function):
+def run(call: Call, models: Sequence[Model]) -> Outputs:
+    """The outputs of ``call.rule``."""
+    tensors = [one for model in models for one in model.tensors]
+    outputs: Outputs = Engine.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+class Engine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, call: Call, hidden: Tensor, *parameters: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Outputs:
         # An output nobody differentiates must not cost a gradient of zeros.
         ctx.set_materialize_grads(False)
-        scores, kept, head, plan = run_forward(call, hidden.detach(), _detached(parameters))
+        models = [model.detached() for model in models_of(tensors, call)]
+        outputs, kept, heads, plan = run_forward(call, models)
         if call.request.needs_grad:
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
-            ctx.save_for_backward(hidden, *parameters, kept.exps)
-            ctx.kept, ctx.call = replace(kept, exps=None), replace(call, plan=plan)
-            copied = call.plan.copies_weight and call.request.weight_context is None
-            ctx.head = head if copied else None
+            ctx.save_for_backward(*tensors, *kept.matrices, *kept.direct)
+            ctx.kept, ctx.call = replace(kept, matrices=(), direct=()), replace(call, plan=plan)
+            ctx.matrices = len(kept.matrices)
+            # A copy of a single weight stays.
+            copied = call.plan.copies_weight and call.rule.models == 1
+            ctx.heads = heads if copied and call.forms[0].context is None else None
+        names = zip(call.rule.output_names, outputs, strict=True)
+        differentiable = call.rule.differentiable
         ctx.mark_non_differentiable(
-            *(
-                value
-                for name, value in zip(OUTPUTS, scores, strict=True)
-                if value is not None and name not in DIFFERENTIABLE
-            )
+            *(one for name, one in names if one is not None and name not in differentiable)
         )
-        return tuple(scores)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, *parameters, exps = ctx.saved_tensors
-        # Without rows, where an earlier backward has given them back.
-        kept = replace(ctx.kept, exps=exps)
+        call, saved = ctx.call, ctx.saved_tensors
+        count = TENSORS * call.rule.models
+        if all(one is None for one in upstream):
+            return (None,) * (1 + count)
+        tensors, held = saved[:count], saved[count:]
+        # The matrices are without rows where an earlier backward has given them back.
+        matrices, direct = held[: ctx.matrices], held[ctx.matrices :]
+        kept = replace(ctx.kept, matrices=matrices, direct=direct)
         with torch.no_grad():
-            gradients = run_backward(
-                ctx.call, hidden, Parameters(*parameters), kept, upstream, ctx.head
-            )
-        return (None, *once_differentiable(gradients, (hidden, *parameters, *upstream)))
+            gradients = run_backward(call, models_of(tensors, call), kept, upstream, ctx.heads)
+        once = once_differentiable(gradients, (*tensors[:TENSORS], *upstream))
+        return (None, *once, *[None] * (count - TENSORS))
 
 
-class Scored(NamedTuple):
-    """Of a forward pass."""
+class Finished(NamedTuple):
+    """A forward pass."""
 
-    scores: TokenScores  # like the target
+    outputs: Outputs
     kept: Kept
-    head: Head  # in the products' dtype
+    heads: Heads
     plan: Plan  # that memory held
 
 
-def run_forward(call: Call, hidden: Tensor, parameters: Parameters) -> Scored:
-    """Scores, and what backward needs; with less than planned where memory runs out."""
+def models_of(tensors: Sequence[Tensor | None], call: Call) -> list[Model]:
+    """From the tensors of each, one after the other."""
+    starts = range(0, TENSORS * call.rule.models, TENSORS)
+    parts = [tensors[start : start + TENSORS] for start in starts]
+    return [Model.of(part, form) for part, form in zip(parts, call.forms, strict=True)]
 
-    def attempt(plan: Plan) -> Scored:
-        head = call.head(parameters)
-        rows = packed_rows(call, hidden, parameters)
+
+def run_forward(call: Call, models: Sequence[Model]) -> Finished:
+    """Outputs, and what backward needs; with less than planned where memory runs out."""
+    hidden = models[0].hidden
+
+    def attempt(plan: Plan) -> Finished:
+        heads = call.heads(models)
+        rows = [call.rows(model) for model in models]
         target = call.packing.gather(call.target.reshape(-1))
-        run = Run(head, plan, call.backend, call.request.group, call.mean_row(head))
-        scores, kept = forward(run, rows, target, call.request.outputs)
-        canary.watch(call, head, rows, target, scores.logp)
-        spread = (None if value is None else _unpacked(value, call) for value in scores)
-        return Scored(TokenScores._make(spread), kept, head, plan)
+        outputs, kept = forward(Run(call.rule, heads, plan), rows, target)
+        canary.watch(call, heads, rows[0], target, outputs)
+        spread = tuple(None if one is None else _unpacked(one, call) for one in outputs)
+        return Finished(spread, kept, heads, plan)
 
     with products_of(hidden):
-        return with_less(attempt, call.plan, less, hidden.device, call.request.group)
+        return with_less(attempt, call.plan, less, hidden.device, call.group)
 
 
 def run_backward(
     call: Call,
-    hidden: Tensor,
-    parameters: Parameters,
+    models: Sequence[Model],
     kept: Kept,
-    upstream: Sequence[Tensor | None],
-    head: Head | None = None,
+    upstream: Upstream,
+    heads: Heads | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients at hidden and at each of the parameters; None where none is needed. Where memory
-    runs out the exponentials in ``kept`` are given back and their rows recomputed.
+    """Gradients at each tensor of the first model; None where none is needed. Where memory runs out
+    the matrices in ``kept`` are given back and formed again.
 
-    ``upstream`` are gradients at the fields of TokenScores.
+    ``upstream`` are gradients at the outputs of the rule.
     """
-    context = (
-        nullcontext()
-        if call.request.weight_context is None
-        else (call.request.weight_context(parameters.weight, parameters.bias))
-    )
+    model, held = models[0], kept
 
     def attempt(plan: Plan) -> tuple[Tensor | None, ...]:
-        rows = packed_rows(call, hidden, parameters)
-        run = Run(head or call.head(parameters), plan, call.backend, call.request.group)
-        trained = parameters.weight if parameters.lora_b is None else parameters.lora_b
-        gradients = backward(run, rows, kept, _packed_upstream(upstream, call), trained.dtype)
+        rows = [call.rows(one) for one in models]
+        own = Run(call.rule, heads or call.heads(models), plan)
+        onto = model.head.trained_weight.dtype
+        gradients = backward(own, rows, held, _packed(upstream, call), onto)
         d_hidden = d_a = None
         if gradients.hidden is not None:
-            d_rows, d_a = row_gradients(call, gradients.hidden, rows, parameters)
-            d_hidden = call.packing.spread(d_rows).view(hidden.shape).to(hidden.dtype)
-        found = by_parameter(gradients, d_a, parameters)
-        return d_hidden, *like_parameters(found, parameters)
+            d_rows, d_a = row_gradients(call, gradients.hidden, rows[0], model)
+            d_hidden = call.packing.spread(d_rows).view(model.hidden.shape)
+        found = d_hidden, *model.head.by_tensor(gradients.weight, gradients.bias, d_a)
+        return like(found, model.tensors)
 
     def recomputing(plan: Plan) -> Plan | None:
-        kept.give_back()
-        return None if kept.direct is not None else less(plan, keep=False)
+        nonlocal held
+        held = held.given_back()
+        return None if held.direct else less(plan, keep=False)
 
-    with context, products_of(hidden):
-        return with_less(attempt, call.plan, recomputing, hidden.device, call.request.group)
+    with contextlib.ExitStack() as stack:
+        for one in models:
+            stack.enter_context(one.head.opened())
+        stack.enter_context(products_of(model.hidden))
+        return with_less(attempt, call.plan, recomputing, model.hidden.device, call.group)
 
 
 def row_gradients(
-    call: Call, gradient: Tensor, rows: Tensor, parameters: Parameters
+    call: Call, gradient: Tensor, rows: Tensor, model: Model
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient at wide ``rows`` -> at hidden's rows, and at the update's A."""
-    gradient = vocab_parallel.sum_over_ranks(gradient, call.request.group)
-    return lora.narrow_gradient(gradient, rows, parameters.lora_a, call.request.lora_scale)
+    return model.head.narrowed(vocab_parallel.sum_over_ranks(gradient, call.group), rows)
 
 
-def by_parameter(
-    gradients: Gradients, d_a: Tensor | None, parameters: Parameters
-) -> tuple[Tensor | None, ...]:
-    """In the order of ``Parameters``, 0 in rows beyond those in use."""
-    weight, bias, _, b = parameters
-    d_bias = _padded(gradients.bias, bias)
-    if b is None:
-        return _padded(gradients.weight, weight), d_bias, None, None
-    return None, d_bias, d_a, _padded(gradients.weight, b)
-
-
-def like_parameters(
-    gradients: Sequence[Tensor | None], parameters: Parameters
+def like(
+    gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """In the dtype of each."""
-    pairs = zip(gradients, parameters, strict=True)
+    pairs = zip(gradients, tensors, strict=True)
     return tuple(None if one is None or own is None else one.to(own.dtype) for one, own in pairs)
 
 
@@ -201,16 +204,6 @@ def products_of(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def packed_rows(call: Call, hidden: Tensor, parameters: Parameters) -> Tensor:
-    """The scored rows in the products' dtype, widened by an update of the weight."""
-    rows = call.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(call.plan.dtype)
-    return lora.widen(rows, parameters.lora_a, call.request.lora_scale)
-
-
-def _detached(parameters: Sequence[Tensor | None]) -> Parameters:
-    return Parameters._make(None if one is None else one.detach() for one in parameters)
-
-
 def _unpacked(values: Tensor, call: Call) -> Tensor:
     packing, shape = call.packing, call.target.shape
     spread = packing.spread(values)
@@ -221,23 +214,9 @@ def _unpacked(values: Tensor, call: Call) -> Tensor:
     return values.new_empty(shape).copy_(spread.view(shape))
 
 
-def _packed_upstream(upstream: Sequence[Tensor | None], call: Call) -> Upstream:
+def _packed(upstream: Upstream, call: Call) -> Upstream:
     dtype = statistics_dtype(call.plan.dtype)
-    by_name = dict(zip(OUTPUTS, upstream, strict=True))
-    return Upstream(
-        *(
-            None if value is None else call.packing.gather(value.reshape(-1).to(dtype)).contiguous()
-            for value in (by_name["logp"], by_name["entropy"], by_name["lse"])
-        )
-    )
-
-
-def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The gradient of the rows in use, 0 in rows beyond them."""
-    if gradient is None or like is None:
-        return None
-    if gradient.shape[0] == like.shape[0]:
-        return gradient
-    padded = gradient.new_zeros(like.shape)
-    padded[: gradient.shape[0]] = gradient
-    return padded
+    return [
+        None if one is None else call.packing.gather(one.reshape(-1).to(dtype)).contiguous()
+        for one in upstream
+    ]

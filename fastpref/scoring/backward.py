@@ -1,38 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward pass: matrix products over row groups, one slab of the vocabulary at a time.
 
-With E as forward.py keeps it and c = -g scale (dt/dz), g the upstream gradient of logp,
+With K the kept matrices of a rule and c their factors of each row, D is the sum of c K, and for a
+single matrix
 
-    d hidden = c (E W),   d weight = E^T (c hidden),   d bias = E^T c.
+    d hidden = c (K W),   d weight = K^T (c hidden),   d bias = K^T c,
 
-Rows that were not kept, and every row once a gradient arrives at entropy or lse, are projected
-again; a backend then turns the tile into the gradient D of the raw products itself, and
-
-    d hidden = D W,   d weight = D^T hidden,   d bias = D^T 1.
+so that only rows of (N, H) matrices are scaled. Rows that were not kept, and all where the matrices
+do not hold what is asked for, have D formed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import UpstreamGradient
 from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
-from .schedule import PRODUCT_BYTES, Tile, recompute_tile
+from .plan import PRODUCT_BYTES, Tile, split
+from .rules import Upstream
 from .types import statistics_dtype
-from .workspace import lease, row_stride
-
-
-class Upstream(NamedTuple):
-    """Gradients at the outputs, (N,) in the statistics' dtype; None where none arrived."""
-
-    logp: Tensor | None
-    entropy: Tensor | None
-    lse: Tensor | None
+from .workspace import lease, row_stride, tile_of
 
 
 class Gradients(NamedTuple):
@@ -49,140 +40,131 @@ class RowGroup(NamedTuple):
 
     rows: slice
     tile: Callable[[slice, Tensor], Tensor]  # (columns, flat workspace) -> (rows, columns)
-    hidden: Tensor  # (rows, trained columns), scaled by c where the tile is not
-    after: Tensor | None  # (rows,), c where the tile is not scaled by it
+    hidden: Tensor  # (rows, trained columns), scaled by the factor where the tile is not
+    factor: Tensor | None  # (rows,), where the tile is not scaled by it
 
 
 def backward(
     run: Run,
-    hidden: Tensor,
+    rows: Sequence[Tensor],
     kept: Kept,
     upstream: Upstream,
     onto: Gradients | torch.dtype,
 ) -> Gradients:
-    """Gradients in the head's dtype (bias: float64); that of the weight in the dtype ``onto``, or
-    those of weight and bias added ``onto`` totals in the statistics' dtype (bias: float64)."""
-    g = torch.zeros_like(kept.scale) if upstream.logp is None else upstream.logp
-    upstream = upstream._replace(logp=g)
-    # A row without upstream gradient gets none, whatever it holds.
-    c = torch.where(g == 0, 0.0, -run.head.map.scale * g * kept.scale)
-    if kept.direct is not None:
-        d_hidden = run.backend.scale_rows(kept.direct, c, torch.empty_like(hidden))
-        return Gradients(d_hidden.masked_fill_((g == 0)[:, None], 0), None, None)
-    active = _active_rows(upstream) if hidden.device.type == "cpu" else None
-    if active is None:
-        return _products(run, hidden, onto, *_row_groups(run, hidden, kept, upstream, c, None))
-    some = hidden[active]
-    gradients = _products(run, some, onto, *_row_groups(run, some, kept, upstream, c, active))
-    if gradients.hidden is None:
+    """Gradients of the first model in the dtype of its rows (bias: float64); that of the weight in
+    the dtype ``onto``, or those of weight and bias added ``onto`` totals in the statistics' dtype
+    (bias: float64)."""
+    hidden = rows[0]
+    if kept.direct:
+        factors = run.rule.factors(run.heads, kept.numbers, upstream)
+        if factors is None:
+            raise RuntimeError("a gradient arrived that no schedule of this kind serves")
+        d_hidden = _combined(run, kept.direct, factors)
+        without = ~run.rule.active(upstream)[:, None]
+        return Gradients(d_hidden.masked_fill_(without, 0), None, None)
+    active = _active_rows(run, upstream) if hidden.device.type == "cpu" else None
+    gradients = _products(run, rows, kept, upstream, active, onto)
+    if gradients.hidden is None or active is None:
         return gradients
     d_hidden = torch.zeros_like(hidden).index_copy_(0, active, gradients.hidden)
     return gradients._replace(hidden=d_hidden)
 
 
-def _active_rows(upstream: Upstream) -> Tensor | None:
+def _active_rows(run: Run, upstream: Upstream) -> Tensor | None:
     """Indices of rows with any gradient; None when all have one."""
-    nonzero = torch.stack([value != 0 for value in upstream if value is not None]).any(0)
-    return None if bool(nonzero.all()) else nonzero.nonzero()[:, 0]
+    active = run.rule.active(upstream)
+    return None if bool(active.all()) else active.nonzero()[:, 0]
+
+
+def _combined(run: Run, matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """Their sum, each row scaled by its factor, (rows, columns)."""
+    first, *others = matrices
+    total = run.heads.backend.scale_rows(first, factors[0], torch.empty_like(first))
+    for matrix, factor in zip(others, factors[1:], strict=True):
+        total += run.heads.backend.scale_rows(matrix, factor, torch.empty_like(matrix))
+    return total
+
+
+class _Groups(NamedTuple):
+    groups: list[RowGroup]  # kept rows first
+    tile: Tile  # that all but kept rows read in place are worked through in
 
 
 def _row_groups(
-    run: Run, hidden: Tensor, kept: Kept, upstream: Upstream, c: Tensor, active: Tensor | None
-) -> tuple[list[RowGroup], Tile]:
-    """Groups of the rows in ``hidden``, kept ones first, and the tile they are worked through in.
-
-    ``active`` are their positions in the arguments of all rows; None: they are all rows.
-    """
-    vocab, itemsize = run.head.weight.shape[0], hidden.dtype.itemsize
-    # What memory held, which may be less than was planned.
-    total, kept_rows = hidden.shape[0], 0 if kept.exps is None else kept.exps.shape[0]
-    exps = kept.exps if upstream.entropy is None and upstream.lse is None else None
+    run: Run, rows: Sequence[Tensor], kept: Kept, upstream: Upstream, active: Tensor | None
+) -> _Groups:
+    """Of ``rows``, whose positions among all rows are ``active``; None: they are all."""
+    plan, total, vocab = run.plan, rows[0].shape[0], run.heads.projectors[0].weight.shape[0]
+    factors = run.rule.factors(run.heads, kept.numbers, upstream)
     inside = 0
-    if exps is not None:
-        inside = kept_rows if active is None else int((active < kept_rows).sum())
-    gathered = 0 if active is None else inside
+    if factors is not None:
+        inside = kept.rows if active is None else int((active < kept.rows).sum())
     # Kept rows that all have a gradient are read where they lie.
+    in_place = active is None and run.rule.matrices == 1
+    gathered = 0 if in_place else inside
     tile = Tile(0, vocab)
     if gathered or inside < total:
-        budget = run.plan.memory_budget - kept_rows * vocab * itemsize
-        slab_bytes = run.plan.slab_bytes if 0 < inside < total else 0
-        tile = recompute_tile(max(gathered, total - inside), vocab, itemsize, budget, slab_bytes)
-    trained = hidden[:, run.head.trained :]
+        tile = plan.backward_room(
+            max(gathered, total - inside), vocab, kept.rows, beside=0 < inside < total
+        )
+    trained = rows[0][:, run.heads.projectors[0].trained :]
     groups = []
-    if exps is not None:
-        for rows in _split(0, inside, tile.rows if gathered else inside):
-            chosen = rows if active is None else active[rows]
-            scaled = trained[rows]
-            if run.plan.needs_weight:
-                scaled = run.backend.scale_rows(scaled, c[chosen], torch.empty_like(scaled))
-            groups.append(RowGroup(rows, _kept_tile(exps, chosen), scaled, c[chosen]))
-    for rows in _split(inside, total, tile.rows):
-        chosen = rows if active is None else active[rows]
-        source = _recomputed_tile(run, hidden[rows], kept, upstream, chosen)
-        groups.append(RowGroup(rows, source, trained[rows], None))
-    return groups, tile
+
+    def add(at: slice, source: Callable[[slice, Tensor], Tensor], factor: Tensor | None) -> None:
+        own = trained[at]
+        if plan.needs_weight and factor is not None:
+            own = run.heads.backend.scale_rows(own, factor, torch.empty_like(own))
+        groups.append(RowGroup(at, source, own, factor))
+
+    def chosen(at: slice) -> slice | Tensor:
+        return at if active is None else active[at]
+
+    for at in split(0, inside, inside if in_place else tile.rows):
+        if factors is not None:
+            where = chosen(at)
+            add(at, *_kept_tile(kept.matrices, where, [one[where] for one in factors]))
+    for at in split(inside, total, tile.rows):
+        where = chosen(at)
+        numbers, given = (
+            [None if one is None else one[where] for one in some]
+            for some in (kept.numbers, upstream)
+        )
+        own = [one[at] for one in rows]
+        add(at, *run.rule.again(run.heads, own, kept.target[where], numbers, given))
+    return _Groups(groups, tile)
 
 
-def _split(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(at, min(stop, at + size)) for at in range(start, stop, max(1, size))]
+def _kept_tile(
+    matrices: Sequence[Tensor], chosen: slice | Tensor, factors: Sequence[Tensor]
+) -> tuple[Callable[[slice, Tensor], Tensor], Tensor]:
+    """Where the tile of some kept rows comes from, and its factor."""
+    (matrix,), (factor,) = matrices, factors
 
-
-def _kept_tile(exps: Tensor, chosen: slice | Tensor) -> Callable[[slice, Tensor], Tensor]:
     def tile(columns: slice, workspace: Tensor) -> Tensor:
         if isinstance(chosen, slice):
-            return exps[chosen, columns]
-        out = _shaped(workspace, chosen.shape[0], columns)
-        return torch.index_select(exps[:, columns], 0, chosen, out=out)
+            return matrix[chosen, columns]
+        out = tile_of(workspace, chosen.shape[0], columns)
+        return torch.index_select(matrix[:, columns], 0, chosen, out=out)
 
-    return tile
-
-
-def _recomputed_tile(
-    run: Run, hidden: Tensor, kept: Kept, upstream: Upstream, chosen: slice | Tensor
-) -> Callable[[slice, Tensor], Tensor]:
-    head, rows = run.head, kept.rows
-    # The NaN of a target nobody holds reaches its row through norm.
-    values = (
-        rows.anchor,
-        rows.norm,
-        rows.logp,
-        upstream.logp,
-        upstream.lse,
-        upstream.entropy,
-        None if upstream.entropy is None else kept.entropy,
-    )
-    gradient = UpstreamGradient._make(None if one is None else one[chosen] for one in values)
-    column = kept.target[chosen] - head.start
-
-    def tile(columns: slice, workspace: Tensor) -> Tensor:
-        out = _shaped(workspace, hidden.shape[0], columns)
-        run.backend.project_gradient(
-            hidden,
-            head.weight[columns],
-            out,
-            column - columns.start,
-            gradient,
-            None if head.bias is None else head.bias[columns],
-            head.map,
-        )
-        return out
-
-    return tile
-
-
-def _shaped(workspace: Tensor, rows: int, columns: slice) -> Tensor:
-    cols = columns.stop - columns.start
-    stride = row_stride(cols, workspace.dtype, workspace.device)
-    return workspace[: rows * stride].view(rows, stride)[:, :cols]
+    return tile, factor
 
 
 def _products(
-    run: Run, hidden: Tensor, onto: Gradients | torch.dtype, groups: list[RowGroup], tile: Tile
+    run: Run,
+    rows: Sequence[Tensor],
+    kept: Kept,
+    upstream: Upstream,
+    active: Tensor | None,
+    onto: Gradients | torch.dtype,
 ) -> Gradients:
-    """All products, slab by slab; each slab of d weight is written once."""
-    plan, weight, dtype = run.plan, run.head.weight, hidden.dtype
-    slabs = _split(0, weight.shape[0], tile.cols)
-    exact = statistics_dtype(dtype)
+    """All products, slab by slab; each slab of d weight is written once. That of hidden is of the
+    ``active`` rows."""
+    if active is not None:
+        rows = [one[active] for one in rows]
+    groups, tile = _row_groups(run, rows, kept, upstream, active)
+    plan, hidden, head = run.plan, rows[0], run.heads.projectors[0]
+    weight, dtype, exact = head.weight, hidden.dtype, statistics_dtype(hidden.dtype)
+    slabs = split(0, weight.shape[0], tile.cols)
     d_hidden = d_weight = d_bias = None
     if plan.needs_hidden:
         d_hidden = hidden.new_empty(hidden.shape, dtype=dtype if len(slabs) == 1 else exact)
@@ -190,13 +172,13 @@ def _products(
         d_weight, d_bias = onto.weight, onto.bias
     else:
         if plan.needs_weight:
-            shape = weight.shape[0], weight.shape[1] - run.head.trained
+            shape = weight.shape[0], weight.shape[1] - head.trained
             new = weight.new_empty if groups else weight.new_zeros
             d_weight = new(shape, dtype=onto)
         if plan.needs_bias:
             d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float64)
-    stride = row_stride(tile.cols, dtype, hidden.device)
-    work = lease((tile.rows * stride,), dtype, hidden.device)
+    room = run.rule.models * tile.rows * row_stride(tile.cols, dtype, hidden.device)
+    work = lease((room,), dtype, hidden.device)
     for columns in slabs if groups else ():
         # 16-bit products of several groups add up in float32.
         slab = None
@@ -212,14 +194,14 @@ def _products(
             if d_hidden is not None:
                 add_product(d_hidden[group.rows], matrix, weight[columns], columns is slabs[0])
             if d_bias is not None:
-                add_column_sums(d_bias[columns], matrix, group.after)
+                add_column_sums(d_bias[columns], matrix, group.factor)
         if slab is not None and d_weight is not None and slab.dtype != d_weight.dtype:
             d_weight[columns] = slab
     if d_hidden is not None:
         for group in groups:
-            if group.after is not None:
-                rows = d_hidden[group.rows]
-                run.backend.scale_rows(rows, group.after, rows)
+            if group.factor is not None:
+                own = d_hidden[group.rows]
+                run.heads.backend.scale_rows(own, group.factor, own)
         d_hidden = d_hidden.to(dtype)
     return Gradients(d_hidden, d_weight, d_bias)
 

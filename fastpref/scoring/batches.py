@@ -18,36 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import canary
-from .autograd import (
-    by_parameter,
-    once_differentiable,
-    products_of,
-    row_gradients,
-    run_backward,
-    run_forward,
-    score,
-)
-from .backward import Gradients, Upstream, backward
+from . import autograd, canary
+from .autograd import once_differentiable, products_of, row_gradients
+from .backward import Gradients, backward
 from .forward import Run, forward
-from .lora import widen
-from .request import Call, Parameters
+from .head import TENSORS, Model
+from .plan import MEBIBYTE, Plan, choose, less, rows_to_keep
+from .request import Call
 from .retry import nothing_less, random_state, with_less
-from .schedule import (
-    MEBIBYTE,
-    Plan,
-    choose,
-    less,
-    rows_to_keep,
-)
-from .types import OUTPUTS, ScoringOptions, TokenScores, statistics_dtype
+from .rules import Heads
+from .types import ScoringOptions, TokenScores, statistics_dtype
 
 # Rows of a product that take as long as adding a product onto (V, H) float32 totals: measured on
 # two cores; by bandwidth and peak of an H200.
 ACCUMULATION_ROWS = {"cpu": 100, "cuda": 700}
 
 LossOfScores = Callable[[TokenScores], Tensor]
-# The loss, all scores, the gradient at the rows of the positions, and at the parameters.
+# The loss, all scores, the gradient at the rows of the positions, and at the head's tensors.
 Outcome = tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]
 
 
@@ -154,8 +141,7 @@ def score_with_loss(
     plan: BatchedPlan,
     positions: Tensor,
     loss: LossOfScores,
-    hidden: Tensor,
-    parameters: Parameters,
+    model: Model,
 ) -> tuple[Tensor, TokenScores]:
     """The loss, and the scores it is of.
 
@@ -169,14 +155,15 @@ def score_with_loss(
     memory runs out two passes recompute, without totals of the gradients from forward to backward,
     and the loss is called once more, with the random state of before.
     """
-    as_before = random_state(hidden.device)
+    device = model.hidden.device
+    as_before = random_state(device)
 
     def attempt(plan: BatchedPlan | Plan) -> tuple[Tensor, TokenScores]:
         as_before()
         if isinstance(plan, Plan):
-            found = score(replace(call, plan=plan), hidden, parameters)
+            found = TokenScores._make(autograd.run(replace(call, plan=plan), [model]))
             return loss(found), found
-        value, *scores = BatchedLoss.apply(call, plan, positions, loss, hidden, *parameters)  # type: ignore[no-untyped-call]
+        value, *scores = BatchedLoss.apply(call, plan, positions, loss, *model.tensors)  # type: ignore[no-untyped-call]
         return value, TokenScores._make(scores)
 
     def two_passes(plan: BatchedPlan | Plan) -> Plan | None:
@@ -184,7 +171,7 @@ def score_with_loss(
         return None if isinstance(plan, Plan) else less(call.plan, keep=False) or call.plan
 
     planned: BatchedPlan | Plan = plan
-    return with_less(attempt, planned, two_passes, hidden.device, call.request.group)
+    return with_less(attempt, planned, two_passes, device, call.group)
 
 
 class BatchedLoss(torch.autograd.Function):
@@ -195,22 +182,18 @@ class BatchedLoss(torch.autograd.Function):
         plan: BatchedPlan,
         positions: Tensor,
         loss: LossOfScores,
-        hidden: Tensor,
-        *parameters: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        own = Parameters._make(None if one is None else one.detach() for one in parameters)
-        with products_of(hidden):
+        model = Model.of(tensors, call.forms[0])
+        with products_of(model.hidden):
             one_pass = _OnePass(call, plan, positions, loss)
-            value, scores, d_rows, gradients = one_pass.run(hidden.detach(), own)
+            value, scores, d_rows, gradients = one_pass.run(model.detached())
         ctx.call, ctx.plan = call, plan
-        ctx.save_for_backward(hidden, *parameters, positions, d_rows, *gradients)
+        ctx.save_for_backward(*tensors, positions, d_rows, *gradients)
+        named = scores._asdict().items()
         ctx.mark_non_differentiable(
-            *(
-                one
-                for name, one in zip(OUTPUTS, scores, strict=True)
-                if one is not None and name != "logp"
-            )
+            *(one for name, one in named if one is not None and name != "logp")
         )
         return value, *scores
 
@@ -218,30 +201,30 @@ class BatchedLoss(torch.autograd.Function):
     def backward(
         ctx: Any, d_loss: Tensor | None, *d_scores: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        hidden, parameters = saved[0], Parameters(*saved[1 : 1 + len(Parameters._fields)])
-        positions, d_rows, *d_parameters = saved[1 + len(Parameters._fields) :]
+        call, saved = ctx.call, ctx.saved_tensors
+        tensors, (positions, d_rows, *d_head) = saved[:TENSORS], saved[TENSORS:]
+        model = Model.of(tensors, call.forms[0])
+        hidden = model.hidden
 
         def scaled(plan: BatchedPlan) -> list[Tensor | None]:
             if d_loss is None:
-                return [None] * (1 + len(d_parameters))
+                return [None] * TENSORS
             rows = None if d_rows is None else _spread(d_rows * d_loss, positions, hidden)
-            pairs = zip(d_parameters, parameters, strict=True)
+            pairs = zip(d_head, model.head.tensors, strict=True)
             return [rows, *(_scaled(one, d_loss, own) for one, own in pairs)]
 
-        call, device, group = ctx.call, hidden.device, ctx.call.request.group
         with torch.no_grad():
-            gradients = with_less(scaled, ctx.plan, nothing_less, device, group)
+            gradients = with_less(scaled, ctx.plan, nothing_less, hidden.device, call.group)
             if any(one is not None for one in d_scores):
-                _, kept, head, plan = run_forward(call, hidden, parameters)
+                _, kept, heads, plan = autograd.run_forward(call, [model])
                 again = replace(call, plan=plan)
-                more = run_backward(again, hidden, parameters, kept, d_scores, head)
+                more = autograd.run_backward(again, [model], kept, d_scores, heads)
 
                 def added(plan: Plan) -> list[Tensor | None]:
                     return [_added(a, b) for a, b in zip(gradients, more, strict=True)]
 
-                gradients = with_less(added, call.plan, nothing_less, device, group)
-        depends_on = (hidden, *parameters, d_loss, *d_scores)
+                gradients = with_less(added, call.plan, nothing_less, hidden.device, call.group)
+        depends_on = (*tensors, d_loss, *d_scores)
         return (None, None, None, None, *once_differentiable(gradients, depends_on))
 
 
@@ -252,28 +235,25 @@ class _OnePass:
     positions: Tensor
     loss: LossOfScores
 
-    def run(self, hidden: Tensor, parameters: Parameters) -> Outcome:
-        call, flat, target = self.call, hidden.reshape(-1, hidden.shape[-1]), self.call.target
-        head, scores = call.head(parameters), self._no_scores()
-        mean = call.mean_row(head)
-        totals, d_a = self._totals(head.weight, head.trained), None
-        d_rows = None
+    def run(self, model: Model) -> Outcome:
+        call, flat = self.call, model.hidden.reshape(-1, model.hidden.shape[-1])
+        heads, scores = call.heads([model]), self._no_scores()
+        totals, d_a, d_rows = self._totals(heads), None, None
         if call.request.needs_hidden:
             d_rows = flat.new_empty((len(self.positions), flat.shape[1]), dtype=call.plan.dtype)
-        value, start = target.new_zeros(()), 0
+        value, start = call.target.new_zeros(()), 0
         for plan in self.plan.plans:
             at = self.positions[start : start + plan.scored]
-            rows = flat.index_select(0, at).to(plan.dtype)
-            rows = widen(rows, parameters.lora_a, call.request.lora_scale)
-            run = Run(head, plan, call.backend, call.request.group, mean)
+            rows = model.head.widened(flat.index_select(0, at).to(plan.dtype))
+            run = Run(call.rule, heads, plan)
             value, gradients = self._batch(run, rows, at, scores, totals)
             if d_rows is not None and gradients.hidden is not None:
                 d_rows[start : start + plan.scored], d_a_part = row_gradients(
-                    call, gradients.hidden, rows, parameters
+                    call, gradients.hidden, rows, model
                 )
                 d_a = _added(d_a, None if d_a_part is None else d_a_part.to(value.dtype))
             start += plan.scored
-        return value, scores, d_rows, by_parameter(totals, d_a, parameters)
+        return value, scores, d_rows, model.head.by_tensor(totals.weight, totals.bias, d_a)
 
     def _batch(
         self, run: Run, rows: Tensor, at: Tensor, scores: TokenScores, totals: Gradients
@@ -283,35 +263,35 @@ class _OnePass:
         A function of its own, so that the exponentials are gone before those of the next batch.
         """
         own = self.call.target.view(-1).index_select(0, at)
-        found, kept = forward(run, rows, own, self.call.request.outputs)
-        canary.watch(self.call, run.head, rows, own, found.logp)
+        found, kept = forward(run, [rows], own)
+        canary.watch(self.call, run.heads, rows, own, found)
         for total, part in zip(scores, found, strict=True):
             if total is not None and part is not None:
                 total.view(-1).index_copy_(0, at, part)
         value, slope = self._loss_and_slope(scores)
-        upstream = Upstream(slope.view(-1).index_select(0, at), None, None)
-        return value, backward(run, rows, kept, upstream, totals)
+        upstream = TokenScores(logp=slope.view(-1).index_select(0, at))
+        return value, backward(run, [rows], kept, upstream, totals)
 
     def _no_scores(self) -> TokenScores:
-        request, target = self.call.request, self.call.target
-        exact = statistics_dtype(request.dtype)
+        rule, target = self.call.rule, self.call.target
+        exact = statistics_dtype(self.call.plan.dtype)
         return TokenScores(
             **{
                 name: target.new_zeros(
                     target.shape, dtype=torch.bool if name == "is_top1" else exact
                 )
-                for name in request.outputs
+                for name in rule.outputs
             }
         )
 
-    def _totals(self, weight: Tensor, trained: int) -> Gradients:
-        request, exact = self.call.request, statistics_dtype(weight.dtype)
+    def _totals(self, heads: Heads) -> Gradients:
+        request, head = self.call.request, heads.projectors[0]
         d_weight = d_bias = None
         if request.needs_weight:
-            shape = weight.shape[0], weight.shape[1] - trained
-            d_weight = weight.new_zeros(shape, dtype=exact)
+            shape = head.weight.shape[0], head.weight.shape[1] - head.trained
+            d_weight = head.weight.new_zeros(shape, dtype=statistics_dtype(head.weight.dtype))
         if request.needs_bias:
-            d_bias = weight.new_zeros(weight.shape[0], dtype=torch.float64)
+            d_bias = head.weight.new_zeros(head.weight.shape[0], dtype=torch.float64)
         return Gradients(None, d_weight, d_bias)
 
     def _loss_and_slope(self, scores: TokenScores) -> tuple[Tensor, Tensor]:

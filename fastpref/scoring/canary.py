@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .head import Projector
 from .request import Call
-from .types import Head
+from .rules import Heads
 
 CALLS = 8  # in each dtype, with statistics or without
 ROWS = 64
@@ -47,8 +49,11 @@ class Watch:
 WATCH = Watch()
 
 
-def watch(call: Call, head: Head, rows: Tensor, target: Tensor, logp: Tensor | None) -> None:
-    """Compare some of ``logp`` (N,) of ``rows`` (N, H) with plain torch; say what was found before.
+def watch(
+    call: Call, heads: Heads, rows: Tensor, target: Tensor, outputs: Sequence[Tensor | None]
+) -> None:
+    """Compare some of the log-probabilities (N,) among ``outputs`` of ``rows`` (N, H) with plain
+    torch; say what was found before.
 
     Raises:
         RuntimeError: log-probabilities of an earlier call were wrong.
@@ -56,7 +61,8 @@ def watch(call: Call, head: Head, rows: Tensor, target: Tensor, logp: Tensor | N
     if not call.tuned or torch.compiler.is_compiling() or _capturing(rows):
         return
     _read()
-    kind = call.plan.dtype, call.request.heavy
+    head, logp = heads.projectors[0], outputs[call.rule.output_names.index("logp")]
+    kind = call.plan.dtype, call.rule.statistics or head.map.cap != 0
     if WATCH.calls[kind] >= CALLS or logp is None or not rows.shape[0]:
         return
     WATCH.calls[kind] += 1
@@ -83,7 +89,7 @@ def _read() -> None:
         WATCH.pending.popleft()
 
 
-def _check(head: Head, rows: Tensor, target: Tensor, logp: Tensor) -> Check:
+def _check(head: Projector, rows: Tensor, target: Tensor, logp: Tensor) -> Check:
     some = slice(None, None, -(-rows.shape[0] // ROWS))
     excess = _excess(head, rows[some], target[some], logp[some])
     if not excess.is_cuda:
@@ -96,7 +102,7 @@ def _check(head: Head, rows: Tensor, target: Tensor, logp: Tensor) -> Check:
     return Check(host, arrived)
 
 
-def _excess(head: Head, rows: Tensor, target: Tensor, logp: Tensor) -> Tensor:
+def _excess(head: Projector, rows: Tensor, target: Tensor, logp: Tensor) -> Tensor:
     """The largest error of ``logp`` over what is allowed, 0-dim float32."""
     column, vocab = target - head.start, head.weight.shape[0]
     scored = (column >= 0) & (column < vocab)

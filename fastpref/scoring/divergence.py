@@ -4,20 +4,25 @@ token."""
 
 from __future__ import annotations
 
+import inspect
 import numbers
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import two_head_operators
-from .backends.divergences import KINDS
-from .divergence_products import Call, LinearDivergence, flat
-from .request import Lora
-from .two_heads import ask_two_heads
+from . import autograd, operators
+from .backends.divergences import KINDS, unavailable_reason
+from .head import Lora, Model
+from .plan import Plan
+from .request import Request, make_model, make_request, plan_target
+from .rules.divergence import Divergence
 from .types import ScoringOptions
+from .validation import check_two_heads
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine"]
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine"]
+
+SCORED, IGNORED = 0, -1  # pseudo-targets: positions matter here, not tokens
 
 
 def linear_divergence(
@@ -27,7 +32,7 @@ def linear_divergence(
     teacher_weight: Tensor,
     mask: Tensor | None = None,
     *,
-    divergence: Divergence = "forward_kl",
+    divergence: Kind = "forward_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     student_bias: Tensor | None = None,
@@ -79,28 +84,107 @@ def linear_divergence(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where 64 rows at a time do not fit.
     """
+    request, rule, models, target = _ask(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        mask,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        student_lora=student_lora,
+        teacher_lora=teacher_lora,
+        options=options,
+    )
+    if torch.compiler.is_compiling():
+        (value,) = operators.DIVERGENCE.run(request, rule, models, target)
+    else:
+        (value,) = autograd.run(plan_target(request, rule, models, target), models)
+    if value is None:
+        raise RuntimeError("no divergence was asked for")
+    return value
+
+
+def explain_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    mask: Tensor | None = None,
+    **arguments: Any,
+) -> Plan:
+    """How ``linear_divergence`` would run for the same arguments: the schedule, its cost in u (one
+    u is a product of 2 N H V flop of the student) and its working memory in bytes.
+
+    ``print(explain_divergence(...))`` gives one line. Nothing is computed.
+    """
+    given = student_hidden, student_weight, teacher_hidden, teacher_weight, mask
+    bound = inspect.signature(linear_divergence).bind(*given, **arguments)
+    bound.apply_defaults()
+    return plan_target(*_ask(**bound.arguments)).plan
+
+
+class _Asked(NamedTuple):
+    """What is asked of two models, checked."""
+
+    request: Request
+    rule: Divergence
+    models: list[Model]
+    target: Tensor  # (...) SCORED or IGNORED
+
+
+def _ask(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    mask: Tensor | None,
+    *,
+    divergence: Kind,
+    beta: float,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    student_lora: Lora | None,
+    teacher_lora: Lora | None,
+    options: ScoringOptions | None,
+    **map: Any,
+) -> _Asked:
     if divergence not in KINDS:
         raise ValueError(f"divergence must be one of {', '.join(KINDS)}; got {divergence!r}")
     _check_beta(beta)
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"
-    question, student, teacher = ask_two_heads(
-        (student_hidden, student_weight, student_bias, student_lora),
-        (teacher_hidden, teacher_weight, teacher_bias, teacher_lora),
-        mask,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        options=options,
-    )
-    kind = divergence, float(beta)
-    if torch.compiler.is_compiling():
-        return two_head_operators.divergence(question, student, teacher, *kind)
-    call = Call(question.heads(student, teacher), *kind)
-    value: Tensor = LinearDivergence.apply(  # type: ignore[no-untyped-call]
-        call, *flat(student), *flat(teacher)
-    )
-    return value
+    check_two_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, mask)
+    shape, device = student_hidden.shape[:-1], student_hidden.device
+    target = torch.full(shape, SCORED, dtype=torch.int64, device=device)
+    if mask is not None:
+        target = target.masked_fill(~mask, IGNORED)
+    columns, others = student_weight.shape[0], teacher_weight.shape[0]
+    common = None if columns == others else (0, min(columns, others))
+    models, recording = [], torch.is_grad_enabled()
+    for prefix, hidden, weight, bias, lora in (
+        ("student_", student_hidden, student_weight, student_bias, student_lora),
+        ("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_lora),
+    ):
+        own: dict[str, Any] = {"bias": bias, "lora": lora, "vocab_range": common, "prefix": prefix}
+        with torch.set_grad_enabled(recording and prefix == "student_"):
+            models.append(make_model(hidden, weight, target, **own, **map))
+    models[1] = models[1].detached()
+    request = make_request(models, ignore_index=IGNORED, options=options)
+    if request.options.schedule == "batches":
+        raise ValueError(
+            "schedule='batches' does not serve two heads; use schedule='auto', 'keep' or "
+            "'recompute'"
+        )
+    reason = unavailable_reason(request.options.backend)
+    if reason is not None:
+        raise ValueError(f"backend={request.options.backend!r} is not available: {reason}")
+    return _Asked(request, Divergence(divergence, float(beta)), models, target)
 
 
 def _check_beta(beta: Any) -> None:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import vocab_parallel
-from .types import Head, statistics_dtype
+from .head import Projector
+from .types import statistics_dtype
 
 BLOCK = 1 << 22  # elements that are widened at a time
 
@@ -26,7 +27,7 @@ class MeanRow(NamedTuple):
     group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, head: Head, group: dist.ProcessGroup | None) -> MeanRow:
+    def of(cls, head: Projector, group: dist.ProcessGroup | None) -> MeanRow:
         exact = statistics_dtype(head.weight.dtype)
         weight, bias = head.weight, head.bias
         total = weight.new_zeros(weight.shape[1], dtype=exact)

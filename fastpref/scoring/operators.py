@@ -1,152 +1,231 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring as registered operators, which torch.compile traces without looking inside.
+"""The engine as registered operators, which torch.compile traces without looking inside.
 
-Forward and backward are one operator each. What lives between them are explicit tensors, whose
-number of rows, that of the scored positions, is only known when they run; which schedule runs is
-decided then too, from the same sizes on both sides. A tensor that is not there is empty.
+For each rule, forward and backward are one operator each. What lives between them are explicit
+tensors, whose number of rows, that of the scored positions, is only known when they run; which
+schedule runs is decided then too, from the same sizes on both sides. A tensor that is not there is
+empty.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .autograd import SECOND_DERIVATIVE, run_backward, run_forward
+from .autograd import SECOND_DERIVATIVE, Outputs, run_backward, run_forward
 from .forward import Kept
-from .request import Parameters, Request, plan_target
-from .rows import RowScores
-from .types import DIFFERENTIABLE, OUTPUTS, TokenScores, statistics_dtype
+from .head import TENSORS, Form, Model
+from .request import Call, Request, plan_target
+from .rules import Rule
+from .rules.divergence import Divergence
+from .rules.mixture import Mixture
+from .rules.scores import Scores
+from .settings import Settings
+from .types import statistics_dtype
 
-MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
-_KEPT = ("logp", "anchor", "norm", "log_norm", "scale", "entropy", "exps", "direct")
-_UPSTREAM = ", ".join(f"Tensor? grad_{name}" for name in OUTPUTS)
-INPUTS = 1 + len(Parameters._fields)  # of MODEL
+R = TypeVar("R", bound=Rule)
+
+REQUEST = Settings(Request)
+_MODEL = (
+    "Tensor {}hidden",
+    "Tensor {}weight",
+    "Tensor? {}bias",
+    "Tensor? {}lora_a",
+    "Tensor? {}lora_b",
+)
 
 
-def tensors(number: int) -> str:
+class _Given(NamedTuple):
+    """The arguments of an operator."""
+
+    request: Request
+    rule: Rule
+    models: list[Model]
+    target: Tensor
+
+    def call(self) -> Call:
+        return plan_target(self.request, self.rule, self.models, self.target, traced=True)
+
+    @property
+    def needed(self) -> tuple[bool, ...]:
+        return self.request.needed(self.models[0])
+
+    def gradients(self, found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """What is formed of them, as a backward operator returns it."""
+        empty = self.models[0].hidden.new_empty(0)
+        return tuple(
+            one if need and one is not None else empty.clone()
+            for one, need in zip(found, self.needed, strict=True)
+        )
+
+
+class Operators(Generic[R]):
+    """Those of one rule."""
+
+    def __init__(self, name: str, rule: type[R]) -> None:
+        prefixes = ("", "teacher_")[: rule.models]
+        self.name, self.kind = f"fastpref::{name}", rule
+        self.rule = Settings(rule)
+        self.forms = [Settings(Form, prefix) for prefix in prefixes]
+        self.inputs = TENSORS * rule.models + 1  # models and target
+        tensors = [one.format(prefix) for prefix in prefixes for one in _MODEL]
+        given = ", ".join([*tensors, "Tensor target"])
+        settings = [REQUEST.schema, self.rule.schema, *(form.schema for form in self.forms)]
+        numbers = [f"kept_{one}" for one in rule.number_names]
+        matrices = [f"{one}_{i}" for one in ("matrix", "direct") for i in range(rule.matrices)]
+        self.held = len(numbers) + len(matrices)
+        held = [f"Tensor {one}" for one in (*numbers, *matrices)]
+        upstream = [f"Tensor? grad_{one}" for one in rule.output_names]
+        self._register(
+            f"({given}, {', '.join(settings)}) -> {_tensors(len(rule.output_names) + self.held)}",
+            f"({', '.join([given, *held, *upstream, *settings])}) -> {_tensors(TENSORS)}",
+        )
+
+    def _register(self, forward: str, backward: str) -> None:
+        own = torch.library.custom_op(self.name, self._forward, mutates_args=(), schema=forward)
+        own.register_fake(self._forward_fake)
+        name = self.name + "_backward"
+        other = torch.library.custom_op(name, self._backward, mutates_args=(), schema=backward)
+        other.register_fake(self._backward_fake)
+        torch.library.register_autograd(self.name, self._differentiate, setup_context=self._save)
+        torch.library.register_autograd(name, _refuse)
+        self.operator = getattr(torch.ops.fastpref, self.name.split("::")[1])
+        self.backward_operator = getattr(torch.ops.fastpref, name.split("::")[1])
+
+    def run(self, request: Request, rule: R, models: Sequence[Model], target: Tensor) -> Outputs:
+        found = self.operator(*self.arguments(request, rule, models, target))
+        return tuple(found[: len(rule.output_names)])
+
+    def arguments(
+        self, request: Request, rule: R, models: Sequence[Model], target: Tensor
+    ) -> tuple[Any, ...]:
+        """Of the forward operator."""
+        tensors = [one for model in models for one in model.tensors]
+        settings = [*REQUEST.put(request), *self.rule.put(rule)]
+        for form, model in zip(self.forms, models, strict=True):
+            if model.head.form.context is not None:
+                raise ValueError(
+                    "weight_context is not traced by torch.compile; leave it None, or call outside "
+                    "of compiled code"
+                )
+            settings += form.put(model.head.form)
+        return (*tensors, target, *settings)
+
+    def _given(self, tensors: Sequence[Any], settings: Sequence[Any]) -> _Given:
+        """From the tensors of models and target, and all settings."""
+        left = list(settings)
+
+        def taken(one: Settings[Any]) -> Any:
+            own, left[:] = left[: len(one)], left[len(one) :]
+            return one.take(tuple(own))
+
+        request, rule, forms = taken(REQUEST), taken(self.rule), [taken(one) for one in self.forms]
+        models = [
+            Model.of(tensors[i * TENSORS : (i + 1) * TENSORS], form) for i, form in enumerate(forms)
+        ]
+        return _Given(request, rule, models, tensors[self.inputs - 1])
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        given = self._given(arguments[: self.inputs], arguments[self.inputs :])
+        hidden, call = given.models[0].hidden, given.call()
+        outputs, kept, _, plan = run_forward(call, given.models)
+        # Of one storage, perhaps; what an operator returns must not share any.
+        numbers = [None if one is None else one.clone() for one in kept.numbers]
+        none, columns = hidden.new_empty, given.models[0].head.columns
+        matrices = kept.matrices or [
+            none((0, columns), dtype=plan.dtype) for _ in range(given.rule.matrices)
+        ]
+        direct = kept.direct or [
+            none((0, plan.hidden_size), dtype=plan.dtype) for _ in range(given.rule.matrices)
+        ]
+        found = (*outputs, *numbers, *matrices, *direct)
+        return tuple(none(0) if one is None else one for one in found)
+
+    def _forward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        given = self._given(arguments[: self.inputs], arguments[self.inputs :])
+        context, rule, head = torch.library.get_ctx(), given.rule, given.models[0].head
+        # Only as many as there are results of.
+        scored = context.new_dynamic_size() if rule.numbers else 0
+        kept, direct = (context.new_dynamic_size() if rule.matrices else 0 for _ in range(2))
+        dtype, none = given.request.dtype, given.models[0].hidden.new_empty
+        exact = statistics_dtype(dtype)
+        outputs = [
+            none(
+                given.target.shape if name in rule.outputs else (0,),
+                dtype=torch.bool if name == "is_top1" else exact,
+            )
+            for name in rule.output_names
+        ]
+        numbers = [
+            none(scored if name in rule.numbers else 0, dtype=exact) for name in rule.number_names
+        ]
+        matrices = [none((kept, head.columns), dtype=dtype) for _ in range(rule.matrices)]
+        directs = [none((direct, head.inner_size), dtype=dtype) for _ in range(rule.matrices)]
+        return (*outputs, *numbers, *matrices, *directs)
+
+    def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        held_at, at = self.inputs, self.inputs + self.held
+        upstream_to = at + len(self.kind.output_names)
+        given = self._given(arguments[: self.inputs], arguments[upstream_to:])
+        call, held = given.call(), arguments[held_at:at]
+        names, count = self.kind.number_names, self.kind.matrices
+        numbers, rest = held[: len(names)], held[len(names) :]
+        matrices, direct = rest[:count], rest[count:]
+        kept = Kept(
+            call.packing.gather(call.target.reshape(-1)),
+            tuple(
+                one if name in given.rule.numbers else None
+                for one, name in zip(numbers, names, strict=True)
+            ),
+            # Not this function's to give back.
+            tuple(one.detach() for one in matrices if one.shape[0]),
+            tuple(one for one in direct if one.shape[0]),
+        )
+        return given.gradients(run_backward(call, given.models, kept, arguments[at:upstream_to]))
+
+    def _backward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        upstream_to = self.inputs + self.held + len(self.kind.output_names)
+        given = self._given(arguments[: self.inputs], arguments[upstream_to:])
+        return given.gradients(
+            [
+                None
+                if one is None
+                else torch.empty_like(one, memory_format=torch.contiguous_format)
+                for one in given.models[0].tensors
+            ]
+        )
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        names, ctx.settings = self.kind.output_names, inputs[self.inputs :]
+        differentiable = self._given(inputs, ctx.settings).rule.differentiable
+        held = output[len(names) :]
+        ctx.save_for_backward(*inputs[: self.inputs], *held)
+        plain = [
+            one for name, one in zip(names, output, strict=False) if name not in differentiable
+        ]
+        ctx.mark_non_differentiable(*plain, *held)
+
+    def _differentiate(self, ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        saved, names = ctx.saved_tensors, self.kind.output_names
+        gradients = self.backward_operator(*saved, *upstream[: len(names)], *ctx.settings)
+        needed = self._given(saved[: self.inputs], ctx.settings).needed
+        found = [one if need else None for one, need in zip(gradients, needed, strict=True)]
+        return (*found, *[None] * (self.inputs - TENSORS + len(ctx.settings)))
+
+
+def _tensors(number: int) -> str:
     """The type of so many, in a schema."""
     return f"({', '.join(['Tensor'] * number)})"
 
 
-def score(request: Request, hidden: Tensor, parameters: Parameters, target: Tensor) -> TokenScores:
-    found = torch.ops.fastpref.linear_scores(hidden, *parameters, target, *request.settings)
-    wanted = dict(zip(OUTPUTS, found, strict=False))
-    return TokenScores(**{name: wanted[name] for name in request.outputs})
-
-
-@torch.library.custom_op(
-    "fastpref::linear_scores",
-    mutates_args=(),
-    schema=f"({MODEL}, Tensor target, {Request.SCHEMA}) -> {tensors(len(OUTPUTS) + len(_KEPT))}",
-)
-def _linear_scores(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, parameters = arguments[0], Parameters(*arguments[1:INPUTS])
-    target, *settings = arguments[INPUTS:]
-    call = plan_target(Request.of(settings), hidden, parameters, target, traced=True)
-    scores, kept, head, _ = run_forward(call, hidden, parameters)
-    # Of one storage, perhaps; what an operator returns must not share any.
-    rows = [None if one is None else one.clone() for one in (*kept.rows, kept.scale, kept.entropy)]
-    exps = head.weight.new_empty((0, head.weight.shape[0])) if kept.exps is None else kept.exps
-    direct = head.weight.new_empty((0, head.weight.shape[1]))
-    found = (*scores, *rows, exps, direct if kept.direct is None else kept.direct)
-    return tuple(hidden.new_empty(0) if one is None else one for one in found)
-
-
-@_linear_scores.register_fake
-def _linear_scores_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, parameters = arguments[0], Parameters(*arguments[1:INPUTS])
-    target, *settings = arguments[INPUTS:]
-    request, context = Request.of(settings), torch.library.get_ctx()
-    exact = statistics_dtype(request.dtype)
-    scored, kept, direct = (context.new_dynamic_size() for _ in range(3))
-
-    def like_target(name: str) -> Tensor:
-        dtype = torch.bool if name == "is_top1" else exact
-        shape = target.shape if name in request.outputs else (0,)
-        empty: Tensor = hidden.new_empty(shape, dtype=dtype)
-        return empty
-
-    rows = [hidden.new_empty(scored, dtype=exact) for _ in range(5)]
-    entropy = hidden.new_empty(scored if "entropy" in request.outputs else 0, dtype=exact)
-    columns = request.columns_of(parameters)
-    exps = hidden.new_empty((kept, columns), dtype=request.dtype)
-    direct_rows = hidden.new_empty((direct, parameters.inner_size), dtype=request.dtype)
-    return (*map(like_target, OUTPUTS), *rows, entropy, exps, direct_rows)
-
-
-@torch.library.custom_op(
-    "fastpref::linear_scores_backward",
-    mutates_args=(),
-    schema=f"({MODEL}, Tensor target, {', '.join('Tensor kept_' + name for name in _KEPT)}, "
-    f"{_UPSTREAM}, {Request.SCHEMA}) -> {tensors(INPUTS)}",
-)
-def _linear_scores_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, parameters = arguments[0], Parameters(*arguments[1:INPUTS])
-    target, *rest = arguments[INPUTS:]
-    held, rest = rest[: len(_KEPT)], rest[len(_KEPT) :]
-    upstream, settings = rest[: len(OUTPUTS)], rest[len(OUTPUTS) :]
-    call = plan_target(Request.of(settings), hidden, parameters, target, traced=True)
-    *rows, scale, entropy, exps, direct = held
-    kept = Kept(
-        call.packing.gather(call.target.reshape(-1)),
-        RowScores(*rows),
-        scale,
-        entropy if entropy.numel() else None,
-        # Not this function's to give back.
-        exps.detach() if exps.shape[0] else None,
-        direct if direct.shape[0] else None,
-    )
-    gradients = run_backward(call, hidden, parameters, kept, upstream)
-    needed = call.request.needed(parameters)
-    return tuple(
-        one if need and one is not None else hidden.new_empty(0)
-        for one, need in zip(gradients, needed, strict=True)
-    )
-
-
-@_linear_scores_backward.register_fake
-def _linear_scores_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    settings = arguments[-len(Request.FIELDS) :]
-    return gradients_like(Request.of(settings), arguments[:INPUTS])
-
-
-def gradients_like(request: Request, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """What the backward operator returns, uninitialised: a gradient for hidden and each of the
-    parameters that needs one."""
-    hidden, parameters = inputs[0], Parameters(*inputs[1:])  # type: ignore[arg-type]
-    if hidden is None:
-        raise TypeError("a model without hidden states")
-    return tuple(
-        torch.empty_like(one, memory_format=torch.contiguous_format)
-        if need and one is not None
-        else hidden.new_empty(0)
-        for one, need in zip(inputs, request.needed(parameters), strict=True)
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.settings = inputs[INPUTS + 1 :]
-    ctx.save_for_backward(*inputs[: INPUTS + 1], *output[len(OUTPUTS) :])
-    plain = [one for name, one in zip(OUTPUTS, output, strict=False) if name not in DIFFERENTIABLE]
-    ctx.mark_non_differentiable(*plain, *output[len(OUTPUTS) :])
-
-
-def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    gradients = torch.ops.fastpref.linear_scores_backward(
-        *ctx.saved_tensors, *upstream[: len(OUTPUTS)], *ctx.settings
-    )
-    request = Request.of(ctx.settings)
-    parameters = Parameters(*ctx.saved_tensors[1:INPUTS])
-    found = zip(gradients, request.needed(parameters), strict=True)
-    return (*(one if need else None for one, need in found), None, *[None] * len(ctx.settings))
-
-
-def refuse(ctx: Any, *upstream: Tensor) -> Any:
+def _refuse(ctx: Any, *upstream: Tensor) -> Any:
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
-torch.library.register_autograd("fastpref::linear_scores", _differentiate, setup_context=_save)
-torch.library.register_autograd("fastpref::linear_scores_backward", refuse)
+SCORES = Operators("linear_scores", Scores)
+DIVERGENCE = Operators("linear_divergence", Divergence)
+MIXTURE = Operators("mixed_logprob", Mixture)

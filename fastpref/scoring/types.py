@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes in and comes out of scoring: the options, the outputs, and the head as the engine sees
-it."""
+"""What goes in and comes out of scoring: the options and the outputs."""
 
 from __future__ import annotations
 
@@ -44,12 +43,12 @@ class TokenScores(NamedTuple):
 
 OUTPUTS: tuple[str, ...] = TokenScores._fields
 DIFFERENTIABLE: tuple[str, ...] = ("logp", "entropy", "lse")
-STATISTICS: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_OF_STATISTICS: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def needs_statistics(outputs: tuple[str, ...]) -> bool:
     """Whether any of ``outputs`` takes more than the sum of a row's exponentials."""
-    return any(name in outputs for name in STATISTICS)
+    return any(name in outputs for name in _OF_STATISTICS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,20 +119,6 @@ class LogitMap(NamedTuple):
         if self.cap == 0:
             return torch.ones_like(raw)
         return torch.cosh(raw * (self.scale / self.cap)).square().reciprocal()
-
-
-class Head(NamedTuple):
-    """A head in the dtype of its products.
-
-    Columns are vocabulary ids ``start`` to ``start + weight.shape[0]``.
-    """
-
-    weight: Tensor  # (V, H), V the columns held here; a low-rank update's B widens H
-    bias: Tensor | None  # (V,), statistics dtype
-    map: LogitMap
-    start: int = 0
-    vocab_size: int = 0  # columns held by all ranks together
-    trained: int = 0  # first inner column with a weight gradient, where the weight has one
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

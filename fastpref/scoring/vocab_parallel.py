@@ -8,21 +8,12 @@ function is the identity.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .head import Shard
 from .rows import RowSums, merge
-
-
-class Shard(NamedTuple):
-    """Columns of the vocabulary, shards in rank order."""
-
-    start: int  # first vocabulary id of this rank's
-    total: int  # of all ranks together
-    widest: int  # of the rank with the most
 
 
 def shard_range(group: dist.ProcessGroup | None, columns: int, device: torch.device) -> Shard:

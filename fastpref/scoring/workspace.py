@@ -38,6 +38,13 @@ def lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return _lease(shape, dtype, device).data
 
 
+def tile_of(workspace: Tensor, rows: int, columns: slice) -> Tensor:
+    """(rows, columns) of a flat buffer."""
+    cols = columns.stop - columns.start
+    stride = row_stride(cols, workspace.dtype, workspace.device)
+    return workspace[: rows * stride].view(rows, stride)[:, :cols]
+
+
 def _lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         *rows, cols = shape

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastpref import ScoringOptions
 from fastpref.integrations import trl as integration
 from fastpref.integrations.trl import OUTPUTS, LogProbAdapter
-from fastpref.scoring import schedule, workspace
+from fastpref.scoring import plan as schedule
+from fastpref.scoring import workspace
 from fastpref.scoring.reference import reference_scores
 from fastpref.scoring.request import make_request
 from tests.scoring import refusing

@@ -24,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
 from fastpref.kernels import resources, variants
-from fastpref.scoring import backward, forward, two_heads, workspace
+from fastpref.scoring import backward, forward, workspace
 from fastpref.scoring.backends import fused, probe, tiled
 from fastpref.scoring.backends import rows as rows_backend
 from fastpref.scoring.types import OUTPUTS
@@ -63,7 +63,7 @@ class Recorder:
         # What is tried is arbitrary here, and the same kernels once more.
         probe.passes = lambda tier, kernel, device, check: True
         torch.cuda.current_device = lambda: 0
-        for module in (workspace, forward, backward, two_heads, tiled):
+        for module in (workspace, forward, backward, tiled):
             for name, stand_in in (("lease", _lease), ("row_stride", _row_stride)):
                 if hasattr(module, name):
                     setattr(module, name, stand_in)

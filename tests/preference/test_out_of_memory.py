@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, explain, objectives, preference_loss
-from fastpref.scoring import retry, schedule
+from fastpref.scoring import plan as schedule
+from fastpref.scoring import retry
 from fastpref.scoring.batches import BatchedPlan
 from tests.preference.plain_pairs import H, T, V, batch, found, plain
 from tests.scoring import refusing

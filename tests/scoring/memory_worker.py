@@ -12,12 +12,12 @@ import torch
 from fastpref import (
     ScoringOptions,
     explain,
+    explain_divergence,
     linear_divergence,
     linear_logprob,
     preference_loss,
 )
 from fastpref.scoring import workspace
-from fastpref.scoring.two_heads import ask_two_heads
 
 LENGTH = 32  # of a row of a preference batch
 
@@ -77,9 +77,7 @@ def diverge(call, rows, columns):
     hidden, weight = leaves(call, rows, columns)
     teacher = torch.randn(rows, call["hidden"]), torch.randn(columns, call["hidden"])
     options = ScoringOptions(**call["options"])
-    both = (hidden, weight, None, None), (*teacher, None, None)
-    question, *models = ask_two_heads(*both, None, options=options)
-    plan = question.heads(*models).plan
+    plan = explain_divergence(hidden, weight, *teacher, options=options)
 
     def step():
         value = linear_divergence(hidden, weight, *teacher, options=options)

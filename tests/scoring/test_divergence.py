@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref import ScoringOptions, linear_divergence
-from fastpref.scoring.two_heads import ask_two_heads
+from fastpref import ScoringOptions, explain_divergence, linear_divergence
 from tests.scoring.cases import BACKENDS
 from tests.scoring.operations import Operations
 
@@ -284,9 +283,11 @@ def test_mixed_dtypes_and_autocast() -> None:
 def test_cost_is_what_the_plan_says(needs, schedule: str) -> None:
     models = Models(needs=needs, bias=False)
     options = ScoringOptions(**SCHEDULES[schedule])
-    question, *both = ask_two_heads(
-        (models.hidden, models.weight, None, None),
-        (models.teacher_hidden, models.teacher_weight, None, None),
+    plan = explain_divergence(
+        models.hidden,
+        models.weight,
+        models.teacher_hidden,
+        models.teacher_weight,
         models.mask,
         options=options,
     )
@@ -295,7 +296,7 @@ def test_cost_is_what_the_plan_says(needs, schedule: str) -> None:
         if needs:
             value.sum().backward()
     unit = 2 * int(models.mask.sum()) * H * V
-    assert operations.flop / unit == pytest.approx(question.heads(*both).plan.units)
+    assert operations.flop / unit == pytest.approx(plan.units)
 
 
 def test_backward_twice_and_a_second_derivative() -> None:

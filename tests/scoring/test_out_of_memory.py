@@ -13,11 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
-from fastpref.scoring import backward, operators, retry, schedule, workspace
+from fastpref.scoring import autograd, backward, operators, retry, workspace
+from fastpref.scoring import plan as schedule
+from fastpref.scoring.api import ask
 from fastpref.scoring.backends.column_sums import FEW_ROWS
-from fastpref.scoring.mixture import mixed_logprob
-from fastpref.scoring.request import make_request
-from fastpref.scoring.two_heads import ask_two_heads
+from fastpref.scoring.request import make_request, plan_target
+from fastpref.scoring.rules.mixture import Mixture
 from tests.scoring import refusing
 from tests.scoring.cases import (
     BACKENDS,
@@ -277,7 +278,10 @@ def test_two_heads_end_in_the_least_tile(dtype, said):
     taken = said[-1][1]
     assert f"MiB, {schedule.GIVEN})" in str(said[0][0])
     assert f"MiB, {schedule.RAN_OUT})" in str(taken)
-    assert taken.tile_rows == schedule.LEAST_ROWS and taken.kept_rows <= 2 * schedule.LEAST_ROWS
+    assert (
+        taken.forward_tile.rows == schedule.LEAST_ROWS
+        and taken.kept_rows <= 2 * schedule.LEAST_ROWS
+    )
     call.check(found)
 
 
@@ -285,18 +289,18 @@ def test_logits_mixed_of_two_heads(said):
     ours, theirs = (make_case(dtype=torch.float32, **CASE | {"seed": seed}) for seed in (0, 1))
 
     def make():
-        models = ((one.hidden, one.weight, None, None) for one in (ours, theirs))
-        question, student, teacher = ask_two_heads(*models, ours.scored, options=None)
-        heads = question.heads(student, teacher)
+        models = [ask(one.hidden, one.weight, ours.target).model for one in (ours, theirs)]
+        request = make_request(models, ignore_index=-100, options=None)
+        call = plan_target(request, Mixture(0.1), models, ours.target)
 
         def forward():
-            return mixed_logprob(heads, student, teacher, ours.target, 0.1)
+            return autograd.run(call, models)
 
         return refusing.Call(forward, lambda found: dict(zip("ab", found, strict=True)))
 
     undisturbed = refusing.run(make(), refusing.never, LEAST)[1]
     for _, found in refusing.each_refused(make, LEAST, None):
-        assert said.pop()[1].tile_rows < N
+        assert said.pop()[1].forward_tile.rows < N
         torch.testing.assert_close(found, undisturbed)
 
 
@@ -363,10 +367,10 @@ def test_compiled_operators_leave_what_they_were_given(passes, monkeypatch, said
     """Kept exponentials belong to the graph there; their rows are recomputed without them."""
     (hidden, weight, bias), target = trained()
     leaves = [hidden, weight, bias]
-    request, parameters = make_request(hidden, weight, target, bias=bias)
+    request, rule, model = ask(hidden, weight, target, bias=bias)
 
     def call():
-        return operators.score(request, hidden, parameters, target).logp
+        return operators.SCORES.run(request, rule, [model], target)[0]
 
     # Kept rows without gradient make the others pass through a buffer.
     want = torch.autograd.grad(call()[::2].sum(), leaves)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions
-from fastpref.scoring import schedule, two_heads
+from fastpref.scoring import plan as schedule
 from fastpref.scoring.backends import column_sums
-from fastpref.scoring.schedule import Problem, choose
+from fastpref.scoring.plan import Problem, choose
 
 N, H, V = 4096, 1024, 32768
 ROW = V * 2  # bytes of a row of E
@@ -173,10 +173,9 @@ def test_on_a_gpu_the_budget_alone_bounds_a_chunk():
 def test_on_a_gpu_the_budget_alone_bounds_a_tile_of_two_heads():
     """Of whole rows, two of them: of student and teacher."""
     for device_type, rows in (("cpu", schedule.MOST_CHUNK_ROWS), ("cuda", 8192)):
-        one = plan(FROZEN | {"device_type": device_type, "scored": 8192})
-        assert two_heads._plan(one, one, ScoringOptions()).tile_rows == rows
-        small = ScoringOptions(memory_budget=200 * ROW)
-        assert two_heads._plan(one, one, small).tile_rows == 100
+        both = FROZEN | {"device_type": device_type, "scored": 8192, "partner_size": H}
+        assert plan(both).forward_tile == (rows, V)
+        assert plan(both, memory_budget=200 * ROW).forward_tile == (100, V)
 
 
 def test_the_bias_gradient_is_in_the_workspace():

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions
-from fastpref.scoring import backends, request
+from fastpref.scoring import api, backends, head, request, vocab_parallel
 from fastpref.scoring.backends import verdict, verdict_files
 from fastpref.scoring.backends.choice import Size
 from fastpref.scoring.backends.verdict_files import Verdict
@@ -449,8 +449,8 @@ def test_what_the_choice_is_asked_for(
     hidden, weight = torch.randn(6, 8), torch.randn(11, 8)
     monkeypatch.setattr(backends, "choose", choose)
     monkeypatch.setattr(request, "check_group", lambda group: None)
-    monkeypatch.setattr(request.vocab_parallel, "shard_range", lambda *_: request.Shard(0, 11, 11))
-    request.prepare(hidden, weight, torch.arange(6), **changes)
+    monkeypatch.setattr(vocab_parallel, "shard_range", lambda *_: head.Shard(0, 11, 11))
+    api.prepare(hidden, weight, torch.arange(6), **changes)
     (size,) = asked
     assert size == Size(torch.float32, 6, 8, 11, heavy, static)
 
@@ -467,7 +467,7 @@ def test_two_heads_ask_for_the_static_rule(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(backends, "choose", choose)
     hidden, weight = torch.randn(6, 8), torch.randn(11, 8)
     linear_divergence(hidden, weight, hidden, weight)
-    assert [one.static for one in asked] == [True, True]
+    assert [one.static for one in asked] == [True]
 
 
 def test_only_auto_is_chosen_by_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,5 +475,5 @@ def test_only_auto_is_chosen_by_a_verdict(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "load", lambda name, load=backends.load: load("torch"))
     arguments = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6)
     for backend, tuned in (("auto", True), ("triton", False)):
-        call, _ = request.prepare(*arguments, options=ScoringOptions(backend=backend))
+        call, _ = api.prepare(*arguments, options=ScoringOptions(backend=backend))
         assert call.tuned == tuned

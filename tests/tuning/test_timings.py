@@ -11,7 +11,7 @@ import torch
 from fastpref import ScoringOptions
 from fastpref.preference import explain
 from fastpref.scoring import linear_logprob
-from fastpref.scoring.schedule import Plan
+from fastpref.scoring.plan import Plan
 from fastpref.tuning import timings
 from fastpref.tuning.checks import Setting
 from fastpref.tuning.heads import MODELS

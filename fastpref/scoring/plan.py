@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which schedule runs, decided from sizes, who needs a gradient, and the memory budget alone.
+"""What a pass over tiles costs, and which schedule runs: a value that follows from sizes, who needs
+a gradient, and the memory budget alone.
 
     score           1u        no gradient: one product, nothing stored
     direct          2u        only hidden needs one: the forward pass multiplies the exponentials
@@ -10,19 +11,21 @@
     recompute       3u or 4u  no row kept
 
 1u is one product of 2 N H V flop. A gradient that arrives at ``entropy`` or ``lse`` always
-recomputes: +1u at most.
+recomputes: +1u at most. Of two models side by side the products of both are formed, and formed
+again.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from .backends import column_sums
+from .backends import column_sums, divergences
 from .types import Schedule, ScoringOptions, statistics_dtype
 
 BUDGET_SHARE = 16  # of the device's total memory
@@ -47,12 +50,19 @@ class Tile(NamedTuple):
         return self.rows * self.cols * itemsize
 
 
+class Product(NamedTuple):
+    when: Literal["forward", "backward"]
+    of: Literal["logits", "hidden", "weight"]  # logits, or the gradient of hidden or the weight
+    units: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """All that the choice depends on."""
 
     scored: int  # N
     hidden_size: int  # H, widened by a low-rank update
+    partner_size: int = 0  # that of a second model, looked at side by side
     trained_size: int  # columns of the weight gradient, H or the update's rank
     vocab_size: int  # V, columns held by the rank that holds the most
     dtype: torch.dtype  # of the products
@@ -66,6 +76,16 @@ class Problem:
     scores_in_tiles: bool  # forms products in memory even where it keeps no exponentials
     temporary_bytes: int  # of the backend, beside a tile
     total_memory: int  # of the device, bytes
+    copies_partner: bool = False  # the weight of the second model
+
+    @property
+    def models(self) -> int:
+        return 2 if self.partner_size else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of logits."""
+        return max(1, self.vocab_size * self.itemsize)
 
     @property
     def itemsize(self) -> int:
@@ -105,17 +125,49 @@ class Plan(Problem):
         return self.kept_rows, self.forward_tile, self.backward_tile
 
     @property
+    def chunks(self) -> tuple[slice, ...]:
+        """Rows of the forward pass. Kept ones in one chunk, so that their product is one, unless
+        there is a second model, whose tile lies beside them; no rows still make one chunk, empty,
+        for its dtypes."""
+        whole = self.kept_rows if not self.partner_size else self.forward_tile.rows
+        kept = split(0, self.kept_rows, whole)
+        others = split(self.kept_rows, self.scored, self.forward_tile.rows)
+        return (*kept, *others) or (slice(0, 0),)
+
+    def backward_room(self, rows: int, vocab_size: int, held: int, beside: bool) -> Tile:
+        """What rows that must be copied or formed again are worked through in, most of them
+        ``rows``, while the exponentials of ``held`` rows are in memory; ``beside`` says whether
+        their products add up with those of rows that are read in place or copied."""
+        if self.partner_size:
+            return Tile(self.forward_tile.rows, vocab_size)
+        budget = self.memory_budget - held * vocab_size * self.itemsize
+        slab_bytes = self.slab_bytes if beside else 0
+        return recompute_tile(rows, vocab_size, self.itemsize, budget, slab_bytes)
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """All there are, for a gradient at logp; one at entropy or lse projects every row again."""
+        logits = 1 + self.partner_size / self.hidden_size
+        found = [Product("forward", "logits", logits)]
+        if self.schedule == "direct":
+            found.append(Product("forward", "hidden", 1.0))
+        elif self.needs_grad:
+            again = 1 - self.kept_rows / max(1, self.scored)
+            found.append(Product("backward", "logits", again * logits))
+            if self.needs_hidden:
+                found.append(Product("backward", "hidden", 1.0))
+            if self.needs_weight:
+                share = self.trained_size / self.hidden_size
+                found.append(Product("backward", "weight", share))
+        return tuple(found)
+
+    @property
     def forward_units(self) -> float:
-        return 2.0 if self.schedule == "direct" else 1.0
+        return sum(one.units for one in self.products if one.when == "forward")
 
     @property
     def backward_units(self) -> float:
-        """For a gradient at logp; one at entropy or lse projects every row again."""
-        if self.schedule in ("score", "direct"):
-            return 0.0
-        recomputed = 1 - self.kept_rows / max(1, self.scored)
-        weight = self.trained_size / self.hidden_size if self.needs_weight else 0.0
-        return float(self.needs_hidden) + weight + recomputed
+        return sum(one.units for one in self.products if one.when == "backward")
 
     @property
     def units(self) -> float:
@@ -131,6 +183,8 @@ class Plan(Problem):
             held += self._row_bytes
         if self.copies_weight:
             held += self.vocab_size * self.hidden_size * self.itemsize
+        if self.copies_partner:
+            held += self.vocab_size * self.partner_size * self.itemsize
         return held
 
     @property
@@ -138,12 +192,15 @@ class Plan(Problem):
         """Working memory at its peak, ``saved_bytes`` included, results and gradients not."""
         tile = 0
         if self.schedule == "direct" or (self.scores_in_tiles and self.schedule != "keep"):
+            tile = self.models * self.forward_tile.nbytes(self.itemsize)
+        elif self.partner_size:
             tile = self.forward_tile.nbytes(self.itemsize)
-        forward = self._row_bytes + self.temporary_bytes + tile
+        partner = self.scored * self.partner_size * self.itemsize
+        forward = self._row_bytes + partner + self.temporary_bytes + tile
         if not self.needs_grad or self.schedule == "direct":
             return self.saved_bytes + forward
         # Packed rows, those with a gradient, the same scaled, and their gradient.
-        backward = 4 * self._row_bytes
+        backward = 4 * self._row_bytes + partner
         again = self.backward_tile
         if again is None:
             # A gradient at entropy or lse, or rows without any, make kept rows pass through a tile.
@@ -152,7 +209,7 @@ class Plan(Problem):
             again = Tile(0, self.vocab_size)
             if self.device_type == "cpu" or not self.only_logp:
                 again = recompute_tile(self.scored, self.vocab_size, self.itemsize, spare)
-        backward += again.nbytes(self.itemsize) + self.temporary_bytes
+        backward += self.models * again.nbytes(self.itemsize) + self.temporary_bytes
         backward += self._sum_bytes(again)
         if self.needs_bias:
             # Kept rows are summed where they lie, whole.
@@ -205,6 +262,7 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@functools.lru_cache(maxsize=256)
 def choose(problem: Problem, options: ScoringOptions) -> Plan:
     """The plan for ``problem``. Raises ValueError where ``options.schedule`` cannot serve it."""
     if options.schedule == "batches":
@@ -213,9 +271,16 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
         )
     budget = memory_budget(problem, options)
     source = SHARE if options.memory_budget is None else GIVEN
-    schedule, kept, forward, backward = _choice(problem, budget, options)
+    chosen = _choice_of_two if problem.partner_size else _choice
+    schedule, kept, forward, backward = chosen(problem, budget, options)
+    given = {one.name: getattr(problem, one.name) for one in fields(Problem)}
+    if problem.partner_size:
+        # Of the rows that are compared at a time.
+        given["temporary_bytes"] = divergences.temporary_bytes(
+            *forward, problem.device_type, problem.dtype, problem.backend
+        )
     return Plan(
-        **{one.name: getattr(problem, one.name) for one in fields(Problem)},
+        **given,
         schedule=schedule,
         kept_rows=kept,
         forward_tile=forward,
@@ -244,22 +309,47 @@ def _choice(
         if tile.cols == problem.vocab_size:
             return "direct", 0, tile, None
         if options.schedule == "direct":
-            whole_rows = budget // max(1, problem.vocab_size * problem.itemsize)
-            rows = min(max(1, problem.scored), max(LEAST_ROWS, whole_rows))
+            whole_rows = max(LEAST_ROWS, budget // problem.row_bytes)
+            rows = min(max(1, problem.scored), whole_rows)
             return "direct", 0, Tile(rows, problem.vocab_size), None
-    row_bytes = max(1, problem.vocab_size * problem.itemsize)
     kept = 0 if options.schedule == "recompute" else rows_to_keep(problem, budget)
     if kept >= problem.scored:
         whole = Tile(problem.scored, problem.vocab_size)
         return "keep", problem.scored, whole, None
     kept -= kept % LEAST_ROWS
-    left = budget - kept * row_bytes
+    left = budget - kept * problem.row_bytes
     forward = _score_tile(problem, left, options)
     slab_bytes = problem.slab_bytes if kept else 0
     backward = recompute_tile(
         problem.scored - kept, problem.vocab_size, problem.itemsize, left, slab_bytes
     )
     return "keep/recompute" if kept else "recompute", kept, forward, backward
+
+
+def _choice_of_two(
+    problem: Problem, budget: int, options: ScoringOptions
+) -> tuple[str, int, Tile, Tile | None]:
+    """As ``_choice``, of two models side by side: their tiles hold whole rows, and lie beside kept
+    rows in a quarter of the budget."""
+    trains = problem.needs_weight or problem.needs_bias
+    if options.schedule == "direct" and trains:
+        raise ValueError(
+            "schedule='direct' does not serve two heads, of which one is trained; use "
+            "schedule='auto', 'keep' or 'recompute'"
+        )
+    keeps = problem.needs_grad and trains
+    wanted = most_chunk_rows(problem, options.chunk_rows)
+    share = budget // 4 if keeps else budget
+    tile = Tile(min(wanted, max(LEAST_ROWS, share // (2 * problem.row_bytes))), problem.vocab_size)
+    if not keeps:
+        return "direct" if problem.needs_grad else "score", 0, tile, None
+    kept = 0
+    if options.schedule != "recompute":
+        left = budget - 2 * tile.nbytes(problem.itemsize)
+        kept = min(problem.scored, max(0, left) // problem.row_bytes)
+    if kept >= problem.scored:
+        return "keep", kept, tile, tile
+    return "keep/recompute" if kept else "recompute", kept, tile, tile
 
 
 def memory_budget(problem: Problem, options: ScoringOptions) -> int:
@@ -273,9 +363,8 @@ def less(plan: Plan, keep: bool = True) -> Plan | None:
         keep: whether exponentials may be kept; not in backward, where those of the forward pass are
             given back and their rows recomputed.
     """
-    row_bytes = plan.vocab_size * plan.itemsize
     tiles = (tile.nbytes(plan.itemsize) for tile in plan.sizes[1:] if isinstance(tile, Tile))
-    budget = plan.kept_rows * row_bytes + max(tiles)  # at most this was taken
+    budget = plan.kept_rows * plan.row_bytes + plan.models * max(tiles)  # at most this was taken
     schedule: Schedule = "auto" if plan.schedule == "direct" else "keep"
     if not keep or plan.schedule == "recompute":
         schedule = "recompute"
@@ -293,7 +382,7 @@ def less(plan: Plan, keep: bool = True) -> Plan | None:
 def rows_to_keep(problem: Problem, budget: int) -> int:
     """Rows of exponentials that ``budget`` holds. A quarter stays free for a wide tile: rows to
     recompute, or the kept rows that have a gradient at all."""
-    return max(0, budget - budget // 4) // max(1, problem.vocab_size * problem.itemsize)
+    return max(0, budget - budget // 4) // problem.row_bytes
 
 
 def _score_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:
@@ -350,3 +439,7 @@ def recompute_tile(
         cols = LEAST_COLS
         rows = max(min(rows, LEAST_ROWS), min(rows, budget // (cols * itemsize)))
     return Tile(rows, vocab if cols >= vocab else _multiple(cols, LEAST_COLS))
+
+
+def split(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(at, min(stop, at + size)) for at in range(start, stop, max(1, size))]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass over tiles of raw products computes of each row, and of what its gradient is made.
+
+A rule knows rows; packing, tiles, schedules, products and the gradients of hidden states and heads
+are the engine's (forward.py, backward.py). With D the gradient at the first model's raw products,
+
+    d hidden = D W,   d weight = D^T hidden,   d bias = D^T 1,
+
+and a rule says in which matrices it is kept from forward to backward, each scaled row by row once
+the upstream gradients are known, and how it is formed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends import RowBackend
+from ..head import Projector
+from ..mean_logit import MeanRow
+
+# Upstream gradients, one for each output: (N,) in the statistics' dtype; None where none arrived.
+Upstream = Sequence[Tensor | None]
+
+
+class Heads(NamedTuple):
+    """What multiplies and reduces the rows of a call."""
+
+    projectors: tuple[Projector, ...]  # of each model; only the first has gradients
+    backend: RowBackend
+    backend_name: str
+    group: dist.ProcessGroup | None
+    mean: MeanRow | None = None  # where mean logits are asked for without a cap
+
+
+class Found(NamedTuple):
+    """Of some rows."""
+
+    outputs: tuple[Tensor | None, ...]  # (rows,), what the caller gets
+    numbers: tuple[Tensor | None, ...]  # (rows,), what backward needs
+
+
+class Again(NamedTuple):
+    """D of some rows, formed once more."""
+
+    # Columns and room for a tile of each model -> D (rows, columns), but for ``factor``.
+    tile: Callable[[slice, Tensor], Tensor]
+    factor: Tensor | None  # (rows,); None: the tile is D itself
+
+
+class Rule(Protocol):
+    models: ClassVar[int]  # whose tiles it looks at side by side
+    matrices: ClassVar[int]  # kept of a row, each in place of a tile
+    whole_rows: ClassVar[bool]  # whether its tiles must hold all columns
+    output_names: ClassVar[tuple[str, ...]]
+    number_names: ClassVar[tuple[str, ...]]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Which of ``output_names`` are asked for."""
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Which of ``number_names`` there are then."""
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """Outputs that can receive a gradient."""
+
+    @property
+    def statistics(self) -> bool:
+        """Whether a row is more than the sum of its exponentials."""
+
+    def forward(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        tiles: Sequence[Tensor],
+        write: bool,
+    ) -> Found:
+        """Of rows (n, H) of each model. ``tiles`` (n, columns), one a model, are room for their
+        products, none where the backend needs none; with ``write`` the first ones end as the
+        matrices that are kept."""
+
+    def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
+        """Of all rows, what is not asked of tiles."""
+
+    def factors(
+        self, heads: Heads, numbers: Upstream, upstream: Upstream
+    ) -> tuple[Tensor, ...] | None:
+        """(N,) for each matrix: D is their sum, each row scaled by its own; None where the matrices
+        do not hold what ``upstream`` asks for."""
+
+    def active(self, upstream: Upstream) -> Tensor:
+        """(N,) bool, rows with any gradient."""
+
+    def again(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        numbers: Upstream,
+        upstream: Upstream,
+    ) -> Again:
+        """D of rows whose matrices were not kept."""

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a student's distribution over the vocabulary lies from a teacher's.
+
+Raw products of both are looked at side by side. What is kept is G, the divergence's gradient at the
+student's raw products: the upstream gradient of a row only ever scales it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..backends.divergences import divergence_rows
+from ..workspace import tile_of
+from . import Again, Found, Heads, Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    divergence: str
+    beta: float
+
+    models: ClassVar[int] = 2
+    matrices: ClassVar[int] = 1
+    whole_rows: ClassVar[bool] = True
+    output_names: ClassVar[tuple[str, ...]] = ("divergence",)
+    number_names: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[tuple[str, ...]] = ("divergence",)
+    numbers: ClassVar[tuple[str, ...]] = ()
+    differentiable: ClassVar[tuple[str, ...]] = ("divergence",)
+    statistics: ClassVar[bool] = False
+
+    def forward(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        tiles: Sequence[Tensor],
+        write: bool,
+    ) -> Found:
+        project(heads, rows, tiles)
+        return Found((self._values(heads, tiles, write),), ())
+
+    def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
+        return found
+
+    def factors(self, heads: Heads, numbers: Upstream, upstream: Upstream) -> tuple[Tensor, ...]:
+        return (_arrived(upstream),)
+
+    def active(self, upstream: Upstream) -> Tensor:
+        return _arrived(upstream) != 0
+
+    def again(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        numbers: Upstream,
+        upstream: Upstream,
+    ) -> Again:
+        def tile(columns: slice, workspace: Tensor) -> Tensor:
+            half = workspace.shape[0] // 2
+            parts = workspace[:half], workspace[half:]
+            tiles = [tile_of(part, rows[0].shape[0], columns) for part in parts]
+            project(heads, rows, tiles)
+            self._values(heads, tiles, True)
+            return tiles[0]
+
+        return Again(tile, _arrived(upstream))
+
+    def _values(self, heads: Heads, tiles: Sequence[Tensor], write: bool) -> Tensor:
+        student, teacher = heads.projectors
+        own, other = tiles
+        return divergence_rows(
+            own,
+            other,
+            student.bias,
+            teacher.bias,
+            student.map,
+            self.divergence,
+            self.beta,
+            write,
+            heads.backend_name,
+        )
+
+
+def project(heads: Heads, rows: Sequence[Tensor], tiles: Sequence[Tensor]) -> None:
+    """Raw products of some rows of both models into their tiles."""
+    for own, tile, projector in zip(rows, tiles, heads.projectors, strict=True):
+        torch.mm(own, projector.weight.t(), out=tile)
+
+
+def _arrived(upstream: Upstream) -> Tensor:
+    (gradient,) = upstream
+    if gradient is None:
+        raise RuntimeError("no gradient arrived")
+    return gradient

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of the targets: log-probabilities and what else ``TokenScores`` holds.
+
+With e = exp(t - anchor - offset) (times the map's slope), the matrix E of a row is e with its
+target column set to (p[y] - 1) / scale, where scale = p / e. The gradient of the row's logp is then
+a row of E times one number, -scale (dt/dz). A gradient at entropy or lse needs every row's products
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import vocab_parallel
+from ..backends import UpstreamGradient
+from ..rows import (
+    RowScores,
+    TargetLogits,
+    exponential_scale,
+    merge,
+    row_scores,
+    token_scores,
+    write_target,
+)
+from ..types import DIFFERENTIABLE, OUTPUTS, TokenScores, needs_statistics
+from ..workspace import tile_of
+from . import Again, Found, Heads, Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    outputs: tuple[str, ...]
+    differentiable: tuple[str, ...] = DIFFERENTIABLE
+
+    models: ClassVar[int] = 1
+    matrices: ClassVar[int] = 1
+    whole_rows: ClassVar[bool] = False
+    output_names: ClassVar[tuple[str, ...]] = OUTPUTS
+    number_names: ClassVar[tuple[str, ...]] = ("logp", "anchor", "norm", "scale", "entropy")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return self.number_names if "entropy" in self.outputs else self.number_names[:-1]
+
+    @property
+    def statistics(self) -> bool:
+        return needs_statistics(self.outputs)
+
+    def forward(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        tiles: Sequence[Tensor],
+        write: bool,
+    ) -> Found:
+        outputs = self.outputs
+        if heads.mean is not None:
+            outputs = tuple(name for name in outputs if name != "mean_logits")
+        tile = tiles[0] if tiles else None
+        scores, row, scale = _scored(heads, rows[0], target, tile, write, outputs)
+        return Found(scores, (row.logp, row.anchor, row.norm, scale, scores.entropy))
+
+    def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
+        if heads.mean is None:
+            return found
+        scores = TokenScores._make(found.outputs)
+        return found._replace(outputs=scores._replace(mean_logits=heads.mean.logits(rows[0])))
+
+    def factors(
+        self, heads: Heads, numbers: Upstream, upstream: Upstream
+    ) -> tuple[Tensor, ...] | None:
+        *_, scale, _ = numbers
+        given = TokenScores._make(upstream)
+        if given.entropy is not None or given.lse is not None or scale is None:
+            return None
+        g = torch.zeros_like(scale) if given.logp is None else given.logp
+        # A row without upstream gradient gets none, whatever it holds.
+        return (torch.where(g == 0, 0.0, -heads.projectors[0].map.scale * g * scale),)
+
+    def active(self, upstream: Upstream) -> Tensor:
+        given = TokenScores._make(upstream)
+        some = (one for one in (given.logp, given.entropy, given.lse) if one is not None)
+        return torch.stack([one != 0 for one in some]).any(0)
+
+    def again(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        numbers: Upstream,
+        upstream: Upstream,
+    ) -> Again:
+        head, (hidden,) = heads.projectors[0], rows
+        logp, anchor, norm, scale, entropy = numbers
+        given = TokenScores._make(upstream)
+        if logp is None or anchor is None or norm is None or scale is None:
+            raise RuntimeError("no numbers of these rows")
+        # The NaN of a target nobody holds reaches its row through norm.
+        gradient = UpstreamGradient(
+            anchor,
+            norm,
+            logp,
+            torch.zeros_like(scale) if given.logp is None else given.logp,
+            given.lse,
+            given.entropy,
+            None if given.entropy is None else entropy,
+        )
+        column = target - head.start
+
+        def tile(columns: slice, workspace: Tensor) -> Tensor:
+            out = tile_of(workspace, hidden.shape[0], columns)
+            heads.backend.project_gradient(
+                hidden,
+                head.weight[columns],
+                out,
+                column - columns.start,
+                gradient,
+                None if head.bias is None else head.bias[columns],
+                head.map,
+            )
+            return out
+
+        return Again(tile, None)
+
+
+def _scored(
+    heads: Heads,
+    hidden: Tensor,
+    target: Tensor,
+    tile: Tensor | None,
+    write: bool,
+    outputs: tuple[str, ...],
+) -> tuple[TokenScores, RowScores, Tensor]:
+    """Scores, row scores and scale of some rows, one slab of the vocabulary after the other. With
+    ``write``, ``tile`` (rows, V) ends as E; without a tile, the backend works in none."""
+    head, backend = heads.projectors[0], heads.backend
+    own = target_logits(heads, hidden, target)
+    vocab = head.weight.shape[0]
+    cols = vocab if tile is None else tile.shape[1]
+    parts = []
+    for start in range(0, vocab, cols):
+        slab = slice(start, min(vocab, start + cols))
+        sums = backend.project(
+            hidden,
+            head.weight[slab],
+            None if tile is None else tile[:, : slab.stop - start],
+            own.column - start if start else own.column,
+            own.logit,
+            None if head.bias is None else head.bias[slab],
+            head.map,
+            write,
+            needs_statistics(outputs),
+        )
+        if sums.best_index is not None and start + head.start:
+            sums = sums._replace(best_index=sums.best_index + (start + head.start))
+        parts.append(sums)
+    sums = merge(parts)
+    kept = tile if write else None
+    if heads.group is None:
+        rows, scale = backend.settle(sums, own, kept, head.map)
+    else:
+        local, sums = sums, vocab_parallel.merge_ranks(sums, heads.group)
+        rows = row_scores(sums, own.logit)
+        scale = exponential_scale(local, rows)
+        if kept is not None:
+            scale = _raised_scale(heads, kept, scale)
+            write_target(kept, own, rows, scale, head.map)
+    return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale
+
+
+def target_logits(heads: Heads, hidden: Tensor, target: Tensor) -> TargetLogits:
+    """By a gather and a dot product in the statistics' dtype; NaN for a target nobody holds."""
+    head = heads.projectors[0]
+    column = target - head.start if head.start else target
+    own = heads.backend.target_logits(hidden, head.weight, column, head.bias, head.map)
+    if heads.group is None:
+        return own
+    # A target has one owner: the sum over ranks is its value, and the count says if there was one.
+    here = own.column >= 0
+    shared = torch.stack([torch.where(here, own.raw, 0.0), here.to(own.raw.dtype)])
+    raw, owners = vocab_parallel.sum_over_ranks(shared, heads.group)
+    raw = torch.where(owners > 0, raw, torch.nan)
+    return TargetLogits(own.column, raw, head.map.logit(raw))
+
+
+def _raised_scale(heads: Heads, exps: Tensor, scale: Tensor) -> Tensor:
+    """Move rows whose logits all lie far below another rank's to a scale that does not underflow.
+
+    E[y] is divided by the scale; E and its products must fit E's dtype: a half holds probabilities.
+    """
+    floor = 1.0 if exps.dtype == torch.float16 else 2.0**-100
+    factor = torch.where(scale < floor, scale / floor, 1.0)
+    heads.backend.scale_rows(exps, factor, exps)
+    return torch.where(scale < floor, floor, scale)

@@ -23,6 +23,7 @@ from .backends import UpstreamGradient
 from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
 from .schedule import PRODUCT_BYTES, Tile, recompute_tile
+from .slab import Slab
 from .types import statistics_dtype
 from .workspace import lease, row_stride
 
@@ -156,15 +157,8 @@ def _recomputed_tile(
 
     def tile(columns: slice, workspace: Tensor) -> Tensor:
         out = _shaped(workspace, hidden.shape[0], columns)
-        run.backend.project_gradient(
-            hidden,
-            head.weight[columns],
-            out,
-            column - columns.start,
-            gradient,
-            None if head.bias is None else head.bias[columns],
-            head.map,
-        )
+        slab = Slab.of(head, columns)
+        run.backend.project_gradient(hidden, slab, out, column - columns.start, gradient)
         return out
 
     return tile

@@ -30,6 +30,7 @@ from .backends.divergences import divergence_rows
 from .backward import Gradients, add_product
 from .request import Parameters
 from .retry import with_less
+from .slab import Slab
 from .two_heads import Model, Tiles, TwoHeadPlan, TwoHeads
 from .types import statistics_dtype
 from .workspace import give_back, lease
@@ -46,11 +47,8 @@ class Call(NamedTuple):
     def rows(self, student: Tensor, teacher: Tensor, tiles: Tiles, write: bool) -> Tensor:
         """(rows,); with ``write`` the student's tile becomes G."""
         return divergence_rows(
-            student,
-            teacher,
-            tiles.student.bias,
-            tiles.teacher.bias,
-            tiles.student.map,
+            Slab.of(tiles.student).products(student),
+            Slab.of(tiles.teacher).products(teacher),
             self.divergence,
             self.beta,
             write,

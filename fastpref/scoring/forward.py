@@ -30,6 +30,7 @@ from .rows import (
     write_target,
 )
 from .schedule import Plan
+from .slab import Slab
 from .types import Head, TokenScores, needs_statistics
 from .workspace import lease
 
@@ -130,15 +131,13 @@ def _score_chunk(
     cols = vocab if buffer is None else buffer.shape[1]
     parts = []
     for start in range(0, vocab, cols):
-        slab = slice(start, min(vocab, start + cols))
+        columns = slice(start, min(vocab, start + cols))
         sums = run.backend.project(
             hidden,
-            head.weight[slab],
-            None if buffer is None else buffer[:, : slab.stop - start],
+            Slab.of(head, columns),
+            None if buffer is None else buffer[:, : columns.stop - start],
             own.column - start if start else own.column,
             own.logit,
-            None if head.bias is None else head.bias[slab],
-            head.map,
             write,
             needs_statistics(outputs),
         )
@@ -163,7 +162,7 @@ def target_logits(run: Run, hidden: Tensor, target: Tensor) -> TargetLogits:
     """By a gather and a dot product in the statistics' dtype; NaN for a target nobody holds."""
     head = run.head
     column = target - head.start if head.start else target
-    own = run.backend.target_logits(hidden, head.weight, column, head.bias, head.map)
+    own = run.backend.target_logits(hidden, Slab.of(head), column)
     if run.group is None:
         return own
     # A target has one owner: the sum over ranks is its value, and the count says if there was one.

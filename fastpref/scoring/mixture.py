@@ -11,6 +11,7 @@ from torch import Tensor
 from .autograd import products_of
 from .backends.divergences import logit_blocks
 from .retry import with_less
+from .slab import Slab
 from .two_heads import Model, Tiles, TwoHeadPlan, TwoHeads
 from .types import statistics_dtype
 
@@ -49,9 +50,9 @@ def _mixed(
     student: Tensor, teacher: Tensor, tiles: Tiles, column: Tensor, epsilon: float
 ) -> Tensor:
     """(2, rows)."""
-    biases = tiles.student.bias, tiles.teacher.bias
+    own, other = Slab.of(tiles.student), Slab.of(tiles.teacher)
     parts = []
-    for block, s, t in logit_blocks(student, teacher, *biases, tiles.student.map):
+    for block, s, t in logit_blocks(own.products(student), other.products(teacher)):
         inside = (column[block] >= 0) & (column[block] < s.shape[1])
         index = torch.where(inside, column[block], 0)[:, None]
         # Of equal logits of -inf the difference is none.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient, plain
 from fastpref.scoring.rows import RowScores, RowSums, TargetLogits
+from fastpref.scoring.slab import Products, Slab
 from fastpref.scoring.types import LogitMap, statistics_dtype
 
 HERE = Path(__file__).resolve().parent
@@ -161,17 +162,16 @@ class Kernels(NamedTuple):
 
     def exp_rows(
         self,
-        tile: Tensor,
+        products: Products,
         target: Tensor,
         anchor: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
         write: bool,
         statistics: bool,
         backwards: bool = False,
         blocks: int = 1,
     ) -> RowSums:
         """``blocks`` share a row as a cluster."""
+        tile, bias, map = products
         rows = tile.shape[0]
         sums = torch.full((7 if statistics else 3, rows), torch.nan, dtype=anchor.dtype)
         best_index = torch.full((rows,), -7) if statistics else None
@@ -197,13 +197,12 @@ class Kernels(NamedTuple):
 
     def logit_grad(
         self,
-        tile: Tensor,
+        products: Products,
         target: Tensor,
         upstream: UpstreamGradient,
-        bias: Tensor | None,
-        map: LogitMap,
         backwards: bool = False,
     ) -> None:
+        tile, bias, map = products
         call = LogitGradStruct(
             TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
             MapStruct(pointer(bias), *map),
@@ -214,14 +213,9 @@ class Kernels(NamedTuple):
         )
 
     def target_logits(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
-        backwards: bool = False,
+        self, hidden: Tensor, slab: Slab, target: Tensor, backwards: bool = False
     ) -> TargetLogits:
+        weight, bias, map = slab
         rows, width = hidden.shape
         raw = torch.full((rows,), 7.0, dtype=statistics_dtype(hidden.dtype))
         found = TargetLogits(torch.full((rows,), -7), raw, raw.clone())

@@ -28,7 +28,8 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=st
 
 def run(tiles, kind, beta=BETA, write=True):
     student = tiles.student.clone()
-    value = divergence_launch.divergence_rows(student, *tiles[1:], KINDS.index(kind), beta, write)
+    products = tiles._replace(student=student).products
+    value = divergence_launch.divergence_rows(*products, KINDS.index(kind), beta, write)
     return {"value": value, "gradient": student}
 
 
@@ -134,7 +135,7 @@ def test_where_the_tiles_lie(kind, write):
     before = wide.student.clone()
     inside = Tiles(wide.student[:, 7:2507], wide.teacher[:, 9:2509])
     expected = run(Tiles(*(one.contiguous() for one in inside[:2])), kind, write=write)
-    value = divergence_launch.divergence_rows(*inside, KINDS.index(kind), BETA, write)
+    value = divergence_launch.divergence_rows(*inside.products, KINDS.index(kind), BETA, write)
     assert torch.equal(value, expected["value"])
     assert torch.equal(inside.student, expected["gradient"])
     assert torch.equal(wide.student[:, :7], before[:, :7])
@@ -148,7 +149,7 @@ def test_no_rows_and_no_such_kind():
     assert run(empty, "tv")["value"].shape == (0,)
     assert run(Tiles(torch.zeros(2, 0), torch.zeros(2, 0)), "tv")["value"].tolist() == [0, 0]
     with pytest.raises(ValueError, match=r"kind.*got 6"):
-        divergence_launch.divergence_rows(*empty, 6, BETA, True)
+        divergence_launch.divergence_rows(*empty.products, 6, BETA, True)
 
 
 def test_linear_divergence_runs_on_it():

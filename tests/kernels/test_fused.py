@@ -10,6 +10,7 @@ import torch
 
 from fastpref import ScoringOptions, explain, linear_logprob
 from fastpref.scoring.backends import fused, plain
+from fastpref.scoring.slab import Slab
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import Case, check_scores, make_case, run, upstream_of, verify
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
@@ -239,12 +240,10 @@ def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
     hidden, weight = torch.randn(3, 8), torch.randn(70, 8)
     sums = fused.project(
         hidden,
-        weight,
+        Slab(weight, torch.full((70,), -torch.inf), LogitMap(1.0, 0.0)),
         None,
         torch.tensor([-1, 0, 69]),
         torch.tensor([0.5, -torch.inf, torch.nan]),
-        torch.full((70,), -torch.inf),
-        LogitMap(1.0, 0.0),
         False,
         statistics,
     )

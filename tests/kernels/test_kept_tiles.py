@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpref.kernels import probabilities
 from fastpref.scoring.backends import fused
 from fastpref.scoring.rows import RowSums
+from fastpref.scoring.slab import Slab
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import make_case
 from tests.scoring.test_numbers import dtype_name
@@ -59,8 +60,8 @@ class Projection:
         if tile is None:
             tile = self.hidden.new_empty(len(self.hidden), len(self.weight))
         anchor = self.target_logit if anchor is None else anchor
-        arguments = (self.hidden, self.weight, tile, self.target, anchor, self.bias, self.map)
-        return tile, fused.project(*arguments, write, statistics)
+        slab = Slab(self.weight, self.bias, self.map)
+        return tile, fused.project(self.hidden, slab, tile, self.target, anchor, write, statistics)
 
     def check(self, tile: Tensor, sums: RowSums, rows: slice = slice(None)) -> None:
         """``rows`` of the tile and of the sums that were made with it."""

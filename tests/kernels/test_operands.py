@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.kernels import products, tiles
 from fastpref.scoring.backends import fused, tiled
+from fastpref.scoring.slab import Slab
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.kernels.conftest import _dot
 from tests.scoring.cases import verify
@@ -103,10 +104,10 @@ def test_a_tile_that_the_plan_has_not_is_taken_in_parts(rows, statistics, monkey
     monkeypatch.setattr(tiled, "lease", lease)
     hidden, weight = torch.randn(rows, 33), torch.randn(130, 33)
     target, anchor = torch.arange(rows), torch.randn(rows)
-    arguments = (target, anchor, None, LogitMap(1.0, 0.0))
-    sums = fused.project(hidden, weight, None, *arguments, False, statistics)
+    slab, rest = Slab(weight, None, LogitMap(1.0, 0.0)), (target, anchor, False, statistics)
+    sums = fused.project(hidden, slab, None, *rest)
     tile = torch.empty(rows, 130)
-    other = fused._in_place("cpu").project(hidden, weight, tile, *arguments, False, statistics)
+    other = fused._in_place("cpu").project(hidden, slab, tile, *rest)
     for mine, its in zip(sums, other, strict=True):
         assert (mine is None) == (its is None)
         assert mine is None or torch.allclose(mine, its, rtol=1e-5, atol=1e-5)

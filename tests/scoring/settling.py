@@ -11,6 +11,7 @@ from torch import Tensor
 from fastpref.scoring import rows
 from fastpref.scoring.backends import plain
 from fastpref.scoring.rows import RowSums, TargetLogits
+from fastpref.scoring.slab import Slab
 from fastpref.scoring.types import LogitMap, statistics_dtype
 
 MAPS = {"plain": LogitMap(1.0, 0.0), "scaled": LogitMap(0.7, 0.0), "capped": LogitMap(1.3, 20.0)}
@@ -26,9 +27,9 @@ def check_target_logits(
     bias = torch.randn(20, dtype=exact) if biased else None
     target = torch.randint(20, (37,))
     target[:4] = torch.tensor([-1, 20, 10**12, 19])
-    found = target_logits(hidden, weight, target, bias, map)
-    wide = (hidden.double(), weight.double(), target, None if bias is None else bias.double(), map)
-    expected = plain.target_logits(*wide)
+    found = target_logits(hidden, Slab(weight, bias, map), target)
+    wide = Slab(weight.double(), None if bias is None else bias.double(), map)
+    expected = plain.target_logits(hidden.double(), wide, target)
     assert torch.equal(found.column, expected.column)
     assert found.column[:4].tolist() == [-1, -1, -1, 19]
     assert found.raw.dtype == found.logit.dtype == exact

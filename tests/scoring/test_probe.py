@@ -18,6 +18,7 @@ from fastpref.scoring.backends import (
     probe,
     rows,
 )
+from fastpref.scoring.slab import Slab
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import verify
 
@@ -26,7 +27,7 @@ SIZES = {"rows": 9, "hidden": 20, "vocab": 150}
 # Launches by name: where they are, the tier they belong to, and which of their numbers are spoiled.
 LAUNCHES = {
     "exp_rows": (rows, "rows", lambda arguments, result: result.sum),
-    "logit_grad": (rows, "rows", lambda arguments, result: arguments[0]),
+    "logit_grad": (rows, "rows", lambda arguments, result: arguments[0].tile),
     "project": (fused, "triton", lambda arguments, result: result.sum),
     "project_gradient": (fused, "triton", lambda arguments, result: arguments[2]),
     "target_logits": (rows, "rows", lambda arguments, result: result.raw),
@@ -198,18 +199,18 @@ def test_a_probe_takes_no_default_device_or_dtype(tier, caplog):
     """Else a process that sets one would lose the kernels."""
     hidden, weight, bias = torch.randn(4, 8), torch.randn(30, 8), torch.randn(30)
     target, vector, tile = torch.arange(4), torch.rand(4), torch.zeros(4, 30)
-    kernels, map = backends.load(tier), LogitMap(1.0, 2.0)
+    kernels, slab = backends.load(tier), Slab(weight, bias, LogitMap(1.0, 2.0))
     upstream = backends.UpstreamGradient(*[vector] * 4, None, None, None)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            own = kernels.target_logits(hidden, weight, target, bias, map)
-            arguments = target, own.logit, bias, map
-            sums = kernels.project(hidden, weight, tile, *arguments, True, True)
-            kernels.settle(sums, own, tile, map)
-            kernels.project_gradient(hidden, weight, tile, target, upstream, bias, map)
+            own = kernels.target_logits(hidden, slab, target)
+            sums = kernels.project(hidden, slab, tile, target, own.logit, True, True)
+            kernels.settle(sums, own, tile, slab.map)
+            kernels.project_gradient(hidden, slab, tile, target, upstream)
             kernels.scale_rows(tile, vector, tile)
-            assert divergence_launch.serves(tier, tile, tile, bias, bias, map, 0, True)
+            both = [slab.products(tile)] * 2
+            assert divergence_launch.serves(tier, *both, 0, True)
     finally:
         torch.set_default_dtype(torch.float32)
     assert probe.failures() == {} and not caplog.records

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastpref.scoring.rows import RowSums, merge, row_scores, token_scores
+from fastpref.scoring.slab import Products
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import BACKENDS
 
@@ -21,9 +22,8 @@ def parts_of(logits, target, backend, statistics=True, dtype=torch.float64):
     parts = []
     for start, stop in itertools.pairwise(BOUNDS):
         tile = logits[:, start:stop].to(dtype).contiguous()
-        sums = load(backend).kernels.exp_rows(
-            tile, target - start, own, None, LogitMap(1.0, 0.0), False, statistics
-        )
+        products = Products(tile, None, LogitMap(1.0, 0.0))
+        sums = load(backend).kernels.exp_rows(products, target - start, own, False, statistics)
         if sums.best_index is not None:
             sums = sums._replace(best_index=sums.best_index + start)
         parts.append(sums)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backends: who turns raw products into exponentials or into logit gradients.
 
-``target`` holds columns of the tile; a value outside [0, cols) means that the
+``target`` holds columns of the slab; a value outside [0, cols) means that the
 row's target lies elsewhere.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..rows import RowScores, RowSums, TargetLogits
+from ..slab import Slab
 from ..types import LogitMap
 from . import verdict
 from .choice import Size
@@ -43,14 +44,7 @@ class RowKernels(Protocol):
     def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         """factor[i] rows[i], (rows, H), into ``out``, which may be ``rows``; rounded once."""
 
-    def target_logits(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
-    ) -> TargetLogits:
+    def target_logits(self, hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
         """Those of each row's target, in the statistics' dtype."""
 
     def settle(
@@ -65,12 +59,10 @@ class RowBackend(RowKernels, Protocol):
     def project(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         tile: Tensor | None,
         target: Tensor,
         anchor: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
         write: bool,
         statistics: bool,
     ) -> RowSums:
@@ -80,12 +72,10 @@ class RowBackend(RowKernels, Protocol):
     def project_gradient(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         tile: Tensor,
         target: Tensor,
         upstream: UpstreamGradient,
-        bias: Tensor | None,
-        map: LogitMap,
     ) -> None:
         """The tile becomes the gradient with respect to the raw products hidden weight^T."""
 

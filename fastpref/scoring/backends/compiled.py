@@ -7,21 +7,17 @@ import torch
 from torch import Tensor
 
 from ..rows import RowScores, RowSums, TargetLogits
+from ..slab import Products, Slab
 from ..types import LogitMap
 from . import UpstreamGradient, operators, plain
 
 
 def exp_rows(
-    tile: Tensor,
-    target: Tensor,
-    anchor: Tensor,
-    bias: Tensor | None,
-    map: LogitMap,
-    write: bool,
-    statistics: bool,
+    products: Products, target: Tensor, anchor: Tensor, write: bool, statistics: bool
 ) -> RowSums:
+    tile, bias, map = products
     sums, best_index = torch.ops.fastpref.exp_rows_(
-        tile, target, anchor, bias, map.scale, map.cap, write, statistics
+        tile, target, anchor, bias, *map, write, statistics
     )
     if not statistics:
         return RowSums(*sums)
@@ -29,10 +25,9 @@ def exp_rows(
     return RowSums(**named, best_index=best_index)
 
 
-def logit_grad(
-    tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
-) -> None:
-    torch.ops.fastpref.logit_grad_(tile, target, *upstream, bias, map.scale, map.cap)
+def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:
+    tile, bias, map = products
+    torch.ops.fastpref.logit_grad_(tile, target, *upstream, bias, *map)
 
 
 def temporary_bytes(
@@ -42,12 +37,11 @@ def temporary_bytes(
     return 0
 
 
-def target_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
-) -> TargetLogits:
+def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
+    weight, bias, map = slab
     # Weights that lie transposed are rare; the operator wants contiguous rows.
     if hidden.stride(1) != 1 or weight.stride(1) != 1:
-        return plain.target_logits(hidden, weight, target, bias, map)
+        return plain.target_logits(hidden, slab, target)
     return TargetLogits(*torch.ops.fastpref.target_logits(hidden, weight, target, bias, *map))
 
 

@@ -13,6 +13,7 @@ from ...kernels import scale_rows as scaling
 from ...kernels import target_logits as targets
 from .. import rows as row_formulas
 from ..rows import RowScores, RowSums, TargetLogits
+from ..slab import Slab
 from ..types import LogitMap
 from . import plain
 
@@ -40,11 +41,10 @@ def matrices_supported(*matrices: Tensor) -> str | None:
     return None
 
 
-def target_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
-) -> TargetLogits:
+def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
+    weight, bias, map = slab
     if matrices_supported(hidden, weight) is not None:
-        return plain.target_logits(hidden, weight, target, bias, map)
+        return plain.target_logits(hidden, slab, target)
     raw = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     found = TargetLogits(torch.empty_like(target), raw, torch.empty_like(raw))
     if raw.numel():

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels import exp_rows as exponentials
 from ...kernels import join_shares, logit_grad_rows
 from ..rows import RowSums
+from ..slab import Products
 from ..types import LogitMap
 from . import UpstreamGradient, glue, plain
 from .glue import DTYPES
@@ -51,17 +52,12 @@ def temporary_bytes(
 
 
 def exp_rows(
-    tile: Tensor,
-    target: Tensor,
-    anchor: Tensor,
-    bias: Tensor | None,
-    map: LogitMap,
-    write: bool,
-    statistics: bool,
+    products: Products, target: Tensor, anchor: Tensor, write: bool, statistics: bool
 ) -> RowSums:
-    """As ``TileKernels.exp_rows``; the entries of ``map`` may be (rows,) float32 tensors."""
+    """As ``TileKernels.exp_rows``; the entries of the map may be (rows,) float32 tensors."""
+    tile, bias, map = products
     if tile.dtype not in DTYPES or not tile.numel():
-        return plain.exp_rows(tile, target, anchor, bias, map, write, statistics)
+        return plain.exp_rows(products, target, anchor, write, statistics)
     halves = write and tile.dtype == torch.float16
     rows = tile.shape[0]
     flags = _flags(tile, map)
@@ -121,12 +117,11 @@ def exp_rows(
     return RowSums(**named, best_index=None if out_index is None else out_index[:rows])
 
 
-def logit_grad(
-    tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
-) -> None:
-    """As ``TileKernels.logit_grad``; the entries of ``map`` may be (rows,) float32 tensors."""
+def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:
+    """As ``TileKernels.logit_grad``; the entries of the map may be (rows,) float32 tensors."""
+    tile, bias, map = products
     if tile.dtype not in DTYPES or not tile.numel():
-        plain.logit_grad(tile, target, upstream, bias, map)
+        plain.logit_grad(products, target, upstream)
         return
     flags = _flags(tile, map)
     shares = _shares(tile, flags)

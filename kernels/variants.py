@@ -295,7 +295,7 @@ def _sums(statistics: bool) -> Iterator[Variant]:
     constants |= _absent(best_index=statistics, out_index=statistics)
     for kernel, name in (
         (row_sums.row_sums_kernel, "row_sums"),
-        (reanchor.settle_kernel, "settle"),
+        (reanchor.sum_flagged_kernel, "sum_flagged"),
     ):
         label = _label(name, statistics=statistics)
         yield Variant(kernel, label, constants, {}, "fp32")

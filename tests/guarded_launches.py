@@ -22,7 +22,7 @@ from tests.cuda_on_host import launches as cuda_launches
 from tests.cuda_on_host.kernels import ELEMENTS
 from tests.guard import SIDES, guarded, guarded_allocations
 from tests.row_launches import Launch, Place, between_products, over_tiles, placed
-from tests.scoring.divergences import KINDS, Tiles, random_tiles, with_bias
+from tests.scoring.divergences import DIVERGENCES, Tiles, random_tiles, with_bias
 from tests.scoring.settling import MAPS
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,13 +67,13 @@ def divergence_rows(
         values = [operator(*lying.products, kind, 0.3, write) for write in (False, True)]
         return [student, *values]
 
-    return Launch(f"divergence_rows-{KINDS[kind]}-{dtype}-{cols}", run)
+    return Launch(f"divergence_rows-{DIVERGENCES[kind]}-{dtype}-{cols}", run)
 
 
 def divergences(
     operator: Callable[..., Tensor], dtypes: tuple[torch.dtype, ...], extent: Extent
 ) -> Iterator[Launch]:
-    for dtype, cols, kind in itertools.product(dtypes, extent.widths, range(len(KINDS))):
+    for dtype, cols, kind in itertools.product(dtypes, extent.widths, range(len(DIVERGENCES))):
         yield divergence_rows(operator, dtype, cols, kind)
 
 
@@ -87,13 +87,13 @@ def compiled_divergence_rows(
 
 
 def cpu(launches: str, directory: str) -> Iterator[Launch]:
-    from fastpref.scoring.backends import compiled
+    from fastpref.scoring.backends import cpp
 
     extent = COMPILED[launches]
     for dtype, map, cols in itertools.product(ELEMENTS, extent.maps, extent.widths):
         # make_rows wants some columns.
-        yield from of(compiled, over_tiles(dtype, map, max(cols, 13)))
-        yield from of(compiled, between_products(dtype, map, cols))
+        yield from of(cpp, over_tiles(dtype, map, max(cols, 13)))
+        yield from of(cpp, between_products(dtype, map, cols))
     yield from divergences(compiled_divergence_rows, ELEMENTS, extent)
 
 
@@ -120,7 +120,7 @@ def rows(launches: str, directory: str) -> Iterator[Launch]:
 
 
 def projection(dtype: torch.dtype, map: str, cols: int, write: bool, statistics: bool) -> Launch:
-    from fastpref.scoring.backends import fused
+    from fastpref.scoring.backends import triton as triton_backend
 
     def run(_: Any, place: Place) -> list[Tensor]:
         # Rows of whole 16 bytes, at such distances: others take another way.
@@ -132,7 +132,9 @@ def projection(dtype: torch.dtype, map: str, cols: int, write: bool, statistics:
         anchor[::3] = -200
         target[-1] = cols - 1
         slab = Slab(weight, place(torch.randn(cols)), MAPS[map])
-        sums = fused.project(hidden, slab, tile, place(target), place(anchor), write, statistics)
+        sums = triton_backend.project(
+            hidden, slab, tile, place(target), place(anchor), write, statistics
+        )
         return [tile, sums.sum]
 
     kind = f"{'written' if write else 'read'}-{'statistics' if statistics else 'sums'}"
@@ -140,7 +142,7 @@ def projection(dtype: torch.dtype, map: str, cols: int, write: bool, statistics:
 
 
 def projected_gradient(dtype: torch.dtype, map: str, cols: int) -> Launch:
-    from fastpref.scoring.backends import fused
+    from fastpref.scoring.backends import triton as triton_backend
 
     def run(_: Any, place: Place) -> list[Tensor]:
         # Rows of whole 16 bytes, at such distances: others take another way.
@@ -150,13 +152,13 @@ def projected_gradient(dtype: torch.dtype, map: str, cols: int) -> Launch:
         upstream = UpstreamGradient(*(place(one) for one in torch.rand(7, 37)))
         target = place(torch.randint(cols, (37,)))
         slab = Slab(weight, place(torch.randn(cols)), MAPS[map])
-        fused.project_gradient(hidden, slab, tile, target, upstream)
+        triton_backend.project_gradient(hidden, slab, tile, target, upstream)
         return [tile]
 
     return Launch(f"project_gradient-{dtype}-{map}-{cols}", run)
 
 
-def fused(launches: str, directory: str) -> Iterator[Launch]:
+def triton(launches: str, directory: str) -> Iterator[Launch]:
     extent = INTERPRETED[launches]
     for dtype, map, cols in itertools.product(TRITON_DTYPES, extent.maps, extent.widths):
         yield projection(dtype, map, cols, False, False)
@@ -187,7 +189,7 @@ def planted(launches: str, directory: str) -> Iterator[Launch]:
 TRITON = {
     "glue": glue,
     "rows": rows,
-    "fused": fused,
+    "triton": triton,
     "divergence_launch": divergence_launch,
     "planted": planted,
 }

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of row kernels, with names, for checks that run in a process of their own: of whatever
-has the functions of a backend (fastpref/scoring/backends/compiled.py), or some of them."""
+has the functions of a backend (fastpref/scoring/backends/cpp.py), or some of them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import two_head_operators
-from .backends.divergences import KINDS
+from .backends.divergences import DIVERGENCES
 from .divergence_products import Call, LinearDivergence, flat
 from .request import Lora
 from .two_heads import ask_two_heads
@@ -79,8 +79,8 @@ def linear_divergence(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where 64 rows at a time do not fit.
     """
-    if divergence not in KINDS:
-        raise ValueError(f"divergence must be one of {', '.join(KINDS)}; got {divergence!r}")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
     _check_beta(beta)
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"

@@ -106,18 +106,6 @@ def row_scores(sums: RowSums, target_logit: Tensor) -> RowScores:
     )
 
 
-def settle(
-    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
-) -> tuple[RowScores, Tensor]:
-    """Scores of rows whose every column is in ``sums``, and the scale p / e of their exponentials,
-    which become the matrix E of forward.py where given."""
-    rows = row_scores(sums, own.logit)
-    scale = exponential_scale(sums, rows)
-    if exps is not None:
-        write_target(exps, own, rows, scale, map)
-    return rows, scale
-
-
 def exponential_scale(sums: RowSums, rows: RowScores) -> Tensor:
     """p / e of exponentials with the sums' anchor and offset."""
     # The anchors may lie far apart: their difference is rounded only after exp.

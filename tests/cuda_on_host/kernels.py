@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.scoring.backends import UpstreamGradient, plain
+from fastpref.scoring.backends import UpstreamGradient
+from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.rows import RowScores, RowSums, TargetLogits
 from fastpref.scoring.slab import Products, Slab
 from fastpref.scoring.types import LogitMap, statistics_dtype
@@ -281,4 +282,4 @@ class Kernels(NamedTuple):
         )
         return out
 
-    temporary_bytes = staticmethod(plain.temporary_bytes)
+    temporary_bytes = staticmethod(torch_backend.temporary_bytes)

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, linear_divergence
-from fastpref.scoring.backends import divergence_launch, fused
+from fastpref.scoring.backends import divergence_launch
+from fastpref.scoring.backends import triton as triton_backend
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import check_contract
 from tests.scoring.divergences import (
-    KINDS,
+    DIVERGENCES,
     Tiles,
     masked,
     random_tiles,
@@ -18,18 +19,18 @@ from tests.scoring.divergences import (
     with_bias,
 )
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 BETA = 0.3
 INF = float("inf")
-kinds = pytest.mark.parametrize("kind", KINDS)
-soft = pytest.mark.parametrize("kind", KINDS[:5])
+kinds = pytest.mark.parametrize("kind", DIVERGENCES)
+soft = pytest.mark.parametrize("kind", DIVERGENCES[:5])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
 def run(tiles, kind, beta=BETA, write=True):
     student = tiles.student.clone()
     products = tiles._replace(student=student).products
-    value = divergence_launch.divergence_rows(*products, KINDS.index(kind), beta, write)
+    value = divergence_launch.divergence_rows(*products, DIVERGENCES.index(kind), beta, write)
     return {"value": value, "gradient": student}
 
 
@@ -135,7 +136,9 @@ def test_where_the_tiles_lie(kind, write):
     before = wide.student.clone()
     inside = Tiles(wide.student[:, 7:2507], wide.teacher[:, 9:2509])
     expected = run(Tiles(*(one.contiguous() for one in inside[:2])), kind, write=write)
-    value = divergence_launch.divergence_rows(*inside.products, KINDS.index(kind), BETA, write)
+    value = divergence_launch.divergence_rows(
+        *inside.products, DIVERGENCES.index(kind), BETA, write
+    )
     assert torch.equal(value, expected["value"])
     assert torch.equal(inside.student, expected["gradient"])
     assert torch.equal(wide.student[:, :7], before[:, :7])

@@ -12,7 +12,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 from fastpref import ScoringOptions
 from fastpref.bench import predictions
 from fastpref.bench.predictions import Call
-from fastpref.scoring.backends import UpstreamGradient, plain, rows
+from fastpref.scoring.backends import UpstreamGradient, rows
+from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.rows import TargetLogits, token_scores
 from fastpref.scoring.slab import Products
 from fastpref.scoring.types import OUTPUTS, LogitMap
@@ -168,12 +169,12 @@ def test_split_rows(monkeypatch, dtype, padded, cols, map):
             tile = tile_of(products, padded)
             arguments = Products(tile, bias, map), target, own.logit, write, statistics
             if shares is None:
-                sums = plain.exp_rows(*arguments)
+                sums = torch_backend.exp_rows(*arguments)
             else:
                 monkeypatch.setattr(rows, "_shares", lambda tile, flags, shares=shares: shares)
                 sums = rows.exp_rows(*arguments)
             kept = tile if write else None
-            scored, scale = plain.settle(sums, own, kept, map)
+            scored, scale = torch_backend.settle(sums, own, kept, map)
             scores = token_scores(outputs, sums, scored, target, own.logit, cols)
             named = {n: v.double() for n, v in scores._asdict().items() if v is not None}
             if write:

@@ -12,7 +12,7 @@ from fastpref.scoring.slab import Products
 from fastpref.scoring.types import LogitMap
 
 # In the order of their numbers.
-KINDS = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine")
 
 
 class Tiles(NamedTuple):

@@ -12,12 +12,12 @@ from fastpref.scoring import backends
 from fastpref.scoring.backends import (
     column_sums,
     divergence_launch,
-    fused,
     glue,
-    plain,
     probe,
     rows,
 )
+from fastpref.scoring.backends import torch as torch_backend
+from fastpref.scoring.backends import triton as triton_backend
 from fastpref.scoring.slab import Slab
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import verify
@@ -28,8 +28,8 @@ SIZES = {"rows": 9, "hidden": 20, "vocab": 150}
 LAUNCHES = {
     "exp_rows": (rows, "rows", lambda arguments, result: result.sum),
     "logit_grad": (rows, "rows", lambda arguments, result: arguments[0].tile),
-    "project": (fused, "triton", lambda arguments, result: result.sum),
-    "project_gradient": (fused, "triton", lambda arguments, result: arguments[2]),
+    "project": (triton_backend, "triton", lambda arguments, result: result.sum),
+    "project_gradient": (triton_backend, "triton", lambda arguments, result: arguments[2]),
     "target_logits": (rows, "rows", lambda arguments, result: result.raw),
     "settle": (rows, "rows", lambda arguments, result: result[0].logp),
     "scale_rows": (rows, "rows", lambda arguments, result: result),
@@ -99,7 +99,7 @@ def test_kernels_that_are_right_serve(monkeypatch, caplog):
     verify(again, torch.float32, **SIZES)
     assert probe.failures() == {} and not caplog.records
     for name in ("exp_rows", "logit_grad"):
-        monkeypatch.setattr(plain, name, fail)
+        monkeypatch.setattr(torch_backend, name, fail)
     verify(again, torch.float32, **SIZES)
 
 
@@ -149,7 +149,11 @@ def test_a_probe_without_memory_runs_again(monkeypatch, caplog):
 
 
 def test_a_triton_that_cannot_be_imported(monkeypatch):
+    module = backends._module
+
     def imported(name):
+        if name in ("cpp", "cuda"):
+            return module(name)
         raise AttributeError("module 'triton' has no attribute 'knobs'")
 
     monkeypatch.setattr(backends, "_module", imported)
@@ -164,7 +168,7 @@ def test_a_triton_that_cannot_be_imported(monkeypatch):
 
 
 def test_choosing_launches_nothing(monkeypatch):
-    for module, name in ((rows, "exp_rows"), (glue, "target_logits"), (fused, "project")):
+    for module, name in ((rows, "exp_rows"), (glue, "target_logits"), (triton_backend, "project")):
         monkeypatch.setattr(module, name, fail)
     size = backends.choice.Size(torch.float32, 4, 8, 30)
     for name in ("rows", "triton", "torch"):
@@ -184,7 +188,7 @@ def test_the_order_of_tiers(monkeypatch):
     assert chosen == ["rows", "cuda", "torch"]
 
 
-@pytest.mark.parametrize("backend", [fused, rows], ids=["triton", "rows"])
+@pytest.mark.parametrize("backend", [triton_backend, rows], ids=["triton", "rows"])
 @pytest.mark.parametrize("hip, says", [("6.4", "this torch is for ROCm"), (None, "no NVIDIA GPU")])
 def test_where_no_kernel_runs_the_reason_and_the_remedy_are_named(monkeypatch, backend, hip, says):
     monkeypatch.setattr(backend, "INTERPRETED", False)

@@ -13,8 +13,7 @@ from ..workspace import lease
 from . import divergences, probe
 from .glue import map_arguments
 
-KINDS = 6
-COSINE = 5  # has a kernel of its own
+COSINE = divergences.DIVERGENCES.index("cosine")  # has a kernel of its own
 
 
 def serves(
@@ -43,7 +42,7 @@ def serves(
             return Products(both[:3], given[0], map), Products(both[3:], given[1], map)
 
         values = divergence_rows(*pair(own), kind, 0.5, write)
-        name = divergences.KINDS[kind]
+        name = divergences.DIVERGENCES[kind]
         right = divergences.formula_rows(*pair(expected), name, 0.5, write)
         found = [{"values": values, "gradients": own.float()}]
         found.append({"values": right, "gradients": expected.float()})
@@ -58,8 +57,9 @@ def divergence_rows(
     student: Products, teacher: Products, kind: int, beta: float, write: bool
 ) -> Tensor:
     """The operator fastpref::divergence_rows_, of float32, bfloat16 and float16 tiles."""
-    if not 0 <= kind < KINDS:
-        raise ValueError(f"kind must be in [0, {KINDS}), got {kind}")
+    known = len(divergences.DIVERGENCES)
+    if not 0 <= kind < known:
+        raise ValueError(f"kind must be in [0, {known}), got {kind}")
     tile, other = student.tile, teacher.tile
     values = tile.new_empty(tile.shape[0], dtype=torch.float32)
     if not tile.numel():

@@ -23,7 +23,7 @@ These sums cancel where q is close to p, and the gradients where q is all but 1 
 kernels sum other terms (csrc/cpu/divergence_rows.inl); plain torch computes in float64 instead,
 unless the products were rounded to 16 bits before.
 
-Bytes of plain torch for each pair of 16-bit logits without bias and cap, counted as in plain.py, of
+Bytes of plain torch for each pair of 16-bit logits without bias and cap, counted as in torch.py, of
 the value and with the gradient: forward_kl 64 and 90, reverse_kl 64 and 98, jsd 128 and 146, tv 44
 and 86, bhattacharyya 64 and 90, cosine 37 and 63. The products are read and widened (12) and
 normalised (16); what comes after is one operator for each difference, product and sum.
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..slab import Products
 from ..types import statistics_dtype
-from .plain import logits, scale_of, with_bias
+from .torch import logits, scale_of, with_bias
 
 # Elements of one temporary. Launches are what costs on a GPU.
 _BLOCK_CPU = 1 << 20
@@ -88,7 +88,7 @@ def divergence_rows(
     """(rows,) in the statistics' dtype; with ``write`` the student's tile becomes dD / d(raw
     product)."""
     if _in_registers(backend, student.tile.dtype):
-        kind = KINDS.index(divergence)
+        kind = DIVERGENCES.index(divergence)
         if backend == "cpp":
             tiles = student.tile, teacher.tile, student.bias, teacher.bias
             value: Tensor = torch.ops.fastpref.divergence_rows_(
@@ -254,7 +254,7 @@ def _undefined(log_q: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(both.isnan(), both, 0.0)
 
 
-# In the order of the compiled operator's kinds.
+# In the order of the compiled operator's numbers.
 FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float, bool], _Found]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -263,4 +263,4 @@ FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float, bool], _Found]] = {
     "bhattacharyya": _bhattacharyya,
     "cosine": _cosine,
 }
-KINDS = tuple(FORMULAS)
+DIVERGENCES = tuple(FORMULAS)

@@ -21,12 +21,14 @@ from torch import Tensor
 from ..rows import RowScores, RowSums, TargetLogits, token_scores
 from ..slab import Slab
 from ..types import OUTPUTS, LogitMap, statistics_dtype
-from . import RowBackend, UpstreamGradient, next_tier, plain
+from . import RowBackend, UpstreamGradient, next_tier
+from . import torch as torch_backend
 from .tiled import Tiled
 
 logger = logging.getLogger("fastpref")
 
 ROWS, WIDTH = 6, 64
+PLAIN = Tiled(torch_backend)  # what a kernel is compared with
 _lock = threading.Lock()
 _reasons: dict[tuple[str, torch.device, Hashable], str | None] = {}
 
@@ -206,17 +208,17 @@ class _Example:
         return lease(shape, self.hidden.dtype, self.hidden.device)
 
     def own(self) -> TargetLogits:
-        return plain.target_logits(self.hidden, self.slab, self.target)
+        return torch_backend.target_logits(self.hidden, self.slab, self.target)
 
 
 def _check_project(backend: RowBackend, example: _Example, write: bool, statistics: bool) -> str:
     hidden, slab, target = example.hidden, example.slab, example.target
     own, found = example.own(), []
-    for one in (backend, Tiled(plain)):
+    for one in (backend, PLAIN):
         tile = example.tile() if one.needs_tile(hidden.dtype, write) else None
         sums = one.project(hidden, slab, tile, target, own.logit, write, statistics)
         kept = tile if write else None
-        rows, scale = plain.settle(sums, own, kept, slab.map)
+        rows, scale = torch_backend.settle(sums, own, kept, slab.map)
         outputs = OUTPUTS if statistics else ("logp", "lse")
         scores = token_scores(outputs, sums, rows, target, own.logit, slab.weight.shape[0])
         named = {name: value for name, value in scores._asdict().items() if value is not None}
@@ -232,8 +234,8 @@ def _check_project(backend: RowBackend, example: _Example, write: bool, statisti
 def _check_gradient(backend: RowBackend, example: _Example, given: tuple[bool, ...]) -> str:
     hidden, slab, target = example.hidden, example.slab, example.target
     own, tile = example.own(), example.tile()
-    sums = Tiled(plain).project(hidden, slab, tile, target, own.logit, write=False, statistics=True)
-    rows, _ = plain.settle(sums, own, None, slab.map)
+    sums = PLAIN.project(hidden, slab, tile, target, own.logit, write=False, statistics=True)
+    rows, _ = torch_backend.settle(sums, own, None, slab.map)
     entropy = token_scores(("entropy",), sums, rows, target, own.logit, 1).entropy
     g = torch.arange(ROWS, dtype=rows.logp.dtype, device=tile.device) / 4 - 1
     values = rows.anchor, rows.norm, rows.logp, g, g + 0.5, 1 - g, entropy
@@ -241,7 +243,7 @@ def _check_gradient(backend: RowBackend, example: _Example, given: tuple[bool, .
         one if there else None for one, there in zip(values, given, strict=True)
     )
     found = []
-    for one in (backend, Tiled(plain)):
+    for one in (backend, PLAIN):
         tile = example.tile()
         one.project_gradient(hidden, slab, tile, target, upstream)
         found.append({"gradients": tile.to(rows.logp.dtype)})
@@ -250,7 +252,7 @@ def _check_gradient(backend: RowBackend, example: _Example, given: tuple[bool, .
 
 def _check_target_logits(backend: RowBackend, example: _Example) -> str:
     arguments = example.hidden, example.slab, example.target
-    found = (one.target_logits(*arguments)._asdict() for one in (backend, Tiled(plain)))
+    found = (one.target_logits(*arguments)._asdict() for one in (backend, PLAIN))
     return differences(list(found), torch.float32)
 
 
@@ -271,7 +273,7 @@ def _check_settle(
     best = None if without_best else anchor + 1
     sums = RowSums(anchor, (at + 1) / 3, at / 8, best)
     found = []
-    for one in (backend, Tiled(plain)):
+    for one in (backend, PLAIN):
         exps = None
         if not without_exps:
             exps = torch.zeros((ROWS, 8), dtype=dtype, device=device)
@@ -294,7 +296,7 @@ def _check_scale(
     factor = torch.tensor([0.75, 0.0, -2.5], dtype=factor_dtype, device=device)
     found = (
         {"rows": one.scale_rows(rows, factor, torch.empty_like(rows, dtype=out_dtype))}
-        for one in (backend, Tiled(plain))
+        for one in (backend, PLAIN)
     )
     return differences(list(found), out_dtype)
 

@@ -16,12 +16,13 @@ from ...kernels import join_shares, logit_grad_rows
 from ..rows import RowSums
 from ..slab import Products
 from ..types import LogitMap
-from . import UpstreamGradient, glue, plain
+from . import UpstreamGradient, glue
+from . import torch as torch_backend
+from .fakes import STATISTICS, SUMS
 from .glue import DTYPES
 from .glue import scale_rows as scale_rows
 from .glue import settle as settle
 from .glue import target_logits as target_logits
-from .operators import STATISTICS, SUMS
 
 INTERPRETED = not isinstance(exponentials.exp_rows_kernel, triton.JITFunction)
 # In the interpreter, which runs one program after the other: several steps in small tests.
@@ -45,7 +46,7 @@ def temporary_bytes(
 ) -> int:
     """Most memory that a pass over a (rows, cols) tile takes beside it: sums of shares."""
     if dtype not in DTYPES:
-        return plain.temporary_bytes(rows, cols, device_type, dtype, statistics)
+        return torch_backend.temporary_bytes(rows, cols, device_type, dtype, statistics)
     kinds = len(SUMS) + (len(STATISTICS) + 2 if statistics else 0)
     # Rows are only split where there are few.
     return 4 * kinds * (2 * glue.padded(rows) + 2 * PROGRAMS * 1024)
@@ -57,7 +58,7 @@ def exp_rows(
     """As ``TileKernels.exp_rows``; the entries of the map may be (rows,) float32 tensors."""
     tile, bias, map = products
     if tile.dtype not in DTYPES or not tile.numel():
-        return plain.exp_rows(products, target, anchor, write, statistics)
+        return torch_backend.exp_rows(products, target, anchor, write, statistics)
     halves = write and tile.dtype == torch.float16
     rows = tile.shape[0]
     flags = _flags(tile, map)
@@ -121,7 +122,7 @@ def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -
     """As ``TileKernels.logit_grad``; the entries of the map may be (rows,) float32 tensors."""
     tile, bias, map = products
     if tile.dtype not in DTYPES or not tile.numel():
-        plain.logit_grad(products, target, upstream)
+        torch_backend.logit_grad(products, target, upstream)
         return
     flags = _flags(tile, map)
     shares = _shares(tile, flags)

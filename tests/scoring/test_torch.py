@@ -5,12 +5,13 @@ rows as they were rounded to 16 bits."""
 import pytest
 import torch
 
-from fastpref.scoring.backends import UpstreamGradient, plain
+from fastpref.scoring.backends import UpstreamGradient
+from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.backends.divergences import divergence_rows
 from fastpref.scoring.slab import Products
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import DTYPES, check_contract
-from tests.scoring.divergences import KINDS, masked, random_tiles, value_and_gradient
+from tests.scoring.divergences import DIVERGENCES, masked, random_tiles, value_and_gradient
 from tests.scoring.test_divergence_ops import variants
 
 INF, NAN = float("inf"), float("nan")
@@ -36,7 +37,7 @@ def test_infinite_products_stay_in_their_row(dtype, scale):
     logits = tile.double() * scale
     log_p = logits.log_softmax(1)
     products = Products(tile.clone(), None, LogitMap(scale, 0.0))
-    sums = plain.exp_rows(products, target, own.to(exact), False, True)
+    sums = torch_backend.exp_rows(products, target, own.to(exact), False, True)
     good = torch.tensor([0, 1, 3, 4, 5])
     others = logits.scatter(1, target[:, None], -INF) - own[:, None]
     expected = others.exp().sum(1)
@@ -51,7 +52,7 @@ def test_infinite_products_stay_in_their_row(dtype, scale):
     zero = torch.zeros_like(k)
     scores = (own, torch.exp(logits.logsumexp(1) - own), logp, zero, None, k, entropy)
     upstream = UpstreamGradient(*(None if one is None else one.to(exact) for one in scores))
-    plain.logit_grad(products._replace(tile=tile), target, upstream)
+    torch_backend.logit_grad(products._replace(tile=tile), target, upstream)
     gradient = -k[:, None] * torch.where(p > 0, p * (log_p + entropy[:, None]), 0.0) * scale
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(
@@ -67,7 +68,7 @@ def test_of_equal_maxima_the_first_wins_beside_the_target(dtype):
     own = torch.zeros(4, dtype=torch.promote_types(dtype, torch.float32))
     target = torch.tensor([9, 5, 3, -4])
     products = Products(tile, None, LogitMap(1.0, 0.0))
-    sums = plain.exp_rows(products, target, own, False, True)
+    sums = torch_backend.exp_rows(products, target, own, False, True)
     assert sums.best_index.tolist() == [5, 5, 5, 5] and (sums.best == 2).all()
 
 
@@ -77,14 +78,14 @@ def test_nothing_but_minus_infinity(dtype):
     tile = torch.full((2, 7), -INF, dtype=dtype)
     own = torch.tensor([0.5, -INF], dtype=torch.promote_types(dtype, torch.float32))
     products = Products(tile, None, LogitMap(1.0, 0.0))
-    sums = plain.exp_rows(products, torch.tensor([-1, 9]), own, True, True)
+    sums = torch_backend.exp_rows(products, torch.tensor([-1, 9]), own, True, True)
     assert (tile == 0).all() and (sums.sum == 0).all() and (sums.weighted == 0).all()
     assert sums.anchor[0] == 0.5 and sums.anchor[1] < -1e29 and (sums.offset == 0).all()
     assert sums.best_index.tolist() == [0, 0]
 
 
 @low
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_divergences_of_16_bit_rows(dtype, kind):
     """Within the error contract beside plain torch on the same rounded rows."""
     torch.manual_seed(0)
@@ -104,7 +105,7 @@ def test_divergences_of_16_bit_rows(dtype, kind):
 
 
 @dtypes
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("what", [NAN, INF, -INF])
 def test_what_is_no_distribution_is_nan_in_its_row(dtype, kind, which, what):

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled operators, on CPU (csrc/cpu/row_kernels.inl) and CUDA (csrc/cuda) tensors alike."""
+"""The cpp backend: the compiled operators on CPU tensors (csrc/cpu/row_kernels.inl)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..._extension import ops_unavailable_reason
 from ..rows import RowScores, RowSums, TargetLogits
 from ..slab import Products, Slab
 from ..types import LogitMap
-from . import UpstreamGradient, operators, plain
+from . import UpstreamGradient, fakes
+from . import torch as torch_backend
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """Why the cpp backend cannot serve tensors on ``device_type``, or None when it can."""
+    if device_type != "cpu":
+        return f"the cpp backend runs on CPU tensors, got {device_type}; use backend='auto'"
+    return ops_unavailable_reason()
 
 
 def exp_rows(
@@ -21,7 +30,7 @@ def exp_rows(
     )
     if not statistics:
         return RowSums(*sums)
-    named = dict(zip(operators.SUMS + operators.STATISTICS, sums, strict=True))
+    named = dict(zip(fakes.SUMS + fakes.STATISTICS, sums, strict=True))
     return RowSums(**named, best_index=best_index)
 
 
@@ -41,7 +50,7 @@ def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
     weight, bias, map = slab
     # Weights that lie transposed are rare; the operator wants contiguous rows.
     if hidden.stride(1) != 1 or weight.stride(1) != 1:
-        return plain.target_logits(hidden, slab, target)
+        return torch_backend.target_logits(hidden, slab, target)
     return TargetLogits(*torch.ops.fastpref.target_logits(hidden, weight, target, bias, *map))
 
 
@@ -56,6 +65,6 @@ def settle(
 
 def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     if rows.stride(1) != 1 or out.stride(1) != 1:
-        return plain.scale_rows(rows, factor, out)
+        return torch_backend.scale_rows(rows, factor, out)
     torch.ops.fastpref.scale_rows_(out, rows, factor)
     return out

@@ -235,7 +235,7 @@ class _Projection:
             *sizes,
             **self._flags(shape),
         )
-        reanchor.settle_kernel[grid](
+        reanchor.sum_flagged_kernel[grid](
             self.sums,
             self.best_index,
             flagged,

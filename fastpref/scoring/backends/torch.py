@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain torch backend: any device, any dtype, no host sync, few passes over the tile.
+"""The torch backend: any device, any dtype, no host sync, few passes over the tile.
 
 What csrc/cpu/row_kernels.inl computes, in torch, for a tile worked on in blocks of rows. With x the
 logits (-inf at the target), h the largest and j its column, softmax gives q = exp(x - h) / Z in one
@@ -24,10 +24,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows import RowSums, TargetLogits
-from ..rows import settle as settle_rows
+from ..rows import (
+    RowScores,
+    RowSums,
+    TargetLogits,
+    exponential_scale,
+    row_scores,
+    write_target,
+)
 from ..slab import Products, Slab
-from ..types import statistics_dtype
+from ..types import LogitMap, statistics_dtype
 from . import UpstreamGradient
 
 # Elements of one temporary, and the most that are alive at once. Launches are what costs on a GPU.
@@ -291,7 +297,14 @@ def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
     return TargetLogits(torch.where(here, target, -1), raw, map.logit(raw))
 
 
-settle = settle_rows
+def settle(
+    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+) -> tuple[RowScores, Tensor]:
+    rows = row_scores(sums, own.logit)
+    scale = exponential_scale(sums, rows)
+    if exps is not None:
+        write_target(exps, own, rows, scale, map)
+    return rows, scale
 
 
 def _gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:

@@ -219,6 +219,7 @@ def sum_flagged_kernel(
     sums_stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     found = tl.load(count)
     for start in range(tl.program_id(0) * BLOCK_ROWS, found, tl.num_programs(0) * BLOCK_ROWS):
@@ -236,4 +237,5 @@ def sum_flagged_kernel(
             sums_stride,
             BLOCK_ROWS,
             BLOCK_TILES,
+            CAPPED,
         )

@@ -24,13 +24,13 @@ from .rows import (
     RowScores,
     TargetLogits,
     exponential_scale,
-    merge,
     row_scores,
     token_scores,
     write_target,
 )
 from .schedule import Plan
 from .slab import Slab
+from .statistics import merge
 from .types import Head, TokenScores, needs_statistics
 from .workspace import lease
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rows import RowSums, merge
+from .statistics import RowSums, merge
 
 
 class Shard(NamedTuple):

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient
 from fastpref.scoring.backends import torch as torch_backend
-from fastpref.scoring.rows import RowScores, RowSums, TargetLogits
+from fastpref.scoring.rows import RowScores, TargetLogits
 from fastpref.scoring.slab import Products, Slab
+from fastpref.scoring.statistics import SUMS, RowSums, summed
 from fastpref.scoring.types import LogitMap, statistics_dtype
 
 HERE = Path(__file__).resolve().parent
@@ -174,7 +175,8 @@ class Kernels(NamedTuple):
         """``blocks`` share a row as a cluster."""
         tile, bias, map = products
         rows = tile.shape[0]
-        sums = torch.full((7 if statistics else 3, rows), torch.nan, dtype=anchor.dtype)
+        kinds = len(SUMS) + len(summed(statistics, map.cap != 0))
+        sums = torch.full((kinds, rows), torch.nan, dtype=anchor.dtype)
         best_index = torch.full((rows,), -7) if statistics else None
         call = ExpRowsStruct(
             TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
@@ -191,10 +193,7 @@ class Kernels(NamedTuple):
             self.library.exp_rows_cluster(
                 element, ctypes.byref(call), blocks, ctypes.c_bool(backwards)
             )
-        if not statistics:
-            return RowSums(*sums)
-        new_anchor, total_exp, offset, best, weighted, squares, total = sums
-        return RowSums(new_anchor, total_exp, offset, best, best_index, weighted, squares, total)
+        return RowSums.of(sums, best_index)
 
     def logit_grad(
         self,

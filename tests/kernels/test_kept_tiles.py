@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastpref.kernels import probabilities
 from fastpref.scoring.backends import triton as triton_backend
-from fastpref.scoring.rows import RowSums
 from fastpref.scoring.slab import Slab
+from fastpref.scoring.statistics import RowSums
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import make_case
 from tests.scoring.test_numbers import dtype_name

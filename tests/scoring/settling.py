@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastpref.scoring.backends import torch as torch_backend
-from fastpref.scoring.rows import RowSums, TargetLogits
+from fastpref.scoring.rows import TargetLogits
 from fastpref.scoring.slab import Slab
+from fastpref.scoring.statistics import RowSums
 from fastpref.scoring.types import LogitMap, statistics_dtype
 
 MAPS = {"plain": LogitMap(1.0, 0.0), "scaled": LogitMap(0.7, 0.0), "capped": LogitMap(1.3, 20.0)}

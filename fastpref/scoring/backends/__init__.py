@@ -17,8 +17,9 @@ from torch import Tensor
 from torch import device as Device
 from torch import dtype as Dtype
 
-from ..rows import RowScores, RowSums, TargetLogits
+from ..rows import RowScores, TargetLogits
 from ..slab import Slab
+from ..statistics import RowSums
 from ..types import BACKENDS, LogitMap
 from . import verdict
 from .choice import Size

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from ..._extension import ops_unavailable_reason
-from ..rows import RowScores, RowSums, TargetLogits
+from ..rows import RowScores, TargetLogits
 from ..slab import Products, Slab
+from ..statistics import RowSums
 from ..types import LogitMap
-from . import UpstreamGradient, fakes
+from . import UpstreamGradient
+from . import fakes as fakes  # which registers them
 from . import torch as torch_backend
 
 
@@ -28,10 +30,7 @@ def exp_rows(
     sums, best_index = torch.ops.fastpref.exp_rows_(
         tile, target, anchor, bias, *map, write, statistics
     )
-    if not statistics:
-        return RowSums(*sums)
-    named = dict(zip(fakes.SUMS + fakes.STATISTICS, sums, strict=True))
-    return RowSums(**named, best_index=best_index)
+    return RowSums.of(sums, best_index if statistics else None)
 
 
 def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, RowSums, TargetLogits, token_scores
+from ..rows import RowScores, TargetLogits, token_scores
 from ..slab import Slab
+from ..statistics import RowSums
 from ..types import OUTPUTS, LogitMap, statistics_dtype
 from . import RowBackend, UpstreamGradient, next_tier
 from . import torch as torch_backend
@@ -213,18 +214,18 @@ class _Example:
 
 def _check_project(backend: RowBackend, example: _Example, write: bool, statistics: bool) -> str:
     hidden, slab, target = example.hidden, example.slab, example.target
+    outputs: tuple[str, ...] = ("logp", "lse")
+    if statistics:
+        # Mean logits are a statistic under a cap alone.
+        outputs = tuple(one for one in OUTPUTS if slab.map.cap != 0 or one != "mean_logits")
     own, found = example.own(), []
     for one in (backend, PLAIN):
         tile = example.tile() if one.needs_tile(hidden.dtype, write) else None
         sums = one.project(hidden, slab, tile, target, own.logit, write, statistics)
         kept = tile if write else None
         rows, scale = torch_backend.settle(sums, own, kept, slab.map)
-        outputs = OUTPUTS if statistics else ("logp", "lse")
         scores = token_scores(outputs, sums, rows, target, own.logit, slab.weight.shape[0])
         named = {name: value for name, value in scores._asdict().items() if value is not None}
-        # Only under a cap these are a statistic of the pass.
-        if slab.map.cap == 0:
-            named.pop("mean_logits", None)
         if kept is not None:
             named["exponentials"] = kept.to(scale.dtype) * scale[:, None]
         found.append(named)

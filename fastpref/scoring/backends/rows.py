@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ...kernels import exp_rows as exponentials
 from ...kernels import join_shares, logit_grad_rows
-from ..rows import RowSums
 from ..slab import Products
+from ..statistics import STATISTICS, SUMS, RowSums, summed
 from ..types import LogitMap
 from . import UpstreamGradient, glue
 from . import torch as torch_backend
-from .fakes import STATISTICS, SUMS
 from .glue import DTYPES
 from .glue import scale_rows as scale_rows
 from .glue import settle as settle
@@ -64,7 +63,7 @@ def exp_rows(
     flags = _flags(tile, map)
     shares = _shares(tile, flags)
     joined = shares > 1 or halves
-    kinds = len(SUMS) + (len(STATISTICS) if statistics else 0)
+    kinds = len(SUMS) + len(summed(statistics, flags["CAPPED"]))
     stride = glue.padded(rows)
     sums = anchor.new_empty((kinds, shares, stride), dtype=torch.float32)
     best_index = target.new_empty((shares, stride)) if statistics else None
@@ -114,8 +113,7 @@ def exp_rows(
             num_warps=WARPS,
             **flags,
         )
-    named = dict(zip(SUMS + STATISTICS, out[:, :rows], strict=False))
-    return RowSums(**named, best_index=None if out_index is None else out_index[:rows])
+    return RowSums.of(out[:, :rows], None if out_index is None else out_index[:rows])
 
 
 def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, RowSums, TargetLogits
+from ..rows import RowScores, TargetLogits
 from ..slab import Products, Slab
+from ..statistics import RowSums
 from ..types import LogitMap
 from ..workspace import lease
 from . import RowKernels, UpstreamGradient

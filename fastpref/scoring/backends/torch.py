@@ -26,13 +26,13 @@ from torch import Tensor
 
 from ..rows import (
     RowScores,
-    RowSums,
     TargetLogits,
     exponential_scale,
     row_scores,
     write_target,
 )
 from ..slab import Products, Slab
+from ..statistics import RowSums
 from ..types import LogitMap, statistics_dtype
 from . import UpstreamGradient
 
@@ -123,7 +123,7 @@ class _BlockSums(NamedTuple):
     share: Tensor | None = None  # sum q, where it is not taken for 1
     moment: Tensor | None = None  # sum q (x - h)
     squares: Tensor | None = None  # sum q^2
-    total: Tensor | None = None  # sum of the logits
+    total: Tensor | None = None  # sum of the logits, under a cap
 
 
 def exp_rows(
@@ -149,7 +149,7 @@ def _exp_block(
     targets = _targets(target, tile.shape[1])
     own = torch.where(targets.here, x[targets.place], -torch.inf)
     total = None
-    if statistics:
+    if statistics and products.map.cap != 0:
         # Not a difference: the target's logit may be -inf.
         targets.put(x, 0.0)
         total = x.sum(1)

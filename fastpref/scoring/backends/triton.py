@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import linear_exp, linear_grad, probabilities, reanchor, row_sums, tiles
-from ..rows import RowSums
 from ..slab import Slab
+from ..statistics import STATISTICS, RowSums, summed
 from ..types import LogitMap
 from ..workspace import row_stride
 from . import RowBackend, UpstreamGradient, glue, next_tier, tiled
@@ -72,7 +72,8 @@ def temporary_bytes(
     if dtype not in DTYPES:
         return other.temporary_bytes(rows, cols, device_type, dtype, statistics)
     chip = _chip(None)
-    kinds = linear_exp.KINDS + 1 if statistics else 1
+    # Of statistics the largest logit's column is kept beside them.
+    kinds = 2 + len(STATISTICS) if statistics else 1
     narrowest = min(table[dtype.itemsize].ordinary.cols for table in (chip.plain, chip.heavy))
     col_tiles = -(-cols // narrowest)
     sums = 4 * glue.padded(rows) * (kinds * col_tiles + kinds + 3)
@@ -130,7 +131,8 @@ class _Projection:
         self.machine = _machine(hidden, statistics or slab.map.cap != 0)
         self.rows = hidden.shape[0]
         self.col_tiles = triton.cdiv(slab.weight.shape[0], self.machine.tiles.ordinary.cols)
-        kinds = linear_exp.KINDS if statistics else 1
+        self.capped = statistics and slab.map.cap != 0
+        kinds = 1 + len(summed(statistics, self.capped))
         self.stride = glue.padded(self.rows)
         shape = (kinds, self.col_tiles, self.stride)
         self.sums = target.new_empty(shape, dtype=torch.float32)
@@ -158,15 +160,13 @@ class _Projection:
                 self.rows,
                 BLOCK_ROWS=row_sums.ROWS,
                 BLOCK_TILES=row_sums.TILES,
+                CAPPED=self.capped,
             )
             self._reanchor(anchor, flag)
             if self.exps is not None and self.exps.dtype == torch.float16:
                 self._exponentiate(self.exps, target_logit, anchor, offset)
-        out = self.out[:, : self.rows]
-        if self.out_index is None:
-            return RowSums(anchor, out[0], offset)
-        best, weighted, squares, total = out[1:]
-        return RowSums(anchor, out[0], offset, best, self.out_index, weighted, squares, total)
+        total, *statistics = self.out[:, : self.rows]
+        return RowSums.of((anchor, total, offset, *statistics), self.out_index)
 
     def _project(self, anchor: Tensor) -> None:
         shape = self.machine.tiles.ordinary
@@ -246,6 +246,7 @@ class _Projection:
             self.stride,
             BLOCK_ROWS=row_sums.ROWS,
             BLOCK_TILES=row_sums.TILES,
+            CAPPED=self.capped,
         )
 
     def _exponentiate(

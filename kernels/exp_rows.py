@@ -23,8 +23,8 @@ logit; a share that moves its anchor twice that.
 import triton
 import triton.language as tl
 
-from .exponentials import INF, LN2, LOG2E, anchored
-from .logit_map import map_logits
+from .exponentials import INF, anchored
+from .logit_map import LN2, LOG2E, map_logits
 from .statistics import (
     BEST,
     WEIGHTED,

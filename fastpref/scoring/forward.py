@@ -25,12 +25,11 @@ from .rows import (
     TargetLogits,
     exponential_scale,
     row_scores,
-    token_scores,
     write_target,
 )
 from .schedule import Plan
 from .slab import Slab
-from .statistics import merge
+from .statistics import merge, token_scores
 from .types import Head, TokenScores, needs_statistics
 from .workspace import lease
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .statistics import RowSums, given
-from .types import LogitMap, TokenScores
+from .statistics import RowSums
+from .types import LogitMap
 
 
 class TargetLogits(NamedTuple):
@@ -67,37 +67,3 @@ def write_target(
     # index_put_ touches one element a row; scatter_ on CPU copies the whole matrix.
     index = (torch.arange(exps.shape[0], device=exps.device), own.column.clamp(min=0))
     exps.index_put_(index, torch.where(own.column >= 0, value.to(exps.dtype), exps[index]))
-
-
-def token_scores(
-    outputs: tuple[str, ...],
-    sums: RowSums,
-    rows: RowScores,
-    target: Tensor,
-    target_logit: Tensor,
-    vocab_size: int,
-) -> TokenScores:
-    """The requested outputs of each row."""
-    values: dict[str, Tensor] = {}
-    if "logp" in outputs:
-        values["logp"] = rows.logp
-    if "lse" in outputs:
-        values["lse"] = rows.anchor + rows.log_norm
-    if "entropy" in outputs:
-        # -sum p log p = lse - best - sum p (t - best); a target at -inf carries no weight.
-        p = rows.logp.exp()
-        own = torch.where(p > 0, p * (target_logit - rows.anchor), 0.0)
-        others = given(sums.weighted) * (sums.anchor - rows.anchor).exp()
-        values["entropy"] = rows.log_norm - others / rows.norm - own
-    if "log_sum_sq_probs" in outputs:
-        # Anchors and logits may lie far apart: their difference is rounded only after exp.
-        top = rows.anchor.double()
-        own = (2 * (target_logit - top)).exp()
-        others = given(sums.squares) * (2 * (sums.anchor - top)).exp()
-        squares = (others + own).log() - 2 * rows.log_norm.double()
-        values["log_sum_sq_probs"] = squares.to(rows.norm.dtype)
-    if "mean_logits" in outputs:
-        values["mean_logits"] = (given(sums.total) + target_logit) / vocab_size
-    if "is_top1" in outputs:
-        values["is_top1"] = given(sums.best_index) == target
-    return TokenScores(**values)

@@ -14,8 +14,9 @@ from fastpref.bench import predictions
 from fastpref.bench.predictions import Call
 from fastpref.scoring.backends import UpstreamGradient, rows
 from fastpref.scoring.backends import torch as torch_backend
-from fastpref.scoring.rows import TargetLogits, token_scores
+from fastpref.scoring.rows import TargetLogits
 from fastpref.scoring.slab import Products
+from fastpref.scoring.statistics import token_scores
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import check_scores, make_case, run, upstream_of, verify
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from fastpref.scoring.rows import row_scores, token_scores
+from fastpref.scoring.rows import row_scores
 from fastpref.scoring.slab import Products
-from fastpref.scoring.statistics import RowSums, merge
+from fastpref.scoring.statistics import RowSums, merge, token_scores
 from fastpref.scoring.types import OUTPUTS, LogitMap
 from tests.scoring.cases import BACKENDS
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, TargetLogits, token_scores
+from ..rows import RowScores, TargetLogits
 from ..slab import Slab
-from ..statistics import RowSums
+from ..statistics import RowSums, token_scores
 from ..types import OUTPUTS, LogitMap, statistics_dtype
 from . import RowBackend, UpstreamGradient, next_tier
 from . import torch as torch_backend

@@ -28,7 +28,8 @@ DEPENDENCIES := $(VENV)/.dependencies
 PACKAGE := $(VENV)/.package
 BENCH := $(VENV)/.bench
 WHEEL := dist/.wheel-$(notdir $(VENV))
-NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
+CSRC := $(shell find csrc -type f ! -name '*.md')
+NATIVE := setup.py pyproject.toml $(CSRC)
 SOURCES := $(NATIVE) $(shell find fastpref/ kernels/ -name '*.py')
 
 # Models, tokenizers and data of the tests and the demo are made on the spot.
@@ -80,12 +81,12 @@ lint: $(DEPENDENCIES) ## formatting, ruff, mypy --strict, clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(DEPENDENCIES) ## rewrite the sources as `lint` wants them
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
-	find csrc -type f | xargs $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(CSRC)
 
 wheel: $(WHEEL) ## dist/*.whl for this Python
 	@ls dist/fastpref-*.whl

@@ -82,7 +82,8 @@ inline cpu::ExpRows exp_rows_call(const Tensor& tile, const Tensor& target, cons
 inline std::tuple<Tensor, Tensor> exp_rows_outputs(cpu::ExpRows& call, const Tensor& target, const Tensor& anchor,
                                                    bool statistics) {
   const int64_t rows = call.tile.rows;
-  Tensor sums = torch::stable::new_empty(anchor, {statistics ? cpu::kRowSumsAll : cpu::kRowSums, rows});
+  const int kinds = !statistics ? cpu::kSums : call.map.cap == 0 ? cpu::kTotal : cpu::kAllSums;
+  Tensor sums = torch::stable::new_empty(anchor, {kinds, rows});
   Tensor best_index = torch::stable::new_empty(target, {statistics ? rows : 0});
   call.sums = sums.mutable_data_ptr();
   call.best_index = statistics ? static_cast<int64_t*>(best_index.mutable_data_ptr()) : nullptr;

@@ -5,9 +5,8 @@
     e[n, v] = exp(t[n, v] - anchor[n]),   0 at the row's target
     sums: 0 the anchor, 1 the sum of e, 2 zero
 
-and, with STATISTICS: 3 the largest t (the target's included), 4 the sum of e (t - that), 5 the sum
-of e^2, 6, under a cap, the sum of t without the target's; in ``best_index`` the first column of the
-largest t. With WRITE the tile becomes e (times the slope under a cap).
+and, with STATISTICS, from 3 on those of statistics.py, and in ``best_index`` the first column of
+the largest t. With WRITE the tile becomes e (times the slope under a cap).
 
 The tile is read once and written once, although only at the end of a row it is known whether the
 anchor will do, and an exponential that overflowed could not be turned back: 16 bytes of columns
@@ -24,8 +23,18 @@ logit; a share that moves its anchor twice that.
 import triton
 import triton.language as tl
 
-from .exponentials import INF, LN2, LOG2E, anchored
-from .logit_map import map_logits
+from .exponentials import INF, anchored
+from .logit_map import LN2, LOG2E, map_logits
+from .statistics import (
+    BEST,
+    WEIGHTED,
+    add_terms,
+    fold_terms,
+    move_terms,
+    no_terms,
+    store_terms,
+    sum_terms,
+)
 
 WARPS = 4
 # Of one step: two a thread, one under a cap, where the compiler spills for sm_90 with two.
@@ -113,8 +122,7 @@ def take_step(
     best,  # the first column of the largest x
     centre,  # what x of `weighted` is about
     weighted,
-    squares,
-    logits,
+    terms,
     scale,
     inner,
     cap,
@@ -148,14 +156,12 @@ def take_step(
         apart = tl.maximum(x - tl.maximum(highest, LOWEST_ANCHOR)[:, None], LOWEST)
         weighted = tl.where(going, weighted + raised + tl.sum(e * apart, 1), weighted)
         centre = tl.where(going, highest, centre)
-        squares = tl.where(going, squares + tl.sum(e * e, 1), squares)
-        if CAPPED:
-            logits += tl.sum(tl.where(other, t, 0.0), 1)
+        terms = add_terms(terms, sum_terms(e, t, other, CAPPED), going, True)
     total = tl.where(going, total + tl.sum(e, 1), total)
     if WRITE:
         values = (e * slope if CAPPED else e).to(row.dtype.element_ty)
         store_step(row, cols, reached, tl.where(going[:, None], values, raw), MASKED)
-    return highest, total, taken, best, centre, weighted, squares, logits
+    return highest, total, taken, best, centre, weighted, terms
 
 
 @triton.jit
@@ -195,7 +201,7 @@ def take_rest(
     total,
     taken,
     weighted,
-    squares,
+    terms,
     scale,
     inner,
     cap,
@@ -212,20 +218,20 @@ def take_rest(
     for first in range(begin, end, PIECES * VECTOR):
         cols, reached = step_columns(first, end, PIECES, VECTOR, WHOLE)
         raw, z = load_step(row, bias, cols, reached, end, True)
-        x, e, _, slope = anchored(
-            z, (cols < end) & (cols != y), a, scale, inner, cap, CAPPED, EXACT
-        )
+        other = (cols < end) & (cols != y)
+        x, e, t, slope = anchored(z, other, a, scale, inner, cap, CAPPED, EXACT)
         rest = taken <= number
         total += tl.where(rest, tl.sum(e, 1), 0.0)
         if STATISTICS:
             weighted += tl.where(rest, tl.sum(e * tl.maximum(x, LOWEST), 1), 0.0)
-            squares += tl.where(rest, tl.sum(e * e, 1), 0.0)
+            # What does not move with the anchor was taken everywhere.
+            terms = add_terms(terms, sum_terms(e, t, other, False), rest, False)
         if WRITE:
             values = e * slope if CAPPED else e
             values = tl.where(rest[:, None], values, raw.to(tl.float32) * factor)
             store_step(row, cols, reached, values.to(row.dtype.element_ty), True)
         number += 1
-    return total, weighted, squares
+    return total, weighted, terms
 
 
 @triton.jit(do_not_specialize=["columns", "tile_stride", "shares", "sums_stride"])
@@ -278,22 +284,22 @@ def exp_rows_kernel(
             # All threads load it, and one of them overwrites it.
             tl.debug_barrier()
     zeros = tl.zeros((PIECES,), dtype=tl.float32)
-    total, weighted, squares, logits = zeros, zeros, zeros, zeros
+    total, weighted, terms = zeros, zeros, no_terms((PIECES,))
     highest = zeros - INF
     centre = highest
     taken = tl.zeros((PIECES,), dtype=tl.int32)
     best = taken + begin
     for first in range(begin, filled, PIECES * VECTOR):
-        highest, total, taken, best, centre, weighted, squares, logits = take_step(
-            row, bias, first, end, y, a, highest, total, taken, best, centre, weighted, squares,
-            logits, scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
+        highest, total, taken, best, centre, weighted, terms = take_step(
+            row, bias, first, end, y, a, highest, total, taken, best, centre, weighted, terms,
+            scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
             False,
         )  # fmt: skip
     # At most once: as a branch the compiler spills for sm_90.
     for first in range(filled, end, PIECES * VECTOR):
-        highest, total, taken, best, centre, weighted, squares, logits = take_step(
-            row, bias, first, end, y, a, highest, total, taken, best, centre, weighted, squares,
-            logits, scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
+        highest, total, taken, best, centre, weighted, terms = take_step(
+            row, bias, first, end, y, a, highest, total, taken, best, centre, weighted, terms,
+            scale, inner, cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
             True,
         )  # fmt: skip
     unit = 1.0 if EXACT else LN2
@@ -306,13 +312,13 @@ def exp_rows_kernel(
             # Nothing was taken where the centre is -inf.
             moved = tl.where(total > 0, (centre - top) * total, 0.0)
             weighted = (weighted + moved) * factor
-            squares *= factor * factor
+            terms = move_terms(terms, factor)
         total *= factor
         # What was written above is read by other threads.
         tl.debug_barrier()
-        total, weighted, squares = take_rest(
-            row, bias, begin, end, y, a, factor, total, taken, weighted, squares, scale, inner,
-            cap, WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
+        total, weighted, terms = take_rest(
+            row, bias, begin, end, y, a, factor, total, taken, weighted, terms, scale, inner, cap,
+            WRITE, STATISTICS, CAPPED, EXACT, PIECES, VECTOR, WHOLE,
         )  # fmt: skip
         if STATISTICS:
             centre = zeros + top
@@ -326,8 +332,8 @@ def exp_rows_kernel(
         first = tl.min(tl.where(highest == top, best, columns), 0)
         first = tl.where(own > top, y, tl.where(own == top, tl.minimum(first, y), first))
         below = tl.where(total > 0, (centre - largest) * total, 0.0)
-        tl.store(out + 3 * kind, kept + largest * unit)
-        tl.store(out + 4 * kind, tl.sum(weighted + below, 0) * unit)
-        tl.store(out + 5 * kind, tl.sum(squares, 0))
-        tl.store(out + 6 * kind, tl.sum(logits, 0))
+        out += 3 * kind
+        tl.store(out + BEST * kind, kept + largest * unit)
+        tl.store(out + WEIGHTED * kind, tl.sum(weighted + below, 0) * unit)
+        store_terms(out, kind, fold_terms(terms), True, CAPPED)
         tl.store(best_index + share * sums_stride + id, first.to(tl.int64))

@@ -1,27 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device functions: exponentials of differences from an anchor, as cheap as their inputs allow."""
 
-import os
-
 import triton
 import triton.language as tl
 
-from .logit_map import exp_difference, map_logits
+from .logit_map import LOG2E, exp2_flushed, exp_difference, map_logits
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def exp2(x):
-    """2^x, of which what lies below 2^-126 is 0: one instruction, where tl.exp2 takes four."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
 
 
 @triton.jit
@@ -40,5 +25,5 @@ def anchored(z, other, anchor, scale, inner, cap, CAPPED: tl.constexpr, EXACT: t
         else:
             x = tl.fma(z, scale * LOG2E, -anchor * LOG2E)
         x = tl.where(other, x, -INF)
-        e = exp2(x)
+        e = exp2_flushed(x)
     return x, e, t, slope

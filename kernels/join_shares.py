@@ -5,7 +5,8 @@ The sums of a row's shares, each about an anchor a_i of its own, become those ab
 with f_i = exp(a_i - a),
 
     S = sum of f_i S_i,   best = max best_i, its first column,
-    weighted = sum of f_i (weighted_i + (best_i - best) S_i),   squares = sum of f_i^2 squares_i
+    weighted = sum of f_i (weighted_i + (best_i - best) S_i),   squares = sum of f_i^2 squares_i,
+    total = sum of total_i
 
 in the order of the shares. Exponentials about another anchor than a are scaled to it.
 
@@ -24,6 +25,7 @@ import triton.language as tl
 
 from .exp_rows import load_step, map_of_row, row_start, share_bounds, step_columns, store_step
 from .exponentials import INF, anchored
+from .statistics import BEST, WEIGHTED, fold_terms, load_terms, move_terms, store_terms
 
 MOST_SHARES = 64
 
@@ -40,6 +42,7 @@ def add_shares(
     shares,
     write,
     STATISTICS: tl.constexpr,
+    CAPPED: tl.constexpr,
     MOST_SHARES: tl.constexpr,
 ):
     """The anchor and S; with ``write`` everything is written to ``out``."""
@@ -53,17 +56,17 @@ def add_shares(
     parts = tl.load(own + kind, there, 0.0)
     total = tl.sum(tl.where(there, parts * factors, 0.0), 0)
     if STATISTICS:
-        tops = tl.load(own + 3 * kind, there, -INF)
+        first, first_out = own + 3 * kind, out + 3 * out_stride
+        tops = tl.load(first + BEST * kind, there, -INF)
         best = tl.max(tops, 0)
         found = tl.load(best_index + share * sums_stride, there & (tops == best), 1 << 40)
         below = tl.where(parts > 0, (tops - best) * parts, 0.0)
-        weighted = (tl.load(own + 4 * kind, there, 0.0) + below) * factors
-        squares = tl.load(own + 5 * kind, there, 0.0) * factors * factors
-        logits = tl.load(own + 6 * kind, there, 0.0)
-        tl.store(out + 3 * out_stride, best, write)
-        tl.store(out + 4 * out_stride, tl.sum(tl.where(there, weighted, 0.0), 0), write)
-        tl.store(out + 5 * out_stride, tl.sum(tl.where(there, squares, 0.0), 0), write)
-        tl.store(out + 6 * out_stride, tl.sum(logits, 0), write)
+        weighted = (tl.load(first + WEIGHTED * kind, there, 0.0) + below) * factors
+        weighted = tl.sum(tl.where(there, weighted, 0.0), 0)
+        tl.store(first_out + BEST * out_stride, best, write)
+        tl.store(first_out + WEIGHTED * out_stride, weighted, write)
+        terms = move_terms(load_terms(first, kind, there, CAPPED), tl.where(there, factors, 0.0))
+        store_terms(first_out, out_stride, fold_terms(terms), write, CAPPED)
         tl.store(out_index, tl.min(found, 0), write)
     tl.store(out, a, write)
     tl.store(out + out_stride, total, write)
@@ -117,6 +120,7 @@ def join_shares_kernel(
         shares,
         share == 0,
         STATISTICS,
+        CAPPED,
         MOST_SHARES,
     )
     offset = 0.0

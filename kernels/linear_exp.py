@@ -5,11 +5,10 @@
     e[n, v] = exp(t[n, v] - anchor[n]),   0 at the row's target
     sums[0, v // BLOCK_COLS, n] = sum of e[n, v] over the columns of that tile
 
-and, with STATISTICS, over the same columns: 1 the largest t (the target's included), 2 the sum of
-e (t - that), 3 the sum of e^2, 4 the sum of t (the target's left out), and in ``best_index`` the
-first column of the largest. ``exps``, where given, receives e (times the slope under a cap) in its
-own dtype; halves receive the logarithm of that, packed for probabilities.py, which takes the
-exponentials once the sums are known.
+and, where there is a ``best_index``, over the same columns: from 1 on those of statistics.py, and
+in it the first column of the largest t. ``exps``, where given, receives e (times the slope under a
+cap) in its own dtype; halves receive the logarithm of that, packed for probabilities.py, which
+takes the exponentials once the sums are known.
 
 The anchor is known before the product, so tiles need nothing of each other: no running maximum, no
 rescaling, no atomics, and partial sums that add up in a fixed order (row_sums.py). An anchor far
@@ -27,8 +26,8 @@ import triton.language as tl
 from .logit_map import logits_above
 from .probabilities import pack_logarithms
 from .products import describe_product, load_product, slice_columns, tile_position
+from .statistics import BEST, WEIGHTED, add_terms, no_terms, store_terms, sum_terms
 
-KINDS = 5  # of sums, with statistics
 LOWEST = tl.constexpr(-1e38)
 
 
@@ -40,9 +39,9 @@ def load_target(target, ids, mask, columns):
 
 
 @triton.jit
-def slice_statistics(t, e, other, cols, columns, RAGGED: tl.constexpr):
-    """Of some columns of each row: the largest logit, its first column, the sum of e (t - largest),
-    of e^2, and of t without the target's."""
+def slice_largest(t, e, cols, columns, RAGGED: tl.constexpr):
+    """Of some columns of each row: the largest logit, its first column, the sum of
+    e (t - largest)."""
     shown = t
     if RAGGED:
         shown = tl.where((cols < columns)[None, :], t, -float("inf"))
@@ -51,7 +50,7 @@ def slice_statistics(t, e, other, cols, columns, RAGGED: tl.constexpr):
     first = tl.min(tl.where(shown == best[:, None], cols[None, :], columns), 1)
     # A logit of -inf has no weight: finite, it stays so times that. Where all are, NaN is left.
     weighted = tl.sum(e * (tl.maximum(t, LOWEST) - best[:, None]), 1)
-    return best, first, weighted, tl.sum(e * e, 1), tl.sum(tl.where(other, t, 0.0), 1)
+    return best, first, weighted
 
 
 @triton.jit
@@ -183,8 +182,7 @@ def finish_tile(
     best = tl.full((BLOCK_ROWS,), -float("inf"), dtype=tl.float32)
     index = tl.zeros((BLOCK_ROWS,), dtype=tl.int32) + col
     weighted = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
-    logits = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    terms = no_terms((BLOCK_ROWS,))
     for i in tl.static_range(SLICES):
         first = col + i * slice_cols
         t, e, s, other = finish_slice(
@@ -214,7 +212,7 @@ def finish_tile(
         s = tl.where(here, s, 0.0)
         if best_index is not None:
             cols = first + tl.arange(0, slice_cols)
-            top, at, w, q, v = slice_statistics(t, e, other, cols, columns, RAGGED)
+            top, at, w = slice_largest(t, e, cols, columns, RAGGED)
             top = tl.where(here, top, -float("inf"))
             raised = tl.maximum(best, top)
             # Sums of 0 have no weight, and their largest may be -inf.
@@ -223,17 +221,16 @@ def finish_tile(
             weighted += moved + tl.where(s == 0, 0.0, w)
             index = tl.where(top > best, at, index)
             best = raised
-            squares += tl.where(here, q, 0.0)
-            logits += tl.where(here, v, 0.0)
+            terms = add_terms(terms, sum_terms(e, t, other, CAPPED), here, here)
         total += s
     at = tl.cast(col // BLOCK_COLS, tl.int64) * sums_stride + ids
     tl.store(sums + at, total, mask)
     if best_index is not None:
         kind = tl.cast(tl.cdiv(columns, BLOCK_COLS), tl.int64) * sums_stride
-        tl.store(sums + kind + at, best, mask)
-        tl.store(sums + 2 * kind + at, weighted, mask)
-        tl.store(sums + 3 * kind + at, squares, mask)
-        tl.store(sums + 4 * kind + at, logits, mask)
+        out = sums + kind + at
+        tl.store(out + BEST * kind, best, mask)
+        tl.store(out + WEIGHTED * kind, weighted, mask)
+        store_terms(out, kind, terms, mask, CAPPED)
         tl.store(best_index + at, index, mask)
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .linear_exp import load_target, store_slice
 from .logit_map import (
-    LN_2,
+    LN2,
     binary_exponents,
     exp2_flushed,
     exp_difference,
@@ -133,7 +133,7 @@ def linear_grad_kernel(
             at_target -= tl.where(p_own == 0, 0.0, p_own * (log_own + shift) * k)
         slice_cols: tl.constexpr = BLOCK_COLS // SLICES
         # Of log p below.
-        unit: tl.constexpr = 1.0 if EXACT else LN_2
+        unit: tl.constexpr = 1.0 if EXACT else LN2
         parts = slice_columns(acc, BLOCK_ROWS, BLOCK_COLS, SLICES)
         for i in tl.static_range(SLICES):
             z = parts[i]

@@ -18,8 +18,9 @@ from .exp_rows import (
     step_columns,
     store_step,
 )
-from .exponentials import LN2, anchored
+from .exponentials import anchored
 from .linear_grad import one_minus_exp
+from .logit_map import LN2
 
 
 @triton.jit

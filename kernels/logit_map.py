@@ -10,8 +10,8 @@ z is the product plus the bias, ``inner`` is scale / cap.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -68,10 +68,10 @@ def exp2_flushed(x):
 def binary_exponents(z, t, anchor, scale, CAPPED: tl.constexpr):
     """(t - anchor) / log 2 of logits (ROWS, COLS) and anchors (ROWS,): without a cap one fused
     operation on the raw product."""
-    below = (anchor * -LOG2_E)[:, None]
+    below = (anchor * -LOG2E)[:, None]
     if CAPPED:
-        return t * LOG2_E + below
-    return z * (scale * LOG2_E) + below
+        return t * LOG2E + below
+    return z * (scale * LOG2E) + below
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def logits_above(
         x = t - anchor[:, None]
         return t, slope, x, exp_difference(t, anchor[:, None], True)
     power = binary_exponents(z, t, anchor, scale, CAPPED)
-    return t, slope, power * LN_2, exp2_flushed(power)
+    return t, slope, power * LN2, exp2_flushed(power)
 
 
 @triton.jit

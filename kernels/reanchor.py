@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows whose anchor will not do, projected again about their largest logit.
 
-Three kernels after row_sums.py, launched always and done at once where no row is flagged, so that
+Five kernels after row_sums.py, launched always and done at once where no row is flagged, so that
 the host never waits to learn it: ``list_flagged_kernel`` packs the flagged rows' numbers,
 ``largest_logit_kernel`` finds the largest logit of each column tile (the target's left out),
-``reanchor_kernel`` writes the exponentials and sums of those rows anew, and ``settle_kernel`` adds
-these up. The cost is two products of the flagged rows, however they are scattered.
+``anchor_kernel`` makes the largest of these the row's anchor, ``reanchor_kernel`` writes the
+exponentials and sums of those rows anew, and ``sum_flagged_kernel`` adds these up. The cost is two
+products of the flagged rows, however they are scattered.
 """
 
 import triton
@@ -207,7 +208,7 @@ def reanchor_kernel(
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def settle_kernel(
+def sum_flagged_kernel(
     sums,
     best_index,
     flagged,
@@ -218,6 +219,7 @@ def settle_kernel(
     sums_stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     found = tl.load(count)
     for start in range(tl.program_id(0) * BLOCK_ROWS, found, tl.num_programs(0) * BLOCK_ROWS):
@@ -235,4 +237,5 @@ def settle_kernel(
             sums_stride,
             BLOCK_ROWS,
             BLOCK_TILES,
+            CAPPED,
         )

@@ -6,7 +6,7 @@
 
 ``anchor`` is a, and with statistics the largest logit, to which norm and log_norm then move. Where
 exponentials are kept, their target's column receives (p_y - 1) / scale, times the map's slope.
-fastpref/scoring/rows.py computes the same in a dozen launches.
+fastpref/scoring/backends/torch.py computes the same in a dozen launches.
 """
 
 import triton

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tile linear_exp.py and reanchor.py work in on which chip: a table, so that a run never
-stops to tune and every run computes the same.
+"""Which tile linear_exp.py, linear_grad.py and reanchor.py work in on which chip: a table, so that
+a run never stops to tune and every run computes the same.
 
 Chosen by what the compiler reports for each target (``python -m fastpref kernels``): the largest
 tile that spills nothing and leaves its shared memory within the chip's. None was timed yet.

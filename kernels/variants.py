@@ -53,8 +53,9 @@ def variants(capability: int, element: str) -> Iterator[Variant]:
     if tiles.flattenable(chip, ELEMENTS[element]):
         yield from products(tiles.flattened(chip), element)
     yield from _flagged(chip, element)
-    for statistics in _ON_OFF:
-        yield from _sums(statistics)
+    yield from _sums(statistics=False, capped=False)
+    for capped in _ON_OFF:
+        yield from _sums(statistics=True, capped=capped)
     if element == "fp16":
         yield probabilities_variant()
     yield from _glue(element)
@@ -290,14 +291,15 @@ def rows_in_place(element: str) -> Iterator[Variant]:
             )
 
 
-def _sums(statistics: bool) -> Iterator[Variant]:
+def _sums(statistics: bool, capped: bool) -> Iterator[Variant]:
     constants: dict[str, Any] = {"BLOCK_ROWS": row_sums.ROWS, "BLOCK_TILES": row_sums.TILES}
+    constants["CAPPED"] = capped
     constants |= _absent(best_index=statistics, out_index=statistics)
     for kernel, name in (
         (row_sums.row_sums_kernel, "row_sums"),
-        (reanchor.settle_kernel, "settle"),
+        (reanchor.sum_flagged_kernel, "sum_flagged"),
     ):
-        label = _label(name, statistics=statistics)
+        label = _label(name, statistics=statistics, capped=capped)
         yield Variant(kernel, label, constants, {}, "fp32")
     if not statistics:
         yield Variant(reanchor.anchor_kernel, "anchor", {"BLOCK_ROWS": row_sums.ROWS}, {}, "fp32")

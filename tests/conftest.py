@@ -27,7 +27,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # subprocesses that tests start.
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("fastpref.scoring.backends.fused")
+    importlib.import_module("fastpref.scoring.backends.triton")
     importlib.import_module("fastpref.scoring.backends.rows")
     importlib.import_module("fastpref.scoring.backends.divergence_launch")
     # Triton imports it later on, which fails once the variable is gone.

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient
+from fastpref.scoring.slab import Products, Slab
 from tests.cuda_on_host import launches as cuda_launches
 from tests.cuda_on_host.kernels import ELEMENTS
 from tests.guard import SIDES, guarded, guarded_allocations
 from tests.row_launches import Launch, Place, between_products, over_tiles, placed
-from tests.scoring.divergences import KINDS, random_tiles, with_bias
+from tests.scoring.divergences import DIVERGENCES, Tiles, random_tiles, with_bias
 from tests.scoring.settling import MAPS
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,36 +63,37 @@ def divergence_rows(
             for one, more in ((tiles.student, 3), (tiles.teacher, 2))
         )
         biases = (placed(place, tiles.student_bias), placed(place, tiles.teacher_bias))
-        values = [
-            operator(student, teacher, *biases, tiles.map, kind, 0.3, write)
-            for write in (False, True)
-        ]
+        lying = Tiles(student, teacher, *biases, tiles.map)
+        values = [operator(*lying.products, kind, 0.3, write) for write in (False, True)]
         return [student, *values]
 
-    return Launch(f"divergence_rows-{KINDS[kind]}-{dtype}-{cols}", run)
+    return Launch(f"divergence_rows-{DIVERGENCES[kind]}-{dtype}-{cols}", run)
 
 
 def divergences(
     operator: Callable[..., Tensor], dtypes: tuple[torch.dtype, ...], extent: Extent
 ) -> Iterator[Launch]:
-    for dtype, cols, kind in itertools.product(dtypes, extent.widths, range(len(KINDS))):
+    for dtype, cols, kind in itertools.product(dtypes, extent.widths, range(len(DIVERGENCES))):
         yield divergence_rows(operator, dtype, cols, kind)
 
 
-def compiled_divergence_rows(student: Tensor, *arguments: Any) -> Tensor:
-    *tiles, map, kind, beta, write = arguments
-    value: Tensor = torch.ops.fastpref.divergence_rows_(student, *tiles, *map, kind, beta, write)
+def compiled_divergence_rows(
+    student: Products, teacher: Products, kind: int, beta: float, write: bool
+) -> Tensor:
+    value: Tensor = torch.ops.fastpref.divergence_rows_(
+        student.tile, teacher.tile, student.bias, teacher.bias, *student.map, kind, beta, write
+    )
     return value
 
 
 def cpu(launches: str, directory: str) -> Iterator[Launch]:
-    from fastpref.scoring.backends import compiled
+    from fastpref.scoring.backends import cpp
 
     extent = COMPILED[launches]
     for dtype, map, cols in itertools.product(ELEMENTS, extent.maps, extent.widths):
         # make_rows wants some columns.
-        yield from of(compiled, over_tiles(dtype, map, max(cols, 13)))
-        yield from of(compiled, between_products(dtype, map, cols))
+        yield from of(cpp, over_tiles(dtype, map, max(cols, 13)))
+        yield from of(cpp, between_products(dtype, map, cols))
     yield from divergences(compiled_divergence_rows, ELEMENTS, extent)
 
 
@@ -118,7 +120,7 @@ def rows(launches: str, directory: str) -> Iterator[Launch]:
 
 
 def projection(dtype: torch.dtype, map: str, cols: int, write: bool, statistics: bool) -> Launch:
-    from fastpref.scoring.backends import fused
+    from fastpref.scoring.backends import triton as triton_backend
 
     def run(_: Any, place: Place) -> list[Tensor]:
         # Rows of whole 16 bytes, at such distances: others take another way.
@@ -129,9 +131,9 @@ def projection(dtype: torch.dtype, map: str, cols: int, write: bool, statistics:
         # Rows that are projected again.
         anchor[::3] = -200
         target[-1] = cols - 1
-        bias = place(torch.randn(cols))
-        sums = fused.project(
-            hidden, weight, tile, place(target), place(anchor), bias, MAPS[map], write, statistics
+        slab = Slab(weight, place(torch.randn(cols)), MAPS[map])
+        sums = triton_backend.project(
+            hidden, slab, tile, place(target), place(anchor), write, statistics
         )
         return [tile, sums.sum]
 
@@ -140,7 +142,7 @@ def projection(dtype: torch.dtype, map: str, cols: int, write: bool, statistics:
 
 
 def projected_gradient(dtype: torch.dtype, map: str, cols: int) -> Launch:
-    from fastpref.scoring.backends import fused
+    from fastpref.scoring.backends import triton as triton_backend
 
     def run(_: Any, place: Place) -> list[Tensor]:
         # Rows of whole 16 bytes, at such distances: others take another way.
@@ -149,15 +151,14 @@ def projected_gradient(dtype: torch.dtype, map: str, cols: int) -> Launch:
         tile = place(torch.zeros(37, cols + 3, dtype=dtype)[:, 1 : cols + 1])
         upstream = UpstreamGradient(*(place(one) for one in torch.rand(7, 37)))
         target = place(torch.randint(cols, (37,)))
-        fused.project_gradient(
-            hidden, weight, tile, target, upstream, place(torch.randn(cols)), MAPS[map]
-        )
+        slab = Slab(weight, place(torch.randn(cols)), MAPS[map])
+        triton_backend.project_gradient(hidden, slab, tile, target, upstream)
         return [tile]
 
     return Launch(f"project_gradient-{dtype}-{map}-{cols}", run)
 
 
-def fused(launches: str, directory: str) -> Iterator[Launch]:
+def triton(launches: str, directory: str) -> Iterator[Launch]:
     extent = INTERPRETED[launches]
     for dtype, map, cols in itertools.product(TRITON_DTYPES, extent.maps, extent.widths):
         yield projection(dtype, map, cols, False, False)
@@ -188,7 +189,7 @@ def planted(launches: str, directory: str) -> Iterator[Launch]:
 TRITON = {
     "glue": glue,
     "rows": rows,
-    "fused": fused,
+    "triton": triton,
     "divergence_launch": divergence_launch,
     "planted": planted,
 }

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of row kernels, with names, for checks that run in a process of their own: of whatever
-has the functions of a backend (fastpref/scoring/backends/compiled.py), or some of them."""
+has the functions of a backend (fastpref/scoring/backends/cpp.py), or some of them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient
+from fastpref.scoring.slab import Products, Slab
 from fastpref.scoring.types import statistics_dtype
 from tests.rows import make_rows
 from tests.scoring.settling import MAPS, make_sums
@@ -43,8 +44,9 @@ def exp_rows(
 
     def run(kernels: Any, place: Place) -> list[Tensor]:
         rows = make_rows(dtype, cols, MAPS[map])
-        tile, bias = place(rows.tile[part]), placed(place, rows.bias)
-        arguments = (tile, place(rows.target[part]), place(rows.anchor[part]), bias, MAPS[map])
+        tile = place(rows.tile[part])
+        products = Products(tile, placed(place, rows.bias), MAPS[map])
+        arguments = (products, place(rows.target[part]), place(rows.anchor[part]))
         read = kernels.exp_rows(*arguments, False, statistics, **options)
         sums = kernels.exp_rows(*arguments, True, statistics, **options)
         return [tile, *present(read), *present(sums)]
@@ -60,9 +62,10 @@ def logit_grad(dtype: torch.dtype, map: str, cols: int) -> Launch:
         rows = make_rows(dtype, cols, MAPS[map])
         upstream = torch.randn(7, len(rows.tile), dtype=statistics_dtype(dtype))
         upstream[1].exp_()
-        tile, bias = place(rows.tile), placed(place, rows.bias)
+        tile = place(rows.tile)
+        products = Products(tile, placed(place, rows.bias), MAPS[map])
         given = UpstreamGradient(*(place(one) for one in upstream))
-        kernels.logit_grad(tile, place(rows.target), given, bias, MAPS[map])
+        kernels.logit_grad(products, place(rows.target), given)
         return [tile]
 
     return Launch(f"logit_grad-{dtype}-{map}-{cols}", run)
@@ -74,7 +77,7 @@ def target_logits(dtype: torch.dtype, map: str, width: int) -> Launch:
         weight = place(torch.randn(9, width + 2).to(dtype)[:, :width])
         bias = place(torch.randn(9, dtype=statistics_dtype(dtype)))
         target = place(torch.tensor([8, 0, 3, -1, 9, 2, 8]))
-        return list(kernels.target_logits(hidden, weight, target, bias, MAPS[map]))
+        return list(kernels.target_logits(hidden, Slab(weight, bias, MAPS[map]), target))
 
     return Launch(f"target_logits-{dtype}-{map}-{width}", run)
 

@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 
+from fastpref.scoring.slab import Products
 from fastpref.scoring.types import LogitMap
 from tests.cuda_on_host.kernels import Kernels, compile_library, unavailable_reason
 from tests.rows import make_rows
@@ -45,7 +46,8 @@ def test_exp_rows_reads_and_writes_little(
         ctypes.c_int64(rows.guarded.numel()),
         *(ctypes.c_void_p(one.data_ptr()) for one in counts),
     )
-    arguments = (rows.tile, rows.target, rows.anchor, None, map, write, statistics)
+    products = Products(rows.tile, None, map)
+    arguments = (products, rows.target, rows.anchor, write, statistics)
     sums = kernels.exp_rows(*arguments, blocks=blocks)
     reads, writes = counts[:, :, 1 : cols + 1]
     assert not counts[:, :, 0].any() and not counts[:, :, cols + 1 :].any()

@@ -13,6 +13,7 @@ from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring import backends
 from fastpref.scoring.backends import UpstreamGradient
 from fastpref.scoring.backends.tiled import Tiled
+from fastpref.scoring.slab import Products, Slab
 from fastpref.scoring.types import LogitMap, statistics_dtype
 from tests.cuda_on_host.kernels import ELEMENTS, Kernels, compile_kernels, unavailable_reason
 from tests.rows import make_rows
@@ -21,6 +22,10 @@ from tests.scoring.settling import MAPS, check_settle, check_settle_alone, check
 # Largest relative error of one rounding to the element type.
 ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in ELEMENTS}
 GUARD = 30.0
+
+
+def plain(tile: torch.Tensor) -> Products:
+    return Products(tile, None, MAPS["plain"])
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +56,7 @@ def test_exp_rows(
     rows = make_rows(dtype, 9001, map)
     guarded, tile, target, anchor, bias, logit, slope, own = rows
     before = guarded.clone()
-    arguments = (tile, target, anchor, bias, map)
+    arguments = (Products(tile, bias, map), target, anchor)
     read_only = kernels.exp_rows(*arguments, False, statistics, blocks=blocks)
     assert torch.equal(guarded, before)
     sums = kernels.exp_rows(*arguments, True, statistics, blocks=blocks)
@@ -92,6 +97,9 @@ def test_exp_rows(
     # Where one logit stands alone, t - best is its rounding.
     torch.testing.assert_close(sums.weighted, weighted, **{**close, "atol": digits})
     torch.testing.assert_close(sums.squares, exps.square().sum(1), **close)
+    if map.cap == 0:
+        assert sums.total is None
+        return
     total = logit.sum(1) - torch.where(own.isinf(), 0.0, own)
     slack = digits * logit.abs().nan_to_num(posinf=0).sum(1).max().item()
     torch.testing.assert_close(sums.total, total, rtol=0, atol=slack, check_dtype=False)
@@ -104,11 +112,11 @@ def test_logits_far_from_their_anchor_cost_no_digits(kernels: Kernels) -> None:
     target = torch.full((64,), -1)
     exps = (tile.double() - anchor.double()[:, None]).exp()
     grad, one = tile.clone(), torch.ones(64)
-    sums = kernels.exp_rows(tile, target, anchor, None, MAPS["plain"], True, False)
+    sums = kernels.exp_rows(plain(tile), target, anchor, True, False)
     torch.testing.assert_close(tile.double(), exps, rtol=2**-22, atol=0)
     torch.testing.assert_close(sums.sum.double(), exps.sum(1), rtol=2**-22, atol=0)
     upstream = UpstreamGradient(anchor, one, -one, -one, None, None, None)
-    kernels.logit_grad(grad, target, upstream, None, MAPS["plain"])
+    kernels.logit_grad(plain(grad), target, upstream)
     torch.testing.assert_close(grad.double(), exps, rtol=2**-22, atol=0)
 
 
@@ -123,7 +131,7 @@ def test_exp_rows_with_fewer_columns_than_threads(
     before, tile = buffer.double().clone(), buffer[:, 1:]
     target = torch.tensor([0, cols - 1, -1, cols])
     anchor = torch.zeros(4, dtype=statistics_dtype(dtype))
-    arguments = (tile, target, anchor, None, MAPS["plain"])
+    arguments = (plain(tile), target, anchor)
     sums = kernels.exp_rows(*arguments, True, False, blocks=blocks)
     assert torch.equal(buffer[:, 0].double(), before[:, 0])
     exps = before[:, 1:].exp().masked_fill(torch.arange(cols)[None] == target[:, None], 0.0)
@@ -142,7 +150,8 @@ def test_no_barrier_is_missing(
     written, results = [], []
     for backwards in (False, True):
         rows = make_rows(dtype, 4099, MAPS["capped"])
-        arguments = (rows.tile, rows.target, rows.anchor, rows.bias, MAPS["capped"])
+        products = Products(rows.tile, rows.bias, MAPS["capped"])
+        arguments = (products, rows.target, rows.anchor)
         sums = kernels.exp_rows(*arguments, True, statistics, backwards, blocks)
         written.append(rows.guarded)
         results.append([one for one in sums if one is not None])
@@ -159,7 +168,7 @@ def test_a_product_that_is_no_number_makes_its_row_nan_and_no_other(
     tile[1, 700] = poison
     anchor = torch.zeros(3, dtype=statistics_dtype(dtype))
     target = torch.tensor([3, 4, 5])
-    sums = kernels.exp_rows(tile, target, anchor, None, MAPS["plain"], True, False)
+    sums = kernels.exp_rows(plain(tile), target, anchor, True, False)
     assert sums.sum.isnan().tolist() == [False, True, False]
     assert tile.isnan().any(1).tolist() == [False, True, False]
 
@@ -174,7 +183,7 @@ def test_a_part_of_a_row_with_no_weight_at_all_is_written_as_zeros(
     tile = torch.full((1, 600), -torch.inf, dtype=dtype)
     anchors = torch.full((1,), anchor, dtype=statistics_dtype(dtype))
     target = torch.tensor([-1])
-    sums = kernels.exp_rows(tile, target, anchors, None, MAPS["plain"], True, statistics)
+    sums = kernels.exp_rows(plain(tile), target, anchors, True, statistics)
     assert sums.anchor.isfinite().item()
     assert (sums.sum.item(), sums.offset.item()) == (0.0, 0.0)
     assert bool((tile == 0).all())
@@ -184,7 +193,7 @@ def test_a_target_that_is_no_number_makes_its_half_row_nan(kernels: Kernels) -> 
     """Probabilities are normalised with the target."""
     tile, anchor = torch.randn(1, 600).half(), torch.zeros(1)
     tile[0, 70] = torch.nan
-    sums = kernels.exp_rows(tile, torch.tensor([70]), anchor, None, MAPS["plain"], True, False)
+    sums = kernels.exp_rows(plain(tile), torch.tensor([70]), anchor, True, False)
     assert sums.offset.isnan().item() and tile.isnan().any().item()
 
 
@@ -224,7 +233,7 @@ def test_logit_grad(
     for part in (slice(0, split), slice(split, cols)):
         part_bias = None if bias is None else bias[part]
         tile = guarded[:, 1:-1][:, part]
-        kernels.logit_grad(tile, target - part.start, upstream, part_bias, map)
+        kernels.logit_grad(Products(tile, part_bias, map), target - part.start, upstream)
     assert bool((guarded[:, 0] == 7).all()) and bool((guarded[:, -1] == 7).all())
     digits = 1e-12 if dtype == torch.float64 else 2e-5
     torch.testing.assert_close(
@@ -241,7 +250,7 @@ def test_logit_grad_of_a_target_nobody_holds_is_nan(kernels: Kernels) -> None:
     nan = torch.tensor([torch.nan, 1.0])
     zero, one = torch.zeros(2), torch.ones(2)
     upstream = UpstreamGradient(zero, nan, nan - 2, one, None, None, None)
-    kernels.logit_grad(tile, torch.tensor([-1, 5]), upstream, None, MAPS["plain"])
+    kernels.logit_grad(plain(tile), torch.tensor([-1, 5]), upstream)
     assert tile.isnan().all(1).tolist() == [True, False]
 
 
@@ -252,13 +261,14 @@ def test_target_logits_of_any_width(kernels: Kernels, dtype: torch.dtype, width:
     hidden = torch.randn(5, width + 1).to(dtype)[:, 1:]
     weight = torch.randn(9, width + 2).to(dtype)[:, :width]
     target = torch.tensor([8, 0, 3, -1, 9])
-    found = kernels.target_logits(hidden, weight, target, None, LogitMap(1.0, 0.0))
+    slab = Slab(weight, None, MAPS["plain"])
+    found = kernels.target_logits(hidden, slab, target)
     terms = hidden[:3].double() * weight[target[:3]].double()
     digits = torch.finfo(statistics_dtype(dtype)).eps
     error = (found.raw[:3].double() - terms.sum(1)).abs()
     assert bool((error <= 20 * digits * terms.abs().sum(1)).all())
     assert found.raw[3:].isnan().all() and found.column.tolist() == [8, 0, 3, -1, -1]
-    again = kernels.target_logits(hidden, weight, target, None, LogitMap(1.0, 0.0), backwards=True)
+    again = kernels.target_logits(hidden, slab, target, backwards=True)
     assert torch.equal(found.raw[:3], again.raw[:3])
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastpref import _extension
-from fastpref.scoring.backends import fused
+from fastpref.scoring.backends import triton as triton_backend
 from tests import guard
 from tests.cuda_on_host.kernels import build_library, unavailable_reason
 from tests.cuda_on_host.launches import LIBRARIES
@@ -21,7 +21,7 @@ from tests.cuda_on_host.launches import LIBRARIES
 pytestmark = pytest.mark.skipif(
     guard.unavailable_reason() is not None, reason=str(guard.unavailable_reason())
 )
-interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+interpreted = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 launches = pytest.mark.parametrize(
     "launches", ["sample", pytest.param("sweep", marks=pytest.mark.slow)]
 )
@@ -77,7 +77,7 @@ def test_cuda_kernels_on_the_host(launches: str, tmp_path: Path) -> None:
 
 @interpreted
 @launches
-@pytest.mark.parametrize("family", ["glue", "rows", "fused", "divergence_launch"])
+@pytest.mark.parametrize("family", ["glue", "rows", "triton", "divergence_launch"])
 def test_triton_kernels(family: str, launches: str) -> None:
     check(run(family, launches, TRITON_INTERPRET="1"))
 

@@ -25,15 +25,16 @@ struct Tile {
   const int64_t* target;  // (rows,), column of the target inside this tile; outside [0, cols): not here
 };
 
-// Per row, all of the statistics' type. `sums` has kRowSums or kRowSumsAll rows of length `rows`.
-constexpr int kRowSums = 3;     // anchor, sum, offset
-constexpr int kRowSumsAll = 7;  // and best, weighted, squares, total
+// Rows of `sums`: those of every call, then the statistics where they are asked for, in the order of
+// fastpref/scoring/statistics.py. What is summed under a cap alone comes last.
+enum RowSum : int { kAnchor, kSum, kOffset, kSums, kBest = kSums, kWeighted, kSquares, kTotal, kAllSums };
 
+// Per row, all of the statistics' type.
 struct ExpRows {
   Tile tile;
   LogitMap map;
   const void* anchor;   // (rows,) first choice of anchor
-  void* sums;           // (kRowSums or kRowSumsAll, rows)
+  void* sums;           // (kSums, kTotal or kAllSums, rows)
   int64_t* best_index;  // (rows,), null without statistics
   bool write;
 };

@@ -6,7 +6,7 @@
 //
 // exp_rows, per row, with anchor a and all columns v but the target's:
 //     e_v = exp(t_v - a),   sum = S = sum_v e_v
-//     best = max_v t_v (target included),   squares = sum_v e_v^2,   total = sum_v t_v,
+//     best = max_v t_v (target included),   squares = sum_v e_v^2,   total = sum_v t_v (under a cap alone),
 //     weighted = sum_v e_v (t_v - best)      (about a, which may lie far below, its digits would cancel in the entropy)
 // and, when it writes, the tile becomes e_v (times 1 - tanh^2 under a cap) with 0 at the target. A row in which some
 // t_v - a exceeds kGuard, or whose anchor is not finite, is moved to the anchor max_v t_v.
@@ -143,15 +143,16 @@ class ExpRow {
   }
 
   void results(A* sums, int64_t rows, int64_t row, int64_t* best_index) const {
-    sums[row] = anchor_;
-    sums[rows + row] = static_cast<A>(sum_);
-    sums[2 * rows + row] = offset_;
+    A* const out = sums + row;
+    out[kAnchor * rows] = anchor_;
+    out[kSum * rows] = static_cast<A>(sum_);
+    out[kOffset * rows] = offset_;
     if constexpr (kStatistics) {
-      sums[3 * rows + row] = best_;
+      out[kBest * rows] = best_;
       const double above = static_cast<double>(best_) - anchor_;
-      sums[4 * rows + row] = static_cast<A>(sum_ > 0 ? weighted_ - above * sum_ : 0);
-      sums[5 * rows + row] = static_cast<A>(squares_);
-      sums[6 * rows + row] = static_cast<A>(total_);
+      out[kWeighted * rows] = static_cast<A>(sum_ > 0 ? weighted_ - above * sum_ : 0);
+      out[kSquares * rows] = static_cast<A>(squares_);
+      if (map_.cap != 0) out[kTotal * rows] = static_cast<A>(total_);
       best_index[row] = best_index_;
     }
   }
@@ -180,10 +181,13 @@ class ExpRow {
     const A anchor = anchor_;
     A sum = 0, weighted = 0, squares = 0, total = 0;
     if constexpr (kStatistics) {
-#pragma omp simd reduction(+ : sum, weighted, squares, total)
+      if (map_.cap != 0) {
+#pragma omp simd reduction(+ : total)
+        for (int64_t i = 0; i < n; ++i) total += logits_[i];
+      }
+#pragma omp simd reduction(+ : sum, weighted, squares)
       for (int64_t i = 0; i < n; ++i) {
         const A e = exp_difference<T>(logits_[i], anchor);
-        total += logits_[i];
         sum += e;
         weighted += e > 0 ? e * (logits_[i] - block_best) : A(0);  // a logit of -inf has no weight
         squares += e * e;

@@ -123,7 +123,7 @@ struct ExpRow {
       if constexpr (kStatistics) {
         weighted += e > 0 ? e * (logits.t[j] - best) : A(0);  // a logit of -inf has no weight
         squares += e * e;
-        total += j == own ? A(0) : logits.t[j];
+        if (map.cap != 0) total += j == own ? A(0) : logits.t[j];
       }
       store(exps.values[j], e * logits.slope[j]);
     }
@@ -207,9 +207,9 @@ __device__ __forceinline__ void exp_row(const cpu::ExpRows& call, int64_t i, T* 
   const int64_t rows = call.tile.rows;
   const bool writer = team.first_thread();
   if (writer) {
-    sums[0] = row.anchor;
-    sums[rows] = sum;
-    sums[2 * rows] = offset;
+    sums[cpu::kAnchor * rows] = row.anchor;
+    sums[cpu::kSum * rows] = sum;
+    sums[cpu::kOffset * rows] = offset;
   }
   if constexpr (kStatistics) {
     const A best = team.reduce(row.best, Largest{});
@@ -219,13 +219,15 @@ __device__ __forceinline__ void exp_row(const cpu::ExpRows& call, int64_t i, T* 
     const A below = row.sum > 0 ? (row.best - best) * row.sum : A(0);
     const A weighted = team.reduce(row.weighted + below, Sum{});
     const A squares = team.reduce(row.squares, Sum{});
-    const A total = team.reduce(row.total, Sum{});
     if (writer) {
-      sums[3 * rows] = best;
-      sums[4 * rows] = weighted;
-      sums[5 * rows] = squares;
-      sums[6 * rows] = total;
+      sums[cpu::kBest * rows] = best;
+      sums[cpu::kWeighted * rows] = weighted;
+      sums[cpu::kSquares * rows] = squares;
       call.best_index[i] = best_index;
+    }
+    if (row.map.cap != 0) {
+      const A total = team.reduce(row.total, Sum{});
+      if (writer) sums[cpu::kTotal * rows] = total;
     }
   }
 }

@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import ScoringOptions, linear_divergence, linear_logprob
 from ..scoring.backends.divergences import unavailable_reason as divergence_unavailable
 from ..scoring.reference import reference_scores
-from ..scoring.types import DIFFERENTIABLE, OUTPUTS, Schedule
+from ..scoring.statistics import DIFFERENTIABLE, OUTPUTS
+from ..scoring.types import Schedule
 from .contract import Named, worst
 from .experiment import Mode
 from .heard import warnings

@@ -5,7 +5,8 @@ from .api import linear_logprob
 from .divergence import explain_divergence, linear_divergence
 from .head import WeightContext
 from .plan import BUDGET_SHARE, PRODUCT_BYTES, Plan
-from .types import ScoringOptions, TokenScores
+from .statistics import TokenScores
+from .types import ScoringOptions
 
 __all__ = [
     "BUDGET_SHARE",

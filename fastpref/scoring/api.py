@@ -14,7 +14,8 @@ from . import autograd, operators
 from .head import Lora, Model, WeightContext
 from .request import Call, Request, make_model, make_request, plan_target
 from .rules.scores import Scores
-from .types import DIFFERENTIABLE, OUTPUTS, ScoringOptions, TokenScores
+from .statistics import DIFFERENTIABLE, OUTPUTS, TokenScores
+from .types import ScoringOptions
 from .validation import check_outputs
 
 

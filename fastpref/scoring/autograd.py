@@ -62,7 +62,8 @@ class Engine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, saved = ctx.call, ctx.saved_tensors
+        call: Call = ctx.call
+        saved = ctx.saved_tensors
         count = TENSORS * call.rule.models
         if all(one is None for one in upstream):
             return (None,) * (1 + count)

@@ -27,7 +27,8 @@ from .plan import MEBIBYTE, Plan, choose, less, rows_to_keep
 from .request import Call
 from .retry import nothing_less, random_state, with_less
 from .rules import Heads
-from .types import ScoringOptions, TokenScores, statistics_dtype
+from .statistics import TokenScores
+from .types import ScoringOptions, statistics_dtype
 
 # Rows of a product that take as long as adding a product onto (V, H) float32 totals: measured on
 # two cores; by bandwidth and peak of an H200.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, operators
-from .backends.divergences import KINDS, unavailable_reason
+from .backends.divergences import DIVERGENCES, unavailable_reason
 from .head import Lora, Model
 from .plan import Plan
 from .request import Request, make_model, make_request, plan_target
@@ -154,8 +154,8 @@ def _ask(
     options: ScoringOptions | None,
     **map: Any,
 ) -> _Asked:
-    if divergence not in KINDS:
-        raise ValueError(f"divergence must be one of {', '.join(KINDS)}; got {divergence!r}")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
     _check_beta(beta)
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .slab import Slab
 from .types import LogitMap, statistics_dtype
 
 # Given weight and bias: a context entered around every use of them, in backward too. ZeRO-3 gathers
@@ -147,6 +148,10 @@ class Projector(NamedTuple):
     start: int = 0
     vocab_size: int = 0  # columns held by all ranks together
     trained: int = 0  # first inner column with a weight gradient, where the weight has one
+
+    def slab(self, columns: slice = slice(None)) -> Slab:
+        bias = None if self.bias is None else self.bias[columns]
+        return Slab(self.weight[columns], bias, self.map)
 
 
 class Model(NamedTuple):

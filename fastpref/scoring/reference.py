@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import TokenScores, statistics_dtype
+from .statistics import TokenScores
+from .types import statistics_dtype
 
 
 def reference_scores(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes in and comes out of scoring: the options and the outputs."""
+"""What goes into scoring beside tensors: options, dtypes, and the map of logits."""
 
 from __future__ import annotations
 
@@ -15,40 +15,6 @@ Schedule = Literal["auto", "direct", "keep", "recompute", "batches"]
 BACKENDS: tuple[str, ...] = ("auto", "torch", "cpp", "rows", "triton", "cuda")
 SCHEDULES: tuple[str, ...] = ("auto", "direct", "keep", "recompute", "batches")
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class TokenScores(NamedTuple):
-    """Per-token scores, each shaped like ``target`` and float32 (float64 for float64 products), or
-    None.
-
-    With p the softmax of the transformed logits t over the vocabulary and y the target:
-
-    - ``logp``: log p[y]. Differentiable.
-    - ``entropy``: -sum p log p, in nats. Differentiable.
-    - ``log_sum_sq_probs``: log sum p^2.
-    - ``mean_logits``: mean of t over the vocabulary, less the ids that a bias of -inf excludes.
-    - ``is_top1``: bool, the target's logit is the greatest, the first of equal ones.
-    - ``lse``: log sum exp t. Differentiable.
-
-    Positions where ``target == ignore_index`` hold 0 (False).
-    """
-
-    logp: Tensor | None = None
-    entropy: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-    lse: Tensor | None = None
-
-
-OUTPUTS: tuple[str, ...] = TokenScores._fields
-DIFFERENTIABLE: tuple[str, ...] = ("logp", "entropy", "lse")
-_OF_STATISTICS: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-
-def needs_statistics(outputs: tuple[str, ...]) -> bool:
-    """Whether any of ``outputs`` takes more than the sum of a row's exponentials."""
-    return any(name in outputs for name in _OF_STATISTICS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

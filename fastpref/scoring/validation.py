@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .types import DTYPES, OUTPUTS, LogitMap, ScoringOptions
+from .statistics import OUTPUTS
+from .types import DTYPES, LogitMap, ScoringOptions
 
 _LEAST, _MOST = 1e-15, 1e15
 

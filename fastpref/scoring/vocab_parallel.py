@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .head import Shard
-from .rows import RowSums, merge
+from .statistics import RowSums, merge
 
 
 def shard_range(group: dist.ProcessGroup | None, columns: int, device: torch.device) -> Shard:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..scoring import ScoringOptions, TokenScores, linear_logprob
 from ..scoring.reference import reference_scores
-from ..scoring.types import OUTPUTS
+from ..scoring.statistics import OUTPUTS
 
 TOP_SHARE = 3  # every third target is the best id, or is_top1 would always be false
 OVERFLOWING = 5  # every fifth row of the case of that name

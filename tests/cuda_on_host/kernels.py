@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.scoring.backends import UpstreamGradient, plain
-from fastpref.scoring.rows import RowScores, RowSums, TargetLogits
+from fastpref.scoring.backends import UpstreamGradient
+from fastpref.scoring.backends import torch as torch_backend
+from fastpref.scoring.rows import RowScores, TargetLogits
+from fastpref.scoring.slab import Products, Slab
+from fastpref.scoring.statistics import SUMS, RowSums, summed
 from fastpref.scoring.types import LogitMap, statistics_dtype
 
 HERE = Path(__file__).resolve().parent
@@ -161,19 +164,19 @@ class Kernels(NamedTuple):
 
     def exp_rows(
         self,
-        tile: Tensor,
+        products: Products,
         target: Tensor,
         anchor: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
         write: bool,
         statistics: bool,
         backwards: bool = False,
         blocks: int = 1,
     ) -> RowSums:
         """``blocks`` share a row as a cluster."""
+        tile, bias, map = products
         rows = tile.shape[0]
-        sums = torch.full((7 if statistics else 3, rows), torch.nan, dtype=anchor.dtype)
+        kinds = len(SUMS) + len(summed(statistics, map.cap != 0))
+        sums = torch.full((kinds, rows), torch.nan, dtype=anchor.dtype)
         best_index = torch.full((rows,), -7) if statistics else None
         call = ExpRowsStruct(
             TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
@@ -190,20 +193,16 @@ class Kernels(NamedTuple):
             self.library.exp_rows_cluster(
                 element, ctypes.byref(call), blocks, ctypes.c_bool(backwards)
             )
-        if not statistics:
-            return RowSums(*sums)
-        new_anchor, total_exp, offset, best, weighted, squares, total = sums
-        return RowSums(new_anchor, total_exp, offset, best, best_index, weighted, squares, total)
+        return RowSums.of(sums, best_index)
 
     def logit_grad(
         self,
-        tile: Tensor,
+        products: Products,
         target: Tensor,
         upstream: UpstreamGradient,
-        bias: Tensor | None,
-        map: LogitMap,
         backwards: bool = False,
     ) -> None:
+        tile, bias, map = products
         call = LogitGradStruct(
             TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
             MapStruct(pointer(bias), *map),
@@ -214,14 +213,9 @@ class Kernels(NamedTuple):
         )
 
     def target_logits(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
-        backwards: bool = False,
+        self, hidden: Tensor, slab: Slab, target: Tensor, backwards: bool = False
     ) -> TargetLogits:
+        weight, bias, map = slab
         rows, width = hidden.shape
         raw = torch.full((rows,), 7.0, dtype=statistics_dtype(hidden.dtype))
         found = TargetLogits(torch.full((rows,), -7), raw, raw.clone())
@@ -287,4 +281,4 @@ class Kernels(NamedTuple):
         )
         return out
 
-    temporary_bytes = staticmethod(plain.temporary_bytes)
+    temporary_bytes = staticmethod(torch_backend.temporary_bytes)

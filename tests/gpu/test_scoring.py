@@ -11,7 +11,7 @@ import torch
 
 from fastpref import ScoringOptions, explain, linear_logprob
 from fastpref.bench.scorers import why_not
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import INPUTS, check_scores, make_case, run, upstream_of
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
 

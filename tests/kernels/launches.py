@@ -25,9 +25,10 @@ from triton.runtime.jit import create_function_from_signature
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
 from fastpref.kernels import resources, variants
 from fastpref.scoring import backward, forward, workspace
-from fastpref.scoring.backends import fused, probe, tiled
+from fastpref.scoring.backends import probe, tiled
 from fastpref.scoring.backends import rows as rows_backend
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.backends import triton as triton_backend
+from fastpref.scoring.statistics import OUTPUTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Launch = tuple[Any, ...]
@@ -56,8 +57,8 @@ class Recorder:
         properties = SimpleNamespace(
             major=capability // 10, minor=capability % 10, multi_processor_count=132
         )
-        fused._properties = lambda device: properties
-        for backend in (fused, rows_backend):
+        triton_backend._properties = lambda device: properties
+        for backend in (triton_backend, rows_backend):
             backend.unavailable_reason = lambda device_type: None
         rows_backend._processors = lambda device: properties.multi_processor_count
         # What is tried is arbitrary here, and the same kernels once more.
@@ -67,7 +68,7 @@ class Recorder:
             for name, stand_in in (("lease", _lease), ("row_stride", _row_stride)):
                 if hasattr(module, name):
                     setattr(module, name, stand_in)
-        fused.row_stride = _row_stride
+        triton_backend.row_stride = _row_stride
         recorder = self
 
         def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastpref.scoring import backends
-from fastpref.scoring.backends import fused, rows, verdict
+from fastpref.scoring.backends import rows, verdict
+from fastpref.scoring.backends import triton as triton_backend
 from fastpref.scoring.backends.choice import Size
 
 CODE = """
@@ -61,7 +62,7 @@ def test_every_card_has_a_tier(
     tuned: str | None,
 ) -> None:
     """The fused kernels only where they know the chip, and only by a verdict."""
-    for module in (fused, rows):
+    for module in (triton_backend, rows):
         monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -7,10 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref.kernels import column_sums as kernels
-from fastpref.scoring.backends import column_sums, fused, glue
+from fastpref.scoring.backends import column_sums, glue
+from fastpref.scoring.backends import triton as triton_backend
 from fastpref.scoring.workspace import lease
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 WAYS = {
     "kernel": glue.add_column_sums,

@@ -10,25 +10,25 @@ from torch import Tensor
 
 from fastpref import linear_logprob
 from fastpref.kernels import tiles
-from fastpref.scoring.backends import fused
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.backends import triton as triton_backend
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import make_case
 from tests.scoring.test_numbers import SCHEDULES, dtype_name, options_of
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 
 
 @pytest.fixture
 def described(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The matrices that were described since."""
     seen: list[Tensor] = []
-    describe = fused.TensorDescriptor.from_tensor
+    describe = triton_backend.TensorDescriptor.from_tensor
 
     def from_tensor(matrix: Tensor, block: list[int]) -> object:
         seen.append(matrix)
         return describe(matrix, block)
 
-    monkeypatch.setattr(fused.TensorDescriptor, "from_tensor", from_tensor)
+    monkeypatch.setattr(triton_backend.TensorDescriptor, "from_tensor", from_tensor)
     return seen
 
 

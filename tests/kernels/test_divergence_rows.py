@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, linear_divergence
-from fastpref.scoring.backends import divergence_launch, fused
+from fastpref.scoring.backends import divergence_launch
+from fastpref.scoring.backends import triton as triton_backend
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import check_contract
 from tests.scoring.divergences import (
-    KINDS,
+    DIVERGENCES,
     Tiles,
     masked,
     random_tiles,
@@ -18,17 +19,18 @@ from tests.scoring.divergences import (
     with_bias,
 )
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 BETA = 0.3
 INF = float("inf")
-kinds = pytest.mark.parametrize("kind", KINDS)
-soft = pytest.mark.parametrize("kind", KINDS[:5])
+kinds = pytest.mark.parametrize("kind", DIVERGENCES)
+soft = pytest.mark.parametrize("kind", DIVERGENCES[:5])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
 def run(tiles, kind, beta=BETA, write=True):
     student = tiles.student.clone()
-    value = divergence_launch.divergence_rows(student, *tiles[1:], KINDS.index(kind), beta, write)
+    products = tiles._replace(student=student).products
+    value = divergence_launch.divergence_rows(*products, DIVERGENCES.index(kind), beta, write)
     return {"value": value, "gradient": student}
 
 
@@ -134,7 +136,9 @@ def test_where_the_tiles_lie(kind, write):
     before = wide.student.clone()
     inside = Tiles(wide.student[:, 7:2507], wide.teacher[:, 9:2509])
     expected = run(Tiles(*(one.contiguous() for one in inside[:2])), kind, write=write)
-    value = divergence_launch.divergence_rows(*inside, KINDS.index(kind), BETA, write)
+    value = divergence_launch.divergence_rows(
+        *inside.products, DIVERGENCES.index(kind), BETA, write
+    )
     assert torch.equal(value, expected["value"])
     assert torch.equal(inside.student, expected["gradient"])
     assert torch.equal(wide.student[:, :7], before[:, :7])
@@ -148,7 +152,7 @@ def test_no_rows_and_no_such_kind():
     assert run(empty, "tv")["value"].shape == (0,)
     assert run(Tiles(torch.zeros(2, 0), torch.zeros(2, 0)), "tv")["value"].tolist() == [0, 0]
     with pytest.raises(ValueError, match=r"kind.*got 6"):
-        divergence_launch.divergence_rows(*empty, 6, BETA, True)
+        divergence_launch.divergence_rows(*empty.products, 6, BETA, True)
 
 
 def test_linear_divergence_runs_on_it():

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from fastpref.bench import launches
-from fastpref.scoring.backends import fused, glue
+from fastpref.scoring.backends import glue
+from fastpref.scoring.backends import triton as triton_backend
 from fastpref.scoring.types import LogitMap
 from tests.scoring.settling import MAPS, check_settle, check_settle_alone, check_target_logits
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 maps = pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
 

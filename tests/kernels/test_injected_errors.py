@@ -27,12 +27,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastpref import ScoringOptions
-from fastpref.scoring.backends import fused
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.backends import triton as triton_backend
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import Case, check_contract, make_case, run, upstream_of
 from tests.scoring.test_numbers import dtype_name
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name
 )

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels import probabilities
-from fastpref.scoring.backends import fused
-from fastpref.scoring.rows import RowSums
+from fastpref.scoring.backends import triton as triton_backend
+from fastpref.scoring.slab import Slab
+from fastpref.scoring.statistics import RowSums
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import make_case
 from tests.scoring.test_numbers import dtype_name
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 INF, NAN = float("inf"), float("nan")
 PLAIN, CAPPED = LogitMap(1.3, 0.0), LogitMap(0.8, 3.0)
@@ -59,8 +60,10 @@ class Projection:
         if tile is None:
             tile = self.hidden.new_empty(len(self.hidden), len(self.weight))
         anchor = self.target_logit if anchor is None else anchor
-        arguments = (self.hidden, self.weight, tile, self.target, anchor, self.bias, self.map)
-        return tile, fused.project(*arguments, write, statistics)
+        slab = Slab(self.weight, self.bias, self.map)
+        return tile, triton_backend.project(
+            self.hidden, slab, tile, self.target, anchor, write, statistics
+        )
 
     def check(self, tile: Tensor, sums: RowSums, rows: slice = slice(None)) -> None:
         """``rows`` of the tile and of the sums that were made with it."""

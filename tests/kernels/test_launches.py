@@ -58,7 +58,7 @@ def test_a_call_launches_what_it_should() -> None:
     """So that the above is about something."""
     cases = record(90)["bf16"]["forms"]
     every = {"target_logits_kernel", "linear_exp_kernel", "row_sums_kernel", "list_flagged_kernel"}
-    every |= {"largest_logit_kernel", "anchor_kernel", "reanchor_kernel", "settle_kernel"}
+    every |= {"largest_logit_kernel", "anchor_kernel", "reanchor_kernel", "sum_flagged_kernel"}
     every |= {"row_scores_kernel"}
     assert set(cases["no gradient"]) == every
     assert set(cases["keep"]) == every | {"scale_rows_kernel"}

@@ -14,12 +14,15 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.kernels import products, tiles
-from fastpref.scoring.backends import fused, tiled
-from fastpref.scoring.types import OUTPUTS, LogitMap
+from fastpref.scoring.backends import tiled
+from fastpref.scoring.backends import triton as triton_backend
+from fastpref.scoring.slab import Slab
+from fastpref.scoring.statistics import OUTPUTS
+from fastpref.scoring.types import LogitMap
 from tests.kernels.conftest import _dot
 from tests.scoring.cases import verify
 
-interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+interpreted = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 GIVEN = ScoringOptions(backend="triton")
 
 
@@ -35,8 +38,8 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         def __getitem__(self, grid: object) -> None:
             raise Launched
 
-    monkeypatch.setattr(fused.linear_exp, "linear_exp_kernel", Kernel())
-    monkeypatch.setattr(fused.linear_grad, "linear_grad_kernel", Kernel())
+    monkeypatch.setattr(triton_backend.linear_exp, "linear_exp_kernel", Kernel())
+    monkeypatch.setattr(triton_backend.linear_grad, "linear_grad_kernel", Kernel())
 
 
 @interpreted
@@ -103,16 +106,16 @@ def test_a_tile_that_the_plan_has_not_is_taken_in_parts(rows, statistics, monkey
     monkeypatch.setattr(tiled, "lease", lease)
     hidden, weight = torch.randn(rows, 33), torch.randn(130, 33)
     target, anchor = torch.arange(rows), torch.randn(rows)
-    arguments = (target, anchor, None, LogitMap(1.0, 0.0))
-    sums = fused.project(hidden, weight, None, *arguments, False, statistics)
+    slab, rest = Slab(weight, None, LogitMap(1.0, 0.0)), (target, anchor, False, statistics)
+    sums = triton_backend.project(hidden, slab, None, *rest)
     tile = torch.empty(rows, 130)
-    other = fused._in_place("cpu").project(hidden, weight, tile, *arguments, False, statistics)
+    other = triton_backend._in_place("cpu").project(hidden, slab, tile, *rest)
     for mine, its in zip(sums, other, strict=True):
         assert (mine is None) == (its is None)
         assert mine is None or torch.allclose(mine, its, rtol=1e-5, atol=1e-5)
     assert leased == [(min(rows, 6), 130)]
-    beside = fused.temporary_bytes(rows, 130, "cpu", torch.float32, statistics)
-    plain = fused._in_place("cpu").temporary_bytes(
+    beside = triton_backend.temporary_bytes(rows, 130, "cpu", torch.float32, statistics)
+    plain = triton_backend._in_place("cpu").temporary_bytes(
         min(rows, 6), 130, "cpu", torch.float32, statistics
     )
     assert beside >= 4 * min(rows, 6) * 130 + plain
@@ -120,12 +123,12 @@ def test_a_tile_that_the_plan_has_not_is_taken_in_parts(rows, statistics, monkey
 
 def test_temporaries_count_the_partial_sums(monkeypatch):
     """Of the narrower tile of a chip: whether there is a cap is not known."""
-    monkeypatch.setattr(fused, "_chip", lambda device: tiles.CHIPS[90])
+    monkeypatch.setattr(triton_backend, "_chip", lambda device: tiles.CHIPS[90])
     other = SimpleNamespace(temporary_bytes=lambda *sizes: 0)
-    monkeypatch.setattr(fused, "_in_place", lambda device_type: other)
+    monkeypatch.setattr(triton_backend, "_in_place", lambda device_type: other)
     shape = (100_000, 128_256, "cuda", torch.bfloat16)
     sums = 4 * 100_000 * 128_256 // 128
-    plain, heavy = (fused.temporary_bytes(*shape, one) for one in (False, True))
+    plain, heavy = (triton_backend.temporary_bytes(*shape, one) for one in (False, True))
     assert sums <= plain <= 1.02 * sums and 6 * sums <= heavy <= 6.02 * sums
 
 
@@ -144,11 +147,11 @@ def test_temporaries_count_the_partial_sums(monkeypatch):
     ],
 )
 def test_capabilities(capability, says, monkeypatch):
-    monkeypatch.setattr(fused, "INTERPRETED", False)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    reason = fused.unavailable_reason("cuda")
+    reason = triton_backend.unavailable_reason("cuda")
     assert reason is None if says is None else says in reason
 
 
@@ -200,12 +203,12 @@ def test_precision_follows_torch():
     """Whichever of its settings said it, each in a process of its own."""
     code = (
         "import os, sys, torch\n"
-        "from fastpref.scoring.backends import fused\n"
+        "from fastpref.scoring.backends import triton as triton_backend\n"
         "for setting in sys.argv[1:]:\n"
         "    child = os.fork()\n"
         "    if not child:\n"
         "        exec(setting, {'torch': torch, 'b': torch.backends})\n"
-        "        print(fused._tf32_allowed(), flush=True)\n"
+        "        print(triton_backend._tf32_allowed(), flush=True)\n"
         "        os._exit(0)\n"
         "    os.waitpid(child, 0)\n"
     )
@@ -232,7 +235,7 @@ def test_operands_in_tf32_are_rounded_to_the_nearest(monkeypatch, schedule):
         return _dot(self, a, b, total, precision, imprecise)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-    monkeypatch.setattr(fused, "_tf32_allowed", lambda: True)
+    monkeypatch.setattr(triton_backend, "_tf32_allowed", lambda: True)
     hidden, weight = (torch.randn(n, 40).requires_grad_() for n in (33, 70))
     # One row overflows and is projected again, through pointers.
     with torch.no_grad():
@@ -244,7 +247,7 @@ def test_operands_in_tf32_are_rounded_to_the_nearest(monkeypatch, schedule):
     rounded = {float(one) for one in nearest(hidden.detach().numpy()).ravel()}
     rounded |= {float(one) for one in nearest(weight.detach().numpy()).ravel()} | {0.0}
     assert set(values.astype(np.float64).tolist()) <= rounded
-    monkeypatch.setattr(fused, "_tf32_allowed", lambda: False)
+    monkeypatch.setattr(triton_backend, "_tf32_allowed", lambda: False)
     seen.clear()
     linear_logprob(hidden, weight, torch.arange(33), options=given)
     assert (np.concatenate([one.ravel() for one in seen]).view(np.int32) & 0x1FFF).any()

@@ -39,7 +39,7 @@ SAMPLE = (
     "linear_exp|linear_exp store( flat)?|linear_exp store statistics bias ragged( capped)?"
     "|linear_grad|linear_grad entropy lse bias ragged( capped)?|reanchor store"
     "|reanchor store statistics bias ragged|largest_logit|target_logits|row_sums statistics"
-    "|settle statistics|row_scores store statistics|anchor|list_flagged|scale_rows"
+    "|sum_flagged statistics|row_scores store statistics|anchor|list_flagged|scale_rows"
 )
 
 

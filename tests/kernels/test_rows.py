@@ -12,9 +12,12 @@ from triton.runtime.interpreter import InterpreterBuilder
 from fastpref import ScoringOptions
 from fastpref.bench import predictions
 from fastpref.bench.predictions import Call
-from fastpref.scoring.backends import UpstreamGradient, plain, rows
-from fastpref.scoring.rows import TargetLogits, token_scores
-from fastpref.scoring.types import OUTPUTS, LogitMap
+from fastpref.scoring.backends import UpstreamGradient, rows
+from fastpref.scoring.backends import torch as torch_backend
+from fastpref.scoring.rows import TargetLogits
+from fastpref.scoring.slab import Products
+from fastpref.scoring.statistics import OUTPUTS, token_scores
+from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import check_scores, make_case, run, upstream_of, verify
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
 
@@ -125,7 +128,8 @@ def test_a_row_that_is_not_finite_stays_alone(dtype, value):
     tile[3, 40] = value
     anchor = torch.zeros(len(tile))
     both = [
-        rows.exp_rows(one, case.target, anchor, None, MAPS[0], True, True) for one in (tile, clean)
+        rows.exp_rows(Products(one, None, MAPS[0]), case.target, anchor, True, True)
+        for one in (tile, clean)
     ]
     others = torch.arange(len(tile)) != 3
     assert torch.equal(tile[others], clean[others])
@@ -164,14 +168,14 @@ def test_split_rows(monkeypatch, dtype, padded, cols, map):
         found = []
         for shares in (1, 3, None):
             tile = tile_of(products, padded)
-            arguments = tile, target, own.logit, bias, map, write, statistics
+            arguments = Products(tile, bias, map), target, own.logit, write, statistics
             if shares is None:
-                sums = plain.exp_rows(*arguments)
+                sums = torch_backend.exp_rows(*arguments)
             else:
                 monkeypatch.setattr(rows, "_shares", lambda tile, flags, shares=shares: shares)
                 sums = rows.exp_rows(*arguments)
             kept = tile if write else None
-            scored, scale = plain.settle(sums, own, kept, map)
+            scored, scale = torch_backend.settle(sums, own, kept, map)
             scores = token_scores(outputs, sums, scored, target, own.logit, cols)
             named = {n: v.double() for n, v in scores._asdict().items() if v is not None}
             if write:
@@ -202,16 +206,15 @@ def test_each_row_its_own_map(dtype, capped):
     )
     whole = tile_of(products, True), tile_of(products, True)
     by_row = LogitMap(scale, cap if capped else 0.0)
-    sums = rows.exp_rows(whole[0], target, anchor, None, by_row, True, True)
-    rows.logit_grad(whole[1], target, upstream, None, by_row)
+    sums = rows.exp_rows(Products(whole[0], None, by_row), target, anchor, True, True)
+    rows.logit_grad(Products(whole[1], None, by_row), target, upstream)
     for i in range(5):
         alone = tile_of(products[i : i + 1], True), tile_of(products[i : i + 1], True)
         at = slice(i, i + 1)
         map = LogitMap(float(scale[i]), float(cap[i]))
-        one = rows.exp_rows(alone[0], target[at], anchor[at], None, map, True, True)
-        rows.logit_grad(
-            alone[1], target[at], UpstreamGradient(*(v[at] for v in upstream)), None, map
-        )
+        both = [Products(one, None, map) for one in alone]
+        one = rows.exp_rows(both[0], target[at], anchor[at], True, True)
+        rows.logit_grad(both[1], target[at], UpstreamGradient(*(v[at] for v in upstream)))
         for name in ("sum", "best", "weighted", "squares"):
             torch.testing.assert_close(getattr(one, name), getattr(sums, name)[at])
         for tile, own in zip(whole, alone, strict=True):
@@ -231,11 +234,9 @@ def test_the_same_bits_every_time(dtype):
 def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
     """Whatever another shard adds must not turn NaN."""
     sums = rows.exp_rows(
-        torch.randn(3, 70),
+        Products(torch.randn(3, 70), torch.full((70,), -torch.inf), MAPS[0]),
         torch.tensor([-1, 0, 69]),
         torch.tensor([0.5, -torch.inf, torch.nan]),
-        torch.full((70,), -torch.inf),
-        MAPS[0],
         False,
         statistics,
     )
@@ -280,7 +281,8 @@ def test_bytes_a_logit(monkeypatch, dtype, write, moved):
     tile[:, 7] = 50.0 if moved else 1.0
     # More rows than programs are wanted: none is split.
     target, anchor = torch.zeros(4, dtype=torch.int64), torch.zeros(4)
-    rows.exp_rows(tile, target, anchor, None, MAPS[0], write, False)
+    products = Products(tile, None, MAPS[0])
+    rows.exp_rows(products, target, anchor, write, False)
     halves = write and dtype == torch.float16
     read = 1 + moved + halves
     written = write * (1 + (moved and not halves))
@@ -291,6 +293,6 @@ def test_bytes_a_logit(monkeypatch, dtype, write, moved):
         assert [sum(both) for both in zip(*passes, strict=True)] == [read, written]
     upstream = UpstreamGradient(*torch.rand(4, 4), None, None, None)
     moves |= {"load": 0, "store": 0}
-    rows.logit_grad(tile, target, upstream, None, MAPS[0])
+    rows.logit_grad(products, target, upstream)
     assert moves == {"load": 2 * tile.numel(), "store": 2 * tile.numel()}
     assert predictions.PASSES["logit_grad_rows"] == (1, 1)

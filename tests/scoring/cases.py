@@ -14,7 +14,7 @@ from torch import Tensor
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring.backends import unavailable_reason
 from fastpref.scoring.reference import reference_scores
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 
 IGNORED = -100
 INPUTS = ("hidden", "weight", "bias")

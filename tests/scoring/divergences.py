@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.scoring.slab import Products
 from fastpref.scoring.types import LogitMap
 
 # In the order of their numbers.
-KINDS = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine")
 
 
 class Tiles(NamedTuple):
@@ -26,6 +27,11 @@ class Tiles(NamedTuple):
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         biases = (None if one is None else one.to(exact) for one in self[2:4])
         return Tiles(self.student.to(dtype), self.teacher.to(dtype), *biases, self.map)
+
+    @property
+    def products(self) -> tuple[Products, Products]:
+        student = Products(self.student, self.student_bias, self.map)
+        return student, Products(self.teacher, self.teacher_bias, self.map)
 
     def logits(self) -> tuple[Tensor, Tensor]:
         both = zip(self[:2], self[2:4], strict=True)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.scoring import rows
-from fastpref.scoring.backends import plain
-from fastpref.scoring.rows import RowSums, TargetLogits
+from fastpref.scoring.backends import torch as torch_backend
+from fastpref.scoring.rows import TargetLogits
+from fastpref.scoring.slab import Slab
+from fastpref.scoring.statistics import RowSums
 from fastpref.scoring.types import LogitMap, statistics_dtype
 
 MAPS = {"plain": LogitMap(1.0, 0.0), "scaled": LogitMap(0.7, 0.0), "capped": LogitMap(1.3, 20.0)}
@@ -26,9 +27,9 @@ def check_target_logits(
     bias = torch.randn(20, dtype=exact) if biased else None
     target = torch.randint(20, (37,))
     target[:4] = torch.tensor([-1, 20, 10**12, 19])
-    found = target_logits(hidden, weight, target, bias, map)
-    wide = (hidden.double(), weight.double(), target, None if bias is None else bias.double(), map)
-    expected = plain.target_logits(*wide)
+    found = target_logits(hidden, Slab(weight, bias, map), target)
+    wide = Slab(weight.double(), None if bias is None else bias.double(), map)
+    expected = torch_backend.target_logits(hidden.double(), wide, target)
     assert torch.equal(found.column, expected.column)
     assert found.column[:4].tolist() == [-1, -1, -1, 19]
     assert found.raw.dtype == found.logit.dtype == exact
@@ -69,7 +70,7 @@ def check_settle(
     scores, scale = settle(sums, own, exps[:, :9], map)
     exact_exps = torch.full((301, 12), 7.0, dtype=torch.float64)
     exact_sums, exact_own = RowSums(*widened(sums)), TargetLogits(*widened(own))
-    exact, exact_scale = rows.settle(exact_sums, exact_own, exact_exps[:, :9], map)
+    exact, exact_scale = torch_backend.settle(exact_sums, exact_own, exact_exps[:, :9], map)
     # Moved to the largest logit, a log_norm near 0 is a difference in float64.
     close = {"rtol": 1e-6, "atol": 1e-13 if statistics else 0.0, "check_dtype": False}
     for got, want in zip((*scores, scale), (*exact, exact_scale), strict=True):
@@ -87,7 +88,7 @@ def check_settle_alone(settle: Callable[..., Any]) -> None:
     """Without exponentials, without rows, with numbers that are none and sums without end."""
     sums, own = make_sums(5, False, 0.0)
     scores, _ = settle(sums, own, None, MAPS["plain"])
-    torch.testing.assert_close(scores, rows.settle(sums, own, None, MAPS["plain"])[0])
+    torch.testing.assert_close(scores, torch_backend.settle(sums, own, None, MAPS["plain"])[0])
     empty = RowSums(*torch.zeros(3, 0)), TargetLogits(*(one[:0] for one in own))
     scores, scale = settle(*empty, None, MAPS["plain"])
     assert scale.shape == (0,) and all(one.shape == (0,) for one in scores)

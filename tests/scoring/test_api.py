@@ -10,7 +10,7 @@ import torch
 import fastpref
 from fastpref import ScoringOptions, TokenScores, explain, linear_logprob
 from fastpref.scoring import Plan
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import BACKENDS, DTYPES, make_case
 from tests.scoring.operations import Operations
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring import workspace
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import BACKENDS, DTYPES, make_case
 
 V = 1030

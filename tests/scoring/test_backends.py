@@ -13,7 +13,7 @@ import torch
 from fastpref import ScoringOptions
 from fastpref.scoring import backends
 from fastpref.scoring.backends.choice import Size
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import BACKENDS, DTYPES, make_case, run, upstream_of
 
 compiled = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are not built")
@@ -98,7 +98,7 @@ def test_instruction_sets(capability):
 
 
 def test_choice(monkeypatch):
-    monkeypatch.setattr("fastpref.scoring.backends.fused.INTERPRETED", False)
+    monkeypatch.setattr("fastpref.scoring.backends.triton.INTERPRETED", False)
     cpu = torch.device("cpu")
     assert backends.choose("torch", cpu, SIZE) == "torch"
     assert backends.choose("auto", cpu, SIZE) == BACKENDS[-1]
@@ -127,11 +127,11 @@ def test_without_compiled_operators(monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_rows(backend, monkeypatch):
     """The torch backend works through a tile in blocks; their size does not show."""
-    from fastpref.scoring.backends import plain
+    from fastpref.scoring.backends import torch as torch_backend
 
     case = make_case(vocab=257, rows=50)
     whole = results(backend, case, ("logp", "entropy", "lse"))
-    monkeypatch.setattr(plain, "_BLOCK_CPU", 257 * 7)
+    monkeypatch.setattr(torch_backend, "_BLOCK_CPU", 257 * 7)
     for key, value in results(backend, case, ("logp", "entropy", "lse")).items():
         torch.testing.assert_close(value, whole[key], msg=key)
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastpref.scoring.backends import UpstreamGradient, divergences, plain
+from fastpref.scoring.backends import UpstreamGradient, divergences
+from fastpref.scoring.backends import torch as torch_backend
+from fastpref.scoring.slab import Products
 from fastpref.scoring.types import LogitMap, statistics_dtype
 from tests.scoring.cases import DTYPES
-from tests.scoring.divergences import KINDS, random_tiles, with_bias
+from tests.scoring.divergences import DIVERGENCES, random_tiles, with_bias
 from tests.scoring.traffic import Traffic
 
 ROWS, COLS = 96, 8192
@@ -24,7 +26,7 @@ low = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    for module in (plain, divergences):
+    for module in (torch_backend, divergences):
         monkeypatch.setattr(module, "_BLOCK_CPU", LOGITS // 3)
 
 
@@ -50,9 +52,10 @@ def tile_and_targets(dtype):
     [(False, False, 18), (True, False, 24), (False, True, 42), (True, True, 48)],
 )
 def test_forward(dtype, write, statistics, bound):
-    arguments = (*tile_and_targets(dtype), None, MAP, write, statistics)
+    tile, *given = tile_and_targets(dtype)
+    arguments = (Products(tile, None, MAP), *given, write, statistics)
     name = f"forward of {dtype}, write={write}, statistics={statistics}"
-    assert counted(lambda: plain.exp_rows(*arguments), name) <= bound
+    assert counted(lambda: torch_backend.exp_rows(*arguments), name) <= bound
 
 
 @low
@@ -63,11 +66,12 @@ def test_logit_gradient(dtype, entropy, bound):
     score = own, torch.full_like(own, 50.0), torch.full_like(own, -3.9), g, h
     upstream = UpstreamGradient(*score, *((k, torch.rand(ROWS)) if entropy else (None, None)))
     name = f"gradient of {dtype}, entropy={entropy}"
-    assert counted(lambda: plain.logit_grad(tile, target, upstream, None, MAP), name) <= bound
+    products = Products(tile, None, MAP)
+    assert counted(lambda: torch_backend.logit_grad(products, target, upstream), name) <= bound
 
 
 # Of a pair of logits: the value, and with the gradient in place.
-DIVERGENCES = {
+BYTES_OF_PAIRS = {
     "forward_kl": (64, 90),
     "reverse_kl": (64, 98),
     "jsd": (128, 146),
@@ -78,13 +82,14 @@ DIVERGENCES = {
 
 
 @low
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("write", [False, True])
 def test_divergences(dtype, kind, write):
     tiles = random_tiles(ROWS, COLS).to(dtype)._replace(map=MAP)
     name = f"{kind} of {dtype}, write={write}"
-    each = counted(lambda: divergences.divergence_rows(*tiles, kind, 0.3, write, "torch"), name)
-    assert each <= DIVERGENCES[kind][write]
+    rest = (kind, 0.3, write, "torch")
+    each = counted(lambda: divergences.divergence_rows(*tiles.products, *rest), name)
+    assert each <= BYTES_OF_PAIRS[kind][write]
 
 
 def peak_bytes(call) -> int:
@@ -105,20 +110,22 @@ def test_temporaries(dtype, cap, biased):
     exact, map = statistics_dtype(dtype), MAP._replace(cap=cap)
     own, bias = own.to(exact), torch.randn(COLS, dtype=exact) if biased else None
     g, score = torch.rand(ROWS, dtype=exact), (own, own.exp(), -own.abs())
+    products = Products(tile, bias, map)
     calls = [
-        lambda: plain.exp_rows(tile, target, own, bias, map, True, True),
-        lambda: plain.logit_grad(tile, target, UpstreamGradient(*score, g, g, g, g), bias, map),
+        lambda: torch_backend.exp_rows(products, target, own, True, True),
+        lambda: torch_backend.logit_grad(products, target, UpstreamGradient(*score, g, g, g, g)),
     ]
-    promised = plain.temporary_bytes(ROWS, COLS, "cpu", dtype, True)
+    promised = torch_backend.temporary_bytes(ROWS, COLS, "cpu", dtype, True)
     for call in calls:
         assert peak_bytes(call) <= promised + ROW_BYTES * ROWS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_temporaries_of_divergences(dtype, kind):
     tiles = with_bias(random_tiles(ROWS, COLS)).to(dtype)._replace(map=LogitMap(0.7, 5.0))
-    call = functools.partial(divergences.divergence_rows, *tiles, kind, 0.3, True, "torch")
+    rest = (kind, 0.3, True, "torch")
+    call = functools.partial(divergences.divergence_rows, *tiles.products, *rest)
     promised = divergences.temporary_bytes(ROWS, COLS, "cpu", dtype, "torch")
     assert peak_bytes(call) <= promised + ROW_BYTES * ROWS
 

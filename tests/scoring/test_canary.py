@@ -10,7 +10,7 @@ import torch
 
 from fastpref import ScoringOptions, linear_logprob, preference_loss
 from fastpref.scoring import backends, canary
-from fastpref.scoring.backends import plain
+from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.backends.tiled import Tiled
 from tests.scoring.cases import Case, make_case
 
@@ -24,12 +24,12 @@ class Wrong:
     rows: slice = slice(None)
 
     def exp_rows(self, *arguments: Any) -> Any:
-        sums = plain.exp_rows(*arguments)
+        sums = torch_backend.exp_rows(*arguments)
         sums.sum[self.rows] += self.off * (1 + sums.sum[self.rows])
         return sums
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(plain, name)
+        return getattr(torch_backend, name)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fastpref.scoring.backends.divergences import divergence_rows
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import BACKENDS, DTYPES, check_contract
 from tests.scoring.divergences import (
-    KINDS,
+    DIVERGENCES,
     Tiles,
     masked,
     random_tiles,
@@ -27,13 +27,15 @@ pytestmark = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are
 ops = torch.ops.fastpref
 INF = float("inf")
 BETA = 0.3
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", DIVERGENCES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def run(tiles, kind, beta=BETA, write=True):
     student = tiles.student.clone()
-    value = ops.divergence_rows_(student, *tiles[1:4], *tiles.map, KINDS.index(kind), beta, write)
+    value = ops.divergence_rows_(
+        student, *tiles[1:4], *tiles.map, DIVERGENCES.index(kind), beta, write
+    )
     return {"value": value, "gradient": student}
 
 
@@ -87,7 +89,8 @@ def test_rows_with_one_probability_of_nearly_1(kind, backend, cols):
         tiles = random_tiles(6, cols, spread=20.0).to(torch.float32)
         exact = value_and_gradient(tiles.to(torch.float64), kind, BETA)
         student = tiles.student.clone()
-        value = divergence_rows(student, *tiles[1:], kind, BETA, True, backend)
+        products = tiles._replace(student=student).products
+        value = divergence_rows(*products, kind, BETA, True, backend)
         actual, eager = (
             {"value": value, "gradient": student},
             value_and_gradient(tiles, kind, BETA),
@@ -127,7 +130,7 @@ def test_equal_rows(kind, dtype):
     assert (actual["gradient"].abs() <= (1e-9 if kind == "cosine" else 0)).all()
 
 
-SOFT = KINDS[:5]
+SOFT = DIVERGENCES[:5]
 
 
 @pytest.mark.parametrize("kind", SOFT)
@@ -256,7 +259,7 @@ def test_where_the_tiles_lie(kind, dtype, cols, write):
     expected = [
         run(Tiles(*(z[i : i + 1] for z in inside[:2])), kind, write=write) for i in range(40)
     ]
-    call = (KINDS.index(kind), BETA, write)
+    call = (DIVERGENCES.index(kind), BETA, write)
     value = ops.divergence_rows_(*inside[:4], *inside.map, *call)
     assert torch.equal(value, torch.cat([one["value"] for one in expected]))
     assert torch.equal(inside.student, torch.cat([one["gradient"] for one in expected]))
@@ -331,13 +334,13 @@ def test_opcheck(dtype, optional):
 
 _CHILD = """
 import json, torch
-from tests.scoring.test_divergence_ops import DTYPES, KINDS, check, variants
+from tests.scoring.test_divergence_ops import DTYPES, DIVERGENCES, check, variants
 torch.set_num_threads(1)
 torch.manual_seed(0)
 problems = []
 for name, tiles in variants(4, 1300).items():
     for dtype in DTYPES:
-        for kind in KINDS:
+        for kind in DIVERGENCES:
             try:
                 check(tiles, kind, dtype)
             except AssertionError as error:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, linear_logprob
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import BACKENDS, DTYPES, INPUTS, make_case, run, upstream_of, verify
 
 # Of 140 rows; budgets are in rows, 0 stands for the least tile: three slabs, three row groups.

@@ -10,7 +10,7 @@ from tests.scoring.cases import BACKENDS, DTYPES
 from tests.scoring.settling import MAPS, check_settle, check_settle_alone, check_target_logits
 
 if "cpp" in BACKENDS:
-    from fastpref.scoring.backends import compiled
+    from fastpref.scoring.backends import cpp
 
 pytestmark = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are not built")
 ops = torch.ops.fastpref
@@ -271,7 +271,7 @@ maps = pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
 @maps
 @pytest.mark.parametrize("biased", [False, True])
 def test_target_logits(dtype, map, biased):
-    check_target_logits(compiled.target_logits, dtype, map, biased)
+    check_target_logits(cpp.target_logits, dtype, map, biased)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -291,11 +291,11 @@ def test_target_logits_of_any_width(dtype, width):
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("offset", [0.0, -3.0])
 def test_settle(dtype, map, statistics, offset):
-    check_settle(compiled.settle, dtype, map, statistics, offset)
+    check_settle(cpp.settle, dtype, map, statistics, offset)
 
 
 def test_settle_alone():
-    check_settle_alone(compiled.settle)
+    check_settle_alone(cpp.settle)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

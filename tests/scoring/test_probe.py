@@ -12,13 +12,15 @@ from fastpref.scoring import backends
 from fastpref.scoring.backends import (
     column_sums,
     divergence_launch,
-    fused,
     glue,
-    plain,
     probe,
     rows,
 )
-from fastpref.scoring.types import OUTPUTS, LogitMap
+from fastpref.scoring.backends import torch as torch_backend
+from fastpref.scoring.backends import triton as triton_backend
+from fastpref.scoring.slab import Slab
+from fastpref.scoring.statistics import OUTPUTS
+from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import verify
 
 pytestmark = pytest.mark.skipif(not rows.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
@@ -26,9 +28,9 @@ SIZES = {"rows": 9, "hidden": 20, "vocab": 150}
 # Launches by name: where they are, the tier they belong to, and which of their numbers are spoiled.
 LAUNCHES = {
     "exp_rows": (rows, "rows", lambda arguments, result: result.sum),
-    "logit_grad": (rows, "rows", lambda arguments, result: arguments[0]),
-    "project": (fused, "triton", lambda arguments, result: result.sum),
-    "project_gradient": (fused, "triton", lambda arguments, result: arguments[2]),
+    "logit_grad": (rows, "rows", lambda arguments, result: arguments[0].tile),
+    "project": (triton_backend, "triton", lambda arguments, result: result.sum),
+    "project_gradient": (triton_backend, "triton", lambda arguments, result: arguments[2]),
     "target_logits": (rows, "rows", lambda arguments, result: result.raw),
     "settle": (rows, "rows", lambda arguments, result: result[0].logp),
     "scale_rows": (rows, "rows", lambda arguments, result: result),
@@ -98,7 +100,7 @@ def test_kernels_that_are_right_serve(monkeypatch, caplog):
     verify(again, torch.float32, **SIZES)
     assert probe.failures() == {} and not caplog.records
     for name in ("exp_rows", "logit_grad"):
-        monkeypatch.setattr(plain, name, fail)
+        monkeypatch.setattr(torch_backend, name, fail)
     verify(again, torch.float32, **SIZES)
 
 
@@ -148,7 +150,11 @@ def test_a_probe_without_memory_runs_again(monkeypatch, caplog):
 
 
 def test_a_triton_that_cannot_be_imported(monkeypatch):
+    module = backends._module
+
     def imported(name):
+        if name in ("cpp", "cuda"):
+            return module(name)
         raise AttributeError("module 'triton' has no attribute 'knobs'")
 
     monkeypatch.setattr(backends, "_module", imported)
@@ -163,7 +169,7 @@ def test_a_triton_that_cannot_be_imported(monkeypatch):
 
 
 def test_choosing_launches_nothing(monkeypatch):
-    for module, name in ((rows, "exp_rows"), (glue, "target_logits"), (fused, "project")):
+    for module, name in ((rows, "exp_rows"), (glue, "target_logits"), (triton_backend, "project")):
         monkeypatch.setattr(module, name, fail)
     size = backends.choice.Size(torch.float32, 4, 8, 30)
     for name in ("rows", "triton", "torch"):
@@ -183,7 +189,7 @@ def test_the_order_of_tiers(monkeypatch):
     assert chosen == ["rows", "cuda", "torch"]
 
 
-@pytest.mark.parametrize("backend", [fused, rows], ids=["triton", "rows"])
+@pytest.mark.parametrize("backend", [triton_backend, rows], ids=["triton", "rows"])
 @pytest.mark.parametrize("hip, says", [("6.4", "this torch is for ROCm"), (None, "no NVIDIA GPU")])
 def test_where_no_kernel_runs_the_reason_and_the_remedy_are_named(monkeypatch, backend, hip, says):
     monkeypatch.setattr(backend, "INTERPRETED", False)
@@ -198,18 +204,18 @@ def test_a_probe_takes_no_default_device_or_dtype(tier, caplog):
     """Else a process that sets one would lose the kernels."""
     hidden, weight, bias = torch.randn(4, 8), torch.randn(30, 8), torch.randn(30)
     target, vector, tile = torch.arange(4), torch.rand(4), torch.zeros(4, 30)
-    kernels, map = backends.load(tier), LogitMap(1.0, 2.0)
+    kernels, slab = backends.load(tier), Slab(weight, bias, LogitMap(1.0, 2.0))
     upstream = backends.UpstreamGradient(*[vector] * 4, None, None, None)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            own = kernels.target_logits(hidden, weight, target, bias, map)
-            arguments = target, own.logit, bias, map
-            sums = kernels.project(hidden, weight, tile, *arguments, True, True)
-            kernels.settle(sums, own, tile, map)
-            kernels.project_gradient(hidden, weight, tile, target, upstream, bias, map)
+            own = kernels.target_logits(hidden, slab, target)
+            sums = kernels.project(hidden, slab, tile, target, own.logit, True, True)
+            kernels.settle(sums, own, tile, slab.map)
+            kernels.project_gradient(hidden, slab, tile, target, upstream)
             kernels.scale_rows(tile, vector, tile)
-            assert divergence_launch.serves(tier, tile, tile, bias, bias, map, 0, True)
+            both = [slab.products(tile)] * 2
+            assert divergence_launch.serves(tier, *both, 0, True)
     finally:
         torch.set_default_dtype(torch.float32)
     assert probe.failures() == {} and not caplog.records

@@ -9,7 +9,7 @@ import torch
 
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring.reference import reference_scores
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import BACKENDS, IGNORED, make_case
 
 

@@ -6,24 +6,25 @@ import itertools
 import pytest
 import torch
 
-from fastpref.scoring.rows import RowSums, merge, row_scores, token_scores
-from fastpref.scoring.types import OUTPUTS, LogitMap
+from fastpref.scoring.rows import row_scores
+from fastpref.scoring.slab import Products
+from fastpref.scoring.statistics import OUTPUTS, RowSums, merge, token_scores
+from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import BACKENDS
 
 BOUNDS = [0, 3, 20, 33]
+PLAIN = LogitMap(1.0, 0.0)
 
 
-def parts_of(logits, target, backend, statistics=True, dtype=torch.float64):
+def parts_of(raw, target, backend, statistics=True, dtype=torch.float64, map=PLAIN):
     """Row sums of slabs of the vocabulary, each as a backend makes them."""
     from fastpref.scoring.backends import load
 
-    own = logits.gather(1, target[:, None])[:, 0].to(dtype)
+    own = map.logit(raw).gather(1, target[:, None])[:, 0].to(dtype)
     parts = []
     for start, stop in itertools.pairwise(BOUNDS):
-        tile = logits[:, start:stop].to(dtype).contiguous()
-        sums = load(backend).kernels.exp_rows(
-            tile, target - start, own, None, LogitMap(1.0, 0.0), False, statistics
-        )
+        products = Products(raw[:, start:stop].to(dtype).contiguous(), None, map)
+        sums = load(backend).kernels.exp_rows(products, target - start, own, False, statistics)
         if sums.best_index is not None:
             sums = sums._replace(best_index=sums.best_index + start)
         parts.append(sums)
@@ -32,13 +33,18 @@ def parts_of(logits, target, backend, statistics=True, dtype=torch.float64):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 1000.0])
-def test_merged_scores(backend, spread):
-    logits = spread * torch.randn(50, BOUNDS[-1], dtype=torch.float64)
+@pytest.mark.parametrize("capped", [False, True])
+def test_merged_scores(backend, spread, capped):
+    raw = spread * torch.randn(50, BOUNDS[-1], dtype=torch.float64)
     target = torch.randint(0, BOUNDS[-1], (50,))
-    parts, own = parts_of(logits, target, backend)
+    # No logit reaches the cap: those that do are all equal.
+    map = LogitMap(1.0, 5 + 2 * spread) if capped else PLAIN
+    logits = map.logit(raw)
+    parts, own = parts_of(raw, target, backend, map=map)
     sums = merge(parts)
     rows = row_scores(sums, own)
-    scores = token_scores(OUTPUTS, sums, rows, target, own, BOUNDS[-1])
+    outputs = [one for one in OUTPUTS if capped or one != "mean_logits"]
+    scores = token_scores(tuple(outputs), sums, rows, target, own, BOUNDS[-1])
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     expected = {
@@ -49,12 +55,13 @@ def test_merged_scores(backend, spread):
         "is_top1": logits.argmax(1) == target,
         "lse": logits.logsumexp(1),
     }
-    for name, value in expected.items():
-        actual = getattr(scores, name)
+    for name in outputs:
+        actual, value = getattr(scores, name), expected[name]
         if value.dtype == torch.bool:
             assert torch.equal(actual, value)
         else:
-            torch.testing.assert_close(actual, value, rtol=1e-12, atol=1e-12, msg=name)
+            digits = 1e-11 if capped else 1e-12
+            torch.testing.assert_close(actual, value, rtol=digits, atol=digits, msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

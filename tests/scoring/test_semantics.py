@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, linear_logprob
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import BACKENDS, DTYPES, make_case
 
 V = 1030

@@ -144,7 +144,7 @@ def test_options_are_frozen_and_keyword_only():
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_backend_that_cannot_serve_says_why(backend, monkeypatch):
-    monkeypatch.setattr("fastpref.scoring.backends.fused.INTERPRETED", False)
+    monkeypatch.setattr("fastpref.scoring.backends.triton.INTERPRETED", False)
     options = ScoringOptions(backend=backend)
     with pytest.raises(ValueError, match=rf"backend='{backend}'.*(cpu|kernels).*backend='auto'"):
         linear_logprob(**good(), options=options)

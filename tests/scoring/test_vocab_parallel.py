@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastpref.scoring.types import OUTPUTS
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import INPUTS, check_scores, make_case, references
 
 TIMEOUT = 20  # seconds of one collective

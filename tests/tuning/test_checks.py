@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastpref.scoring import linear_logprob
 from fastpref.scoring.backends import unavailable_reason
-from fastpref.scoring.types import TokenScores
+from fastpref.scoring.statistics import TokenScores
 from fastpref.tuning import checks
 from fastpref.tuning.checks import CHECKS, Error, Setting
 from tests.tuning.settings import SETTING, TIERS, shrink

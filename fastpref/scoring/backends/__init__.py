@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends: who turns raw products into exponentials or into logit gradients.
+"""Backends: who turns raw products into exponentials or into logit gradients, a module each by the
+name of its option.
 
-``target`` holds columns of the tile; a value outside [0, cols) means that the
+``target`` holds columns of the slab; a value outside [0, cols) means that the
 row's target lies elsewhere.
 """
 
@@ -11,11 +12,15 @@ import functools
 import importlib.util
 from typing import Any, NamedTuple, Protocol
 
-import torch
+# Not torch itself: it would be what ``from . import torch`` finds.
 from torch import Tensor
+from torch import device as Device
+from torch import dtype as Dtype
 
-from ..rows import RowScores, RowSums, TargetLogits
-from ..types import LogitMap
+from ..rows import RowScores, TargetLogits
+from ..slab import Slab
+from ..statistics import RowSums
+from ..types import BACKENDS, LogitMap
 from . import verdict
 from .choice import Size
 
@@ -36,27 +41,21 @@ class RowKernels(Protocol):
     """What rows of any backend need."""
 
     def temporary_bytes(
-        self, rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
+        self, rows: int, cols: int, device_type: str, dtype: Dtype, statistics: bool
     ) -> int:
         """Most memory that a pass over (rows, cols) takes beside a tile."""
 
     def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         """factor[i] rows[i], (rows, H), into ``out``, which may be ``rows``; rounded once."""
 
-    def target_logits(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
-    ) -> TargetLogits:
+    def target_logits(self, hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
         """Those of each row's target, in the statistics' dtype."""
 
     def settle(
         self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
     ) -> tuple[RowScores, Tensor]:
-        """As ``rows.settle``."""
+        """Scores of rows whose every column is in ``sums``, and the scale p / e of their
+        exponentials, which become the matrix E of forward.py where given."""
 
 
 class RowBackend(RowKernels, Protocol):
@@ -65,12 +64,10 @@ class RowBackend(RowKernels, Protocol):
     def project(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         tile: Tensor | None,
         target: Tensor,
         anchor: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
         write: bool,
         statistics: bool,
     ) -> RowSums:
@@ -80,16 +77,14 @@ class RowBackend(RowKernels, Protocol):
     def project_gradient(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         tile: Tensor,
         target: Tensor,
         upstream: UpstreamGradient,
-        bias: Tensor | None,
-        map: LogitMap,
     ) -> None:
         """The tile becomes the gradient with respect to the raw products hidden weight^T."""
 
-    def needs_tile(self, dtype: torch.dtype, write: bool) -> bool:
+    def needs_tile(self, dtype: Dtype, write: bool) -> bool:
         """Whether ``project`` needs a (rows, cols) tile to work in."""
 
 
@@ -97,25 +92,16 @@ def unavailable_reason(name: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot serve tensors on ``device_type``, or None when it can."""
     if name == "torch":
         return None
-    if name == "cpp":
-        if device_type != "cpu":
-            return f"the cpp backend runs on CPU tensors, got {device_type}; use backend='auto'"
-        from ..._extension import ops_unavailable_reason
-
-        return ops_unavailable_reason()
-    if name == "cuda":
-        from .cuda import unavailable_reason as cuda_unavailable_reason
-
-        return cuda_unavailable_reason(device_type)
+    if name not in BACKENDS[1:]:
+        return f"there is no backend {name!r}"
     if name in ("triton", "rows"):
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; pip install triton"
         broken = import_failure(name)
         if broken is not None:
             return broken
-        reason: str | None = _module(name).unavailable_reason(device_type)
-        return reason
-    return f"there is no backend {name!r}"
+    reason: str | None = _module(name).unavailable_reason(device_type)
+    return reason
 
 
 # What can serve a GPU, the one to take first first: the fused kernels where they have shown
@@ -131,7 +117,7 @@ def next_tier(name: str, device_type: str) -> tuple[str, RowBackend]:
     return serving, load(serving)
 
 
-def choose(name: str, device: torch.device, size: Size) -> str:
+def choose(name: str, device: Device, size: Size) -> str:
     """The backend that serves ``name`` for a projection of ``size`` on ``device``.
 
     Launches nothing. On a GPU ``auto`` takes the fused kernels only by a verdict of ``tune``.
@@ -153,8 +139,7 @@ def choose(name: str, device: torch.device, size: Size) -> str:
 
 def _module(name: str) -> Any:
     """Imported only where it is used: Triton is not everywhere, nor is the compiled library."""
-    file = {"triton": "fused", "torch": "plain", "cpp": "compiled", "cuda": "compiled"}
-    return importlib.import_module(f"{__name__}.{file.get(name, name)}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 @functools.cache

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the compiled operators serve CUDA tensors here.
-
-The functions of this backend are those of the cpp backend: torch's dispatcher picks the kernels by
-the tile's device, see csrc/cuda/row_kernels.cuh.
-"""
+"""The compiled operators on CUDA tensors (csrc/cuda/row_kernels.cuh): torch's dispatcher picks the
+kernels by the tensors' device, so that the functions are the cpp backend's."""
 
 from __future__ import annotations
 
 from ..._extension import cuda_ops_unavailable_reason
+from .cpp import exp_rows as exp_rows
+from .cpp import logit_grad as logit_grad
+from .cpp import scale_rows as scale_rows
+from .cpp import settle as settle
+from .cpp import target_logits as target_logits
+from .cpp import temporary_bytes as temporary_bytes
 
 
 def unavailable_reason(device_type: str) -> str | None:

@@ -8,78 +8,74 @@ from torch import Tensor
 
 from ...kernels import cosine_rows
 from ...kernels import divergence_rows as kernels
-from ..types import LogitMap
+from ..slab import Products
 from ..workspace import lease
 from . import divergences, probe
 from .glue import map_arguments
 
-KINDS = 6
-COSINE = 5  # has a kernel of its own
+COSINE = divergences.DIVERGENCES.index("cosine")  # has a kernel of its own
 
 
 def serves(
     tier: str,
-    student: Tensor,
-    teacher: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    map: LogitMap,
+    student: Products,
+    teacher: Products,
     kind: int,
     write: bool,
 ) -> bool:
     """Whether the kernel has been seen right on this device."""
-    biases = student_bias is not None, teacher_bias is not None
+    tile, map = student.tile, student.map
+    biases = student.bias is not None, teacher.bias is not None
 
     def check() -> str:
         generator = torch.Generator("cpu").manual_seed(0)
-        cols = 2 * kernels.COLS + student.shape[1] % 16
+        cols = 2 * kernels.COLS + tile.shape[1] % 16
         random = torch.randn(6, cols, generator=generator, dtype=torch.float32, device="cpu")
         # Rows as far apart as those of a tile.
-        own = lease(random.shape, student.dtype, student.device).copy_(random)
-        expected = lease(random.shape, student.dtype, student.device).copy_(random)
+        own = lease(random.shape, tile.dtype, tile.device).copy_(random)
+        expected = lease(random.shape, tile.dtype, tile.device).copy_(random)
         vectors = torch.randn(2, cols, generator=generator, dtype=torch.float32, device="cpu")
-        vectors = vectors.to(student.device)
-        given = (vectors[0] if biases[0] else None), (vectors[1] if biases[1] else None)
-        values = divergence_rows(own[:3], own[3:], *given, map, kind, 0.5, write)
-        name = divergences.KINDS[kind]
-        right = divergences.formula_rows(expected[:3], expected[3:], *given, map, name, 0.5, write)
+        vectors = vectors.to(tile.device)
+        given = [one if there else None for one, there in zip(vectors, biases, strict=True)]
+
+        def pair(both: Tensor) -> tuple[Products, Products]:
+            return Products(both[:3], given[0], map), Products(both[3:], given[1], map)
+
+        values = divergence_rows(*pair(own), kind, 0.5, write)
+        name = divergences.DIVERGENCES[kind]
+        right = divergences.formula_rows(*pair(expected), name, 0.5, write)
         found = [{"values": values, "gradients": own.float()}]
         found.append({"values": right, "gradients": expected.float()})
-        return probe.differences(found, student.dtype)
+        return probe.differences(found, tile.dtype)
 
-    even = student.shape[1] % 16 == 0
-    key = "divergence_rows", student.dtype, even, biases, map.cap != 0, kind, write
-    return probe.passes(tier, key, student.device, check)
+    even = tile.shape[1] % 16 == 0
+    key = "divergence_rows", tile.dtype, even, biases, map.cap != 0, kind, write
+    return probe.passes(tier, key, tile.device, check)
 
 
 def divergence_rows(
-    student: Tensor,
-    teacher: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    map: LogitMap,
-    kind: int,
-    beta: float,
-    write: bool,
+    student: Products, teacher: Products, kind: int, beta: float, write: bool
 ) -> Tensor:
     """The operator fastpref::divergence_rows_, of float32, bfloat16 and float16 tiles."""
-    if not 0 <= kind < KINDS:
-        raise ValueError(f"kind must be in [0, {KINDS}), got {kind}")
-    values = student.new_empty(student.shape[0], dtype=torch.float32)
-    if not student.numel():
+    known = len(divergences.DIVERGENCES)
+    if not 0 <= kind < known:
+        raise ValueError(f"kind must be in [0, {known}), got {kind}")
+    tile, other = student.tile, teacher.tile
+    values = tile.new_empty(tile.shape[0], dtype=torch.float32)
+    if not tile.numel():
         return values.zero_()
     arguments = (
-        student,
-        teacher,
-        student_bias,
-        teacher_bias,
+        tile,
+        other,
+        student.bias,
+        teacher.bias,
         values,
-        student.shape[1],
-        student.stride(0),
-        teacher.stride(0),
-        *map_arguments(map),
+        tile.shape[1],
+        tile.stride(0),
+        other.stride(0),
+        *map_arguments(student.map),
     )
-    flags = {"WRITE": write, "BLOCK_COLS": kernels.COLS, "CAPPED": map.cap != 0}
+    flags = {"WRITE": write, "BLOCK_COLS": kernels.COLS, "CAPPED": student.map.cap != 0}
     grid = (values.numel(),)
     if kind == COSINE:
         cosine_rows.cosine_rows_kernel[grid](*arguments, **flags, num_warps=kernels.WARPS)
@@ -89,7 +85,7 @@ def divergence_rows(
             1 - beta,
             beta,
             KIND=kind,
-            EXACT=student.dtype == torch.float32,
+            EXACT=tile.dtype == torch.float32,
             **flags,
             num_warps=kernels.WARPS,
         )

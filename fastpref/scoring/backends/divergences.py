@@ -23,7 +23,7 @@ These sums cancel where q is close to p, and the gradients where q is all but 1 
 kernels sum other terms (csrc/cpu/divergence_rows.inl); plain torch computes in float64 instead,
 unless the products were rounded to 16 bits before.
 
-Bytes of plain torch for each pair of 16-bit logits without bias and cap, counted as in plain.py, of
+Bytes of plain torch for each pair of 16-bit logits without bias and cap, counted as in torch.py, of
 the value and with the gradient: forward_kl 64 and 90, reverse_kl 64 and 98, jsd 128 and 146, tv 44
 and 86, bhattacharyya 64 and 90, cosine 37 and 63. The products are read and widened (12) and
 normalised (16); what comes after is one operator for each difference, product and sum.
@@ -38,8 +38,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import LogitMap, statistics_dtype
-from .plain import logits, raw_products, scale_of
+from ..slab import Products
+from ..types import statistics_dtype
+from .torch import logits, scale_of, with_bias
 
 # Elements of one temporary. Launches are what costs on a GPU.
 _BLOCK_CPU = 1 << 20
@@ -77,11 +78,8 @@ def _block_elements(device_type: str) -> int:
 
 
 def divergence_rows(
-    student: Tensor,
-    teacher: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    map: LogitMap,
+    student: Products,
+    teacher: Products,
     divergence: str,
     beta: float,
     write: bool,
@@ -89,71 +87,57 @@ def divergence_rows(
 ) -> Tensor:
     """(rows,) in the statistics' dtype; with ``write`` the student's tile becomes dD / d(raw
     product)."""
-    if _in_registers(backend, student.dtype):
-        tiles, kind = (student, teacher, student_bias, teacher_bias), KINDS.index(divergence)
+    if _in_registers(backend, student.tile.dtype):
+        kind = DIVERGENCES.index(divergence)
         if backend == "cpp":
-            value: Tensor = torch.ops.fastpref.divergence_rows_(*tiles, *map, kind, beta, write)
+            tiles = student.tile, teacher.tile, student.bias, teacher.bias
+            value: Tensor = torch.ops.fastpref.divergence_rows_(
+                *tiles, *student.map, kind, beta, write
+            )
             return value
         from . import divergence_launch
 
-        if divergence_launch.serves(backend, *tiles, map, kind, write):
-            return divergence_launch.divergence_rows(*tiles, map, kind, beta, write)
-    return formula_rows(student, teacher, student_bias, teacher_bias, map, divergence, beta, write)
+        if divergence_launch.serves(backend, student, teacher, kind, write):
+            return divergence_launch.divergence_rows(student, teacher, kind, beta, write)
+    return formula_rows(student, teacher, divergence, beta, write)
 
 
 def formula_rows(
-    student: Tensor,
-    teacher: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    map: LogitMap,
-    divergence: str,
-    beta: float,
-    write: bool,
+    student: Products, teacher: Products, divergence: str, beta: float, write: bool
 ) -> Tensor:
     """As ``divergence_rows``, in plain torch."""
-    formula, wide = FORMULAS[divergence], _formula_dtype(student.dtype)
-    values = [student.new_empty(0, dtype=statistics_dtype(student.dtype))]
-    for rows, own, other in logit_blocks(student, teacher, student_bias, teacher_bias, map, wide):
+    dtype = student.tile.dtype
+    formula, wide = FORMULAS[divergence], _formula_dtype(dtype)
+    values = [student.tile.new_empty(0, dtype=statistics_dtype(dtype))]
+    for rows, own, other in logit_blocks(student, teacher, wide):
         found = formula(own, other, beta, write)
         if found.gradient is not None:
-            _write(student[rows], found.gradient, found.factor, student_bias, map)
+            _write(student.of_rows(rows), found.gradient, found.factor)
         values.append(found.value.to(values[0].dtype))
     return torch.cat(values)
 
 
 def logit_blocks(
-    student: Tensor,
-    teacher: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    map: LogitMap,
-    dtype: torch.dtype | None = None,
+    student: Products, teacher: Products, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of two tiles of raw products, and their logits in ``dtype`` (None: the statistics'), a
     few at a time."""
-    total, cols = student.shape
-    step = max(1, _block_elements(student.device.type) // max(1, cols))
+    total, cols = student.tile.shape
+    step = max(1, _block_elements(student.tile.device.type) // max(1, cols))
     for start in range(0, total, step):
         rows = slice(start, min(total, start + step))
-        yield (
-            rows,
-            logits(student[rows], student_bias, map, dtype),
-            logits(teacher[rows], teacher_bias, map, dtype),
-        )
+        yield rows, logits(student.of_rows(rows), dtype), logits(teacher.of_rows(rows), dtype)
 
 
 def _formula_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
-def _write(
-    tile: Tensor, gradient: Tensor, factor: float, bias: Tensor | None, map: LogitMap
-) -> None:
+def _write(products: Products, gradient: Tensor, factor: float) -> None:
     """The gradient at raw products, into their tile; uses ``gradient`` up."""
-    if map.cap != 0:
-        gradient = gradient.mul_(map.slope(raw_products(tile, bias)))
-    torch.mul(gradient, scale_of(map, tile) * factor, out=tile)
+    if products.map.cap != 0:
+        gradient = gradient.mul_(products.map.slope(with_bias(products)))
+    torch.mul(gradient, scale_of(products) * factor, out=products.tile)
 
 
 class _Found(NamedTuple):
@@ -270,7 +254,7 @@ def _undefined(log_q: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(both.isnan(), both, 0.0)
 
 
-# In the order of the compiled operator's kinds.
+# In the order of the compiled operator's numbers.
 FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float, bool], _Found]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -279,4 +263,4 @@ FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float, bool], _Found]] = {
     "bhattacharyya": _bhattacharyya,
     "cosine": _cosine,
 }
-KINDS = tuple(FORMULAS)
+DIVERGENCES = tuple(FORMULAS)

@@ -11,10 +11,11 @@ from torch import Tensor
 from ...kernels import column_sums, row_scores
 from ...kernels import scale_rows as scaling
 from ...kernels import target_logits as targets
-from .. import rows as row_formulas
-from ..rows import RowScores, RowSums, TargetLogits
+from ..rows import RowScores, TargetLogits
+from ..slab import Slab
+from ..statistics import RowSums
 from ..types import LogitMap
-from . import plain
+from . import torch as torch_backend
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,11 +41,10 @@ def matrices_supported(*matrices: Tensor) -> str | None:
     return None
 
 
-def target_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
-) -> TargetLogits:
+def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
+    weight, bias, map = slab
     if matrices_supported(hidden, weight) is not None:
-        return plain.target_logits(hidden, weight, target, bias, map)
+        return torch_backend.target_logits(hidden, slab, target)
     raw = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     found = TargetLogits(torch.empty_like(target), raw, torch.empty_like(raw))
     if raw.numel():
@@ -70,7 +70,7 @@ def settle(
     sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
 ) -> tuple[RowScores, Tensor]:
     if sums.sum.dtype != torch.float32:
-        return row_formulas.settle(sums, own, exps, map)
+        return torch_backend.settle(sums, own, exps, map)
     rows = sums.sum.shape[0]
     out = sums.sum.new_empty((5, padded(rows)))
     if rows:
@@ -95,7 +95,7 @@ def settle(
 
 def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     if matrices_supported(rows, out) is not None:
-        return plain.scale_rows(rows, factor, out)
+        return torch_backend.scale_rows(rows, factor, out)
     if rows.numel():
         scaling.scale_rows_kernel[(rows.shape[0],)](
             rows, factor, out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_WIDTH=1024

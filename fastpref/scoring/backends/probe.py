@@ -18,14 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, RowSums, TargetLogits, token_scores
-from ..types import OUTPUTS, LogitMap, statistics_dtype
-from . import RowBackend, UpstreamGradient, next_tier, plain
+from ..rows import RowScores, TargetLogits
+from ..slab import Slab
+from ..statistics import OUTPUTS, RowSums, token_scores
+from ..types import LogitMap, statistics_dtype
+from . import RowBackend, UpstreamGradient, next_tier
+from . import torch as torch_backend
 from .tiled import Tiled
 
 logger = logging.getLogger("fastpref")
 
 ROWS, WIDTH = 6, 64
+PLAIN = Tiled(torch_backend)  # what a kernel is compared with
 _lock = threading.Lock()
 _reasons: dict[tuple[str, torch.device, Hashable], str | None] = {}
 
@@ -101,62 +105,43 @@ class Probed:
     def project(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         tile: Tensor | None,
         target: Tensor,
         anchor: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
         write: bool,
         statistics: bool,
     ) -> RowSums:
-        flags = write, statistics, bias is None, map.cap != 0
         serving = self._serving(
             hidden.device,
-            ("project", hidden.dtype, _remainders(hidden, weight), *flags),
-            lambda backend: _check_project(backend, _Example.of(hidden, weight, bias, map), *flags),
+            ("project", *_compiled_for(hidden, slab), write, statistics),
+            lambda backend: _check_project(backend, _Example.of(hidden, slab), write, statistics),
         )
-        return serving.project(hidden, weight, tile, target, anchor, bias, map, write, statistics)
+        return serving.project(hidden, slab, tile, target, anchor, write, statistics)
 
     def project_gradient(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         tile: Tensor,
         target: Tensor,
         upstream: UpstreamGradient,
-        bias: Tensor | None,
-        map: LogitMap,
     ) -> None:
         given = tuple(one is not None for one in upstream)
-        flags = bias is None, map.cap != 0
         serving = self._serving(
             hidden.device,
-            ("project_gradient", hidden.dtype, _remainders(hidden, weight), given, *flags),
-            lambda backend: _check_gradient(backend, _Example.of(hidden, weight, bias, map), given),
+            ("project_gradient", *_compiled_for(hidden, slab), given),
+            lambda backend: _check_gradient(backend, _Example.of(hidden, slab), given),
         )
-        serving.project_gradient(hidden, weight, tile, target, upstream, bias, map)
+        serving.project_gradient(hidden, slab, tile, target, upstream)
 
-    def target_logits(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
-    ) -> TargetLogits:
+    def target_logits(self, hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
         serving = self._serving(
             hidden.device,
-            (
-                "target_logits",
-                hidden.dtype,
-                _remainders(hidden, weight),
-                bias is None,
-                map.cap != 0,
-            ),
-            lambda backend: _check_target_logits(backend, _Example.of(hidden, weight, bias, map)),
+            ("target_logits", *_compiled_for(hidden, slab)),
+            lambda backend: _check_target_logits(backend, _Example.of(hidden, slab)),
         )
-        return serving.target_logits(hidden, weight, target, bias, map)
+        return serving.target_logits(hidden, slab, target)
 
     def settle(
         self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
@@ -179,10 +164,12 @@ class Probed:
         return serving.scale_rows(rows, factor, out)
 
 
-def _remainders(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
-    """What kernels are compiled anew for: whether rows, and the columns of a tile, end at multiples
-    of 16 elements, as those of the example then do."""
-    return hidden.shape[1] % 16 == 0, weight.shape[0] % 16 == 0
+def _compiled_for(hidden: Tensor, slab: Slab) -> tuple[Hashable, ...]:
+    """What kernels are compiled anew for. Among it whether rows, and the columns of a tile, end at
+    multiples of 16 elements, as those of the example then do."""
+    weight, bias, map = slab
+    remainders = hidden.shape[1] % 16 == 0, weight.shape[0] % 16 == 0
+    return hidden.dtype, *remainders, bias is None, map.cap != 0
 
 
 @dataclass(frozen=True)
@@ -191,16 +178,14 @@ class _Example:
     the remainders of those that are to be served."""
 
     hidden: Tensor
-    weight: Tensor
+    slab: Slab
     target: Tensor
-    bias: Tensor | None
-    map: LogitMap
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, map: LogitMap) -> _Example:
-        device, dtype = hidden.device, hidden.dtype
+    def of(cls, hidden: Tensor, slab: Slab) -> _Example:
+        device, dtype, bias = hidden.device, hidden.dtype, slab.bias
         width = WIDTH + hidden.shape[1] % 16
-        columns = (4096 if device.type == "cuda" else 256) + weight.shape[0] % 16
+        columns = (4096 if device.type == "cuda" else 256) + slab.weight.shape[0] % 16
         generator = torch.Generator("cpu").manual_seed(0)
 
         def whole(*shape: int) -> Tensor:
@@ -214,86 +199,61 @@ class _Example:
         if bias is not None:
             random = torch.randn(columns, generator=generator, dtype=torch.float64, device="cpu")
             bias = random.to(device, statistics_dtype(dtype))
-        return cls(
-            states.to(device, dtype), weights.to(device, dtype), target.to(device), bias, map
-        )
+        slab = Slab(weights.to(device, dtype), bias, slab.map)
+        return cls(states.to(device, dtype), slab, target.to(device))
 
     def tile(self) -> Tensor:
         from ..workspace import lease
 
-        shape = self.hidden.shape[0], self.weight.shape[0]
+        shape = self.hidden.shape[0], self.slab.weight.shape[0]
         return lease(shape, self.hidden.dtype, self.hidden.device)
 
     def own(self) -> TargetLogits:
-        return plain.target_logits(self.hidden, self.weight, self.target, self.bias, self.map)
+        return torch_backend.target_logits(self.hidden, self.slab, self.target)
 
 
-def _check_project(
-    backend: RowBackend, example: _Example, write: bool, statistics: bool, *_: bool
-) -> str:
-    own = example.own()
-    found = []
-    for one in (backend, Tiled(plain)):
-        tile = example.tile() if one.needs_tile(example.hidden.dtype, write) else None
-        sums = one.project(
-            example.hidden,
-            example.weight,
-            tile,
-            example.target,
-            own.logit,
-            example.bias,
-            example.map,
-            write,
-            statistics,
-        )
+def _check_project(backend: RowBackend, example: _Example, write: bool, statistics: bool) -> str:
+    hidden, slab, target = example.hidden, example.slab, example.target
+    outputs: tuple[str, ...] = ("logp", "lse")
+    if statistics:
+        # Mean logits are a statistic under a cap alone.
+        outputs = tuple(one for one in OUTPUTS if slab.map.cap != 0 or one != "mean_logits")
+    own, found = example.own(), []
+    for one in (backend, PLAIN):
+        tile = example.tile() if one.needs_tile(hidden.dtype, write) else None
+        sums = one.project(hidden, slab, tile, target, own.logit, write, statistics)
         kept = tile if write else None
-        rows, scale = plain.settle(sums, own, kept, example.map)
-        outputs = OUTPUTS if statistics else ("logp", "lse")
-        scores = token_scores(
-            outputs, sums, rows, example.target, own.logit, example.weight.shape[0]
-        )
+        rows, scale = torch_backend.settle(sums, own, kept, slab.map)
+        scores = token_scores(outputs, sums, rows, target, own.logit, slab.weight.shape[0])
         named = {name: value for name, value in scores._asdict().items() if value is not None}
-        # Only under a cap these are a statistic of the pass.
-        if example.map.cap == 0:
-            named.pop("mean_logits", None)
         if kept is not None:
             named["exponentials"] = kept.to(scale.dtype) * scale[:, None]
         found.append(named)
-    return differences(list(found), example.hidden.dtype)
+    return differences(list(found), hidden.dtype)
 
 
 def _check_gradient(backend: RowBackend, example: _Example, given: tuple[bool, ...]) -> str:
+    hidden, slab, target = example.hidden, example.slab, example.target
     own, tile = example.own(), example.tile()
-    arguments = example.target, own.logit, example.bias, example.map
-    sums = Tiled(plain).project(
-        example.hidden, example.weight, tile, *arguments, write=False, statistics=True
-    )
-    rows, _ = plain.settle(sums, own, None, example.map)
-    entropy = token_scores(("entropy",), sums, rows, *arguments[:2], 1).entropy
+    sums = PLAIN.project(hidden, slab, tile, target, own.logit, write=False, statistics=True)
+    rows, _ = torch_backend.settle(sums, own, None, slab.map)
+    entropy = token_scores(("entropy",), sums, rows, target, own.logit, 1).entropy
     g = torch.arange(ROWS, dtype=rows.logp.dtype, device=tile.device) / 4 - 1
     values = rows.anchor, rows.norm, rows.logp, g, g + 0.5, 1 - g, entropy
     upstream = UpstreamGradient._make(
         one if there else None for one, there in zip(values, given, strict=True)
     )
     found = []
-    for one in (backend, Tiled(plain)):
+    for one in (backend, PLAIN):
         tile = example.tile()
-        one.project_gradient(
-            example.hidden,
-            example.weight,
-            tile,
-            example.target,
-            upstream,
-            example.bias,
-            example.map,
-        )
+        one.project_gradient(hidden, slab, tile, target, upstream)
         found.append({"gradients": tile.to(rows.logp.dtype)})
-    return differences(list(found), example.hidden.dtype)
+    return differences(list(found), hidden.dtype)
 
 
 def _check_target_logits(backend: RowBackend, example: _Example) -> str:
-    arguments = example.hidden, example.weight, example.target, example.bias, example.map
-    found = (one.target_logits(*arguments)._asdict() for one in (backend, Tiled(plain)))
+    arguments = example.hidden, example.slab, example.target
+    found = (one.target_logits(*arguments)._asdict() for one in (backend, PLAIN))
     return differences(list(found), torch.float32)
 
 
@@ -314,7 +274,7 @@ def _check_settle(
     best = None if without_best else anchor + 1
     sums = RowSums(anchor, (at + 1) / 3, at / 8, best)
     found = []
-    for one in (backend, Tiled(plain)):
+    for one in (backend, PLAIN):
         exps = None
         if not without_exps:
             exps = torch.zeros((ROWS, 8), dtype=dtype, device=device)
@@ -337,7 +297,7 @@ def _check_scale(
     factor = torch.tensor([0.75, 0.0, -2.5], dtype=factor_dtype, device=device)
     found = (
         {"rows": one.scale_rows(rows, factor, torch.empty_like(rows, dtype=out_dtype))}
-        for one in (backend, Tiled(plain))
+        for one in (backend, PLAIN)
     )
     return differences(list(found), out_dtype)
 

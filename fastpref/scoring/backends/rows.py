@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ...kernels import exp_rows as exponentials
 from ...kernels import join_shares, logit_grad_rows
-from ..rows import RowSums
+from ..slab import Products
+from ..statistics import STATISTICS, SUMS, RowSums, summed
 from ..types import LogitMap
-from . import UpstreamGradient, glue, plain
+from . import UpstreamGradient, glue
+from . import torch as torch_backend
 from .glue import DTYPES
 from .glue import scale_rows as scale_rows
 from .glue import settle as settle
 from .glue import target_logits as target_logits
-from .operators import STATISTICS, SUMS
 
 INTERPRETED = not isinstance(exponentials.exp_rows_kernel, triton.JITFunction)
 # In the interpreter, which runs one program after the other: several steps in small tests.
@@ -44,30 +45,25 @@ def temporary_bytes(
 ) -> int:
     """Most memory that a pass over a (rows, cols) tile takes beside it: sums of shares."""
     if dtype not in DTYPES:
-        return plain.temporary_bytes(rows, cols, device_type, dtype, statistics)
+        return torch_backend.temporary_bytes(rows, cols, device_type, dtype, statistics)
     kinds = len(SUMS) + (len(STATISTICS) + 2 if statistics else 0)
     # Rows are only split where there are few.
     return 4 * kinds * (2 * glue.padded(rows) + 2 * PROGRAMS * 1024)
 
 
 def exp_rows(
-    tile: Tensor,
-    target: Tensor,
-    anchor: Tensor,
-    bias: Tensor | None,
-    map: LogitMap,
-    write: bool,
-    statistics: bool,
+    products: Products, target: Tensor, anchor: Tensor, write: bool, statistics: bool
 ) -> RowSums:
-    """As ``TileKernels.exp_rows``; the entries of ``map`` may be (rows,) float32 tensors."""
+    """As ``TileKernels.exp_rows``; the entries of the map may be (rows,) float32 tensors."""
+    tile, bias, map = products
     if tile.dtype not in DTYPES or not tile.numel():
-        return plain.exp_rows(tile, target, anchor, bias, map, write, statistics)
+        return torch_backend.exp_rows(products, target, anchor, write, statistics)
     halves = write and tile.dtype == torch.float16
     rows = tile.shape[0]
     flags = _flags(tile, map)
     shares = _shares(tile, flags)
     joined = shares > 1 or halves
-    kinds = len(SUMS) + (len(STATISTICS) if statistics else 0)
+    kinds = len(SUMS) + len(summed(statistics, flags["CAPPED"]))
     stride = glue.padded(rows)
     sums = anchor.new_empty((kinds, shares, stride), dtype=torch.float32)
     best_index = target.new_empty((shares, stride)) if statistics else None
@@ -117,16 +113,14 @@ def exp_rows(
             num_warps=WARPS,
             **flags,
         )
-    named = dict(zip(SUMS + STATISTICS, out[:, :rows], strict=False))
-    return RowSums(**named, best_index=None if out_index is None else out_index[:rows])
+    return RowSums.of(out[:, :rows], None if out_index is None else out_index[:rows])
 
 
-def logit_grad(
-    tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
-) -> None:
-    """As ``TileKernels.logit_grad``; the entries of ``map`` may be (rows,) float32 tensors."""
+def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:
+    """As ``TileKernels.logit_grad``; the entries of the map may be (rows,) float32 tensors."""
+    tile, bias, map = products
     if tile.dtype not in DTYPES or not tile.numel():
-        plain.logit_grad(tile, target, upstream, bias, map)
+        torch_backend.logit_grad(products, target, upstream)
         return
     flags = _flags(tile, map)
     shares = _shares(tile, flags)

@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, RowSums, TargetLogits
+from ..rows import RowScores, TargetLogits
+from ..slab import Products, Slab
+from ..statistics import RowSums
 from ..types import LogitMap
 from ..workspace import lease
 from . import RowKernels, UpstreamGradient
@@ -23,25 +25,16 @@ class TileKernels(RowKernels, Protocol):
 
     def exp_rows(
         self,
-        tile: Tensor,
+        products: Products,
         target: Tensor,
         anchor: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
         write: bool,
         statistics: bool,
     ) -> RowSums:
         """Sums over each row but its target; with ``write`` the tile becomes the exponentials (0 at
         the target)."""
 
-    def logit_grad(
-        self,
-        tile: Tensor,
-        target: Tensor,
-        upstream: UpstreamGradient,
-        bias: Tensor | None,
-        map: LogitMap,
-    ) -> None:
+    def logit_grad(self, products: Products, target: Tensor, upstream: UpstreamGradient) -> None:
         """The tile becomes the gradient with respect to the raw products."""
 
 
@@ -57,58 +50,48 @@ class Tiled:
     def project(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         tile: Tensor | None,
         target: Tensor,
         anchor: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
         write: bool,
         statistics: bool,
     ) -> RowSums:
         if tile is not None:
-            torch.mm(hidden, weight.t(), out=tile)
-            return self.kernels.exp_rows(tile, target, anchor, bias, map, write, statistics)
+            torch.mm(hidden, slab.weight.t(), out=tile)
+            products = slab.products(tile)
+            return self.kernels.exp_rows(products, target, anchor, write, statistics)
         # Planned for a backend that needs none and could not serve after all.
-        shape = min(SPARE_ROWS, hidden.shape[0]), weight.shape[0]
+        shape = min(SPARE_ROWS, hidden.shape[0]), slab.weight.shape[0]
         room = lease(shape, hidden.dtype, hidden.device)
         parts = []
         for start in range(0, max(1, hidden.shape[0]), SPARE_ROWS):
             rows = slice(start, min(hidden.shape[0], start + SPARE_ROWS))
             part = room[: rows.stop - start]
-            torch.mm(hidden[rows], weight.t(), out=part)
-            at = part, target[rows], anchor[rows]
-            parts.append(self.kernels.exp_rows(*at, bias, map, False, statistics))
+            torch.mm(hidden[rows], slab.weight.t(), out=part)
+            at = slab.products(part), target[rows], anchor[rows]
+            parts.append(self.kernels.exp_rows(*at, False, statistics))
         columns = zip(*parts, strict=True)
         return RowSums._make(None if one[0] is None else torch.cat(one) for one in columns)
 
     def project_gradient(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         tile: Tensor,
         target: Tensor,
         upstream: UpstreamGradient,
-        bias: Tensor | None,
-        map: LogitMap,
     ) -> None:
-        torch.mm(hidden, weight.t(), out=tile)
-        self.kernels.logit_grad(tile, target, upstream, bias, map)
+        torch.mm(hidden, slab.weight.t(), out=tile)
+        self.kernels.logit_grad(slab.products(tile), target, upstream)
 
     def temporary_bytes(
         self, rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
     ) -> int:
         return self.kernels.temporary_bytes(rows, cols, device_type, dtype, statistics)
 
-    def target_logits(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
-    ) -> TargetLogits:
-        return self.kernels.target_logits(hidden, weight, target, bias, map)
+    def target_logits(self, hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
+        return self.kernels.target_logits(hidden, slab, target)
 
     def settle(
         self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap

@@ -23,7 +23,7 @@ from .verdict_files import Key, Verdict
 NEAR = 1.25
 KERNELS = Path(__file__).parents[2] / "kernels"
 LAUNCHERS = tuple(
-    Path(__file__).with_name(name) for name in ("fused.py", "glue.py", "rows.py", "tiled.py")
+    Path(__file__).with_name(name) for name in ("triton.py", "glue.py", "rows.py", "tiled.py")
 )
 
 

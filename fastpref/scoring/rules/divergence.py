@@ -76,11 +76,8 @@ class Divergence:
         student, teacher = heads.projectors
         own, other = tiles
         return divergence_rows(
-            own,
-            other,
-            student.bias,
-            teacher.bias,
-            student.map,
+            student.slab().products(own),
+            teacher.slab().products(other),
             self.divergence,
             self.beta,
             write,

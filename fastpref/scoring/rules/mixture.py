@@ -45,17 +45,18 @@ class Mixture:
         project(heads, rows, tiles)
         student, teacher = heads.projectors
         parts = [rows[0].new_empty((2, 0), dtype=statistics_dtype(rows[0].dtype))]
-        biases, (own, other) = (student.bias, teacher.bias), tiles
-        for block, s, t in logit_blocks(own, other, *biases, student.map):
+        own, other = tiles
+        both = student.slab().products(own), teacher.slab().products(other)
+        for block, s, t in logit_blocks(*both):
             inside = (target[block] >= 0) & (target[block] < s.shape[1])
             index = torch.where(inside, target[block], 0)[:, None]
             # Of equal logits of -inf the difference is none.
             apart = torch.where(s == t, 0, s - t) * self.epsilon
-            both = [
+            logps = [
                 (s + shift).log_softmax(1).gather(1, index)[:, 0].where(inside, torch.nan)
                 for shift in (apart, -apart)
             ]
-            parts.append(torch.stack(both))
+            parts.append(torch.stack(logps))
         plus, minus = torch.cat(parts, dim=1)
         return Found((plus, minus), ())
 

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from .. import vocab_parallel
 from ..backends import UpstreamGradient
-from ..rows import (
-    RowScores,
-    TargetLogits,
-    exponential_scale,
+from ..rows import RowScores, TargetLogits, exponential_scale, row_scores, write_target
+from ..statistics import (
+    DIFFERENTIABLE,
+    OUTPUTS,
+    TokenScores,
     merge,
-    row_scores,
+    needs_statistics,
     token_scores,
-    write_target,
 )
-from ..types import DIFFERENTIABLE, OUTPUTS, TokenScores, needs_statistics
 from ..workspace import tile_of
 from . import Again, Found, Heads, Upstream
 
@@ -115,15 +114,8 @@ class Scores:
 
         def tile(columns: slice, workspace: Tensor) -> Tensor:
             out = tile_of(workspace, hidden.shape[0], columns)
-            heads.backend.project_gradient(
-                hidden,
-                head.weight[columns],
-                out,
-                column - columns.start,
-                gradient,
-                None if head.bias is None else head.bias[columns],
-                head.map,
-            )
+            slab = head.slab(columns)
+            heads.backend.project_gradient(hidden, slab, out, column - columns.start, gradient)
             return out
 
         return Again(tile, None)
@@ -145,15 +137,13 @@ def _scored(
     cols = vocab if tile is None else tile.shape[1]
     parts = []
     for start in range(0, vocab, cols):
-        slab = slice(start, min(vocab, start + cols))
+        columns = slice(start, min(vocab, start + cols))
         sums = backend.project(
             hidden,
-            head.weight[slab],
-            None if tile is None else tile[:, : slab.stop - start],
+            head.slab(columns),
+            None if tile is None else tile[:, : columns.stop - start],
             own.column - start if start else own.column,
             own.logit,
-            None if head.bias is None else head.bias[slab],
-            head.map,
             write,
             needs_statistics(outputs),
         )
@@ -178,7 +168,7 @@ def target_logits(heads: Heads, hidden: Tensor, target: Tensor) -> TargetLogits:
     """By a gather and a dot product in the statistics' dtype; NaN for a target nobody holds."""
     head = heads.projectors[0]
     column = target - head.start if head.start else target
-    own = heads.backend.target_logits(hidden, head.weight, column, head.bias, head.map)
+    own = heads.backend.target_logits(hidden, head.slab(), column)
     if heads.group is None:
         return own
     # A target has one owner: the sum over ranks is its value, and the count says if there was one.

@@ -21,7 +21,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import linear_exp, linear_grad, probabilities, reanchor, row_sums, tiles
-from ..rows import RowSums
+from ..slab import Slab
+from ..statistics import STATISTICS, RowSums, summed
 from ..types import LogitMap
 from ..workspace import row_stride
 from . import RowBackend, UpstreamGradient, glue, next_tier, tiled
@@ -71,7 +72,8 @@ def temporary_bytes(
     if dtype not in DTYPES:
         return other.temporary_bytes(rows, cols, device_type, dtype, statistics)
     chip = _chip(None)
-    kinds = linear_exp.KINDS + 1 if statistics else 1
+    # Of statistics the largest logit's column is kept beside them.
+    kinds = 2 + len(STATISTICS) if statistics else 1
     narrowest = min(table[dtype.itemsize].ordinary.cols for table in (chip.plain, chip.heavy))
     col_tiles = -(-cols // narrowest)
     sums = 4 * glue.padded(rows) * (kinds * col_tiles + kinds + 3)
@@ -100,21 +102,18 @@ def _takes(hidden: Tensor, weight: Tensor, tile: Tensor | None) -> bool:
 
 def project(
     hidden: Tensor,
-    weight: Tensor,
+    slab: Slab,
     tile: Tensor | None,
     target: Tensor,
     anchor: Tensor,
-    bias: Tensor | None,
-    map: LogitMap,
     write: bool,
     statistics: bool,
 ) -> RowSums:
-    if not _takes(hidden, weight, tile if write else None):
+    exps = tile if write else None
+    if not _takes(hidden, slab.weight, exps):
         other = _in_place(hidden.device.type)
-        return other.project(hidden, weight, tile, target, anchor, bias, map, write, statistics)
-    return _Projection(hidden, weight, tile if write else None, target, bias, map, statistics).run(
-        anchor
-    )
+        return other.project(hidden, slab, tile, target, anchor, write, statistics)
+    return _Projection(hidden, slab, exps, target, statistics).run(anchor)
 
 
 class _Projection:
@@ -123,19 +122,17 @@ class _Projection:
     def __init__(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        slab: Slab,
         exps: Tensor | None,
         target: Tensor,
-        bias: Tensor | None,
-        map: LogitMap,
         statistics: bool,
     ) -> None:
-        self.hidden, self.weight, self.exps = hidden, weight, exps
-        self.target, self.bias, self.map = target, bias, map
-        self.machine = _machine(hidden, statistics or map.cap != 0)
+        self.hidden, self.slab, self.exps, self.target = hidden, slab, exps, target
+        self.machine = _machine(hidden, statistics or slab.map.cap != 0)
         self.rows = hidden.shape[0]
-        self.col_tiles = triton.cdiv(weight.shape[0], self.machine.tiles.ordinary.cols)
-        kinds = linear_exp.KINDS if statistics else 1
+        self.col_tiles = triton.cdiv(slab.weight.shape[0], self.machine.tiles.ordinary.cols)
+        self.capped = statistics and slab.map.cap != 0
+        kinds = 1 + len(summed(statistics, self.capped))
         self.stride = glue.padded(self.rows)
         shape = (kinds, self.col_tiles, self.stride)
         self.sums = target.new_empty(shape, dtype=torch.float32)
@@ -163,23 +160,21 @@ class _Projection:
                 self.rows,
                 BLOCK_ROWS=row_sums.ROWS,
                 BLOCK_TILES=row_sums.TILES,
+                CAPPED=self.capped,
             )
             self._reanchor(anchor, flag)
             if self.exps is not None and self.exps.dtype == torch.float16:
                 self._exponentiate(self.exps, target_logit, anchor, offset)
-        out = self.out[:, : self.rows]
-        if self.out_index is None:
-            return RowSums(anchor, out[0], offset)
-        best, weighted, squares, total = out[1:]
-        return RowSums(anchor, out[0], offset, best, self.out_index, weighted, squares, total)
+        total, *statistics = self.out[:, : self.rows]
+        return RowSums.of((anchor, total, offset, *statistics), self.out_index)
 
     def _project(self, anchor: Tensor) -> None:
         shape = self.machine.tiles.ordinary
-        linear_exp.linear_exp_kernel[_grid(self.rows, self.weight, self.machine)](
-            *_operands(self.hidden, self.weight, self.exps, self.machine),
+        linear_exp.linear_exp_kernel[_grid(self.rows, self.slab.weight, self.machine)](
+            *_operands(self.hidden, self.slab.weight, self.exps, self.machine),
             *self._arguments(anchor),
             self.rows,
-            *_sizes(self.hidden, self.weight, self.map),
+            *_sizes(self.hidden, self.slab),
             **_whole_tiles(shape, self.machine),
             **self._flags(shape),
         )
@@ -188,7 +183,7 @@ class _Projection:
         """What both kernels that write exponentials take after the operands."""
         return (
             _stride(self.exps),
-            self.bias,
+            self.slab.bias,
             self.target,
             anchor,
             self.sums,
@@ -197,13 +192,13 @@ class _Projection:
         )
 
     def _flags(self, shape: tiles.TileShape) -> dict[str, Any]:
-        return _blocks(shape, self.hidden, self.map) | _epilogue(
-            shape, self.hidden, self.weight, self.exps, self.map
-        )
+        blocks = _blocks(shape, self.hidden, self.slab.map)
+        return blocks | _epilogue(shape, self.hidden, self.slab, self.exps)
 
     def _reanchor(self, anchor: Tensor, flag: Tensor) -> None:
         shape = self.machine.tiles.flagged
-        sizes = _sizes(self.hidden, self.weight, self.map)
+        weight, bias, map = self.slab
+        sizes = _sizes(self.hidden, self.slab)
         flagged = flag.new_empty(self.rows, dtype=torch.int32)
         count = flag.new_empty(1, dtype=torch.int32)
         reanchor.list_flagged_kernel[(1,)](flag, flagged, count, self.rows, BLOCK=1024)
@@ -211,15 +206,15 @@ class _Projection:
         # The sums were added up: their place is free for the largest logits.
         reanchor.largest_logit_kernel[grid](
             self.hidden,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.target,
             flagged,
             count,
             self.sums,
             self.stride,
             *sizes,
-            **_blocks(shape, self.hidden, self.map),
+            **_blocks(shape, self.hidden, map),
         )
         reanchor.anchor_kernel[grid](
             self.sums,
@@ -232,7 +227,7 @@ class _Projection:
         )
         reanchor.reanchor_kernel[grid](
             self.hidden,
-            self.weight,
+            weight,
             self.exps,
             *self._arguments(anchor),
             flagged,
@@ -240,7 +235,7 @@ class _Projection:
             *sizes,
             **self._flags(shape),
         )
-        reanchor.settle_kernel[grid](
+        reanchor.sum_flagged_kernel[grid](
             self.sums,
             self.best_index,
             flagged,
@@ -251,6 +246,7 @@ class _Projection:
             self.stride,
             BLOCK_ROWS=row_sums.ROWS,
             BLOCK_TILES=row_sums.TILES,
+            CAPPED=self.capped,
         )
 
     def _exponentiate(
@@ -272,17 +268,12 @@ class _Projection:
 
 
 def project_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    tile: Tensor,
-    target: Tensor,
-    upstream: UpstreamGradient,
-    bias: Tensor | None,
-    map: LogitMap,
+    hidden: Tensor, slab: Slab, tile: Tensor, target: Tensor, upstream: UpstreamGradient
 ) -> None:
+    weight, bias, map = slab
     if not _takes(hidden, weight, tile):
         other = _in_place(hidden.device.type)
-        other.project_gradient(hidden, weight, tile, target, upstream, bias, map)
+        other.project_gradient(hidden, slab, tile, target, upstream)
         return
     if not tile.numel():
         return
@@ -295,10 +286,10 @@ def project_gradient(
         target,
         *upstream,
         hidden.shape[0],
-        *_sizes(hidden, weight, map),
+        *_sizes(hidden, slab),
         **_whole_tiles(shape, machine),
         **_blocks(shape, hidden, map),
-        **_epilogue(shape, hidden, weight, tile, map),
+        **_epilogue(shape, hidden, slab, tile),
     )
 
 
@@ -362,8 +353,9 @@ def _stride(tile: Tensor | None) -> int:
     return 0 if tile is None else tile.stride(0)
 
 
-def _sizes(hidden: Tensor, weight: Tensor, map: LogitMap) -> tuple[int | float, ...]:
+def _sizes(hidden: Tensor, slab: Slab) -> tuple[int | float, ...]:
     """Sizes but the rows', strides and the logit map, in the order of the kernels' arguments."""
+    weight, _, map = slab
     return (*weight.shape, hidden.stride(0), weight.stride(0), *glue.map_arguments(map))
 
 
@@ -388,12 +380,12 @@ def _whole_tiles(shape: tiles.TileShape, machine: _Machine) -> dict[str, Any]:
 
 
 def _epilogue(
-    shape: tiles.TileShape, hidden: Tensor, weight: Tensor, tile: Tensor | None, map: LogitMap
+    shape: tiles.TileShape, hidden: Tensor, slab: Slab, tile: Tensor | None
 ) -> dict[str, Any]:
     return {
         "SLICES": shape.slices,
         # Beside a cap's arithmetic the mask does not count: one kernel less to compile.
-        "RAGGED": map.cap != 0 or weight.shape[0] % shape.slice_cols != 0,
+        "RAGGED": slab.map.cap != 0 or slab.weight.shape[0] % shape.slice_cols != 0,
         "ALIGNED": tile is None or _aligned(tile),
         "EXACT": _exact(hidden),
     }

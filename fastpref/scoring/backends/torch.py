@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain torch backend: any device, any dtype, no host sync, few passes over the tile.
+"""The torch backend: any device, any dtype, no host sync, few passes over the tile.
 
 What csrc/cpu/row_kernels.inl computes, in torch, for a tile worked on in blocks of rows. With x the
 logits (-inf at the target), h the largest and j its column, softmax gives q = exp(x - h) / Z in one
@@ -24,8 +24,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows import RowSums, TargetLogits
-from ..rows import settle as settle_rows
+from ..rows import (
+    RowScores,
+    TargetLogits,
+    exponential_scale,
+    row_scores,
+    write_target,
+)
+from ..slab import Products, Slab
+from ..statistics import RowSums
 from ..types import LogitMap, statistics_dtype
 from . import UpstreamGradient
 
@@ -58,32 +65,32 @@ def _is_low(tile: Tensor) -> bool:
     return tile.dtype.itemsize == 2
 
 
-def _is_direct(tile: Tensor, bias: Tensor | None, map: LogitMap) -> bool:
+def _is_direct(products: Products) -> bool:
     """Whether logits need not be rounded as they were when the row was scored: they are so much
     coarser in the first place."""
-    return _is_low(tile) and bias is None and map.cap == 0
+    return _is_low(products.tile) and products.bias is None and products.map.cap == 0
 
 
-def raw_products(tile: Tensor, bias: Tensor | None) -> Tensor:
-    """With their bias, in the statistics' dtype; the tile itself where that changes nothing."""
+def with_bias(products: Products) -> Tensor:
+    """In the statistics' dtype; the tile itself where that changes nothing."""
+    tile, bias, _ = products
     return tile.to(statistics_dtype(tile.dtype)) if bias is None else tile + bias[None]
 
 
-def logits(
-    tile: Tensor, bias: Tensor | None, map: LogitMap, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Of raw products, in ``dtype`` (None: the statistics'); a tensor of their own."""
+def logits(products: Products, dtype: torch.dtype | None = None) -> Tensor:
+    """In ``dtype`` (None: the statistics'); a tensor of their own."""
+    tile, bias, map = products
     if bias is None and map.cap == 0:
-        return tile * scale_of(map, tile, dtype)
-    found = map.logit(raw_products(tile, bias))
+        return tile * scale_of(products, dtype)
+    found = map.logit(with_bias(products))
     return found if dtype is None else found.to(dtype)
 
 
-def scale_of(map: LogitMap, tile: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def scale_of(products: Products, dtype: torch.dtype | None = None) -> Tensor:
     """(1, 1), in ``dtype`` (None: the statistics'). A factor with dimensions widens a tile as it is
     read; a number does not."""
-    dtype = dtype or statistics_dtype(tile.dtype)
-    return torch.full((1, 1), map.scale, dtype=dtype, device=tile.device)
+    dtype = dtype or statistics_dtype(products.tile.dtype)
+    return torch.full((1, 1), products.map.scale, dtype=dtype, device=products.tile.device)
 
 
 class _Targets(NamedTuple):
@@ -116,21 +123,15 @@ class _BlockSums(NamedTuple):
     share: Tensor | None = None  # sum q, where it is not taken for 1
     moment: Tensor | None = None  # sum q (x - h)
     squares: Tensor | None = None  # sum q^2
-    total: Tensor | None = None  # sum of the logits
+    total: Tensor | None = None  # sum of the logits, under a cap
 
 
 def exp_rows(
-    tile: Tensor,
-    target: Tensor,
-    anchor: Tensor,
-    bias: Tensor | None,
-    map: LogitMap,
-    write: bool,
-    statistics: bool,
+    products: Products, target: Tensor, anchor: Tensor, write: bool, statistics: bool
 ) -> RowSums:
-    rows = _block_rows(tile)
+    tile, rows = products.tile, _block_rows(products.tile)
     parts = [
-        _exp_block(tile_, target_, anchor_, bias, map, write, statistics)
+        _exp_block(products._replace(tile=tile_), target_, anchor_, write, statistics)
         for tile_, target_, anchor_ in zip(
             tile.split(rows), target.split(rows), anchor.split(rows), strict=True
         )
@@ -142,19 +143,13 @@ def exp_rows(
 
 
 def _exp_block(
-    tile: Tensor,
-    target: Tensor,
-    anchor: Tensor,
-    bias: Tensor | None,
-    map: LogitMap,
-    write: bool,
-    statistics: bool,
+    products: Products, target: Tensor, anchor: Tensor, write: bool, statistics: bool
 ) -> _BlockSums:
-    x = logits(tile, bias, map)
+    tile, x = products.tile, logits(products)
     targets = _targets(target, tile.shape[1])
     own = torch.where(targets.here, x[targets.place], -torch.inf)
     total = None
-    if statistics:
+    if statistics and products.map.cap != 0:
         # Not a difference: the target's logit may be -inf.
         targets.put(x, 0.0)
         total = x.sum(1)
@@ -192,17 +187,18 @@ def _exp_block(
             # Columns of nothing but -inf, the target elsewhere: nothing to scale.
             offset = torch.where(norm == 0, 0.0, norm.log())
             written = torch.where(norm == 0, 0.0, factor / norm)
-        _write(tile, q, written[:, None], bias, map)
+        _write(products, q, written[:, None])
     found = anchor, sum, offset, factor, own, highest, column
     return _BlockSums(*found, share, moment, squares, total)
 
 
-def _write(tile: Tensor, rows: Tensor, factor: Tensor, bias: Tensor | None, map: LogitMap) -> None:
+def _write(products: Products, rows: Tensor, factor: Tensor) -> None:
     """rows times factor times the map's slope into the tile of raw products; uses ``rows`` up."""
-    if map.cap == 0:
-        torch.mul(rows, factor, out=tile)
+    if products.map.cap == 0:
+        torch.mul(rows, factor, out=products.tile)
     else:
-        tile.copy_(rows.mul_(factor).mul_(map.slope(raw_products(tile, bias))))
+        slope = products.map.slope(with_bias(products))
+        products.tile.copy_(rows.mul_(factor).mul_(slope))
 
 
 def _with_statistics(found: RowSums, sums: _BlockSums, target: Tensor) -> RowSums:
@@ -226,19 +222,16 @@ def _with_statistics(found: RowSums, sums: _BlockSums, target: Tensor) -> RowSum
     )
 
 
-def logit_grad(
-    tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
-) -> None:
-    rows = _block_rows(tile)
-    for start in range(0, tile.shape[0], rows):
+def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:
+    rows = _block_rows(products.tile)
+    for start in range(0, products.tile.shape[0], rows):
         block = slice(start, start + rows)
         here = UpstreamGradient._make(None if one is None else one[block] for one in upstream)
-        _logit_grad_block(tile[block], target[block], here, bias, map)
+        _logit_grad_block(products.of_rows(block), target[block], here)
 
 
-def _logit_grad_block(
-    tile: Tensor, target: Tensor, upstream: UpstreamGradient, bias: Tensor | None, map: LogitMap
-) -> None:
+def _logit_grad_block(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:
+    tile, bias, map = products
     anchor, norm, logp, g, h, k, entropy = upstream
     targets = _targets(target, tile.shape[1])
     weight = -g if h is None else h - g
@@ -252,55 +245,49 @@ def _logit_grad_block(
     rest = anchor.double() - lse
     scale = rest.exp() * map.scale
     if k is None or entropy is None:
-        rows = _shifted(tile, anchor, bias, map).exp_()
+        rows = _shifted(products, anchor).exp_()
         factor = (weight * scale).to(anchor.dtype)[:, None]
     else:
         # p log p is 0 where p is, also at a logit of -inf.
         own = own - torch.where(own_p == 0, 0.0, own_p * (logp + entropy)) * k
         # weight - k (log p + entropy), of log p = shifted + rest
         constant = (weight - k * (entropy + rest)) * scale
-        rows, factor = _exp_and_linear(tile, anchor, constant, -k * scale, bias, map)
+        rows, factor = _exp_and_linear(products, anchor, constant, -k * scale)
     own = own * map.scale
     if map.cap != 0:
         at = None if bias is None else bias[targets.place[1]]
-        own = own * map.slope(raw_products(tile[targets.place][None], at))[0]
-    _write(tile, rows, factor, bias, map)
+        own = own * map.slope(with_bias(Products(tile[targets.place][None], at, map)))[0]
+    _write(products, rows, factor)
     targets.put(tile, own)
 
 
-def _shifted(tile: Tensor, anchor: Tensor, bias: Tensor | None, map: LogitMap) -> Tensor:
+def _shifted(products: Products, anchor: Tensor) -> Tensor:
     """Logits less each row's anchor, a tensor of their own."""
-    if _is_direct(tile, bias, map):
-        return torch.addcmul(-anchor[:, None], tile, scale_of(map, tile))
-    return logits(tile, bias, map).sub_(anchor[:, None])
+    if _is_direct(products):
+        return torch.addcmul(-anchor[:, None], products.tile, scale_of(products))
+    return logits(products).sub_(anchor[:, None])
 
 
 def _exp_and_linear(
-    tile: Tensor,
-    anchor: Tensor,
-    constant: Tensor,
-    slope: Tensor,
-    bias: Tensor | None,
-    map: LogitMap,
+    products: Products, anchor: Tensor, constant: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
     """exp(shifted), and constant + slope shifted: finite, since 0 times infinity is no 0."""
-    exact = anchor.dtype
-    if not _is_direct(tile, bias, map):
-        shifted = _shifted(tile, anchor, bias, map).clamp_(min=_LOWEST)
+    tile, exact = products.tile, anchor.dtype
+    if not _is_direct(products):
+        shifted = _shifted(products, anchor).clamp_(min=_LOWEST)
         linear = torch.addcmul(constant.to(exact)[:, None], shifted, slope.to(exact)[:, None])
         return shifted.exp_(), linear
     # Both in one operator, so that the tile is read once.
     limit = min(torch.finfo(tile.dtype).max, -_LOWEST)
     tile.clamp_(-limit, limit)
     start = torch.stack([-anchor.double(), constant - slope * anchor.double()], 1)
-    rate = torch.stack([torch.ones_like(slope), slope], 1) * map.scale
+    rate = torch.stack([torch.ones_like(slope), slope], 1) * products.map.scale
     both = torch.addcmul(start.to(exact)[:, :, None], tile[:, None], rate.to(exact)[:, :, None])
     return both[:, 0].exp_(), both[:, 1]
 
 
-def target_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, map: LogitMap
-) -> TargetLogits:
+def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
+    weight, bias, map = slab
     here = (target >= 0) & (target < weight.shape[0])
     index = torch.where(here, target, 0)
     raw = _gather_dot(hidden, weight, index)
@@ -310,7 +297,14 @@ def target_logits(
     return TargetLogits(torch.where(here, target, -1), raw, map.logit(raw))
 
 
-settle = settle_rows
+def settle(
+    sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
+) -> tuple[RowScores, Tensor]:
+    rows = row_scores(sums, own.logit)
+    scale = exponential_scale(sums, rows)
+    if exps is not None:
+        write_target(exps, own, rows, scale, map)
+    return rows, scale
 
 
 def _gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:

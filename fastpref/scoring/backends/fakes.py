@@ -11,11 +11,8 @@ from torch import Tensor
 
 from ..._extension import ops_unavailable_reason
 from ..rows import RowScores
+from ..statistics import SUMS, summed
 from ..types import statistics_dtype
-
-# Rows of the sums that exp_rows_ returns, as in csrc/cpu/row_kernels.h.
-SUMS = ("anchor", "sum", "offset")
-STATISTICS = ("best", "weighted", "squares", "total")
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -40,7 +37,7 @@ def _exp_rows(
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = anchor.shape[0]
-    kinds = len(SUMS) + (len(STATISTICS) if statistics else 0)
+    kinds = len(SUMS) + len(summed(statistics, cap != 0))
     return anchor.new_empty((kinds, rows)), target.new_empty((rows if statistics else 0,))
 
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, explain, linear_logprob
-from fastpref.scoring.backends import fused, plain
-from fastpref.scoring.types import OUTPUTS, LogitMap
+from fastpref.scoring.backends import torch as torch_backend
+from fastpref.scoring.backends import triton as triton_backend
+from fastpref.scoring.slab import Slab
+from fastpref.scoring.statistics import OUTPUTS
+from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import Case, check_scores, make_case, run, upstream_of, verify
 from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_of
 
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
+pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name
 )
@@ -237,14 +240,12 @@ def test_masked_columns(statistics):
 def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
     """Whatever another shard adds must not turn NaN."""
     hidden, weight = torch.randn(3, 8), torch.randn(70, 8)
-    sums = fused.project(
+    sums = triton_backend.project(
         hidden,
-        weight,
+        Slab(weight, torch.full((70,), -torch.inf), LogitMap(1.0, 0.0)),
         None,
         torch.tensor([-1, 0, 69]),
         torch.tensor([0.5, -torch.inf, torch.nan]),
-        torch.full((70,), -torch.inf),
-        LogitMap(1.0, 0.0),
         False,
         statistics,
     )
@@ -272,8 +273,8 @@ def test_the_same_bits_every_time(dtype):
 
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])
 def test_only_doubles_take_a_pass_in_place(monkeypatch, schedule):
-    double = fused.temporary_bytes(10, 5000, "cpu", torch.float64, False)
-    assert double == plain.temporary_bytes(10, 5000, "cpu", torch.float64, False)
+    double = triton_backend.temporary_bytes(10, 5000, "cpu", torch.float64, False)
+    assert double == torch_backend.temporary_bytes(10, 5000, "cpu", torch.float64, False)
 
     def in_place(*arguments):
         raise RuntimeError("a pass in place")
@@ -283,8 +284,8 @@ def test_only_doubles_take_a_pass_in_place(monkeypatch, schedule):
         project=in_place,
         project_gradient=in_place,
     )
-    monkeypatch.setattr(fused, "_in_place", lambda device_type: other)
-    for dtype in fused.DTYPES:
+    monkeypatch.setattr(triton_backend, "_in_place", lambda device_type: other)
+    for dtype in triton_backend.DTYPES:
         verify(options(dtype, schedule), dtype, **SIZES)
     with pytest.raises(RuntimeError, match="a pass in place"):
         verify(options(torch.float64, schedule), torch.float64, **SIZES)
@@ -293,7 +294,7 @@ def test_only_doubles_take_a_pass_in_place(monkeypatch, schedule):
 def test_scoring_takes_no_tile(monkeypatch):
     """But for the rows of one that operands at odd addresses take."""
     other = SimpleNamespace(temporary_bytes=lambda *sizes: 0)
-    monkeypatch.setattr(fused, "_in_place", lambda device_type: other)
+    monkeypatch.setattr(triton_backend, "_in_place", lambda device_type: other)
     case = make_case(dtype=torch.bfloat16, **{**SIZES, "rows": 5000})
     arguments = (case.hidden, case.weight, case.target)
     plan = explain(*arguments, options=ScoringOptions(backend="triton", memory_budget=1 << 20))

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend is given of a head: some of its columns, or a tile of raw products with them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .types import LogitMap
+
+
+class Slab(NamedTuple):
+    """Columns of a head that follow each other, in the dtype of the products."""
+
+    weight: Tensor  # (cols, H)
+    bias: Tensor | None  # (cols,), statistics dtype
+    map: LogitMap
+
+    def products(self, tile: Tensor) -> Products:
+        return Products(tile, self.bias, self.map)
+
+
+class Products(NamedTuple):
+    """A tile of raw products of hidden states with a slab, and what makes logits of them."""
+
+    tile: Tensor  # (rows, cols)
+    bias: Tensor | None  # (cols,), statistics dtype
+    map: LogitMap
+
+    def of_rows(self, rows: slice) -> Products:
+        return self._replace(tile=self.tile[rows])

@@ -2,7 +2,9 @@
 """What all tests share: uninitialised memory holds NaN, two threads, a fixed seed, and the
 repository root on the path, for helper modules beside the tests."""
 
+import collections
 import importlib.util
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -35,6 +37,58 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     del os.environ["TRITON_INTERPRET"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="leave out tests marked heavy, and run parametrised ones with each value once, "
+        "not with every combination",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("quick"):
+        return
+    light = [item for item in items if item.get_closest_marker("heavy") is None]
+    cases = collections.defaultdict(list)
+    for item in light:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = {item for of_one_test in cases.values() for item in each_value_once(of_one_test)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def each_value_once(cases):
+    """As few of one test's cases as a greedy choice finds, and values mixed evenly."""
+    values = {case: values_of(case) for case in cases}
+    wanted, used, kept = set(itertools.chain(*values.values())), collections.Counter(), []
+
+    def worth(case):
+        return len(wanted & values[case]), -sum(used[value] for value in values[case])
+
+    while wanted:
+        best = max(cases, key=worth)
+        kept.append(best)
+        wanted.difference_update(values[best])
+        used.update(values[best])
+    return kept
+
+
+def values_of(case):
+    if not hasattr(case, "callspec"):
+        return {()}
+    return {(name, repr(value)) for name, value in case.callspec.params.items()}
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """``two_ranks(function, *args)``: what ``function(rank, *args)`` returns on each of two."""
+    from tests.ranks import Ranks
+
+    with Ranks(2) as ranks:
+        yield ranks
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ from fastpref.scoring.request import make_request
 from fastpref.scoring.two_heads import ask_two_heads
 from tests.preference.cases import B, configured, extras_of
 
+pytestmark = pytest.mark.heavy
+
 H, V, TEACHER = 8, 30, 5
 SHAPES = ((B, 6), (B, 9), (B, 7))
 operators = torch.ops.fastpref

@@ -23,6 +23,7 @@ def run(as_json: bool = False) -> int:
     return env.run(argparse.Namespace(json=as_json))
 
 
+@pytest.mark.heavy
 def test_command_prints_json_that_says_what_is_there() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fastpref", "env", "--json"], capture_output=True, text=True
@@ -134,6 +135,7 @@ def test_environment_knows_every_variable_of_the_sources() -> None:
     assert named - macros <= {name for name, _, _ in env.VARIABLES}
 
 
+@pytest.mark.heavy
 def test_unfollowed_capability_is_explained() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fastpref", "env"],

@@ -152,6 +152,7 @@ def test_capabilities(capability, says, monkeypatch):
     assert reason is None if says is None else says in reason
 
 
+@pytest.mark.heavy
 def test_without_compiled_operators():
     """The reason is of the GPU, not an ImportError; and calls work in the interpreter."""
     code = (
@@ -196,6 +197,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.heavy
 def test_precision_follows_torch():
     """Whichever of its settings said it, each in a process of its own."""
     code = (

@@ -251,6 +251,7 @@ def unequal_parts(rank):
     return rank_losses(slice(0, 2) if rank == 0 else slice(2, B))
 
 
+@pytest.mark.heavy
 def test_two_ranks_are_one_batch(two_ranks):
     whole = rank_losses(slice(None))
     for found in two_ranks(unequal_parts):

@@ -312,6 +312,7 @@ def of_a_linear_policy(case, rows=slice(None), group=None):
     return [torch.stack(result).detach(), averaged.detach()]
 
 
+@pytest.mark.heavy
 def test_two_ranks_are_one_batch(two_ranks):
     ranks = two_ranks(halves)
     for case in COUPLED:

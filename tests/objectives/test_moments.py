@@ -105,6 +105,7 @@ def on_a_rank(rank):
     return bits(run(BATCHES.view(5, 2, 6)[:, rank], group=dist.group.WORLD))
 
 
+@pytest.mark.heavy
 def test_two_ranks_come_to_the_bits_of_one_process(two_ranks):
     for found in two_ranks(on_a_rank):
         assert found == bits(run(BATCHES))

@@ -399,6 +399,7 @@ def halves(rank):
     return {case: loss_and_slopes(case, rows, dist.group.WORLD) for case in COUPLED}
 
 
+@pytest.mark.heavy
 def test_two_ranks_are_one_batch(two_ranks):
     for found in two_ranks(halves):
         for case in COUPLED:

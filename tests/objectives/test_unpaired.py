@@ -217,6 +217,7 @@ def halves(rank):
     return {name: loss_and_gradient(name, rows, dist.group.WORLD) for name in COUPLED}
 
 
+@pytest.mark.heavy
 def test_two_ranks_are_one_batch(two_ranks):
     for found in two_ranks(halves):
         for name in COUPLED:

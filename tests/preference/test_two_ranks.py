@@ -12,6 +12,8 @@ from torch import Tensor
 from fastpref import ScoringOptions, preference_loss
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.heavy
+
 B, T, H, V, RANK = 8, 8, 5, 22, 2
 BATCHES = ScoringOptions(schedule="batches", memory_budget=V * 8 * T * 2)
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {

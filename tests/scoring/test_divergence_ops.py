@@ -346,6 +346,7 @@ print(json.dumps([torch.ops.fastpref.cpu_capability(), problems]))
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_instruction_sets(capability):
     level = ["baseline", "avx2", "avx512"].index(capability)

@@ -127,6 +127,7 @@ def three_ranks() -> Iterator[Ranks]:
         yield ranks
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("world", ["two_ranks", "three_ranks"])
 def test_against_the_whole_vocabulary(name, world, request):

@@ -39,6 +39,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused.linear_grad, "linear_grad_kernel", Kernel())
 
 
+@pytest.mark.heavy
 @interpreted
 @pytest.mark.parametrize(
     "dtype, width, schedule",
@@ -67,6 +68,7 @@ def test_rows_of_no_whole_16_bytes_go_in_place(dtype, width, schedule, no_kernel
     verify(options, dtype, rows=40, hidden=width, vocab=130, differentiated=())
 
 
+@pytest.mark.heavy
 @interpreted
 @pytest.mark.parametrize("lies", ["transposed", "between others", "4 bytes on"])
 @pytest.mark.parametrize("which", ["hidden", "weight"])
@@ -224,6 +226,7 @@ def nearest(x: np.ndarray) -> np.ndarray:
     return np.copysign(np.ldexp(np.floor(mantissa * 2**11 + 0.5), exponent) / 2**11, x)
 
 
+@pytest.mark.heavy
 @interpreted
 @pytest.mark.parametrize("schedule", ["auto", "recompute"])
 def test_operands_in_tf32_are_rounded_to_the_nearest(monkeypatch, schedule):
@@ -257,6 +260,7 @@ def round_all(x, out, SIZE: tl.constexpr):
     tl.store(out + at, products.round_to_tf32(tl.load(x + at)))
 
 
+@pytest.mark.heavy
 @interpreted
 def test_what_is_not_finite_stays_so_in_tf32():
     bits = np.array([0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001], dtype=np.uint32)

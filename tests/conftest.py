@@ -2,9 +2,7 @@
 """What all tests share: uninitialised memory holds NaN, two threads, a fixed seed, and the
 repository root on the path, for helper modules beside the tests."""
 
-import collections
 import importlib.util
-import itertools
 import os
 import sys
 from pathlib import Path
@@ -48,38 +46,15 @@ def pytest_addoption(parser):
     )
 
 
+# After -m, so that what is left has each value.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("quick"):
-        return
-    light = [item for item in items if item.get_closest_marker("heavy") is None]
-    cases = collections.defaultdict(list)
-    for item in light:
-        cases[item.nodeid.partition("[")[0]].append(item)
-    kept = {item for of_one_test in cases.values() for item in each_value_once(of_one_test)}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    from tests.quick import sample
 
-
-def each_value_once(cases):
-    """As few of one test's cases as a greedy choice finds, and values mixed evenly."""
-    values = {case: values_of(case) for case in cases}
-    wanted, used, kept = set(itertools.chain(*values.values())), collections.Counter(), []
-
-    def worth(case):
-        return len(wanted & values[case]), -sum(used[value] for value in values[case])
-
-    while wanted:
-        best = max(cases, key=worth)
-        kept.append(best)
-        wanted.difference_update(values[best])
-        used.update(values[best])
-    return kept
-
-
-def values_of(case):
-    if not hasattr(case, "callspec"):
-        return {()}
-    return {(name, repr(value)) for name, value in case.callspec.params.items()}
+    if config.getoption("quick"):
+        kept = set(sample(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def test_a_sample_is_made_on_the_device() -> None:
     assert {one.device.type for one in tensors} == {"meta"}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "what, dtype, mode",
     [

@@ -40,6 +40,7 @@ def test_command_prints_json_that_says_what_is_there() -> None:
     assert "torch on cpu" in report["self_check"]["max_error"]
 
 
+@pytest.mark.heavy
 def test_text_has_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     lines = capsys.readouterr().out.splitlines()

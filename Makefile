@@ -7,6 +7,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # Processes that share the tests.
 WORKERS ?= auto
+# A part of the tests: a folder or a file under tests/.
+AREA ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 GPU_PYTHON ?= python3
@@ -37,7 +39,7 @@ export HF_HUB_OFFLINE := 1
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow bench bench-compare bench-baseline gpu gpu-more gpu-pack lint format wheel install clean
+.PHONY: help demo test test-quick test-slow bench bench-compare bench-baseline gpu gpu-more gpu-pack lint format wheel install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,6 +50,9 @@ demo: $(PACKAGE) ## a preference training inside TRL on the CPU, stock against f
 test: $(PACKAGE) $(WHEEL) ## all tests but the sweeps and those that need a GPU
 	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" \
 	  $(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+
+test-quick: $(PACKAGE) ## a sample of the tests within two minutes, or of one AREA, such as AREA=scoring
+	$(BIN)/python -m pytest -q --quick -m "not slow and not gpu" -n 2 $(PYTEST_ARGS) tests/$(AREA)
 
 test-slow: $(PACKAGE) $(WHEEL) ## the sweeps
 	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" $(BIN)/python -m pytest -q -m slow -n $(WORKERS) $(PYTEST_ARGS)

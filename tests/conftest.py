@@ -37,6 +37,35 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="leave out tests marked heavy, and run parametrised ones with each value once, "
+        "not with every combination",
+    )
+
+
+# After -m, so that what is left has each value.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    from tests.quick import sample
+
+    if config.getoption("quick"):
+        kept = set(sample(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """``two_ranks(function, *args)``: what ``function(rank, *args)`` returns on each of two."""
+    from tests.ranks import Ranks
+
+    with Ranks(2) as ranks:
+        yield ranks
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

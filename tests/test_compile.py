@@ -23,6 +23,8 @@ from fastpref.scoring.rules.divergence import Divergence
 from fastpref.scoring.rules.mixture import Mixture
 from tests.preference.cases import B, configured, extras_of
 
+pytestmark = pytest.mark.heavy
+
 H, V, TEACHER = 8, 30, 5
 SHAPES = ((B, 6), (B, 9), (B, 7))
 operators = torch.ops.fastpref

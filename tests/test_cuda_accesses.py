@@ -12,6 +12,8 @@ from fastpref.scoring.types import LogitMap
 from tests.cuda_on_host.kernels import Kernels, compile_library, unavailable_reason
 from tests.rows import make_rows
 
+pytestmark = pytest.mark.heavy
+
 # Reads and writes of an element, at most, by what becomes of a row's anchor.
 BFLOAT16 = {"kept": (1, 1), "moved": (2, 2), "missing": (2, 1)}
 # Halves are written at the end alone.

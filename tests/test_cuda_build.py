@@ -14,6 +14,8 @@ import torch
 from fastpref import _extension
 from fastpref.scoring.backends import cuda
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 

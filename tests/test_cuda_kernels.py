@@ -19,6 +19,8 @@ from tests.cuda_on_host.kernels import ELEMENTS, Kernels, compile_kernels, unava
 from tests.rows import make_rows
 from tests.scoring.settling import MAPS, check_settle, check_settle_alone, check_target_logits
 
+pytestmark = pytest.mark.heavy
+
 # Largest relative error of one rounding to the element type.
 ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in ELEMENTS}
 GUARD = 30.0

@@ -17,6 +17,8 @@ import torch
 from tests.cuda_on_host.kernels import Change, build_library, changed_sources, unavailable_reason
 from tests.cuda_on_host.launches import LIBRARIES
 
+pytestmark = pytest.mark.heavy
+
 RACE = 66  # the exit code of a process in which a race was found
 WATCHED = ("-fsanitize=thread", "-g")
 # Fewer warps than on a device, and still several.

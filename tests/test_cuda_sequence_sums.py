@@ -18,6 +18,8 @@ from fastpref.sequences import sequence_logp
 from tests.cuda_on_host.kernels import ELEMENTS, unavailable_reason
 from tests.cuda_on_host.sequence_sums import SequenceSums, compile_sequence_sums
 
+pytestmark = pytest.mark.heavy
+
 # Odd lengths, several tokens a thread, empty sequences first, last and between.
 LENGTHS = [0, 3, 517, 0, 1, 5000, 1027, 0]
 B, N = len(LENGTHS), sum(LENGTHS)

@@ -18,9 +18,12 @@ from tests import guard
 from tests.cuda_on_host.kernels import build_library, unavailable_reason
 from tests.cuda_on_host.launches import LIBRARIES
 
-pytestmark = pytest.mark.skipif(
-    guard.unavailable_reason() is not None, reason=str(guard.unavailable_reason())
-)
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(
+        guard.unavailable_reason() is not None, reason=str(guard.unavailable_reason())
+    ),
+]
 interpreted = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 launches = pytest.mark.parametrize(
     "launches", ["sample", pytest.param("sweep", marks=pytest.mark.slow)]

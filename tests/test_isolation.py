@@ -13,6 +13,8 @@ import pytest
 from fastpref import isolation
 from fastpref.isolation import Isolated, Lost, Say
 
+pytestmark = pytest.mark.heavy
+
 
 def answer(request: str, say: Say) -> str:
     say(f"at {request}")

@@ -21,6 +21,8 @@ import torch
 
 import fastpref
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parents[1]
 
 SCORE = """

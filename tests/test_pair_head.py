@@ -39,7 +39,7 @@ def kernel(compiled: PairHeadKernel, monkeypatch: pytest.MonkeyPatch) -> PairHea
     return compiled
 
 
-@pytest.fixture(params=["objective", "kernel"])
+@pytest.fixture(params=["objective", pytest.param("kernel", marks=pytest.mark.heavy)])
 def either(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param == "kernel":
         request.getfixturevalue("kernel")
@@ -104,6 +104,7 @@ def test_no_barrier_is_missing(compiled: PairHeadKernel, objective: Objective) -
     assert all(torch.equal(*one) for one in zip(*results, strict=True))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("margin", [-1e4, -800.0, -30.0, -1e-9, 0.0, 1e-9, 1.0, 30.0, 800.0, 1e4])
 def test_far_margins_stay_finite_and_exact(kernel: PairHeadKernel, margin: float) -> None:
     for objective in (
@@ -165,6 +166,7 @@ def test_halves_are_summed_up_in_float32(either: None) -> None:
     assert all(one.dtype == torch.float32 for one in result.metrics.values())
 
 
+@pytest.mark.heavy
 def test_only_the_gradients_asked_for(kernel: PairHeadKernel) -> None:
     logps, extras = make_pairs(FAMILY[0], 5)
     frozen = [logps[0], *(one.detach() for one in differentiable(logps[1:]))]
@@ -191,6 +193,7 @@ def test_a_second_derivative_is_that_of_the_objective(
         torch.testing.assert_close(*seconds)
 
 
+@pytest.mark.heavy
 def test_log_probs_that_depend_on_each_other(kernel: PairHeadKernel) -> None:
     """A gradient with a graph is partial, as one without is."""
     objective, zero = objectives.get("dpo", beta=0.5), torch.zeros(4, dtype=torch.float64)

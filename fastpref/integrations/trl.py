@@ -25,6 +25,7 @@ import importlib.metadata
 import inspect
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +33,14 @@ import torch
 from torch import Tensor
 
 from ..preference import explain
-from ..scoring import BUDGET_SHARE, PRODUCT_BYTES, ScoringOptions, WeightContext, linear_logprob
+from ..scoring import (
+    BUDGET_SHARE,
+    PRODUCT_BYTES,
+    Plan,
+    ScoringOptions,
+    WeightContext,
+    linear_logprob,
+)
 
 logger = logging.getLogger("fastpref")
 
@@ -64,6 +72,7 @@ OUTPUTS = {
 # Of TRL's tiles: TOKEN_CHUNK_SIZE there, and the width that it hands over.
 TILE_ROWS = 4096
 TILE_COLS = 32768
+BUDGET_FROM = "as TRL's own head, or what holds the exponentials"  # see default_budget
 
 _replaced: Any = None  # what patch() found
 
@@ -167,9 +176,12 @@ class LogProbAdapter:
             "weight_context": _weight_context(),
         }
         with _products_in_hidden_dtype(hidden, weight):
-            given["options"] = _options(hidden, weight, targets, chunk_size, given)
+            options = _options(explain(hidden, weight, targets, **given), weight.dtype, chunk_size)
+            given["options"] = options
             if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("TRL's fused head: %s", explain(hidden, weight, targets, **given))
+                plan = explain(hidden, weight, targets, **given)
+                source = plan.budget_from if options.memory_budget is None else BUDGET_FROM
+                logger.debug("TRL's fused head: %s", replace(plan, budget_from=source))
             scores = linear_logprob(hidden, weight, targets, **given)
         values = [getattr(scores, name) for name in OUTPUTS.values()]
         # float64 products give float64 scores; TRL's are float32 always.
@@ -232,26 +244,23 @@ def default_budget(
     return max(tile, theirs, min(whole, device_memory // BUDGET_SHARE))
 
 
-def _options(
-    hidden: Tensor, weight: Tensor, targets: Tensor, tile_cols: int, given: dict[str, Any]
-) -> ScoringOptions:
-    """For a call with these arguments.
+def _options(plan: Plan, weight_dtype: torch.dtype, tile_cols: int) -> ScoringOptions:
+    """For a call that would run by ``plan`` without any.
 
     On CPU TRL hands over unscored positions too and drops their scores afterwards. They are known
     by their gradient of 0, hence only in backward: every product with a gradient in it belongs
     there. Elsewhere TRL compacts the batch, and the automatic choice is best.
     """
-    if hidden.device.type == "cpu":
+    if plan.device_type == "cpu":
         return ScoringOptions(schedule="keep")
-    plan = explain(hidden, weight, targets, **given)
     budget = default_budget(
         plan.scored,
         plan.hidden_size,
         plan.vocab_size,
         plan.dtype,
-        weight.dtype,
+        weight_dtype,
         trains_weight=plan.needs_weight,
-        keeps=plan.needs_grad and plan.schedule != "direct",
+        keeps=plan.needs_weight or plan.needs_bias or (plan.needs_hidden and not plan.only_logp),
         device_memory=plan.total_memory,
         tile_cols=tile_cols,
     )

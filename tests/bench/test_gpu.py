@@ -61,6 +61,7 @@ def aborts(device: str, say: Any) -> None:
     os.abort()
 
 
+@pytest.mark.heavy
 def test_a_library_that_crashes_when_it_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_the_most_valuable_comes_first_and_the_time_suffices(
     assert gpu.MORE_SECONDS < 300
 
 
+@pytest.mark.heavy
 def test_a_lane_that_dies_or_hangs_costs_its_checks_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_sample_is_made_on_the_device() -> None:
     assert {one.device.type for one in tensors} == {"meta"}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "what, dtype, mode",
     [
@@ -98,6 +99,7 @@ def test_the_work_of_a_shape_is_made_once() -> None:
     assert head._packed.cache_info().misses == 1
 
 
+@pytest.mark.heavy
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(hidden: Any, weight: Any, target: Any) -> head.Found:
         loss, scores = head._plain(hidden, weight, target)

@@ -69,6 +69,7 @@ def test_too_much_to_carry(
     assert pack.main(tmp_path / "root" / "pack") == 1
 
 
+@pytest.mark.heavy
 def test_this_project_fits() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "pack.py")]
     assert subprocess.run(command, capture_output=True).returncode == 1

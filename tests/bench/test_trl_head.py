@@ -47,6 +47,7 @@ def run(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.heavy
 def test_forward_and_backward_from_a_copy(tmp_path: Path) -> None:
     found = trl_head.find()
     if found is None:
@@ -57,6 +58,7 @@ def test_forward_and_backward_from_a_copy(tmp_path: Path) -> None:
     assert done.stdout == "alone\n", done.stderr
 
 
+@pytest.mark.heavy
 def test_without_a_copy_it_says_what_is_missing() -> None:
     done = run(**{trl_head.VARIABLE: ""})
     assert "trl is not installed, and TRL_KERNEL names no copy" in done.stderr

@@ -14,6 +14,8 @@ from fastpref.bench.work import Shape
 from fastpref.bench.worker import Worker
 from fastpref.isolation import Lost
 
+pytestmark = pytest.mark.heavy
+
 CASE = Case("divergence", "forward", shape=Shape(2, 8, 16, 64))
 SAY = Callable[[str], None]
 

@@ -41,6 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "measure", memory_row)
 
 
+@pytest.mark.heavy
 def test_quick(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = arguments("--quick", "--rounds", "1", "--dtype", "float32", "--out", str(tmp_path))
     assert bench.run(given) == 0

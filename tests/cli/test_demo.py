@@ -126,6 +126,7 @@ def results_of(*arguments):
     return json.loads(Path("out/results.json").read_text())
 
 
+@pytest.mark.heavy
 def test_demo_runs_from_end_to_end(tmp_path, tiny, capsys):
     results = results_of("--data", pairs_file(tmp_path), "--model", tiny)
     out, _ = capsys.readouterr()
@@ -177,6 +178,7 @@ def test_demo_trains_on_lists_with_both_heads(tmp_path, tiny, capsys):
     assert_heads_agree(results["comparison"])
 
 
+@pytest.mark.heavy
 def test_objectives_are_compared_from_the_same_model(tmp_path, tiny, capsys):
     results = results_of(
         "--data", lists_file(tmp_path), "--model", tiny, "--compare", "dpo, madpo,kto,adpo,dpo"

@@ -23,6 +23,7 @@ def run(as_json: bool = False) -> int:
     return env.run(argparse.Namespace(json=as_json))
 
 
+@pytest.mark.heavy
 def test_command_prints_json_that_says_what_is_there() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fastpref", "env", "--json"], capture_output=True, text=True
@@ -39,6 +40,7 @@ def test_command_prints_json_that_says_what_is_there() -> None:
     assert "torch on cpu" in report["self_check"]["max_error"]
 
 
+@pytest.mark.heavy
 def test_text_has_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     lines = capsys.readouterr().out.splitlines()
@@ -134,6 +136,7 @@ def test_environment_knows_every_variable_of_the_sources() -> None:
     assert named - macros <= {name for name, _, _ in env.VARIABLES}
 
 
+@pytest.mark.heavy
 def test_unfollowed_capability_is_explained() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fastpref", "env"],

@@ -33,6 +33,7 @@ def warmed_up(untrained, pairs, tmp_path_factory):
     return directory
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in NAMES],

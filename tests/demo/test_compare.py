@@ -49,6 +49,7 @@ def test_picture_is_a_png(tmp_path):
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("objective", ["madpo", "adpo"])
 def test_job_survives_json_and_is_done_alike_with_both_heads(
     tiny, pairs, lists, tmp_path, objective
@@ -70,6 +71,7 @@ def test_job_survives_json_and_is_done_alike_with_both_heads(
     assert losses["stock"][0] > losses["stock"][-1]
 
 
+@pytest.mark.heavy
 def test_failed_process_raises_with_its_last_words(tmp_path):
     recipe = Recipe(warm_up_steps=0, steps=1, rate=1e-3)
     with pytest.raises(RuntimeError, match=r"(?s)the stock process failed.*has no config.json"):

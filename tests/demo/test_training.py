@@ -26,7 +26,10 @@ from fastpref.demo.training import (
     warm_up,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about TRL
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, about TRL
+]
 
 RECIPE = Recipe(
     warm_up_steps=4, warm_up_batch=8, warm_up_rate=1e-2, steps=12, batch=16, rate=1e-2, seed=0

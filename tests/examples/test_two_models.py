@@ -101,6 +101,7 @@ def test_anchored_sft(example) -> None:
     compare(got, want, models.hidden, models.weight)
 
 
+@pytest.mark.heavy
 def test_it_runs() -> None:
     done = subprocess.run([sys.executable, str(PATH)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

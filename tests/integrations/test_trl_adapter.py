@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter against TRL's own autograd function, and what patching does and refuses."""
+"""The adapter against TRL's own autograd function: numbers, dtypes, products."""
 
-import contextlib
-import importlib.metadata
-import logging
-import sys
 import warnings
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,19 +9,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpref import ScoringOptions
-from fastpref.integrations import trl as integration
 from fastpref.integrations.trl import OUTPUTS, LogProbAdapter
-from fastpref.scoring import plan as schedule
 from fastpref.scoring import workspace
 from fastpref.scoring.reference import reference_scores
-from fastpref.scoring.request import make_request
+from tests.integrations.head_calls import (
+    ALL,
+    TILE,
+    H,
+    N,
+    V,
+    make_inputs,
+    scores_and_gradients,
+    stock,
+)
 from tests.scoring import refusing
 
-ALL = tuple(OUTPUTS)
-WITHOUT_TRL = 'TRL is not installed (pip install "fastpref[trl]")'
-N, H, V = 60, 24, 259
-TILE = 128  # narrower than the vocabulary: TRL folds three tiles
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": True},
@@ -36,47 +32,6 @@ HEADS: dict[str, dict[str, Any]] = {
     "scale": {"logit_scale": 0.0625},
     "everything": {"bias": True, "softcap": 3.0, "temperature": 0.7, "logit_scale": 0.5},
 }
-
-
-def stock() -> Any:
-    """TRL's function."""
-    return pytest.importorskip("trl.kernels", reason=WITHOUT_TRL).ChunkedLogProbFunction
-
-
-def make_inputs(
-    dtype: torch.dtype = torch.float32, bias: bool = False, n: int = N
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    pytest.importorskip("transformers", reason=WITHOUT_TRL)  # the adapter asks it about ZeRO-3
-    torch.manual_seed(0)
-    hidden = torch.randn(n, H).to(dtype).requires_grad_()
-    weight = (0.5 * torch.randn(V, H)).to(dtype).requires_grad_()
-    b = torch.randn(V).to(dtype).requires_grad_() if bias else None
-    targets = torch.randint(0, V, (n,))
-    targets[:1], targets[1:2] = 0, V - 1
-    return hidden, weight, b, targets
-
-
-def scores_and_gradients(
-    apply: Any, inputs: tuple[Any, ...], upstream: dict[str, Tensor], **head: Any
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The five outputs by TRL's name, and the gradients of whatever of the inputs takes one."""
-    hidden, weight, bias, targets = inputs
-    out = apply(
-        hidden,
-        weight,
-        bias,
-        targets,
-        head.get("temperature", 1.0),
-        TILE,
-        head.get("softcap"),
-        head.get("logit_scale", 1.0),
-        ALL,
-    )
-    values = dict(zip(OUTPUTS, out, strict=True))
-    trained = [value for value in (hidden, weight, bias) if value is not None]
-    trained = [value for value in trained if value.requires_grad]
-    loss = sum((values[name] * grad).sum() for name, grad in upstream.items())
-    return values, list(torch.autograd.grad(loss, trained))
 
 
 def exact(inputs: tuple[Any, ...], upstream: dict[str, Tensor], **head: Any) -> Any:
@@ -249,133 +204,6 @@ def test_no_rows_at_all_stay_connected() -> None:
     assert [int(gradient.count_nonzero()) for gradient in gradients] == [0, 0, 0]
 
 
-MIB = 1 << 20
-TILE_BYTES = 4096 * 32768 * 2
-H100 = 80 << 30
-LLAMA, QWEN = (4096, 128256), (896, 151936)
-HALF, WIDE = torch.bfloat16, torch.float32
-
-
-def all_kept(rows: int, vocab: int) -> int:
-    return -(-4 * rows * vocab * 2 // 3)
-
-
-BUDGETS = {
-    # rows, (H, V), dtype of the weight where it is trained, keeps: the budget
-    "held by TRL's own": (8192, LLAMA, HALF, True, all_kept(8192, LLAMA[1])),
-    "held by few rows": (2048, LLAMA, HALF, True, all_kept(2048, LLAMA[1])),
-    "small H": (8192, QWEN, HALF, True, all_kept(8192, QWEN[1])),
-    "more than a sixteenth": (65536, QWEN, HALF, True, H100 // 16),
-    "float32 weight": (8192, LLAMA, WIDE, True, all_kept(8192, LLAMA[1])),
-    "frozen, entropy": (8192, LLAMA, None, True, all_kept(8192, LLAMA[1])),
-    "frozen": (8192, LLAMA, None, False, TILE_BYTES),
-    "few rows": (100, LLAMA, None, False, 100 * 32768 * 2),
-}
-
-
-def budget_of(
-    rows: int, head: tuple[int, int], trained: torch.dtype | None, keeps: bool, memory: int
-) -> int:
-    return integration.default_budget(
-        rows,
-        *head,
-        torch.bfloat16,
-        trained or torch.bfloat16,
-        trains_weight=trained is not None,
-        keeps=keeps,
-        device_memory=memory,
-    )
-
-
-@pytest.mark.parametrize("name", BUDGETS)
-def test_default_budget_on_a_gpu(name: str) -> None:
-    rows, head, trained, keeps, expected = BUDGETS[name]
-    assert budget_of(rows, head, trained, keeps, H100) == expected
-
-
-MODELS = {
-    "qwen2.5-0.5b": QWEN,
-    "llama3.2-1b": (2048, 128256),
-    "qwen2.5-1.5b": (1536, 151936),
-    "qwen2.5-7b": (3584, 152064),
-    "llama3-8b": LLAMA,
-    "gemma2-9b": (3584, 256000),
-}
-
-
-@pytest.mark.parametrize("memory", [24, 40, 80])
-@pytest.mark.parametrize("rows", [2048, 8192, 32768])
-@pytest.mark.parametrize("name", MODELS)
-def test_what_fits_with_trl_still_fits(name: str, rows: int, memory: int) -> None:
-    """A gradient at the log-probabilities takes, by plan, no more than TRL, or has a sixteenth of
-    the device for its workspace; and once that has run out, no more than TRL."""
-    hidden_size, vocab = head = MODELS[name]
-    budget = budget_of(rows, head, HALF, True, memory << 30)
-    problem = schedule.Problem(
-        scored=rows,
-        hidden_size=hidden_size,
-        trained_size=hidden_size,
-        vocab_size=vocab,
-        dtype=HALF,
-        needs_hidden=True,
-        needs_weight=True,
-        needs_bias=False,
-        only_logp=True,
-        copies_weight=False,
-        backend="rows",
-        device_type="cuda",
-        scores_in_tiles=True,
-        temporary_bytes=0,
-        total_memory=memory << 30,
-    )
-    plan = schedule.choose(problem, ScoringOptions(memory_budget=budget))
-    # A tile, gradients of rows and of the weight in float32, and these rounded; numbers of rows.
-    tile = min(rows, 4096) * 32768 * 2
-    trl = tile + 6 * hidden_size * (rows + vocab) + 28 * rows
-    result = 2 * hidden_size * vocab
-    held = 2 * rows * (vocab + hidden_size) <= tile + 4 * hidden_size * vocab
-    if held or budget > (memory << 30) // 16:
-        assert plan.workspace_bytes + result <= trl
-    assert (plan.kept_rows == rows) >= held
-    while (smaller := schedule.less(plan, keep=False)) is not None:
-        plan = smaller
-    assert plan.workspace_bytes + result <= trl
-
-
-@pytest.mark.parametrize("needs", ["nothing", "hidden", "weight"])
-@pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy")])
-def test_options_on_a_gpu_follow_what_needs_a_gradient(
-    needs: str, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hidden, weight, _, targets = make_inputs()
-    for name, value in (("hidden", hidden), ("weight", weight)):
-        value.requires_grad_(name == needs)
-    request, parameters = make_request(hidden, weight, targets, outputs=outputs)
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), shape=hidden.shape)
-    monkeypatch.setattr(integration, "total_memory", lambda device: 1 << 22)
-    monkeypatch.setattr(integration, "TILE_ROWS", 10)
-    options, budget_from = integration._options(request, on_gpu, parameters, 64)
-    keeps = needs == "weight" or (needs == "hidden" and "entropy" in outputs)
-    theirs = 10 * 64 * 4 + (needs == "weight") * V * H * 4
-    assert options.memory_budget == (max(theirs, -(-4 * N * V * 4 // 3)) if keeps else theirs)
-    assert options.schedule == "auto" and "TRL's own head" in str(budget_from)
-    assert integration._options(request, hidden, parameters, 64) == (
-        ScoringOptions(schedule="keep"),
-        None,
-    )
-
-
-def test_the_plan_of_a_call_can_be_read(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hidden, weight, _, targets = make_inputs()
-    given = ScoringOptions(memory_budget=3 * MIB), "of a test"
-    monkeypatch.setattr(integration, "_options", lambda *_: given)
-    with caplog.at_level(logging.DEBUG, logger="fastpref"):
-        LogProbAdapter.apply(hidden, weight, None, targets, 1.0, TILE)
-    assert any("(budget 3.0 MiB, of a test)" in message for message in caplog.messages)
-
-
 def test_memory_that_runs_out_gives_the_same_scores() -> None:
     inputs = make_inputs(n=600)
     upstream = {"log_probs": torch.randn(600), "entropy": torch.randn(600)}
@@ -414,179 +242,3 @@ def test_under_compile_the_graph_breaks_quietly() -> None:
     assert not [warning for warning in warned if "Dynamo" in str(warning.message)]
     expected, *_ = LogProbAdapter.apply(2 * hidden, weight, None, targets, 1.0, TILE, None, 1.0, ())
     assert torch.equal(value, -expected)
-
-
-def fused_scores(model: Any, labels: Tensor) -> Any:
-    ids = torch.arange(10, 10 + labels.numel()).view_as(labels)
-    return model(input_ids=ids, labels=labels, fused_lm_head=True)
-
-
-@pytest.mark.parametrize("compact", [False, True], ids=["every position", "scored positions"])
-def test_batch_without_a_label(
-    compact: bool, trl_utils: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its loss is a 0 that all of the model is connected to. On a GPU TRL passes no row at all."""
-    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: compact)
-    model = make_model("phi")
-    trl_utils.add_fused_lm_head(model, outputs=ALL)  # before patching: it is looked up at each call
-    with integration.patched():
-        out = fused_scores(model, torch.full((2, 12), -100))
-        out.log_probs.sum().backward()
-    assert not any(getattr(out, name).any() for name in OUTPUTS)
-    gradients = [value.grad for value in model.parameters()]
-    assert all(gradient is not None and not gradient.any() for gradient in gradients)
-
-
-def test_compacted_batch_scores_as_a_masked_one(
-    trl_utils: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model("gemma2")
-    trl_utils.add_fused_lm_head(model, outputs=ALL)
-    labels = torch.randint(0, V, (2, 12)).masked_fill(torch.rand(2, 12) < 0.5, -100)
-    with integration.patched():
-        masked = fused_scores(model, labels)
-        monkeypatch.setattr(trl_utils, "_use_triton", lambda device: True)
-        compacted = fused_scores(model, labels)
-    for name in OUTPUTS:
-        torch.testing.assert_close(getattr(masked, name), getattr(compacted, name))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_partitioned_head_is_gathered_again_in_backward(
-    autocast: bool, trl_utils: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under ZeRO-3 weight and bias hold data only inside TRL's gathering context."""
-    model = make_model("phi")
-    trl_utils.add_fused_lm_head(model)
-    head = model.get_output_embeddings()
-    labels = torch.randint(0, V, (2, 12)).masked_fill(torch.rand(2, 12) < 0.5, -100)
-    trained = [head.weight, head.bias, model.get_input_embeddings().weight]
-
-    def gradients() -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = fused_scores(model, labels).log_probs.sum()
-        return torch.autograd.grad(loss, trained)
-
-    with integration.patched():
-        expected = gradients()
-    whole = {value: value.data for value in (head.weight, head.bias)}
-    gathered = []
-
-    @contextlib.contextmanager
-    def gather(*values: Tensor) -> Iterator[None]:
-        assert values[0] is head.weight and values[1] is head.bias
-        gathered.append(values)
-        for value, data in whole.items():
-            value.data = data
-        yield
-        for value in whole:
-            value.data = torch.empty(0)
-
-    deepspeed = sys.modules["transformers.integrations.deepspeed"]
-    monkeypatch.setattr(deepspeed, "is_deepspeed_zero3_enabled", lambda: True)
-    monkeypatch.setattr(trl_utils, "maybe_gather_lm_head_ctx", gather)
-    for value in whole:
-        value.data = torch.empty(0)
-    with integration.patched():
-        again = gradients()
-    assert len(gathered) == 2
-    assert head.weight.numel() == head.bias.numel() == 0
-    assert all(map(torch.equal, again, expected))
-
-
-def test_without_zero3_nothing_is_gathered(trl_utils: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A context in backward would have the weight cast once more."""
-    called: list[Any] = []
-    monkeypatch.setattr(trl_utils, "maybe_gather_lm_head_ctx", lambda *args: called.append(args))
-    hidden, weight, _, targets = make_inputs()
-    LogProbAdapter.apply(hidden, weight, None, targets, 1.0, TILE)[0].sum().backward()
-    assert called == []
-
-
-def test_patch_and_unpatch_are_idempotent(trl_utils: Any, caplog: Any) -> None:
-    found = trl_utils._ChunkedLogProbFunction
-    assert found is stock()
-    with caplog.at_level(logging.INFO, logger="fastpref"):
-        integration.patch()
-        integration.patch()
-    assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
-    version = importlib.metadata.version("trl")
-    assert [(record.levelname, version in record.message) for record in caplog.records] == [
-        ("INFO", True)
-    ]
-    integration.unpatch()
-    integration.unpatch()
-    assert trl_utils._ChunkedLogProbFunction is found
-
-
-def test_patched_restores_what_it_found(trl_utils: Any) -> None:
-    found = trl_utils._ChunkedLogProbFunction
-    with pytest.raises(KeyError), integration.patched():
-        assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
-        raise KeyError
-    assert trl_utils._ChunkedLogProbFunction is found
-    integration.patch()
-    with integration.patched():
-        pass
-    assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
-    with integration.patched():
-        integration.unpatch()
-    assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
-    integration.unpatch()
-    assert trl_utils._ChunkedLogProbFunction is found
-
-
-class OtherHead:
-    @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any) -> None:
-        """Not what TRL has."""
-
-
-@pytest.mark.parametrize(
-    ("symbol", "version", "said"),
-    [
-        (OtherHead, None, r"forward\(ctx, hidden, weight, targets\)"),
-        (None, None, r"has no _ChunkedLogProbFunction"),
-        ("stock", "1.14.2", r"TRL 1\.14\.2"),
-    ],
-    ids=["other signature", "no symbol", "old version"],
-)
-def test_unknown_trl_is_refused(
-    symbol: Any,
-    version: str | None,
-    said: str,
-    trl_utils: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if symbol is None:
-        monkeypatch.delattr(trl_utils, "_ChunkedLogProbFunction")
-    elif symbol != "stock":
-        monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", symbol)
-    if version is not None:
-        monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    before = getattr(trl_utils, "_ChunkedLogProbFunction", None)
-    for attempt in (integration.patch, integration.patched().__enter__):
-        with pytest.raises(RuntimeError, match=said) as refused:
-            attempt()
-        message = str(refused.value)
-        assert importlib.metadata.version("trl") in message
-        assert "Expected: TRL 1.15 or newer" in message and "final_logit_softcapping" in message
-        assert 'pip install "fastpref[trl]"' in message
-    assert getattr(trl_utils, "_ChunkedLogProbFunction", None) is before
-
-
-@pytest.mark.parametrize("version", ["1.15.0.dev0", "1.15.0", "2.0.0"])
-def test_versions_with_the_known_signature_are_patched(
-    version: str, trl_utils: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    with integration.patched():
-        assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
-
-
-@pytest.mark.parametrize("call", [integration.patch, integration.unpatch])
-def test_missing_trl_names_the_remedy(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("trl", "trl.trainer", "trl.trainer.utils"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r'pip install "fastpref\[trl\]"'):
-        call()

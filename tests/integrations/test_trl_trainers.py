@@ -72,7 +72,9 @@ def dpo(tmp_path: Path, tokenizer: Any, preferences: Any, make_model: Any) -> An
     return make
 
 
-@pytest.mark.parametrize("loss", DPO_LOSSES)
+@pytest.mark.parametrize(
+    "loss", [DPO_LOSSES[0], *(pytest.param(one, marks=pytest.mark.heavy) for one in DPO_LOSSES[1:])]
+)
 def test_dpo_loss(loss: str, dpo: Any, compare: Any) -> None:
     smoothing = 0.1 if loss in ("exo_pair", "robust", "aot") else 0.0
     training = compare(lambda: dpo(loss_type=loss, label_smoothing=smoothing))
@@ -92,23 +94,27 @@ def test_losses_are_those_of_this_trl() -> None:
     assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(DPO_LOSSES)
 
 
+@pytest.mark.heavy
 def test_dpo_weighted_sum_of_losses(dpo: Any, compare: Any) -> None:
     losses = ["sigmoid", "bco_pair", "sft"]
     compare(lambda: dpo(loss_type=losses, loss_weights=[0.8, 0.2, 1.0]))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "cohere", "phi"])
 def test_dpo_of_other_heads(architecture: str, dpo: Any, compare: Any) -> None:
     """Tied embeddings, a soft cap, a scale of the logits, a bias."""
     compare(lambda: dpo(architecture))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
 def test_dpo_f_divergence(divergence: str, dpo: Any, compare: Any) -> None:
     # A small beta: 1 - exp(-x) is large where the policy is far from its reference.
     compare(lambda: dpo(f_divergence_type=divergence, f_alpha_divergence_coef=0.5, beta=0.05))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "arguments",
     [{"ld_alpha": 0.3}, {"use_weighting": True}, {"gradient_accumulation_steps": 2}],
@@ -118,15 +124,18 @@ def test_dpo_option(arguments: dict[str, Any], dpo: Any, compare: Any) -> None:
     compare(lambda: dpo(**arguments))
 
 
+@pytest.mark.heavy
 def test_dpo_with_precomputed_reference(dpo: Any, compare: Any) -> None:
     compare(lambda: dpo(precompute_ref_log_probs=True))
 
 
+@pytest.mark.heavy
 def test_dpo_evaluation(dpo: Any, preferences: Any, compare: Any) -> None:
     training = compare(lambda: dpo(eval_dataset=preferences, eval_strategy="steps", eval_steps=1))
     assert sum("eval_rewards/margins" in entry for entry in training.logs) == 3
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["head frozen", "head trained"])
 def test_dpo_with_lora(saved: list[str] | None, dpo: Any, compare: Any) -> None:
     """The reference is the policy without its adapter."""
@@ -141,12 +150,14 @@ def test_dpo_with_lora(saved: list[str] | None, dpo: Any, compare: Any) -> None:
     compare(lambda: dpo(reference=False, peft_config=config))
 
 
+@pytest.mark.heavy
 def test_dpo_under_autocast(dpo: Any, compare: Any) -> None:
     """Both heads multiply in bfloat16; TRL's also rounds the target's logit to it."""
     compare(lambda: dpo(bf16=True), rtol=1e-2, atol=5e-2, update=2e-2)
 
 
 # Each step scores with policy and reference; kto estimates a KL divergence with both once more.
+@pytest.mark.heavy
 @pytest.mark.parametrize(("loss", "calls"), [("kto", 12), ("apo_zero_unpaired", 6)])
 def test_kto(
     loss: str,
@@ -171,6 +182,7 @@ def test_kto(
     assert training.head_calls == calls
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("loss", ["nll", "dft"])
 def test_sft(
     loss: str, tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, compare: Any

@@ -28,6 +28,7 @@ for element in ("bf16", "fp16"):
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "capability",
     [

@@ -97,6 +97,7 @@ class Launches(TorchDispatchMode):
         return found
 
 
+@pytest.mark.heavy
 def test_a_gpu_is_launched_on_twice_and_not_once_for_32_rows(monkeypatch) -> None:
     """The kernel, and the total added; the sum over the parts where there are several."""
     from triton.runtime.interpreter import GridExecutor

@@ -32,6 +32,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
 @pytest.mark.parametrize("vocab", [520, 515])
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])

@@ -43,6 +43,7 @@ def check(tiles, kind, dtype):
     check_contract(actual, value_and_gradient(tiles, kind, BETA), exact)
 
 
+@pytest.mark.heavy
 @kinds
 @dtypes
 def test_values_and_gradients(kind, dtype):
@@ -53,6 +54,7 @@ def test_values_and_gradients(kind, dtype):
         check(with_bias(plain._replace(map=LogitMap(1.3, 5.0))), kind, dtype)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "tv"])
 def test_rows_with_one_probability_of_nearly_1(kind):
     """The gradient there is what remains of one number beside the mean of all."""
@@ -66,6 +68,7 @@ def test_rows_with_one_probability_of_nearly_1(kind):
         check_contract({"gradient": run(tiles, kind)["gradient"]}, eager, exact)
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("apart", [0.1, 1e-3])
 def test_digits_of_close_rows(kind, apart):
@@ -75,6 +78,7 @@ def test_digits_of_close_rows(kind, apart):
         assert relative_error(value, exact[name]) <= 2e-6, name
 
 
+@pytest.mark.heavy
 @soft
 @dtypes
 def test_equal_rows(kind, dtype):
@@ -83,6 +87,7 @@ def test_equal_rows(kind, dtype):
     assert (actual["value"] == 0).all() and (actual["gradient"] == 0).all()
 
 
+@pytest.mark.heavy
 @soft
 @dtypes
 @pytest.mark.parametrize("sizes", [(900, 900), (900, 300), (300, 900)])
@@ -98,6 +103,7 @@ def test_masked_vocabularies(kind, dtype, sizes):
         check(tiles, kind, dtype)
 
 
+@pytest.mark.heavy
 @soft
 def test_rows_that_share_no_column(kind):
     student, teacher = random_tiles(2, 2500)[:2]
@@ -109,6 +115,7 @@ def test_rows_that_share_no_column(kind):
     assert not actual["gradient"].isnan().any()
 
 
+@pytest.mark.heavy
 def test_cosine_of_zeros():
     tiles = random_tiles(3, 2500)
     tiles.student[0], tiles.teacher[1], tiles.student[2], tiles.teacher[2] = 0, 0, 0, 0
@@ -116,6 +123,7 @@ def test_cosine_of_zeros():
     assert (actual["value"] == 1).all() and (actual["gradient"] == 0).all()
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("what", ["nan", "masked"])
 def test_what_is_no_distribution_is_nan_in_its_row(kind, what):
@@ -129,6 +137,7 @@ def test_what_is_no_distribution_is_nan_in_its_row(kind, what):
     assert actual["gradient"].isfinite().all(1).tolist() == [True, False, True]
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("write", [False, True])
 def test_where_the_tiles_lie(kind, write):

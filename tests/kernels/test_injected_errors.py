@@ -32,7 +32,10 @@ from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import Case, check_contract, make_case, run, upstream_of
 from tests.scoring.test_numbers import dtype_name
 
-pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu"),
+]
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name
 )

@@ -114,6 +114,7 @@ def test_exponentials(dtype, map, statistics):
     torch.testing.assert_close(sums.offset, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("statistics", [False, True])
 def test_sums_do_not_depend_on_what_is_kept(dtype, statistics):
@@ -127,6 +128,7 @@ def test_sums_do_not_depend_on_what_is_kept(dtype, statistics):
         assert value is None or torch.equal(value, other), name
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("rows, hidden, vocab", [(1, 8, 1), (3, 16, 7), (2, 24, 8), (33, 32, 64)])
 @maps
@@ -135,6 +137,7 @@ def test_odd_sizes(dtype, rows, hidden, vocab, map):
     one.check(*one.run())
 
 
+@pytest.mark.heavy
 @maps
 @pytest.mark.parametrize("more", [0, 8, 13])
 def test_rows_of_several_pieces(map, more):
@@ -143,6 +146,7 @@ def test_rows_of_several_pieces(map, more):
     one.check(*one.run())
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("first, stride", [(0, 315), (1, 317), (0, 320), (1, 320)])
 def test_nothing_beside_the_tile_is_touched(dtype, first, stride):
@@ -160,6 +164,7 @@ def test_no_rows(dtype):
     assert tile.shape == (0, 315) and sums.offset.shape == sums.sum.shape == (0,)
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("above", [11, 17, 39, 41, 88, 300, 69632])
 @pytest.mark.parametrize("statistics", [False, True])
@@ -184,6 +189,7 @@ def test_one_logit_far_above_all_others(dtype, above, statistics):
         torch.testing.assert_close(sums.offset, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.heavy
 @dtypes
 @maps
 def test_columns_of_minus_infinity(dtype, map):
@@ -198,6 +204,7 @@ def test_columns_of_minus_infinity(dtype, map):
     assert not tile[:, masked].any()
 
 
+@pytest.mark.heavy
 @dtypes
 def test_rows_of_nothing_but_minus_infinity(dtype):
     """Among the others, whatever the target is: there is nothing to scale."""
@@ -214,6 +221,7 @@ def test_rows_of_nothing_but_minus_infinity(dtype):
     assert ((tile[::2, 9] - 1).abs() <= torch.finfo(dtype).eps).all()
 
 
+@pytest.mark.heavy
 @dtypes
 @maps
 @pytest.mark.parametrize("below", [0, 30, 60])
@@ -242,6 +250,7 @@ def test_shards(dtype, map, below):
     assert elsewhere == 70
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 @dtypes
 @maps

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 pytest.importorskip("triton")
 ELEMENTS = ("bf16", "fp16", "fp32")
 # Of these one form is compiled, which the others are parts of.

@@ -42,6 +42,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend.linear_grad, "linear_grad_kernel", Kernel())
 
 
+@pytest.mark.heavy
 @interpreted
 @pytest.mark.parametrize(
     "dtype, width, schedule",
@@ -70,6 +71,7 @@ def test_rows_of_no_whole_16_bytes_go_in_place(dtype, width, schedule, no_kernel
     verify(options, dtype, rows=40, hidden=width, vocab=130, differentiated=())
 
 
+@pytest.mark.heavy
 @interpreted
 @pytest.mark.parametrize("lies", ["transposed", "between others", "4 bytes on"])
 @pytest.mark.parametrize("which", ["hidden", "weight"])
@@ -155,6 +157,7 @@ def test_capabilities(capability, says, monkeypatch):
     assert reason is None if says is None else says in reason
 
 
+@pytest.mark.heavy
 def test_without_compiled_operators():
     """The reason is of the GPU, not an ImportError; and calls work in the interpreter."""
     code = (
@@ -199,6 +202,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.heavy
 def test_precision_follows_torch():
     """Whichever of its settings said it, each in a process of its own."""
     code = (
@@ -225,6 +229,7 @@ def nearest(x: np.ndarray) -> np.ndarray:
     return np.copysign(np.ldexp(np.floor(mantissa * 2**11 + 0.5), exponent) / 2**11, x)
 
 
+@pytest.mark.heavy
 @interpreted
 @pytest.mark.parametrize("schedule", ["auto", "recompute"])
 def test_operands_in_tf32_are_rounded_to_the_nearest(monkeypatch, schedule):
@@ -258,6 +263,7 @@ def round_all(x, out, SIZE: tl.constexpr):
     tl.store(out + at, products.round_to_tf32(tl.load(x + at)))
 
 
+@pytest.mark.heavy
 @interpreted
 def test_what_is_not_finite_stays_so_in_tf32():
     bits = np.array([0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001], dtype=np.uint32)

@@ -53,6 +53,7 @@ def compile_some(capability: int, element: str, pattern: str, tmp_path: Path) ->
     return json.loads(done.stdout)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "capability, element, pattern",
     [
@@ -87,6 +88,7 @@ def test_machine_code(capability: int, element: str, pattern: str, tmp_path: Pat
 
 # Arithmetic instructions to an element, all of the kernel: what was measured, and one tenth. Of
 # them one multiplies and adds, one is the exponential, two are the target's mask, one adds up.
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name, most", [("linear_exp", 7.7), ("linear_exp store", 8.5), ("linear_grad", 13.3)]
 )
@@ -95,6 +97,7 @@ def test_the_epilogue_is_lean(name: str, most: float, tmp_path: Path) -> None:
     assert 5 < row["epilogue"] <= most
 
 
+@pytest.mark.heavy
 def test_halves_are_read_and_written_16_bytes_at_a_time() -> None:
     """Whatever the number of columns, and with rows that start at odd multiples of 16 bytes."""
     code = (
@@ -111,6 +114,7 @@ def test_halves_are_read_and_written_16_bytes_at_a_time() -> None:
         assert done.stdout.count(f"{access}.global.b16") == 4
 
 
+@pytest.mark.heavy
 def test_a_target_is_read_before_it_is_overwritten() -> None:
     """By all threads of a program: each loads its product, and one of them stores in its place."""
     code = (
@@ -130,6 +134,7 @@ def test_a_target_is_read_before_it_is_overwritten() -> None:
         assert any("barrier" in line for line in before[loads[-1] :])
 
 
+@pytest.mark.heavy
 def test_tiles_of_flagged_rows_lie_as_those_of_all() -> None:
     for chip in (*tiles.CHIPS.values(), tiles.INTERPRETED):
         for pair in (*chip.plain.values(), *chip.heavy.values()):
@@ -164,6 +169,7 @@ def test_flattened() -> None:
         assert tiles.flattened(tiles.CHIPS[other]) == tiles.CHIPS[other]
 
 
+@pytest.mark.heavy
 def test_a_tile_too_large_is_said_to_spill() -> None:
     """The reader sees what the limits are for."""
     code = (

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 CODE = """
 import json, sys
 from dataclasses import asdict

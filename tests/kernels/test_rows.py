@@ -53,6 +53,7 @@ def test_logp(dtype, schedule, feature):
     verify(options(dtype, schedule), dtype, **SIZES, **FEATURES[feature])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "feature, schedule, dtype",
     sample(["plain", "bias", "softcap", "temperature"], ["keep", "recompute"], DTYPES),
@@ -68,12 +69,14 @@ def test_all_outputs(dtype, schedule, feature):
     )
 
 
+@pytest.mark.heavy
 @dtypes
 def test_frozen_head_and_no_gradient(dtype):
     verify(options(dtype, "auto"), dtype, needs=("hidden",), **SIZES)
     verify(options(dtype, "chunked"), dtype, outputs=OUTPUTS, differentiated=(), **SIZES)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "below, schedule, outputs, dtype",
     sample([0.1, 1.0], ["keep", "recompute"], [("logp",), OUTPUTS], DTYPES[::-1]),
@@ -83,6 +86,7 @@ def test_targets_far_below_the_maximum(dtype, schedule, below, outputs):
     verify(options(dtype, schedule), dtype, outputs=outputs, below=below, ignored=0.1, **SIZES)
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize(
     "rows, hidden, vocab", [(1, 1, 1), (1, 48, 257), (5, 1, 63), (3, 32, 64), (2, 7, 2)]
@@ -94,10 +98,12 @@ def test_odd_sizes(dtype, rows, hidden, vocab, outputs):
     verify(given, dtype, **sizes, bias=True, outputs=outputs)
 
 
+@pytest.mark.heavy
 def test_double_takes_plain_torch():
     verify(ScoringOptions(backend="rows"), torch.float64, outputs=OUTPUTS, **SIZES)
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])
 def test_masked_columns(dtype, schedule):
@@ -119,6 +125,7 @@ def test_masked_columns(dtype, schedule):
     check_scores(case, actual, eager, exact)
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_stays_alone(dtype, value):
@@ -150,6 +157,7 @@ def tile_of(products, padded):
     return room[:, :cols]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "map, padded, cols, dtype", sample(MAPS, [True, False], [160, 163, 400], DTYPES)
 )
@@ -192,6 +200,7 @@ def test_split_rows(monkeypatch, dtype, padded, cols, map):
                 )
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("capped", [False, True])
 def test_each_row_its_own_map(dtype, capped):
@@ -221,6 +230,7 @@ def test_each_row_its_own_map(dtype, capped):
             torch.testing.assert_close(tile[at], own)
 
 
+@pytest.mark.heavy
 @dtypes
 def test_the_same_bits_every_time(dtype):
     case = make_case(dtype=dtype, below=0.2, **SIZES)
@@ -230,6 +240,7 @@ def test_the_same_bits_every_time(dtype):
         assert torch.equal(value, runs[1][name]), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("statistics", [False, True])
 def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
     """Whatever another shard adds must not turn NaN."""
@@ -254,6 +265,7 @@ def test_few_rows_are_split(monkeypatch):
         assert rows._shares(torch.empty(count, cols), flags) == shares
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 @pytest.mark.parametrize("write", [False, True])
 @pytest.mark.parametrize("moved", [False, True])

@@ -45,6 +45,7 @@ def test_logp(dtype, schedule, feature):
     verify(options(dtype, schedule), dtype, **SIZES, **FEATURES[feature])
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("feature", ["plain", "softcap"])
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])
@@ -59,6 +60,7 @@ def test_all_outputs(dtype, schedule, feature):
     )
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("chunk_rows", [None, 33])
 def test_without_gradient(dtype, chunk_rows):
@@ -72,12 +74,14 @@ def test_without_gradient(dtype, chunk_rows):
     )
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("feature", ["plain", "softcap"])
 def test_frozen_head(dtype, feature):
     verify(options(dtype, "auto"), dtype, needs=("hidden",), **SIZES, **FEATURES[feature])
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("below", [0.1, 1.0])
 @pytest.mark.parametrize("schedule", ["keep", "recompute", "kept in part"])
@@ -87,12 +91,14 @@ def test_targets_far_below_the_maximum(dtype, schedule, below, outputs):
     verify(options(dtype, schedule), dtype, outputs=outputs, below=below, ignored=0.1, **SIZES)
 
 
+@pytest.mark.heavy
 @dtypes
 def test_sharp_rows(dtype):
     for schedule in ("keep", "recompute"):
         verify(options(dtype, schedule), dtype, spread=60.0, **SIZES)
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize(
     "rows, hidden, vocab",
@@ -111,6 +117,7 @@ def test_odd_sizes(dtype, rows, hidden, vocab, outputs):
     )
 
 
+@pytest.mark.heavy
 def test_double_goes_through_a_tile():
     verify(ScoringOptions(backend="triton"), torch.float64, outputs=OUTPUTS, **SIZES)
 
@@ -126,6 +133,7 @@ def test_nothing_scored():
     assert not scores.logp.any() and not hidden.grad.any()
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("which", ["hidden", "weight"])
 def test_transposed_storage(dtype, which):
@@ -134,6 +142,7 @@ def test_transposed_storage(dtype, which):
     check_gradients(replace(case, **{which: lies}), dtype, "auto")
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -149,6 +158,7 @@ def test_a_row_that_is_not_finite_stays_alone(dtype, value):
     assert not torch.isfinite(logp[3])
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("target", [-1, 315, 10**12])
 def test_targets_outside_the_vocabulary(dtype, target):
@@ -174,6 +184,7 @@ def check_gradients(case: Case, dtype: torch.dtype, schedule: str) -> None:
     check_scores(case, actual, eager, exact)
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("above", [13, 26, 39])
 @pytest.mark.parametrize("map", [{}, {"softcap": 50.0}], ids=["plain", "capped"])
@@ -188,6 +199,7 @@ def test_targets_below_what_is_most_probable(dtype, above, map):
     check_gradients(replace(case, hidden=hidden, weight=weight, target=target), dtype, "keep")
 
 
+@pytest.mark.heavy
 @dtypes
 def test_logits_far_beyond_a_cap(dtype):
     """Their slopes are tiny, and must be so to a relative error."""
@@ -195,6 +207,7 @@ def test_logits_far_beyond_a_cap(dtype):
     verify(options(dtype, "keep"), dtype, spread=0.3, softcap=2.0, below=0.2, **sizes)
 
 
+@pytest.mark.heavy
 @dtypes
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])
 def test_gradients_with_masked_columns(dtype, schedule):
@@ -208,6 +221,7 @@ def test_gradients_with_masked_columns(dtype, schedule):
     check_gradients(case, dtype, schedule)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("statistics", [False, True])
 def test_masked_columns(statistics):
     """A bias of -inf takes columns out: the target's own, all others, and a whole column tile."""
@@ -236,6 +250,7 @@ def test_masked_columns(statistics):
             assert torch.equal(scores.is_top1, exact.argmax(1) == target)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("statistics", [False, True])
 def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
     """Whatever another shard adds must not turn NaN."""
@@ -255,11 +270,13 @@ def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
         assert sums.weighted.tolist() == sums.squares.tolist() == [0, 0, 0]
 
 
+@pytest.mark.heavy
 def test_a_cap_far_above_the_logits_costs_no_digits():
     """tanh of a thousandth, times a thousand."""
     verify(ScoringOptions(backend="triton"), torch.float32, softcap=1000.0, **SIZES)
 
 
+@pytest.mark.heavy
 @dtypes
 def test_the_same_bits_every_time(dtype):
     case = make_case(dtype=dtype, below=0.2, **SIZES)
@@ -271,6 +288,7 @@ def test_the_same_bits_every_time(dtype):
         assert torch.equal(value, runs[1][name]), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])
 def test_only_doubles_take_a_pass_in_place(monkeypatch, schedule):
     double = triton_backend.temporary_bytes(10, 5000, "cpu", torch.float64, False)
@@ -291,6 +309,7 @@ def test_only_doubles_take_a_pass_in_place(monkeypatch, schedule):
         verify(options(torch.float64, schedule), torch.float64, **SIZES)
 
 
+@pytest.mark.heavy
 def test_scoring_takes_no_tile(monkeypatch):
     """But for the rows of one that operands at odd addresses take."""
     other = SimpleNamespace(temporary_bytes=lambda *sizes: 0)

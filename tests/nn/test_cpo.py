@@ -48,6 +48,6 @@ def test_a_batch_without_chosen_tokens_has_no_likelihood():
 def test_errors():
     with pytest.raises(ValueError, match="cpo: beta must be > 0, got 0"):
         FusedLinearCPOLoss(beta=0)
+    given = batch()
     with pytest.raises(ValueError, match="mind the order of the arguments"):
-        given = batch()
         FusedLinearCPOLoss()(given["_input"], given["lin_weight"], given["target"])

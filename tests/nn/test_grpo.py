@@ -9,7 +9,6 @@ import torch.distributed as dist
 from fastpref import linear_logprob
 from fastpref.nn import FusedLinearGRPOLoss
 from fastpref.nn.grpo import LOSS_TYPES
-from tests import two_ranks
 from tests.nn.peers import B, T, assert_same_signatures, close, compare, gradients, leaves, tensors
 
 NAME = "FusedLinearGRPOLoss"
@@ -252,12 +251,9 @@ def unequal_parts(rank):
     return rank_losses(slice(0, 2) if rank == 0 else slice(2, B))
 
 
-def test_two_ranks_are_one_batch(tmp_path):
+@pytest.mark.heavy
+def test_two_ranks_are_one_batch(two_ranks):
     whole = rank_losses(slice(None))
-    for found in two_ranks.results(__file__, tmp_path):
+    for found in two_ranks(unequal_parts):
         for case, values in whole.items():
             close(found[case], values)
-
-
-if __name__ == "__main__":
-    two_ranks.main(unequal_parts)

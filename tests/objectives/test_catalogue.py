@@ -74,6 +74,7 @@ def plain_logps(objective, **keywords):
     return [torch.tensor(row.tolist(), **keywords) for row in rows]
 
 
+@pytest.mark.heavy
 @every
 @given(data=st.data())
 @settings(

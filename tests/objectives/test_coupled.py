@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from fastpref import objectives
-from tests import two_ranks
 from tests.objectives import trl_dpo
 
 P = 12
@@ -313,8 +312,9 @@ def of_a_linear_policy(case, rows=slice(None), group=None):
     return [torch.stack(result).detach(), averaged.detach()]
 
 
-def test_two_ranks_are_one_batch(tmp_path):
-    ranks = two_ranks.results(__file__, tmp_path)
+@pytest.mark.heavy
+def test_two_ranks_are_one_batch(two_ranks):
+    ranks = two_ranks(halves)
     for case in COUPLED:
         found, averaged = zip(*(rank[case] for rank in ranks), strict=True)
         expected = of_a_linear_policy(case)
@@ -324,7 +324,3 @@ def test_two_ranks_are_one_batch(tmp_path):
 def halves(rank):
     rows = slice(rank * P // 2, (rank + 1) * P // 2)
     return {case: of_a_linear_policy(case, rows, dist.group.WORLD) for case in COUPLED}
-
-
-if __name__ == "__main__":
-    two_ranks.main(halves)

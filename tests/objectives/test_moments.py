@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from fastpref.objectives import RunningMoments, alpha_dpo, bco_pair
-from tests import two_ranks
 
 BATCHES = torch.randn(5, 12, generator=torch.Generator().manual_seed(3)) * 30 + 4
 
@@ -102,10 +101,11 @@ def test_decay_is_checked(decay):
         RunningMoments(decay=decay)
 
 
-def test_two_ranks_come_to_the_bits_of_one_process(tmp_path):
-    for found in two_ranks.results(__file__, tmp_path):
+def on_a_rank(rank):
+    return bits(run(BATCHES.view(5, 2, 6)[:, rank], group=dist.group.WORLD))
+
+
+@pytest.mark.heavy
+def test_two_ranks_come_to_the_bits_of_one_process(two_ranks):
+    for found in two_ranks(on_a_rank):
         assert found == bits(run(BATCHES))
-
-
-if __name__ == "__main__":
-    two_ranks.main(lambda rank: bits(run(BATCHES.view(5, 2, 6)[:, rank], group=dist.group.WORLD)))

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from fastpref import objectives
-from tests import two_ranks
 
 B, T = 8, 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -400,11 +399,8 @@ def halves(rank):
     return {case: loss_and_slopes(case, rows, dist.group.WORLD) for case in COUPLED}
 
 
-def test_two_ranks_are_one_batch(tmp_path):
-    for found in two_ranks.results(__file__, tmp_path):
+@pytest.mark.heavy
+def test_two_ranks_are_one_batch(two_ranks):
+    for found in two_ranks(halves):
         for case in COUPLED:
             close(found[case], loss_and_slopes(case, slice(None), None))
-
-
-if __name__ == "__main__":
-    two_ranks.main(halves)

@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fastpref import objectives
-from tests import two_ranks
 
 GENERATOR = torch.Generator().manual_seed(0)
 POLICY, REF = -40 * torch.rand(2, 12, generator=GENERATOR, dtype=torch.float64)
@@ -218,8 +217,9 @@ def halves(rank):
     return {name: loss_and_gradient(name, rows, dist.group.WORLD) for name in COUPLED}
 
 
-def test_two_ranks_are_one_batch(tmp_path):
-    for found in two_ranks.results(__file__, tmp_path):
+@pytest.mark.heavy
+def test_two_ranks_are_one_batch(two_ranks):
+    for found in two_ranks(halves):
         for name in COUPLED:
             close(found[name], loss_and_gradient(name, slice(None), None))
 
@@ -228,7 +228,3 @@ def test_ddo_checks_a_weight_for_each_response():
     logps, labels = torch.zeros(3), torch.tensor([True, False, True])
     with pytest.raises(ValueError, match="ddo: alpha must be > 0, got -1"):
         objectives.ddo(logps, logps, labels=labels, alpha=torch.tensor([1.0, -1.0, 2.0]))
-
-
-if __name__ == "__main__":
-    two_ranks.main(halves)

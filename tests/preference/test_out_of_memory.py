@@ -71,6 +71,7 @@ def sweep(call, said, most):
         call.check(results)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_any_tensor_may_be_refused(name, dtype, said):

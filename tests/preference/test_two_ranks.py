@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import ScoringOptions, preference_loss
-from tests import two_ranks
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.heavy
 
 B, T, H, V, RANK = 8, 8, 5, 22, 2
 BATCHES = ScoringOptions(schedule="batches", memory_budget=V * 8 * T * 2)
@@ -77,39 +79,28 @@ def loss_and_gradients(given: dict[str, Tensor], name: str, **changes: Any) -> d
     return {"losses": output.losses, "logps": output.logps.detach()} | found
 
 
-def compute(rank: int) -> dict[str, dict[str, Tensor]]:
-    group = dist.group.WORLD
-    return {
-        name: loss_and_gradients(own_part(batch(), spread, rank), name, **{spread: group})
-        for name, (spread, _, _) in CASES.items()
-    }
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    return two_ranks.results(__file__, tmp_path_factory.mktemp("ranks"))
+def on_a_rank(rank: int, name: str) -> dict[str, Tensor]:
+    spread = CASES[name][0]
+    return loss_and_gradients(own_part(batch(), spread, rank), name, **{spread: dist.group.WORLD})
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "pairs"])
-def test_as_one_process(ranks, name: str) -> None:
+def test_as_one_process(two_ranks: Ranks, name: str) -> None:
     spread, whole = CASES[name][0], loss_and_gradients(batch(), name)
+    ranks = two_ranks(on_a_rank, name)
     for rank, results in enumerate(ranks):
         for key in ("losses", "logps"):
-            torch.testing.assert_close(results[name][key], whole[key])
+            torch.testing.assert_close(results[key], whole[key])
         parts = {key: whole[key] for key in whole if key not in ("losses", "logps")}
         parts = own_part(parts, spread, rank)
         for key, want in parts.items():
             summed = spread == "seq_group" and key != "hidden"
-            got = sum(one[name][key] for one in ranks) if summed else results[name][key]
+            got = sum(one[key] for one in ranks) if summed else results[key]
             torch.testing.assert_close(got, want)
 
 
-def test_statistics_of_all_pairs(ranks) -> None:
+def test_statistics_of_all_pairs(two_ranks: Ranks) -> None:
     """Each rank has its pairs of the losses, which are sorted over both."""
     whole = loss_and_gradients(batch(), "pairs")
-    found = torch.cat([one["pairs"]["losses"] for one in ranks])
+    found = torch.cat([one["losses"] for one in two_ranks(on_a_rank, "pairs")])
     torch.testing.assert_close(found.sort().values, whole["losses"].sort().values)
-
-
-if __name__ == "__main__":
-    two_ranks.main(compute)

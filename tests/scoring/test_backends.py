@@ -77,6 +77,7 @@ print(json.dumps([torch.ops.fastpref.cpu_capability(), far]))
 """
 
 
+@pytest.mark.heavy
 @compiled
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_instruction_sets(capability):

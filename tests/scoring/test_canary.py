@@ -80,6 +80,7 @@ def test_right_kernels_pass(
     assert 0 < float(last.excess) < 0.5
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(
     backends.unavailable_reason("triton", "cpu") is not None, reason="Triton's interpreter is off"
 )

@@ -13,7 +13,10 @@ import torch
 from fastpref.scoring.workspace import lease, row_stride
 from tests.scoring.cases import BACKENDS
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+]
 MIB = 1 << 20
 H, V, N = 64, 8192, 768
 LOGITS = N * V * 4  # 24 MiB

@@ -120,6 +120,7 @@ def sweep(call, said, most):
         call.check(found)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_any_tensor_may_be_refused(name, dtype, said):
@@ -167,6 +168,7 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("budget", [4, 20])
 def test_gradients_of_the_weight_add_up_in_little(budget, weight_dtype, monkeypatch):
@@ -255,6 +257,7 @@ def two_heads(name, dtype):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TWO_HEADS)
 def test_any_tensor_of_two_heads(name, dtype, said):

@@ -57,6 +57,7 @@ def spoil(launch, numbers):
     return spoiled
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("broken", ["raises", "wrong number"])
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_broken_kernel_does_not_serve(monkeypatch, caplog, name, broken):

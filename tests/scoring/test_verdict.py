@@ -347,6 +347,7 @@ t.put(t.made("rows"))
 """
 
 
+@pytest.mark.heavy
 def test_a_writer_killed_halfway_leaves_the_old_file(cache: Path, tmp_path: Path) -> None:
     path = put(made())
     before, ready = path.read_bytes(), tmp_path / "ready"
@@ -414,6 +415,7 @@ for size in (t.SIZE, t.SIZE._replace(heavy=True)):
 """
 
 
+@pytest.mark.heavy
 def test_all_processes_with_the_same_file_choose_alike(card: SimpleNamespace) -> None:
     put(made(), made("rows", heavy=True), key=verdict.key_of(0))
     said = {

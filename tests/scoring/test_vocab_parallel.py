@@ -2,19 +2,19 @@
 """A vocabulary-sharded head on 2 and 3 processes against one process and the float64 reference."""
 
 import itertools
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring.statistics import OUTPUTS
-from tests.scoring.cases import INPUTS, check_scores, make_case, references
+from tests.ranks import Ranks
+from tests.scoring.cases import INPUTS, check_scores, make_case, references, upstream_of
 
-TIMEOUT = 20  # seconds of one collective
 V = 2051
 ALL = ("logp", "entropy", "lse")
 FEATURES = {"bias": True, "ignored": 0.3, "softcap": 5.0, "temperature": 1.5}
@@ -36,7 +36,6 @@ def case(dtype=torch.float32, **changes):
     return ShardedCase(dtype=dtype, arguments=changes.pop("arguments", FEATURES), **changes)
 
 
-# The last ones may leave collectives of different shapes behind them, should they fail.
 CASES = {
     **{
         f"{str(dtype)[6:]} {name}": case(dtype, **options)
@@ -84,39 +83,57 @@ def bounds(spec: ShardedCase, world: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(inner))
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, tmp_path_factory):
-    """What each rank computed, by case."""
-    directory = tmp_path_factory.mktemp("ranks")
-    worker = Path(__file__).with_name("vocab_parallel_worker.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(request.param), directory],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+def shard(tensor: torch.Tensor, start: int, stop: int, padding: int) -> torch.Tensor:
+    """Rows [start, stop), then rows of NaN that take no part."""
+    rows = tensor[start:stop].detach()
+    return torch.cat([rows, rows.new_full((padding, *rows.shape[1:]), torch.nan)])
+
+
+def on_a_rank(rank: int, name: str) -> dict[str, torch.Tensor]:
+    """Scores with the rank's shard, and the gradients of what it holds."""
+    spec, group = CASES[name], dist.group.WORLD
+    case = make_case(**spec.arguments, dtype=spec.dtype)
+    start, stop = bounds(spec, group.size())[rank]
+    leaves = {
+        "hidden": torch.where(case.scored[:, None], case.hidden, torch.nan),
+        "weight": shard(case.weight, start, stop, spec.padding),
+    }
+    if case.bias is not None:
+        leaves["bias"] = shard(case.bias, start, stop, spec.padding)
+    leaves = {key: leaf.clone().requires_grad_(key in spec.needs) for key, leaf in leaves.items()}
+    scores = linear_logprob(
+        **leaves,
+        target=case.target,
+        outputs=spec.outputs,
+        tp_group=group,
+        vocab_range=(start, stop) if spec.padding else None,
+        options=ScoringOptions(**spec.options),
+        **case.map,
+    )
+    results = {key: getattr(scores, key).detach() for key in spec.outputs}
+    if spec.differentiated:
+        upstream = upstream_of(case, spec.differentiated)
+        tensors = [getattr(scores, key) for key in spec.differentiated]
+        torch.autograd.backward(
+            tensors, [g.to(t.dtype) for g, t in zip(upstream.values(), tensors, strict=True)]
         )
-        for rank in range(request.param)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    done = [torch.load(directory / f"rank{rank}.pt") for rank in range(request.param)]
-    for process, results, output in zip(processes, done, said, strict=True):
-        missing = [name for name in CASES if name not in results]
-        results.update((name, f"exit status {process.returncode}: {output}") for name in missing)
-    return done
+        results |= {f"d {key}": leaf.grad for key, leaf in leaves.items() if leaf.requires_grad}
+    return results
 
 
+@pytest.fixture(scope="module")
+def three_ranks() -> Iterator[Ranks]:
+    with Ranks(3) as ranks:
+        yield ranks
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
-def test_against_the_whole_vocabulary(ranks, name):
-    spec = CASES[name]
-    results = [rank[name] for rank in ranks]
-    failed = [result for result in results if isinstance(result, str)]
-    assert not failed, failed
-    shards = bounds(spec, len(ranks))
+@pytest.mark.parametrize("world", ["two_ranks", "three_ranks"])
+def test_against_the_whole_vocabulary(name, world, request):
+    spec, ranks = CASES[name], request.getfixturevalue(world)
+    results = ranks(on_a_rank, name)
+    shards = bounds(spec, len(results))
     for result, (start, stop) in zip(results, shards, strict=True):
         for key in ("d weight", "d bias"):
             if key in result:

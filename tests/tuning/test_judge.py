@@ -176,6 +176,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     checks._expected.cache_clear()
 
 
+@pytest.mark.heavy
 def test_of_real_tiers(small: None) -> None:
     found = judge(SETTING, (*TIERS, "cuda"), InProcess(), quietly)
     assert found.left == TIERS
@@ -184,6 +185,7 @@ def test_of_real_tiers(small: None) -> None:
     assert {one.tier for one in found.verdicts} <= set(TIERS)
 
 
+@pytest.mark.heavy
 def test_a_slower_real_tier(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     step, slow = timings._step, [TIERS[0]]
 
@@ -218,6 +220,7 @@ def troubled(connection: Connection) -> None:
     isolation.serve(connection, answer)
 
 
+@pytest.mark.heavy
 def test_tiers_that_take_their_process_down() -> None:
     tiers = ("dies", "works", "hangs", "dies late")
     runner = Isolated(troubled, patience=5)
@@ -234,6 +237,7 @@ def test_tiers_that_take_their_process_down() -> None:
     assert of(found.verdicts) == {False: "works", True: "works"}
 
 
+@pytest.mark.heavy
 def test_the_process_answers_as_this_one(small: None) -> None:
     runner = Isolated(child.serve, patience=60)
     request = CheckRequest(SETTING, "1 row", "torch")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes of one gloo group that run a test's function on every rank: the fixture ``two_ranks``.
+
+They are started once and serve every test of a pytest process, as importing torch takes seconds.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+COLLECTIVE = timedelta(seconds=60)  # after which gloo raises on the ranks that wait
+CALL = 120.0  # seconds
+
+
+class Ranks:
+    """``ranks(function, *args)`` calls ``function(rank, *args)`` on every rank and returns what
+    each returned, in their order.
+
+    ``function`` is one that the ranks can import: defined at the top of a module. Where a rank
+    raises, dies or does not answer, AssertionError says so with its traceback, and the next call
+    gets fresh processes.
+    """
+
+    def __init__(self, world: int, timeout: float = CALL) -> None:
+        self.timeout = timeout
+        self._world = world
+        self._processes: list[Any] = []
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        call = pickle.dumps((function, args))
+        if not all(process.is_alive() for process in self._processes):
+            self._stop()
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send_bytes(call)
+        returned, failed = self._answers()
+        if failed:
+            self._stop()
+            raise AssertionError("\n".join(f"rank {rank}: {failed[rank]}" for rank in failed))
+        return [returned[rank] for rank in range(self._world)]
+
+    def _start(self) -> None:
+        # Spawned: a fork would share the locks and lack the threads of the torch that runs here.
+        context = multiprocessing.get_context("spawn")
+        self._directory = tempfile.TemporaryDirectory()
+        store = str(Path(self._directory.name) / "store")
+        for rank in range(self._world):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self._world, store, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections = [], []
+        if self._directory is not None:
+            self._directory.cleanup()
+
+    def _answers(self) -> tuple[dict[int, Any], dict[int, str]]:
+        """What the ranks returned, and what became of those that returned nothing."""
+        returned: dict[int, Any] = {}
+        failed: dict[int, str] = {}
+        until = time.monotonic() + self.timeout
+        while pending := [
+            rank for rank in range(self._world) if rank not in returned and rank not in failed
+        ]:
+            ready = wait([self._connections[rank] for rank in pending], until - time.monotonic())
+            if not ready:
+                return returned, failed | {rank: self._stacks(rank) for rank in pending}
+            for rank in pending:
+                if self._connections[rank] not in ready:
+                    continue
+                try:
+                    done, value = pickle.loads(self._connections[rank].recv_bytes())
+                except (EOFError, ConnectionError):
+                    self._processes[rank].join()
+                    done, value = False, f"ended with status {self._processes[rank].exitcode}"
+                (returned if done else failed)[rank] = value
+            if failed:
+                # The others may wait for this one in vain; a second is for what they know of it.
+                until = min(until, time.monotonic() + 1)
+        return returned, failed
+
+    def _stacks(self, rank: int) -> str:
+        """Of a rank without an answer, whose stacks go to stderr."""
+        self._processes[rank].terminate()
+        self._processes[rank].join(5)
+        return "no answer; stderr has its stacks"
+
+
+def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
+    faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=COLLECTIVE,
+    )
+    while True:
+        try:
+            call = connection.recv_bytes()
+        except EOFError:  # whoever asked is gone
+            os._exit(0)
+        try:
+            function, args = pickle.loads(call)
+            torch.manual_seed(0)
+            answer = pickle.dumps((True, function(rank, *args)))
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(answer)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes that two-rank tests share: what they return, and what becomes of failures."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.heavy
+
+
+def total(rank: int, share: float) -> tuple[int, torch.Tensor]:
+    value = torch.tensor([share * (rank + 1)], dtype=torch.float64)
+    dist.all_reduce(value)
+    return os.getpid(), value
+
+
+def on_the_second(rank: int, fault: str) -> None:
+    if rank == 1 and fault == "raises":
+        raise KeyError("planted")
+    if rank == 1 and fault == "dies":
+        os._exit(3)
+    if rank == 1 and fault == "hangs":
+        time.sleep(600)
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks(2) as both:
+        yield both
+
+
+def test_each_returns_its_own_from_one_pair_of_processes(ranks: Ranks) -> None:
+    first, second = ranks(total, 1.0), ranks(total, 0.5)
+    assert [value.item() for _, value in first] == [3, 3]
+    assert [value.item() for _, value in second] == [1.5, 1.5]
+    pids = [pid for pid, _ in first]
+    assert pids == [pid for pid, _ in second] and len({*pids, os.getpid()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raises", r"(?s)rank 1: Traceback.*in on_the_second.*KeyError: 'planted'"),
+        ("dies", "rank 1: ended with status 3"),
+        ("hangs", "rank 1: no answer"),
+    ],
+)
+def test_a_failure_is_reported_and_the_next_call_gets_a_fresh_pair(
+    fault: str, said: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [pid for pid, _ in ranks(total, 1.0)]
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match=said):
+        if fault == "hangs":
+            patch.setattr(ranks, "timeout", 2.0)
+        ranks(on_the_second, fault)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+    assert not {pid for pid, _ in ranks(total, 1.0)} & set(before)
+
+
+def test_a_pair_that_died_between_calls_is_replaced(ranks: Ranks) -> None:
+    for pid, _ in ranks(total, 1.0)[1:]:
+        os.kill(pid, 9)
+    time.sleep(0.2)
+    assert [value.item() for _, value in ranks(total, 1.0)] == [3, 3]

@@ -50,7 +50,7 @@ def ranked_before(scores: Tensor | None, ranks: Tensor | None, members: Tensor) 
             "the order of a list is given by scores (larger is better) or ranks (1 = best), "
             f"exactly one of them, got {'neither' if scores is None else 'both'}"
         )
-    place = torch.arange(members.shape[-1], device=members.device)
+    place = torch.arange(members.shape[-1], dtype=torch.int64, device=members.device)
     earlier = place.unsqueeze(-1) < place
     return pairs(members) & ((here > there) | ((here == there) & earlier))
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives made of others: one with weighted pairs, or a weighted sum of several.
 
-Both return an ``Objective``, which runs, compares, copies and pickles like any other. Its
-hyperparameters are those of its parts: one that all parts that have it hold at the same value is
-set in all of them by ``replace``; others are set before. Its extras are the union of theirs.
+Both return an ``Objective``, which runs, compares, copies and pickles like any other. It takes the
+extras of all its parts. Its hyperparameters are those on which all parts that have them agree:
+``replace`` sets them in each of these parts. Others are set in the parts beforehand.
 """
 
 import dataclasses
@@ -26,9 +26,6 @@ _WEIGHTS = {
 }
 _WEIGHT = Hyperparameter(None, Domain(low=0.0))
 _ABSENT = object()
-
-# Losses that are sorted or repeated belong to no pair.
-_NOT_OF_PAIRS = ("aot", "aot_unpaired", "dr_dpo")
 
 
 def wpo(objective: Part, *, clamp: bool = True) -> Objective:
@@ -57,12 +54,12 @@ def wpo(objective: Part, *, clamp: bool = True) -> Objective:
         raise TypeError(f"clamp must be a bool, got {type(clamp).__name__}")
     if part.unit != "pair":
         raise ValueError(f"wpo weighs pairs, but {part.name} has unit {part.unit!r}")
-    unpaired = [inner.name for inner in _parts(part) if inner.name in _NOT_OF_PAIRS]
-    if unpaired:
-        raise ValueError(
-            f"wpo weighs pairs, but the losses of {unpaired[0]} are sorted or those of a batch"
-        )
-    return _made(_Weighted((part,), clamp), at_least="pair")
+    for inner in _parts(part):
+        if inner.registration is not None and not inner.registration.loss_per_unit:
+            raise ValueError(
+                f"wpo weighs pairs, but the losses of {inner.name} are sorted or those of a batch"
+            )
+    return modified(_Weighted((part,), clamp), at_least="pair")
 
 
 def combine(objectives: Sequence[Part], weights: Sequence[float]) -> Objective:
@@ -99,12 +96,12 @@ def combine(objectives: Sequence[Part], weights: Sequence[float]) -> Objective:
     if len({part.unit for part in parts}) > 1:
         units = ", ".join(f"{part.name} {part.unit!r}" for part in parts)
         raise ValueError(f"objectives must have the same unit, got {units}")
-    return _made(_Combined(parts, tuple(weights)))
+    return modified(_Combined(parts, tuple(weights)))
 
 
 @dataclass(frozen=True)
-class _Modified(Composite):
-    """What ``wpo`` and ``combine`` make an ``Objective`` of."""
+class Modified(Composite):
+    """Base of what is made of objectives: their signatures together, and their results."""
 
     objectives: tuple[Objective, ...]
     signature: Signature = field(init=False, repr=False, compare=False)
@@ -113,6 +110,7 @@ class _Modified(Composite):
         object.__setattr__(self, "signature", _union(self.objectives, self.own_extras()))
 
     def own_extras(self) -> Mapping[str, ExtraFacts]:
+        """What it takes beside theirs."""
         return {}
 
     @property
@@ -120,7 +118,7 @@ class _Modified(Composite):
         """That of the first part, whose rewards are shown."""
         return self.objectives[0].reduction
 
-    def replace(self, **hyperparameters: Any) -> "_Modified":
+    def replace(self, **hyperparameters: Any) -> "Modified":
         parts = []
         for part in self.objectives:
             known = part.signature.hyperparameters
@@ -129,7 +127,7 @@ class _Modified(Composite):
         return dataclasses.replace(self, objectives=tuple(parts))
 
     def results(self, logps: tuple[Tensor | None, ...], keywords: Mapping[str, Any]) -> list[Any]:
-        """Of each part, on the log-probabilities and extras it takes."""
+        """Of each objective, on the log-probabilities and extras it takes."""
         names = self.signature.logps
         given = dict(zip(names, logps, strict=False)) | dict(keywords)
         ordered = [given.get(name) for name in names]
@@ -143,7 +141,7 @@ class _Modified(Composite):
 
 
 @dataclass(frozen=True)
-class _Weighted(_Modified):
+class _Weighted(Modified):
     clamp: bool
 
     @property
@@ -162,7 +160,7 @@ class _Weighted(_Modified):
 
 
 @dataclass(frozen=True)
-class _Combined(_Modified):
+class _Combined(Modified):
     weights: tuple[float, ...]
 
     @property
@@ -177,7 +175,8 @@ class _Combined(_Modified):
         return first._replace(losses=losses)
 
 
-def _made(function: _Modified, at_least: Scope = "unit") -> Objective:
+def modified(function: Modified, at_least: Scope = "unit") -> Objective:
+    """Its scope is the widest of its objectives; it needs a reference if one of them does."""
     parts = function.objectives
     scopes = [at_least, *(part.scope for part in parts)]
     return Objective(
@@ -217,7 +216,7 @@ def _agree(values: list[Any]) -> bool:
 
 def _parts(objective: Objective) -> Iterator[Objective]:
     """The objectives it is made of, itself if it is no composite."""
-    if isinstance(objective.function, _Modified):
+    if isinstance(objective.function, Modified):
         for part in objective.function.objectives:
             yield from _parts(part)
     else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..objectives.modifiers import Modified, modified
+from ..objectives.modifiers import Modifier
 from ..objectives.registry import catalogue, registered
 from ..objectives.results import Losses
 from ..objectives.signature import ExtraFacts
@@ -28,7 +28,7 @@ SHARES = "likelihood_shares"  # the extra of an objective with its likelihood te
 
 
 @dataclass(frozen=True)
-class _WithLikelihood(Modified):
+class _WithLikelihood(Modifier):
     """An objective with a share of the chosen responses' mean negative log-likelihood in its
     losses. As a term beside them it would have the head scored again where the gradient of the
     losses is taken while they are scored."""
@@ -47,7 +47,7 @@ class _WithLikelihood(Modified):
 
 # By name, and made here: torch.compile cannot trace how an Objective is made.
 _WITH_LIKELIHOOD = {
-    one.name: modified(_WithLikelihood((one,))) for one in catalogue() if one.unit == "pair"
+    one.name: _WithLikelihood((one,)).as_objective() for one in catalogue() if one.unit == "pair"
 }
 
 
@@ -110,9 +110,10 @@ class PairedLoss(torch.nn.Module):
         self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, **keywords: Any
     ) -> Results:
         """The whole of a loss whose likelihood term is that of the targets themselves."""
-        with_likelihood = self.compute_nll_loss
-        pairs = self.evaluate(weight, hidden, target, bias, with_likelihood, **keywords)
-        return self.results(pairs, pairs.output.loss, self._nll(pairs))
+        adds = self.compute_nll_loss
+        pairs = self.evaluate(weight, hidden, target, bias, with_likelihood=adds, **keywords)
+        loss = pairs.output.loss
+        return self.results(pairs, loss, pairs.nll() if adds else loss.new_zeros(()))
 
     def evaluate(
         self,
@@ -120,6 +121,7 @@ class PairedLoss(torch.nn.Module):
         hidden: Tensor,
         target: Tensor,
         bias: Tensor | None,
+        *,
         with_likelihood: bool,
         **keywords: Any,
     ) -> Pairs:
@@ -148,15 +150,13 @@ class PairedLoss(torch.nn.Module):
         return Pairs(output.losses.shape[0], output, sums, lengths)
 
     def results(self, pairs: Pairs, loss: Tensor, nll: Tensor) -> Results:
+        """The tuple that is returned."""
         output, shown = pairs.output, pairs.sums
         if self.average_log_prob:
             shown = shown / pairs.lengths.clamp(min=1)
         logits = output.metrics["logits/chosen"], output.metrics["logits/rejected"]
         rewards = output.chosen_rewards, output.rejected_rewards
         return loss, (*pairs.halves(shown), *logits, nll, *rewards)
-
-    def _nll(self, pairs: Pairs) -> Tensor:
-        return pairs.nll() if self.compute_nll_loss else pairs.output.loss.new_zeros(())
 
     def _shares(self, lengths: Tensor, averages: bool) -> Tensor:
         """(P,), factors that turn the chosen log-probabilities, means where ``averages``, into

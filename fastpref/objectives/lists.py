@@ -12,7 +12,7 @@ from torch import Tensor
 from .terms import softplus
 
 
-def keep(values: Tensor, mask: Tensor | None) -> Tensor:
+def masked(values: Tensor, mask: Tensor | None) -> Tensor:
     """``values``, 0 where absent."""
     return values if mask is None else torch.where(mask.bool(), values, 0)
 

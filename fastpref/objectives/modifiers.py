@@ -25,7 +25,6 @@ _WEIGHTS = {
     for name in ("chosen_weights", "rejected_weights")
 }
 _WEIGHT = Hyperparameter(None, Domain(low=0.0))
-_ABSENT = object()
 
 
 def wpo(objective: Part, *, clamp: bool = True) -> Objective:
@@ -59,7 +58,7 @@ def wpo(objective: Part, *, clamp: bool = True) -> Objective:
             raise ValueError(
                 f"wpo weighs pairs, but the losses of {inner.name} are sorted or those of a batch"
             )
-    return modified(_Weighted((part,), clamp), at_least="pair")
+    return _Weighted((part,), clamp).as_objective(at_least="pair")
 
 
 def combine(objectives: Sequence[Part], weights: Sequence[float]) -> Objective:
@@ -96,12 +95,12 @@ def combine(objectives: Sequence[Part], weights: Sequence[float]) -> Objective:
     if len({part.unit for part in parts}) > 1:
         units = ", ".join(f"{part.name} {part.unit!r}" for part in parts)
         raise ValueError(f"objectives must have the same unit, got {units}")
-    return modified(_Combined(parts, tuple(weights)))
+    return _Combined(parts, tuple(weights)).as_objective()
 
 
 @dataclass(frozen=True)
-class Modified(Composite):
-    """Base of what is made of objectives: their signatures together, and their results."""
+class Modifier(Composite):
+    """Base of the modifiers, applied to objectives: their signatures together, their results."""
 
     objectives: tuple[Objective, ...]
     signature: Signature = field(init=False, repr=False, compare=False)
@@ -113,12 +112,22 @@ class Modified(Composite):
         """What it takes beside theirs."""
         return {}
 
+    def as_objective(self, at_least: Scope = "unit") -> Objective:
+        """Its scope is the widest of its objectives; it needs a reference if one of them does."""
+        scopes = [at_least, *(part.scope for part in self.objectives)]
+        return Objective(
+            self,
+            unit=self.objectives[0].unit,
+            scope=max(scopes, key=SCOPES.index),
+            needs_reference=any(part.needs_reference for part in self.objectives),
+        )
+
     @property
     def reduction(self) -> Reduction:
         """That of the first part, whose rewards are shown."""
         return self.objectives[0].reduction
 
-    def replace(self, **hyperparameters: Any) -> "Modified":
+    def replace(self, **hyperparameters: Any) -> "Modifier":
         parts = []
         for part in self.objectives:
             known = part.signature.hyperparameters
@@ -141,7 +150,7 @@ class Modified(Composite):
 
 
 @dataclass(frozen=True)
-class _Weighted(Modified):
+class _Weighted(Modifier):
     clamp: bool
 
     @property
@@ -160,7 +169,7 @@ class _Weighted(Modified):
 
 
 @dataclass(frozen=True)
-class _Combined(Modified):
+class _Combined(Modifier):
     weights: tuple[float, ...]
 
     @property
@@ -173,18 +182,6 @@ class _Combined(Modified):
         losses = sum(weight * result.losses for weight, result in pairs)
         first: Losses = results[0]
         return first._replace(losses=losses)
-
-
-def modified(function: Modified, at_least: Scope = "unit") -> Objective:
-    """Its scope is the widest of its objectives; it needs a reference if one of them does."""
-    parts = function.objectives
-    scopes = [at_least, *(part.scope for part in parts)]
-    return Objective(
-        function,
-        unit=parts[0].unit,
-        scope=max(scopes, key=SCOPES.index),
-        needs_reference=any(part.needs_reference for part in parts),
-    )
 
 
 def _union(parts: tuple[Objective, ...], own: Mapping[str, ExtraFacts]) -> Signature:
@@ -203,20 +200,22 @@ def _union(parts: tuple[Objective, ...], own: Mapping[str, ExtraFacts]) -> Signa
         name: dataclasses.replace(known, default=part.hyperparameters[name])
         for part in parts
         for name, known in part.signature.hyperparameters.items()
-        if name not in extras and _agree([p.hyperparameters.get(name, _ABSENT) for p in parts])
+        if name not in extras and _agree(name, parts)
     }
     longest = max((part.signature.logps for part in parts), key=len)
     return Signature(longest, extras, hyperparameters)
 
 
-def _agree(values: list[Any]) -> bool:
-    first, *others = [value for value in values if value is not _ABSENT]
+def _agree(name: str, parts: tuple[Objective, ...]) -> bool:
+    """Whether all parts that have the hyperparameter hold the same value."""
+    known = [part.hyperparameters for part in parts]
+    first, *others = [values[name] for values in known if name in values]
     return all(one is first or (not isinstance(one, Tensor) and one == first) for one in others)
 
 
 def _parts(objective: Objective) -> Iterator[Objective]:
     """The objectives it is made of, itself if it is no composite."""
-    if isinstance(objective.function, Modified):
+    if isinstance(objective.function, Modifier):
         for part in objective.function.objectives:
             yield from _parts(part)
     else:

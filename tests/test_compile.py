@@ -250,6 +250,17 @@ def test_modules(name: str) -> None:
     )
 
 
+def test_settings_of_a_module_may_change_later() -> None:
+    module = nn.FusedLinearDPOLoss(use_ref_model=False)
+    expected = nn.FusedLinearDPOLoss(use_ref_model=False, beta=0.3, compute_nll_loss=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    batch = Batch(*SHAPES[0])
+    given = (batch.weight, batch.hidden, batch.target, batch.bias)
+    compiled(*given)
+    module.beta, module.compute_nll_loss = 0.3, True
+    torch.testing.assert_close(compiled(*given), expected(*given))
+
+
 def test_a_module_of_tokens() -> None:
     module = nn.FusedLinearGRPOLoss(beta=0.0)
 

@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         "objectives", help="every objective with its formula, its paper and what it needs"
     )
     parser.add_argument("name", nargs="?", help="show one objective in full")
-    parser.add_argument("--markdown", action="store_true", help="the tables as the README has them")
+    parser.add_argument("--markdown", action="store_true", help="as tables in Markdown")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,22 +12,6 @@ from .. import objectives
 from ..objectives.signature import Domain
 from . import DemoError
 
-LOSS_TYPES: Mapping[str, str] = {
-    "dpo": "sigmoid",
-    "robust_dpo": "robust",
-    "ipo": "ipo",
-    "hinge": "hinge",
-    "exo_pair": "exo_pair",
-    "nca_pair": "nca_pair",
-    "bco_pair": "bco_pair",
-    "sppo_hard": "sppo_hard",
-    "aot": "aot",
-    "aot_unpaired": "aot_unpaired",
-    "apo_zero": "apo_zero",
-    "apo_down": "apo_down",
-    "discopop": "discopop",
-    "sigmoid_norm": "sigmoid_norm",
-}
 _CONFIG_NAMES = {"beta": "beta", "label_smoothing": "label_smoothing", "tau": "discopop_tau"}
 # What a batch gives of itself, by family.
 _GIVEN: Mapping[str, tuple[str, ...]] = {
@@ -89,9 +73,11 @@ def _refusal(name: str) -> str | None:
 
 
 def config_arguments(objective: objectives.Objective) -> dict[str, Any]:
-    """The arguments of DPOConfig that make TRL's loss the objective."""
-    if objective.name not in LOSS_TYPES:
+    """The arguments of DPOConfig that make TRL's loss the objective; none where TRL has no such
+    loss."""
+    registration = objective.registration
+    if objective.unit != "pair" or registration is None or registration.loss_type is None:
         return {}
     settings = objective.hyperparameters
     renamed = {_CONFIG_NAMES[name]: settings[name] for name in _CONFIG_NAMES if name in settings}
-    return {"loss_type": [LOSS_TYPES[objective.name]], **renamed}
+    return {"loss_type": [registration.loss_type], **renamed}

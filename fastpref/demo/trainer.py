@@ -9,7 +9,7 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from .. import objectives, sequence_logp
-from .objective import LOSS_TYPES, columns
+from .objective import columns, config_arguments
 from .tokens import pad
 
 
@@ -150,6 +150,6 @@ def make_trainer(objective: objectives.Objective, **arguments: Any) -> Any:
     """A trainer of preferences for `objective`; `arguments` are those of DPOTrainer."""
     if objective.unit == "list":
         return ListTrainer(objective=objective, **arguments)
-    if objective.name in LOSS_TYPES:
+    if config_arguments(objective):
         return DPOTrainer(**arguments)
     return PairTrainer(objective=objective, **arguments)

@@ -6,7 +6,8 @@ that only the import changes: ``from fastpref.nn import FusedLinearDPOLoss``.
 
 ``compiled`` and ``chunk_size`` are taken and have no effect. In all of them: what is not scored is
 never computed; a row without scored tokens counts as 0 and never gives NaN; log-probabilities in
-the returned tuple carry their gradient; a setting that the chosen loss has not is refused.
+the returned tuple carry their gradient; a setting that the chosen loss has not is refused. Every
+call reads the attributes, so that ``loss.beta = 0.3`` counts from then on.
 """
 
 from .cosine_similarity import FusedLinearCosineSimilarityLoss

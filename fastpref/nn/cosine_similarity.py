@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..scoring import linear_divergence
-from .distillation import DistillationLoss, Model
+from .distillation import DistillationLoss
 
 
 class FusedLinearCosineSimilarityLoss(DistillationLoss):
@@ -48,15 +50,5 @@ class FusedLinearCosineSimilarityLoss(DistillationLoss):
             return_soft_hard_loss,
         )
 
-    def divergence(self, student: Model, teacher: Model, mask: Tensor) -> Tensor:
-        angle = linear_divergence(
-            student.hidden,
-            student.weight,
-            teacher.hidden,
-            teacher.weight,
-            mask,
-            divergence="cosine",
-            student_bias=student.bias,
-            teacher_bias=teacher.bias,
-        )
-        return self.beta * angle
+    def divergence(self, *models: Tensor, **biases: Any) -> Tensor:
+        return self.beta * linear_divergence(*models, divergence="cosine", **biases)

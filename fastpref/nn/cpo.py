@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from .. import objectives
-from ..objectives import Objective
 from .paired import PairedLoss, Results, check_pairs
 
 
@@ -41,12 +41,12 @@ class FusedLinearCPOLoss(PairedLoss):
         )
         self.beta = beta
         self.label_smoothing = label_smoothing
-        self.configure()
+        self.check_configuration()
 
-    def make_objective(self) -> Objective:
+    def configuration(self) -> tuple[str, dict[str, Any]]:
         # Its own likelihood term is a mean over responses, not over all their tokens.
         smoothing = self.label_smoothing
-        return objectives.get("cpo", beta=self.beta, label_smoothing=smoothing, sft_weight=0.0)
+        return "cpo", {"beta": self.beta, "label_smoothing": smoothing, "sft_weight": 0.0}
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None

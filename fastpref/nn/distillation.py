@@ -4,7 +4,7 @@ cross-entropy of the labels beside it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -14,12 +14,6 @@ from .checks import check_tokens
 
 # The loss, or with return_soft_hard_loss (loss, divergence, cross-entropy).
 Distilled: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
-
-
-class Model(NamedTuple):
-    hidden: Tensor  # (..., H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
 
 
 class DistillationLoss(torch.nn.Module):
@@ -50,8 +44,8 @@ class DistillationLoss(torch.nn.Module):
         self.chunk_size = chunk_size
         self.return_soft_hard_loss = return_soft_hard_loss
 
-    def divergence(self, student: Model, teacher: Model, mask: Tensor) -> Tensor:
-        """Shaped like ``mask``, 0 where that is False."""
+    def divergence(self, *models: Tensor, **biases: Any) -> Tensor:
+        """(...), 0 where the mask is False, of what ``linear_divergence`` takes."""
         raise NotImplementedError
 
     def forward(
@@ -85,9 +79,16 @@ class DistillationLoss(torch.nn.Module):
         check_tokens("teacher", teacher_input, teacher_weight, true_labels)
         mask = true_labels != self.ignore_index
         tokens = mask.sum().clamp(min=1)
-        student = Model(student_input, student_weight, student_bias)
-        teacher = Model(teacher_input, teacher_weight, teacher_bias)
-        soft = self.divergence(student, teacher, mask).sum() / tokens
+        divergence = self.divergence(
+            student_input,
+            student_weight,
+            teacher_input,
+            teacher_weight,
+            mask,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+        )
+        soft = divergence.sum() / tokens
         loss, hard = self.weight_soft_loss * soft, soft.new_zeros(())
         if self.weight_hard_loss or self.return_soft_hard_loss:
             scores = linear_logprob(

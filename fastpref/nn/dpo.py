@@ -8,28 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import objectives
-from ..objectives import Objective
+from ..objectives.registry import loss_types, registered
 from .checks import check_reference
 from .paired import PairedLoss, Results, check_pairs
 
-# By the names that trainers have for them.
-LOSS_TYPES = {
-    "sigmoid": "dpo",
-    "hinge": "hinge",
-    "ipo": "ipo",
-    "exo_pair": "exo_pair",
-    "nca_pair": "nca_pair",
-    "robust": "robust_dpo",
-    "bco_pair": "bco_pair",
-    "sppo_hard": "sppo_hard",
-    "aot": "aot",
-    "aot_unpaired": "aot_unpaired",
-    "apo_zero": "apo_zero",
-    "apo_down": "apo_down",
-    "discopop": "discopop",
-    "sigmoid_norm": "sigmoid_norm",
-}
+LOSS_TYPES = loss_types("pair")
 
 
 class FusedLinearDPOLoss(PairedLoss):
@@ -76,24 +59,24 @@ class FusedLinearDPOLoss(PairedLoss):
         self.loss_type = loss_type
         self.label_smoothing = label_smoothing
         self.discopop_tau = discopop_tau
-        self.configure()
+        self.check_configuration()
 
-    def make_objective(self) -> Objective:
+    def configuration(self) -> tuple[str, dict[str, Any]]:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"
             )
-        objective = objectives.get(LOSS_TYPES[self.loss_type], beta=self.beta)
-        if self.loss_type == "discopop":
-            objective = objective.replace(tau=self.discopop_tau)
-        if "label_smoothing" in objective.hyperparameters:
-            return objective.replace(label_smoothing=self.label_smoothing)
-        if self.label_smoothing:
+        name, hyperparameters = LOSS_TYPES[self.loss_type], {"beta": self.beta}
+        if name == "discopop":
+            hyperparameters["tau"] = self.discopop_tau
+        if "label_smoothing" in registered(name).signature.hyperparameters:
+            hyperparameters["label_smoothing"] = self.label_smoothing
+        elif self.label_smoothing:
             raise ValueError(
                 f"label_smoothing is no part of loss_type={self.loss_type!r}, got "
                 f"{self.label_smoothing!r}; leave it 0"
             )
-        return objective
+        return name, hyperparameters
 
     def forward(
         self,
@@ -131,5 +114,6 @@ class FusedLinearDPOLoss(PairedLoss):
                 "ref_bias": ref_bias,
             }
         else:
-            reference = {"ref_logps": torch.zeros(target.shape, device=target.device)}
+            zeros = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
+            reference = {"ref_logps": zeros}
         return self.run(lin_weight, _input, target, bias, **reference)

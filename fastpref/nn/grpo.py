@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -11,16 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import objectives
-from ..objectives import Objective
+from ..objectives.registry import loss_types, registered
 from ..preference import preference_loss
 from .checks import check_head, check_reference, check_rows
-from .configured import Configured
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+LOSS_TYPES = loss_types("token")
 IGNORE_INDEX = -100
 
 
-class FusedLinearGRPOLoss(Configured):
+class FusedLinearGRPOLoss(torch.nn.Module):
     """Takes what Liger-Kernel 0.8.5's LigerFusedLinearGRPOLoss takes.
 
     The loss of "luspo" is a mean over responses of sums over their scored tokens, padding or not.
@@ -32,7 +30,7 @@ class FusedLinearGRPOLoss(Configured):
         compiled, chunk_size: without effect.
         use_ref_model: whether ``forward`` takes a reference; without one the divergence is 0.
         epsilon_low, epsilon_high: the clip range; ``epsilon_high`` of "cispo" bounds the ratio.
-        loss_type: one of ``LOSS_TYPES``.
+        loss_type: a key of ``LOSS_TYPES``.
         max_completion_length: what "dr_grpo" divides by, and needs.
         importance_sampling_level: "token", or "sequence" for the losses that clip.
         sapo_temperature_pos, sapo_temperature_neg: of "sapo".
@@ -85,9 +83,14 @@ class FusedLinearGRPOLoss(Configured):
         self.vespo_lambda_pos = vespo_lambda_pos
         self.vespo_k_neg = vespo_k_neg
         self.vespo_lambda_neg = vespo_lambda_neg
-        self.configure()
+        name, hyperparameters = self.configuration()
+        objectives.get(name, **hyperparameters)
 
-    def make_objective(self) -> Objective:
+    def configuration(self) -> tuple[str, dict[str, Any]]:
+        """The name of the objective and its hyperparameters, as the attributes are now.
+
+        Raises ValueError where these do not go together.
+        """
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"
@@ -107,7 +110,8 @@ class FusedLinearGRPOLoss(Configured):
             "lambda_positive": self.vespo_lambda_pos,
             "lambda_negative": self.vespo_lambda_neg,
         }
-        known = inspect.signature(getattr(objectives, self.loss_type)).parameters
+        name = LOSS_TYPES[self.loss_type]
+        known = registered(name).signature.hyperparameters
         if "delta" not in known:
             self._check_unclipped()
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
@@ -115,8 +119,7 @@ class FusedLinearGRPOLoss(Configured):
                 "loss_type='dr_grpo' divides by max_completion_length, got None; pass the longest "
                 "completion that the sampler may return"
             )
-        taken = {name: value for name, value in settings.items() if name in known}
-        return objectives.get(self.loss_type, **taken)
+        return name, {key: value for key, value in settings.items() if key in known}
 
     def _check_unclipped(self) -> None:
         if self.importance_sampling_level != "token":
@@ -180,11 +183,12 @@ class FusedLinearGRPOLoss(Configured):
         if old_per_token_logps is not None:
             check_rows("old_per_token_logps", old_per_token_logps, shape)
             extras["old_token_logp"] = old_per_token_logps
+        name, hyperparameters = self.configuration()
         output = preference_loss(
             _input,
             lin_weight,
             torch.where(scored, selected_token_ids, IGNORE_INDEX),
-            self.objective,
+            name,
             bias=bias,
             ignore_index=IGNORE_INDEX,
             temperature=self.temperature,
@@ -193,6 +197,7 @@ class FusedLinearGRPOLoss(Configured):
             **self._reference(
                 ref_per_token_logps, ref_input, ref_weight, ref_bias, selected_token_ids
             ),
+            **hyperparameters,
         )
         clipped = output.metrics["clip_ratio/region_mean"]
         if self.beta == 0:

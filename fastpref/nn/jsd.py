@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..scoring import linear_divergence
-from .distillation import DistillationLoss, Model
+from .distillation import DistillationLoss
 
 
 class FusedLinearJSDLoss(DistillationLoss):
@@ -54,16 +56,8 @@ class FusedLinearJSDLoss(DistillationLoss):
         if not 0 <= beta <= 1:
             raise ValueError(f"beta must be in [0, 1], the share of the teacher, got {beta!r}")
 
-    def divergence(self, student: Model, teacher: Model, mask: Tensor) -> Tensor:
+    def divergence(self, *models: Tensor, **biases: Any) -> Tensor:
+        beta, temperature = self.beta, self.temperature
         return linear_divergence(
-            student.hidden,
-            student.weight,
-            teacher.hidden,
-            teacher.weight,
-            mask,
-            divergence="jsd",
-            beta=self.beta,
-            temperature=self.temperature,
-            student_bias=student.bias,
-            teacher_bias=teacher.bias,
+            *models, divergence="jsd", beta=beta, temperature=temperature, **biases
         )

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import objectives
-from ..objectives import Objective
 from ..objectives.reference_free import log_odds_ratio
 from .checks import check_rows
 from .paired import PairedLoss, Pairs, Results, check_pairs
@@ -40,11 +40,11 @@ class FusedLinearORPOLoss(PairedLoss):
     ) -> None:
         super().__init__(ignore_index, 1.0, compute_nll_loss, True, compiled, chunk_size)
         self.beta = beta
-        self.configure()
+        self.check_configuration()
 
-    def make_objective(self) -> Objective:
+    def configuration(self) -> tuple[str, dict[str, Any]]:
         # Its own likelihood term is a mean over responses, not over all their tokens.
-        return objectives.get("orpo", beta=self.beta, sft_weight=0.0)
+        return "orpo", {"beta": self.beta, "sft_weight": 0.0}
 
     def forward(
         self,
@@ -68,13 +68,14 @@ class FusedLinearORPOLoss(PairedLoss):
         ours, theirs = target[:chosen], nll_target[:chosen]
         shared = ((ours == self.ignore_index) | (ours == theirs)).all(-1)
         rest = torch.where(shared[:, None] & (ours == theirs), self.ignore_index, theirs)
+        places = torch.arange(rows, dtype=torch.int64, device=target.device)
         pairs = self.evaluate(
-            self.objective,
             lin_weight,
             torch.cat([_input, _input[:chosen]]),
             torch.cat([target, rest]),
             bias,
-            layout=torch.arange(rows, device=target.device).view(2, chosen).t(),
+            with_likelihood=False,
+            layout=places.view(2, chosen).t(),
         )
         logps = torch.where(shared, pairs.sums[:chosen], 0) + pairs.sums[rows:]
         tokens = (theirs != self.ignore_index).sum()

@@ -4,26 +4,51 @@ from the same log-probabilities, and the tuple they return."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..objectives import Objective
-from ..objectives.registry import Composite, Reduction
+from .. import objectives
+from ..objectives.modifiers import Modifier
+from ..objectives.registry import catalogue, registered
 from ..objectives.results import Losses
-from ..objectives.signature import ExtraFacts, Signature
+from ..objectives.signature import ExtraFacts
 from ..preference import PreferenceOutput, preference_loss
 from .checks import check_head
-from .configured import Configured
 
 # The loss, then: chosen_logps (P,), rejected_logps (P,), mean logit of the chosen and of the
 # rejected responses, the likelihood term, chosen_rewards (P,), rejected_rewards (P,), and what a
 # loss adds to these.
-SHARES = "likelihood_shares"  # the extra of an objective with its likelihood term
 Results: TypeAlias = tuple[Tensor, tuple[Tensor, ...]]
+
+SHARES = "likelihood_shares"  # the extra of an objective with its likelihood term
+
+
+@dataclass(frozen=True)
+class _WithLikelihood(Modifier):
+    """An objective with a share of the chosen responses' mean negative log-likelihood in its
+    losses. As a term beside them it would have the head scored again where the gradient of the
+    losses is taken while they are scored."""
+
+    @property
+    def __name__(self) -> str:
+        return self.objectives[0].name
+
+    def own_extras(self) -> Mapping[str, ExtraFacts]:
+        return {SHARES: ExtraFacts(shapes=("logps",))}
+
+    def __call__(self, *logps: Tensor | None, **extras: Any) -> Losses:
+        result: Losses = self.results(logps, extras)[0]
+        return result._replace(losses=result.losses - extras[SHARES] * logps[0])
+
+
+# By name, and made here: torch.compile cannot trace how an Objective is made.
+_WITH_LIKELIHOOD = {
+    one.name: _WithLikelihood((one,)).as_objective() for one in catalogue() if one.unit == "pair"
+}
 
 
 class Pairs(NamedTuple):
@@ -44,14 +69,13 @@ class Pairs(NamedTuple):
         return -self.halves(self.sums)[0].sum() / tokens.clamp(min=1)
 
 
-class PairedLoss(Configured):
+class PairedLoss(torch.nn.Module):
     """Base of the losses on chosen rows followed by as many rejected ones.
 
     ``average_log_prob`` turns the sums of log-probabilities that are compared and returned into
-    means over tokens. Mean logits are those of the scored tokens.
+    means over tokens. Mean logits are those of the scored tokens. Attributes may change after
+    construction: every call reads them.
     """
-
-    whole: Objective
 
     def __init__(
         self,
@@ -70,33 +94,46 @@ class PairedLoss(Configured):
         self.compiled = compiled
         self.chunk_size = chunk_size
 
-    def configure(self) -> None:
-        super().configure()
-        whole = _with_likelihood(self.objective) if self.compute_nll_loss else self.objective
-        self.__dict__["whole"] = whole  # what the pairs are compared by, with the likelihood term
+    def configuration(self) -> tuple[str, dict[str, Any]]:
+        """The name of the objective and its hyperparameters, as the attributes are now.
+
+        Raises ValueError where these do not go together.
+        """
+        raise NotImplementedError
+
+    def check_configuration(self) -> None:
+        """Raise ValueError or TypeError unless there is such an objective."""
+        name, hyperparameters = self.configuration()
+        objectives.get(name, **hyperparameters)
 
     def run(
         self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, **keywords: Any
     ) -> Results:
         """The whole of a loss whose likelihood term is that of the targets themselves."""
-        if self.compute_nll_loss:
-            keywords["extras"] = {SHARES: self._shares(target)}
-        pairs = self.evaluate(self.whole, weight, hidden, target, bias, **keywords)
-        return self.results(pairs, pairs.output.loss, self._nll(pairs))
+        adds = self.compute_nll_loss
+        pairs = self.evaluate(weight, hidden, target, bias, with_likelihood=adds, **keywords)
+        loss = pairs.output.loss
+        return self.results(pairs, loss, pairs.nll() if adds else loss.new_zeros(()))
 
     def evaluate(
         self,
-        objective: Objective,
         weight: Tensor,
         hidden: Tensor,
         target: Tensor,
         bias: Tensor | None,
+        *,
+        with_likelihood: bool,
         **keywords: Any,
     ) -> Pairs:
         """The one pass. ``keywords`` are those of ``preference_loss``."""
-        lengths, token_weights = self._lengths(target), None
-        if self._weighs_tokens(objective):
+        name, hyperparameters = self.configuration()
+        objective = _WITH_LIKELIHOOD[name] if with_likelihood else registered(name)
+        lengths, token_weights = (target != self.ignore_index).sum(-1), None
+        averages = self.average_log_prob and objective.reduction == "sum"
+        if averages:
             token_weights = lengths.clamp(min=1).double().reciprocal()[:, None].expand_as(target)
+        if with_likelihood:
+            keywords["extras"] = {SHARES: self._shares(lengths, averages)}
         output = preference_loss(
             hidden,
             weight,
@@ -107,11 +144,13 @@ class PairedLoss(Configured):
             token_weights=token_weights,
             outputs=("mean_logits",),
             **keywords,
+            **hyperparameters,
         )
         sums = output.logps if token_weights is None else output.logps * lengths
         return Pairs(output.losses.shape[0], output, sums, lengths)
 
     def results(self, pairs: Pairs, loss: Tensor, nll: Tensor) -> Results:
+        """The tuple that is returned."""
         output, shown = pairs.output, pairs.sums
         if self.average_log_prob:
             shown = shown / pairs.lengths.clamp(min=1)
@@ -119,70 +158,12 @@ class PairedLoss(Configured):
         rewards = output.chosen_rewards, output.rejected_rewards
         return loss, (*pairs.halves(shown), *logits, nll, *rewards)
 
-    def _nll(self, pairs: Pairs) -> Tensor:
-        return pairs.nll() if self.compute_nll_loss else pairs.output.loss.new_zeros(())
-
-    def _lengths(self, target: Tensor) -> Tensor:
-        return (target != self.ignore_index).sum(-1)
-
-    def _weighs_tokens(self, objective: Objective) -> bool:
-        """Whether means have to be made of the sums that the objective compares."""
-        return self.average_log_prob and objective.reduction == "sum"
-
-    def _shares(self, target: Tensor) -> Tensor:
-        """(P,), factors that turn the chosen log-probabilities into shares of ``alpha`` times their
-        mean over all tokens."""
-        lengths = self._lengths(target).chunk(2)[0].double()
-        shares = self.alpha * len(lengths) / lengths.sum().clamp(min=1)
-        weighs = self._weighs_tokens(self.objective)
-        return shares * (lengths if weighs else torch.ones_like(lengths))
-
-
-def _with_likelihood(objective: Objective) -> Objective:
-    return Objective(
-        _WithLikelihood(objective),
-        unit="pair",
-        scope=objective.scope,
-        needs_reference=objective.needs_reference,
-    )
-
-
-@dataclass(frozen=True)
-class _WithLikelihood(Composite):
-    """An objective and, in the losses, a share of the chosen responses' mean negative
-    log-likelihood: apart from them its gradient would have the head scored again where the losses'
-    is taken while they are scored."""
-
-    objective: Objective
-    signature: Signature = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        signature, settings = self.objective.signature, self.objective.hyperparameters
-        known = {
-            name: dataclasses.replace(one, default=settings[name])
-            for name, one in signature.hyperparameters.items()
-        }
-        extras = {**signature.extras, SHARES: ExtraFacts(shapes=("logps",))}
-        signature = dataclasses.replace(signature, hyperparameters=known, extras=extras)
-        object.__setattr__(self, "signature", signature)
-
-    @property
-    def __name__(self) -> str:
-        return self.objective.name
-
-    @property
-    def reduction(self) -> Reduction:
-        return self.objective.reduction
-
-    def __call__(self, *logps: Tensor | None, **keywords: Any) -> Losses:
-        shares = keywords.pop(SHARES)
-        result, chosen = self.objective(*logps, **keywords), logps[0]
-        if chosen is None:
-            raise RuntimeError("the log-probabilities were checked before")
-        return result._replace(losses=result.losses - shares * chosen)
-
-    def replace(self, **hyperparameters: Any) -> _WithLikelihood:
-        return dataclasses.replace(self, objective=self.objective.replace(**hyperparameters))
+    def _shares(self, lengths: Tensor, averages: bool) -> Tensor:
+        """(P,), factors that turn the chosen log-probabilities, means where ``averages``, into
+        shares of ``alpha`` times their mean over all tokens."""
+        chosen = lengths.chunk(2)[0].double()
+        shares = self.alpha * len(chosen) / chosen.sum().clamp(min=1)
+        return shares * (chosen if averages else torch.ones_like(chosen))
 
 
 def check_pairs(weight: Tensor, hidden: Tensor, target: Tensor) -> None:

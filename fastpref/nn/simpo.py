@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from .. import objectives
-from ..objectives import Objective
 from .paired import PairedLoss, Results, check_pairs
 
 
@@ -42,11 +42,11 @@ class FusedLinearSimPOLoss(PairedLoss):
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.gamma = gamma
-        self.configure()
+        self.check_configuration()
 
-    def make_objective(self) -> Objective:
+    def configuration(self) -> tuple[str, dict[str, Any]]:
         smoothing = self.label_smoothing
-        return objectives.get("simpo", beta=self.beta, gamma=self.gamma, label_smoothing=smoothing)
+        return "simpo", {"beta": self.beta, "gamma": self.gamma, "label_smoothing": smoothing}
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None

@@ -38,7 +38,7 @@ Perturbation: TypeAlias = Annotated[
 ]
 
 
-@objective(unit="pair", scope="running", needs_reference=True)
+@objective(unit="pair", scope="running", needs_reference=True, loss_type="bco_pair")
 def bco_pair(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -62,7 +62,7 @@ def bco_pair(
     return PairLosses(losses, chosen, rejected)
 
 
-@objective(unit="pair", scope="batch", needs_reference=True)
+@objective(unit="pair", scope="batch", needs_reference=True, loss_per_unit=False, loss_type="aot")
 def aot(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -89,7 +89,9 @@ def aot(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="batch", needs_reference=True)
+@objective(
+    unit="pair", scope="batch", needs_reference=True, loss_per_unit=False, loss_type="aot_unpaired"
+)
 def aot_unpaired(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -120,7 +122,7 @@ def _sorted(values: Tensor, group: Group) -> Tensor:
     return own(torch.sort(gather(values, group), stable=True).values, group)
 
 
-@objective(unit="pair", scope="batch", needs_reference=True)
+@objective(unit="pair", scope="batch", needs_reference=True, loss_per_unit=False)
 def dr_dpo(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,

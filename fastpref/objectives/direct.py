@@ -37,7 +37,7 @@ from .terms import (
 )
 
 
-@objective(unit="pair", scope="pair", needs_reference=True)
+@objective(unit="pair", scope="pair", needs_reference=True, loss_type="sigmoid")
 def dpo(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -62,7 +62,7 @@ def dpo(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="pair", needs_reference=True)
+@objective(unit="pair", scope="pair", needs_reference=True, loss_type="robust")
 def robust_dpo(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -87,7 +87,7 @@ def robust_dpo(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="pair", needs_reference=True, reduction="mean")
+@objective(unit="pair", scope="pair", needs_reference=True, reduction="mean", loss_type="ipo")
 def ipo(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -118,7 +118,7 @@ def ipo(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="pair", needs_reference=True)
+@objective(unit="pair", scope="pair", needs_reference=True, loss_type="hinge")
 def hinge(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -146,7 +146,7 @@ TargetSmoothing: TypeAlias = Annotated[
 ]
 
 
-@objective(unit="pair", scope="pair", needs_reference=True)
+@objective(unit="pair", scope="pair", needs_reference=True, loss_type="exo_pair")
 def exo_pair(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -172,7 +172,7 @@ def exo_pair(
     return PairLosses(won + lost, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="pair", needs_reference=True)
+@objective(unit="pair", scope="pair", needs_reference=True, loss_type="discopop")
 def discopop(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -200,7 +200,9 @@ def discopop(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="pair", needs_reference=True, reduction="mean")
+@objective(
+    unit="pair", scope="pair", needs_reference=True, reduction="mean", loss_type="sigmoid_norm"
+)
 def sigmoid_norm(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,

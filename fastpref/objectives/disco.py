@@ -50,7 +50,7 @@ def group_advantages(
     return advantages / (torch.sqrt(squares / (same.sum(-1) - 1).clamp(min=1)) + 1e-4)
 
 
-@objective(unit="token", scope="batch", needs_reference=False)
+@objective(unit="token", scope="batch", needs_reference=False, loss_per_unit=False)
 def disco(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,
@@ -122,7 +122,7 @@ def _discrimination(scores: Tensor, rewards: Tensor, group_ids: Tensor, tau: flo
         soft_mean = best + tau * torch.log1p(growth)
     compared = positive & (num_negatives > 0)
     gains = torch.where(compared, scores - soft_mean, 0) / num_positives.clamp(min=1)
-    places = torch.arange(group_ids.shape[0], device=group_ids.device)
+    places = torch.arange(group_ids.shape[0], dtype=torch.int64, device=group_ids.device)
     seen_before = (same & (places < places[:, None])).any(-1)
     return gains.sum() / (~seen_before).sum()
 

@@ -20,16 +20,14 @@ from .signature import (
     Extra,
     ExtraFacts,
     NotNegative,
+    NotNegativeExtra,
     Positive,
     PositiveExtra,
     Probabilities,
 )
 from .terms import bradley_terry_nll, log_ratio, mallows_dispersion, softplus
 
-VisitCounts: TypeAlias = Annotated[
-    Tensor, ExtraFacts(shapes=("logps",), domain=Domain(low=0.0, includes=(0.0,)))
-]
-RelativeEntropy: TypeAlias = Annotated[
+NormalisedEntropy: TypeAlias = Annotated[
     Tensor, ExtraFacts(shapes=("logps",), filled=True, domain=Domain(0.0, 1.0))
 ]
 Damping: TypeAlias = Annotated[
@@ -234,7 +232,7 @@ def mallows_po(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    ref_entropy: RelativeEntropy,
+    ref_entropy: NormalisedEntropy,
     beta: Positive = 0.1,
     phi: Positive = 0.29,
     loss: Literal["dpo", "ipo"] = "dpo",
@@ -262,8 +260,8 @@ def mcts_dpo(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    chosen_q_values: VisitCounts,
-    rejected_q_values: VisitCounts,
+    chosen_q_values: NotNegativeExtra,
+    rejected_q_values: NotNegativeExtra,
     beta: Positive = 0.1,
     loss: Literal["sigmoid", "ipo"] = "sigmoid",
 ) -> PairLosses:

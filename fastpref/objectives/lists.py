@@ -12,7 +12,7 @@ from torch import Tensor
 from .terms import softplus
 
 
-def keep(values: Tensor, mask: Tensor | None) -> Tensor:
+def masked(values: Tensor, mask: Tensor | None) -> Tensor:
     """``values``, 0 where absent."""
     return values if mask is None else torch.where(mask.bool(), values, 0)
 
@@ -50,7 +50,7 @@ def ranked_before(scores: Tensor | None, ranks: Tensor | None, members: Tensor) 
             "the order of a list is given by scores (larger is better) or ranks (1 = best), "
             f"exactly one of them, got {'neither' if scores is None else 'both'}"
         )
-    place = torch.arange(members.shape[-1], device=members.device)
+    place = torch.arange(members.shape[-1], dtype=torch.int64, device=members.device)
     earlier = place.unsqueeze(-1) < place
     return pairs(members) & ((here > there) | ((here == there) & earlier))
 

@@ -37,7 +37,7 @@ def plackett_luce(
     Rafailov et al. 2023, arXiv:2305.18290, appendix A.3. DPO for a list of two. Summed over places,
     not averaged.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     order = lists.ranked_before(scores, ranks, lists.compared(mask, rewards))
     return ListLosses(lists.plackett_luce_nll(rewards, order), rewards)
 
@@ -58,7 +58,7 @@ def softmax_dpo(
 
     Chen et al. 2024, arXiv:2406.09215. DPO for a list of two; the order of the others is unused.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     order = lists.ranked_before(scores, ranks, lists.compared(mask, rewards))
     losses = softplus(lists.lse_gap(rewards, order))
     return ListLosses(torch.where(lists.first(order), losses, 0).sum(-1), rewards)
@@ -87,7 +87,7 @@ def adpo(
     rewards are x / tau. Scores are used as given: the paper standardises them in each list. DPO at
     beta 1 / tau for a list of two and a one-hot target.
     """
-    rewards = lists.keep(log_ratio(policy_logps, ref_logps) / tau, mask)
+    rewards = lists.masked(log_ratio(policy_logps, ref_logps) / tau, mask)
     members = lists.compared(mask, rewards)
     if target_probs is not None and scores is None:
         target = lists.numbers(target_probs, members, rewards)
@@ -125,7 +125,7 @@ def nca(
     Chen et al. 2024, arXiv:2402.05369. ``alpha`` divides, as in the authors' code, which calls
     it the inverse of the paper's. Its default was not confirmed there: that has 1e-3 and 1e-4.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     target = lists.softmax(lists.numbers(scores, members, rewards) / alpha, members)
     attraction = (target * softplus(-rewards)).sum(-1)
@@ -150,7 +150,7 @@ def info_nca(
     it the inverse of the paper's. Its default was not confirmed there: that has 1e-3 and 1e-4. The
     loss of ``adpo`` at tau = 1 / beta and target_tau = alpha; softmax DPO as alpha goes to 0.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     target = lists.softmax(lists.numbers(scores, members, rewards) / alpha, members)
     losses = -(target * lists.log_softmax(rewards, members)).sum(-1)
@@ -175,7 +175,7 @@ def exo_listwise(
     Ji et al. 2024, arXiv:2402.00856 (EXO on rewards; beta and tau are their beta_pi and
     beta_r). The default of ``tau`` was not confirmed at the source.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     log_policy = lists.log_softmax(rewards, members)
     log_target = lists.log_softmax(lists.numbers(scores, members, rewards) / tau, members)
@@ -202,7 +202,7 @@ def irpo(
     response, its K entries the summed log-probabilities of N segments; ``ranks`` are their places
     in it, by default in order. log(N - 1) is the authors' code, ``normalize=False`` the paper.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     places = torch.where(members, members.cumsum(-1) if ranks is None else ranks, 1)
     relevance = lists.gains(lists.numbers(scores, members, rewards))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives made of others: one with weighted pairs, or a weighted sum of several.
 
-Both return an ``Objective``, which runs, compares, copies and pickles like any other. Its
-hyperparameters are those of its parts: one that all parts that have it hold at the same value is
-set in all of them by ``replace``; others are set before. Its extras are the union of theirs.
+Both return an ``Objective``, which runs, compares, copies and pickles like any other. It takes the
+extras of all its parts. Its hyperparameters are those on which all parts that have them agree:
+``replace`` sets them in each of these parts. Others are set in the parts beforehand.
 """
 
 import dataclasses
@@ -25,10 +25,6 @@ _WEIGHTS = {
     for name in ("chosen_weights", "rejected_weights")
 }
 _WEIGHT = Hyperparameter(None, Domain(low=0.0))
-_ABSENT = object()
-
-# Losses that are sorted or repeated belong to no pair.
-_NOT_OF_PAIRS = ("aot", "aot_unpaired", "dr_dpo")
 
 
 def wpo(objective: Part, *, clamp: bool = True) -> Objective:
@@ -57,12 +53,12 @@ def wpo(objective: Part, *, clamp: bool = True) -> Objective:
         raise TypeError(f"clamp must be a bool, got {type(clamp).__name__}")
     if part.unit != "pair":
         raise ValueError(f"wpo weighs pairs, but {part.name} has unit {part.unit!r}")
-    unpaired = [inner.name for inner in _parts(part) if inner.name in _NOT_OF_PAIRS]
-    if unpaired:
-        raise ValueError(
-            f"wpo weighs pairs, but the losses of {unpaired[0]} are sorted or those of a batch"
-        )
-    return _made(_Weighted((part,), clamp), at_least="pair")
+    for inner in _parts(part):
+        if inner.registration is not None and not inner.registration.loss_per_unit:
+            raise ValueError(
+                f"wpo weighs pairs, but the losses of {inner.name} are sorted or those of a batch"
+            )
+    return _Weighted((part,), clamp).as_objective(at_least="pair")
 
 
 def combine(objectives: Sequence[Part], weights: Sequence[float]) -> Objective:
@@ -99,12 +95,12 @@ def combine(objectives: Sequence[Part], weights: Sequence[float]) -> Objective:
     if len({part.unit for part in parts}) > 1:
         units = ", ".join(f"{part.name} {part.unit!r}" for part in parts)
         raise ValueError(f"objectives must have the same unit, got {units}")
-    return _made(_Combined(parts, tuple(weights)))
+    return _Combined(parts, tuple(weights)).as_objective()
 
 
 @dataclass(frozen=True)
-class _Modified(Composite):
-    """What ``wpo`` and ``combine`` make an ``Objective`` of."""
+class Modifier(Composite):
+    """Base of the modifiers, applied to objectives: their signatures together, their results."""
 
     objectives: tuple[Objective, ...]
     signature: Signature = field(init=False, repr=False, compare=False)
@@ -113,14 +109,25 @@ class _Modified(Composite):
         object.__setattr__(self, "signature", _union(self.objectives, self.own_extras()))
 
     def own_extras(self) -> Mapping[str, ExtraFacts]:
+        """What it takes beside theirs."""
         return {}
+
+    def as_objective(self, at_least: Scope = "unit") -> Objective:
+        """Its scope is the widest of its objectives; it needs a reference if one of them does."""
+        scopes = [at_least, *(part.scope for part in self.objectives)]
+        return Objective(
+            self,
+            unit=self.objectives[0].unit,
+            scope=max(scopes, key=SCOPES.index),
+            needs_reference=any(part.needs_reference for part in self.objectives),
+        )
 
     @property
     def reduction(self) -> Reduction:
         """That of the first part, whose rewards are shown."""
         return self.objectives[0].reduction
 
-    def replace(self, **hyperparameters: Any) -> "_Modified":
+    def replace(self, **hyperparameters: Any) -> "Modifier":
         parts = []
         for part in self.objectives:
             known = part.signature.hyperparameters
@@ -129,7 +136,7 @@ class _Modified(Composite):
         return dataclasses.replace(self, objectives=tuple(parts))
 
     def results(self, logps: tuple[Tensor | None, ...], keywords: Mapping[str, Any]) -> list[Any]:
-        """Of each part, on the log-probabilities and extras it takes."""
+        """Of each objective, on the log-probabilities and extras it takes."""
         names = self.signature.logps
         given = dict(zip(names, logps, strict=False)) | dict(keywords)
         ordered = [given.get(name) for name in names]
@@ -143,7 +150,7 @@ class _Modified(Composite):
 
 
 @dataclass(frozen=True)
-class _Weighted(_Modified):
+class _Weighted(Modifier):
     clamp: bool
 
     @property
@@ -162,7 +169,7 @@ class _Weighted(_Modified):
 
 
 @dataclass(frozen=True)
-class _Combined(_Modified):
+class _Combined(Modifier):
     weights: tuple[float, ...]
 
     @property
@@ -175,17 +182,6 @@ class _Combined(_Modified):
         losses = sum(weight * result.losses for weight, result in pairs)
         first: Losses = results[0]
         return first._replace(losses=losses)
-
-
-def _made(function: _Modified, at_least: Scope = "unit") -> Objective:
-    parts = function.objectives
-    scopes = [at_least, *(part.scope for part in parts)]
-    return Objective(
-        function,
-        unit=parts[0].unit,
-        scope=max(scopes, key=SCOPES.index),
-        needs_reference=any(part.needs_reference for part in parts),
-    )
 
 
 def _union(parts: tuple[Objective, ...], own: Mapping[str, ExtraFacts]) -> Signature:
@@ -204,20 +200,22 @@ def _union(parts: tuple[Objective, ...], own: Mapping[str, ExtraFacts]) -> Signa
         name: dataclasses.replace(known, default=part.hyperparameters[name])
         for part in parts
         for name, known in part.signature.hyperparameters.items()
-        if name not in extras and _agree([p.hyperparameters.get(name, _ABSENT) for p in parts])
+        if name not in extras and _agree(name, parts)
     }
     longest = max((part.signature.logps for part in parts), key=len)
     return Signature(longest, extras, hyperparameters)
 
 
-def _agree(values: list[Any]) -> bool:
-    first, *others = [value for value in values if value is not _ABSENT]
+def _agree(name: str, parts: tuple[Objective, ...]) -> bool:
+    """Whether all parts that have the hyperparameter hold the same value."""
+    known = [part.hyperparameters for part in parts]
+    first, *others = [values[name] for values in known if name in values]
     return all(one is first or (not isinstance(one, Tensor) and one == first) for one in others)
 
 
 def _parts(objective: Objective) -> Iterator[Objective]:
     """The objectives it is made of, itself if it is no composite."""
-    if isinstance(objective.function, _Modified):
+    if isinstance(objective.function, Modifier):
         for part in objective.function.objectives:
             yield from _parts(part)
     else:

@@ -32,8 +32,8 @@ class RunningMoments:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay!r}")
         self.decay = decay
-        self.mean = torch.tensor(0.0)
-        self.std = torch.tensor(0.0)
+        self.mean = torch.zeros((), dtype=torch.float32, device="cpu")
+        self.std = torch.zeros_like(self.mean)
         self.updates = 0
 
     def update(self, values: Tensor, dp_group: dist.ProcessGroup | None = None) -> None:

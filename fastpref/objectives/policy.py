@@ -42,7 +42,7 @@ SamplerRatio: TypeAlias = Annotated[
 ]
 
 
-@objective(unit="token", scope="unit", needs_reference=False)
+@objective(unit="token", scope="unit", needs_reference=False, loss_type="grpo")
 def grpo(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,
@@ -71,7 +71,7 @@ def grpo(
     return tokens.result(tokens.mean(values + tokens.penalty(beta)), is_clipped)
 
 
-@objective(unit="token", scope="batch", needs_reference=False)
+@objective(unit="token", scope="batch", needs_reference=False, loss_type="bnpo")
 def bnpo(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,
@@ -100,7 +100,7 @@ def bnpo(
     return tokens.result(tokens.batch_mean(values + tokens.penalty(beta)), is_clipped)
 
 
-@objective(unit="token", scope="unit", needs_reference=False)
+@objective(unit="token", scope="unit", needs_reference=False, loss_type="dr_grpo")
 def dr_grpo(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,
@@ -131,7 +131,7 @@ def dr_grpo(
     return tokens.result(sums / max_completion_length, is_clipped)
 
 
-@objective(unit="token", scope="batch", needs_reference=False)
+@objective(unit="token", scope="batch", needs_reference=False, loss_type="dapo")
 def dapo(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,
@@ -188,7 +188,7 @@ def gspo(
     return tokens.result(tokens.mean(values + tokens.penalty(beta)), is_clipped)
 
 
-@objective(unit="token", scope="batch", needs_reference=False)
+@objective(unit="token", scope="batch", needs_reference=False, loss_type="cispo")
 def cispo(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,
@@ -217,7 +217,7 @@ def cispo(
     return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group), is_clipped)
 
 
-@objective(unit="token", scope="unit", needs_reference=False)
+@objective(unit="token", scope="unit", needs_reference=False, loss_type="sapo")
 def sapo(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,
@@ -247,7 +247,7 @@ def sapo(
     return tokens.result(losses)
 
 
-@objective(unit="token", scope="unit", needs_reference=False)
+@objective(unit="token", scope="unit", needs_reference=False, loss_type="luspo")
 def luspo(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,
@@ -276,7 +276,7 @@ def luspo(
     return tokens.result((values + tokens.penalty(beta)).sum(-1), is_clipped)
 
 
-@objective(unit="token", scope="batch", needs_reference=False)
+@objective(unit="token", scope="batch", needs_reference=False, loss_type="vespo")
 def vespo(
     policy_token_logp: Tensor,
     old_token_logp: Tensor | None = None,

@@ -44,7 +44,7 @@ def lipo(
     places of u, without gradient. Equal scores make no pair; a list without gain has loss 0. The
     default of ``alpha`` (for "approx_ndcg") was not confirmed at the source.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     relevance = lists.numbers(scores, members, rewards)
     if variant == "lambda":
@@ -78,7 +78,7 @@ def rank_dpo(
     won) and r their ranks: LiPO ranks by the policy instead. Equal scores make no pair. The default
     beta was not confirmed at the source, nor was the logarithm, here the natural one.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     order = lists.ranked_before(scores, None, members)
     relevance = lists.numbers(scores, members, rewards)
@@ -104,7 +104,7 @@ def tpo(
     code's. The weights are those of LiPO, r the current places of u: the paper's were not seen, and
     its code leaves them out and, by a sign, drives the ranking loss up.
     """
-    rewards = lists.keep(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     order = lists.ranked_before(rewards.detach(), None, members)
     relevance = lists.numbers(scores, members, rewards)
@@ -132,7 +132,7 @@ def pro(
     multiplies by the gaps of the rewards, and has 0.05 (K - 1)^2 times the summed likelihood for
     SFT, so that the default ``sft_weight`` is not confirmed for this form. Ties keep input order.
     """
-    means = per_token(lists.keep(policy_logps, mask), lists.keep(lengths, mask))
+    means = per_token(lists.masked(policy_logps, mask), lists.masked(lengths, mask))
     rewards = means / tau
     order = lists.ranked_before(scores, ranks, lists.compared(mask, rewards))
     nll = torch.where(lists.first(order), -means, 0).sum(-1)
@@ -160,7 +160,7 @@ def rrhf(
     authors' code; the paper's is summed. Ties keep input order and so make a pair, which they do
     not in the paper. The gradient at the kink is 0.
     """
-    rewards = per_token(lists.keep(policy_logps, mask), lists.keep(lengths, mask))
+    rewards = per_token(lists.masked(policy_logps, mask), lists.masked(lengths, mask))
     order = lists.ranked_before(scores, ranks, lists.compared(mask, rewards))
     slack = torch.where(order, -lists.gaps(rewards), 0).relu()
     nll = torch.where(lists.first(order), -rewards, 0).sum(-1)

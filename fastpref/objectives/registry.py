@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives as values: a function, its hyperparameters, and what an engine must know to run it.
 
-``@objective(...)`` declares a function of this package and registers it under its name; ``get``
-makes a configured ``Objective``. Called through either, arguments are checked and results detached
-in one place, ``Objective.evaluate``, so a function's body holds its equation and nothing else.
+``@objective(...)`` registers a function of this package under its name, as one ``Registration``;
+``get`` makes an ``Objective`` of it. Called through either, arguments are checked and results
+detached in one place, ``Objective.evaluate``, so a function's body holds its equation and nothing
+else.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .results import ListLosses, Losses, PairLosses, TokenLosses, UnitLosses
-from .signature import POLICY_LOGPS, REQUIRED, ExtraFacts, Signature, Unit
+from .results import Losses, as_result
+from .signature import LOGPS, POLICY_LOGPS, REQUIRED, ExtraFacts, Signature, Unit
 
 Scope: TypeAlias = Literal["unit", "pair", "list", "batch", "running"]
 SCOPES: tuple[Scope, ...] = ("unit", "pair", "list", "batch", "running")  # narrow to wide
@@ -27,32 +28,20 @@ Reduction: TypeAlias = Literal["sum", "mean"]
 # Given all hyperparameters by name: why they cannot go together, or None when they can.
 Condition: TypeAlias = Callable[..., str | None]
 
-_RESULTS: Mapping[Unit, type[Any]] = {
-    "pair": PairLosses,
-    "unit": UnitLosses,
-    "list": ListLosses,
-    "token": TokenLosses,
-}
-_SHAPES: Mapping[Unit, tuple[str, int]] = {
+_LOGPS_SHAPES: Mapping[Unit, tuple[str, int]] = {  # and how many dimensions
     "pair": ("(P,)", 1),
     "unit": ("(B,)", 1),
     "list": ("(G, K)", 2),
     "token": ("(B, T)", 2),
 }
 
-_CATALOGUE: dict[str, "Objective"] = {}
-_FORMULAS: dict[Callable[..., Any], Callable[..., Any]] = {}  # public function -> as written
-_CONDITIONS: dict[Callable[..., Any], Condition] = {}
-_REDUCTIONS: dict[Callable[..., Any], Reduction] = {}
-_SIGNATURES: dict[Callable[..., Any], Signature] = {}  # parsing takes longer than a small loss
-
 P = ParamSpec("P")
 R = TypeVar("R", bound=Losses)
 
 
 class Composite(ABC):
-    """A function made of objectives (modifiers.py). It says its signature itself, and what is set
-    on it is set in them."""
+    """A function made of objectives, such as those of modifiers.py. Its hyperparameters are theirs,
+    set in them by ``replace``."""
 
     signature: Signature
 
@@ -62,12 +51,12 @@ class Composite(ABC):
         """As that of an ``Objective``."""
 
     @abstractmethod
-    def __call__(self, *logps: Tensor | None, **keywords: Any) -> Losses:
-        """As a function of its unit."""
+    def __call__(self, *logps: Tensor | None, **extras: Any) -> Losses:
+        """As an ``Objective`` is called."""
 
     @abstractmethod
     def replace(self, **hyperparameters: Any) -> "Composite":
-        """The same with some hyperparameters changed, all of them known."""
+        """The same with some of its hyperparameters changed."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +87,16 @@ class Objective:
     signature: Signature = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.unit not in _RESULTS:
-            raise ValueError(f"unit must be one of {', '.join(_RESULTS)}, got {self.unit!r}")
+        if self.unit not in LOGPS:
+            raise ValueError(f"unit must be one of {', '.join(LOGPS)}, got {self.unit!r}")
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if isinstance(self.function, Composite):
             signature = self.function.signature
+        elif self.registration is not None:
+            signature = self.registration.objective.signature
         else:
-            signature = self._registered(_SIGNATURES) or Signature.of(self.function, self.unit)
+            signature = Signature.of(self.function, self.unit)
         object.__setattr__(self, "signature", signature)
         takes_reference = self.unit != "token" and len(signature.logps) > POLICY_LOGPS[self.unit]
         if self.needs_reference and not takes_reference:
@@ -122,6 +113,12 @@ class Objective:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     @property
+    def registration(self) -> "Registration | None":
+        """Of a function of this package; None of any other."""
+        found = _REGISTERED.get(self.name)
+        return found if found is not None and found.objective.function is self.function else None
+
+    @property
     def hyperparameters(self) -> dict[str, Any]:
         """Every hyperparameter with its value; a required one not yet set is ``REQUIRED``."""
         defaults = {name: p.default for name, p in self.signature.hyperparameters.items()}
@@ -133,9 +130,10 @@ class Objective:
         way, and for means the lengths beside them."""
         if isinstance(self.function, Composite):
             return self.function.reduction
-        declared = self._registered(_REDUCTIONS) or "sum"
+        if self.registration is None:
+            return "sum"
         chosen = self.hyperparameters.get("normalize", "mean")  # as ipo lets its user
-        return "mean" if declared == chosen == "mean" else "sum"
+        return "mean" if self.registration.reduction == chosen == "mean" else "sum"
 
     @property
     def extras(self) -> Mapping[str, ExtraFacts]:
@@ -165,12 +163,12 @@ class Objective:
     def evaluate(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Losses:
         """Check everything, run the formula in fp32 or fp64, and detach all but the losses."""
         args, logps = self.check(args, keywords)
-        formula = self._registered(_FORMULAS) or self.function
+        formula = self.function if self.registration is None else self.registration.formula
         result = formula(
             *map(upcast, args),
             **{name: self._prepared(name, value, logps[0]) for name, value in keywords.items()},
         )
-        return self._finished(result, [upcast(value) for value in logps])
+        return as_result(self.name, self.unit, result, [upcast(value) for value in logps])
 
     def check(
         self, args: tuple[Any, ...], keywords: Mapping[str, Any]
@@ -202,7 +200,7 @@ class Objective:
             if not self.needs_reference and value is not None and self.unit != "token":
                 raise ValueError(f"{self.name} takes no reference, got {name}; leave it None")
         shape = tuple(getattr(logps[0], "shape", ()))
-        expected, dimensions = _SHAPES[self.unit]
+        expected, dimensions = _LOGPS_SHAPES[self.unit]
         for name, value in zip(names, logps, strict=True):
             if value is None and name in names[policy:]:
                 continue
@@ -229,16 +227,13 @@ class Objective:
     def _check_hyperparameters(self, chosen: Mapping[str, Any]) -> None:
         for name, value in chosen.items():
             self.signature.hyperparameters[name].check(f"{self.name}: {name}", value)
-        values, condition = self.hyperparameters | dict(chosen), self._registered(_CONDITIONS)
+        condition = self.registration.condition if self.registration is not None else None
+        values = self.hyperparameters | dict(chosen)
         if condition is None or any(value is REQUIRED for value in values.values()):
             return
         reason = condition(**values)
         if reason is not None:
             raise ValueError(f"{self.name}: {reason}")
-
-    def _registered(self, by_function: Mapping[Callable[..., Any], Any]) -> Any:
-        # A composite is in no table, and torch.compile cannot hash it.
-        return None if isinstance(self.function, Composite) else by_function.get(self.function)
 
     def _prepared(self, name: str, value: Any, logps: Tensor) -> Any:
         facts = self.extras.get(name)
@@ -250,23 +245,31 @@ class Objective:
             value = value.to(upcast(logps).dtype)
         return upcast(value) if facts.differentiable else upcast(value).detach()
 
-    def _finished(self, result: Any, logps: list[Any]) -> Losses:
-        kind = _RESULTS[self.unit]
-        if isinstance(result, Tensor) and self.unit != "token":
-            result = (result, *_log_ratios(logps, POLICY_LOGPS[self.unit]))
-        if not isinstance(result, tuple) or len(result) != len(kind._fields):
-            raise TypeError(
-                f"{self.name} must return {kind.__name__}({', '.join(kind._fields)}), "
-                f"got {type(result).__name__}"
-            )
-        losses, *others = result
-        if losses.shape != logps[0].shape[:1]:
-            raise ValueError(
-                f"{self.name} must return one loss a {self.unit}, shape "
-                f"{tuple(logps[0].shape[:1])}, not reduced; got {tuple(losses.shape)}"
-            )
-        detached = (None if value is None else value.detach() for value in others)
-        return cast(Losses, kind(losses, *detached))
+
+@dataclass(frozen=True)
+class Registration:
+    """All that is known of an objective of this package.
+
+    Args:
+        objective: the function as it is called, its signature, unit and scope; nothing is set.
+        formula: the function as it is written.
+        reduction: whether it compares sums over a response or means over its tokens.
+        condition: on the hyperparameters together.
+        loss_per_unit: whether ``losses[i]`` is that of unit i; False where losses are sorted, or
+            one value of the batch is repeated.
+        loss_type: what TRL's trainer of its unit (DPO, KTO or GRPO) calls it, and Liger-Kernel
+            where it has it; None where TRL has it not.
+    """
+
+    objective: Objective
+    formula: Callable[..., Any]
+    reduction: Reduction
+    condition: Condition | None
+    loss_per_unit: bool
+    loss_type: str | None
+
+
+_REGISTERED: dict[str, Registration] = {}  # by name, in the order of the catalogue
 
 
 def objective(
@@ -276,21 +279,21 @@ def objective(
     needs_reference: bool,
     reduction: Reduction = "sum",
     condition: Condition | None = None,
+    loss_per_unit: bool = True,
+    loss_type: str | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Declare and register an objective of this package; the rest is in its signature."""
+    """Register an objective of this package: a ``Registration``, whose signature is the
+    function's own."""
 
     def register(formula: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(formula)
         def function(*args: P.args, **keywords: P.kwargs) -> R:
-            return cast(R, declared.evaluate(args, keywords))
+            return cast(R, plain.evaluate(args, keywords))
 
-        _REDUCTIONS[function] = reduction
-        if condition is not None:
-            _CONDITIONS[function] = condition
-        declared = Objective(function, unit=unit, scope=scope, needs_reference=needs_reference)
-        _FORMULAS[function] = formula
-        _SIGNATURES[function] = declared.signature
-        _CATALOGUE[declared.name] = declared
+        plain = Objective(function, unit=unit, scope=scope, needs_reference=needs_reference)
+        _REGISTERED[plain.name] = Registration(
+            plain, formula, reduction, condition, loss_per_unit, loss_type
+        )
         return function
 
     return register
@@ -307,23 +310,37 @@ def get(name: str, **hyperparameters: Any) -> Objective:
             f"name must be the name of an objective, got {type(name).__name__}; "
             "objectives.names() lists them all"
         )
-    if name not in _CATALOGUE:
-        close = difflib.get_close_matches(name, _CATALOGUE) or list(_CATALOGUE)
+    if name not in _REGISTERED:
+        close = difflib.get_close_matches(name, _REGISTERED) or list(_REGISTERED)
         raise ValueError(
             f"no objective is called {name!r}; perhaps {', '.join(close)}? "
             "objectives.names() lists them all"
         )
-    return _CATALOGUE[name].replace(**hyperparameters)
+    return registered(name).replace(**hyperparameters)
 
 
 def names() -> tuple[str, ...]:
     """The names of all objectives, in the order of the catalogue."""
-    return tuple(_CATALOGUE)
+    return tuple(_REGISTERED)
+
+
+def registered(name: str) -> Objective:
+    """The objective called ``name``, nothing set: a required hyperparameter has no value."""
+    return _REGISTERED[name].objective
 
 
 def catalogue() -> tuple[Objective, ...]:
-    """All objectives, as declared: a required hyperparameter is not set."""
-    return tuple(_CATALOGUE.values())
+    """All objectives, nothing set."""
+    return tuple(one.objective for one in _REGISTERED.values())
+
+
+def loss_types(unit: Unit) -> dict[str, str]:
+    """The objectives that TRL's trainer of ``unit`` has too: its ``loss_type`` -> their name."""
+    return {
+        one.loss_type: name
+        for name, one in _REGISTERED.items()
+        if one.objective.unit == unit and one.loss_type is not None
+    }
 
 
 def as_objective(
@@ -331,7 +348,7 @@ def as_objective(
 ) -> Objective:
     """What an engine was given, as an ``Objective``.
 
-    A name or a function of this package keeps its declared facts; any other callable is taken as
+    A name or a function of this package is what it is registered as; any other callable is taken as
     pairwise with scope "batch", which is right for every pairwise function.
     """
     if isinstance(objective, str):
@@ -342,8 +359,8 @@ def as_objective(
                 "objective must be a name, an Objective or a callable, "
                 f"got {type(objective).__name__}"
             )
-        declared = [known for known in _CATALOGUE.values() if known.function is objective]
-        objective = declared[0] if declared else Objective(objective, unit="pair", scope="batch")
+        found = [one for one in catalogue() if one.function is objective]
+        objective = found[0] if found else Objective(objective, unit="pair", scope="batch")
     return objective.replace(**hyperparameters)
 
 
@@ -355,13 +372,6 @@ def _refuse_unknown(objective: str, kind: str, given: Iterable[str], known: Iter
         if kind == "extra":
             hint = "; hyperparameters are set by objectives.get(name, ...) or .replace(...)"
         raise TypeError(f"{objective} has no {kind} {', '.join(unknown)}; it has: {valid}{hint}")
-
-
-def _log_ratios(logps: list[Any], policy: int) -> list[Any]:
-    """Policy minus reference; the policy's own log-probs where there is none."""
-    references = logps[policy:] or [None] * policy
-    pairs = zip(logps[:policy], references, strict=True)
-    return [p if ref is None else p - ref for p, ref in pairs]
 
 
 def upcast(value: Any) -> Any:

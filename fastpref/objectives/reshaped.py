@@ -20,7 +20,7 @@ from .signature import Domain, FilledWithGrad, NotNegative, Positive
 from .terms import log_ratio, saturating_exp, saturating_expm1, sft_term, softplus
 
 
-@objective(unit="pair", scope="pair", needs_reference=True)
+@objective(unit="pair", scope="pair", needs_reference=True, loss_type="nca_pair")
 def nca_pair(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -42,7 +42,7 @@ def nca_pair(
     return PairLosses(losses, chosen, rejected)
 
 
-@objective(unit="pair", scope="unit", needs_reference=True)
+@objective(unit="pair", scope="unit", needs_reference=True, loss_type="sppo_hard")
 def sppo_hard(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -65,7 +65,7 @@ def sppo_hard(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="unit", needs_reference=True)
+@objective(unit="pair", scope="unit", needs_reference=True, loss_type="apo_zero")
 def apo_zero(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -86,7 +86,7 @@ def apo_zero(
     return PairLosses(torch.sigmoid(-chosen) + torch.sigmoid(rejected), chosen, rejected)
 
 
-@objective(unit="pair", scope="pair", needs_reference=True)
+@objective(unit="pair", scope="pair", needs_reference=True, loss_type="apo_down")
 def apo_down(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,

@@ -17,7 +17,7 @@ from .signature import Extra, Filled, Finite, Group, Labels, Positive, PositiveP
 from .terms import log_ratio, per_token, softplus
 
 
-@objective(unit="unit", scope="batch", needs_reference=True)
+@objective(unit="unit", scope="batch", needs_reference=True, loss_type="kto")
 def kto(
     policy_logps: Tensor,
     ref_logps: Tensor | None = None,
@@ -82,7 +82,7 @@ def bco(
     return UnitLosses(losses, rewards)
 
 
-@objective(unit="unit", scope="unit", needs_reference=True)
+@objective(unit="unit", scope="unit", needs_reference=True, loss_type="apo_zero_unpaired")
 def apo_zero_unpaired(
     policy_logps: Tensor,
     ref_logps: Tensor | None = None,

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fastpref objectives``, and the README's copy of its tables."""
-
-from pathlib import Path
+"""``python -m fastpref objectives``."""
 
 import pytest
 
 from fastpref import objectives
 from fastpref.cli import objectives as command
 from fastpref.cli.main import main
-
-README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_every_objective_has_its_formula_and_its_paper() -> None:
@@ -22,12 +18,6 @@ def test_every_objective_has_its_formula_and_its_paper() -> None:
     assert all(80 >= len(row.loss.split("; ")[0]) for row in rows)
     simpo = next(row for row in rows if row.name == "simpo")
     assert simpo.loss == "softplus(-m) + eps m; m = beta (sbar_w - sbar_l) - gamma"
-
-
-def test_the_tables_of_the_readme_are_the_catalogue() -> None:
-    if not README.exists():
-        pytest.skip("not run from a checkout")
-    assert command.markdown() in README.read_text(encoding="utf-8")
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,8 +48,7 @@ def losses_of(tiny, pairs, tmp_path, objective):
 def test_same_losses_as_trl(tiny, pairs, tmp_path, name, monkeypatch):
     expected, trainer = losses_of(tiny, pairs, tmp_path, objectives.get(name))
     assert not isinstance(trainer, ObjectiveTrainer)
-    monkeypatch.setattr("fastpref.demo.objective.LOSS_TYPES", {})
-    monkeypatch.setattr("fastpref.demo.trainer.LOSS_TYPES", {})
+    monkeypatch.setattr("fastpref.demo.trainer.config_arguments", lambda objective: {})
     losses, trainer = losses_of(tiny, pairs, tmp_path, objectives.get(name))
     assert isinstance(trainer, PairTrainer)
     assert losses == pytest.approx(expected, rel=1e-4)

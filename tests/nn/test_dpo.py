@@ -150,11 +150,24 @@ def test_another_ignore_index_and_the_policys_head():
     close(FusedLinearDPOLoss()(**shared)[0], torch.tensor(2.0).log())
 
 
-def test_settings_may_change_later():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.7},
+        {"loss_type": "ipo"},
+        {"average_log_prob": True, "label_smoothing": 0.2},
+        {"compute_nll_loss": True, "alpha": 0.3},
+    ],
+)
+def test_settings_may_change_later(settings):
     module = FusedLinearDPOLoss()
-    module.beta = 0.7
+    for name, value in settings.items():
+        setattr(module, name, value)
     given = tensors()
-    close(module(**given)[0], FusedLinearDPOLoss(beta=0.7)(**given)[0])
+    assert torch.equal(module(**given)[0], FusedLinearDPOLoss(**settings)(**given)[0])
+    module.beta = -1.0
+    with pytest.raises(ValueError, match=r"beta must be > 0, got -1\.0"):
+        module(**given)
 
 
 CASES = {

@@ -184,6 +184,13 @@ def test_completions_without_tokens(loss_type):
     assert all((one == 0).all() for one in gradients(loss, given))
 
 
+def test_settings_may_change_later():
+    module, given = FusedLinearGRPOLoss(), batch()
+    module.loss_type, module.epsilon_high = "cispo", 1.1
+    expected, _ = FusedLinearGRPOLoss(loss_type="cispo", epsilon_high=1.1)(**given)
+    assert torch.equal(module(**given)[0], expected)
+
+
 CASES = {
     "unknown loss": ({"loss_type": "ppo"}, {}, "loss_type must be one of grpo, .* got 'ppo'"),
     "unknown level": (

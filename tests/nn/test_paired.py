@@ -5,7 +5,7 @@ numbers."""
 import pytest
 import torch
 
-from fastpref import ScoringOptions, explain
+from fastpref import ScoringOptions, explain, objectives
 from fastpref.nn import FusedLinearCPOLoss, FusedLinearDPOLoss, FusedLinearSimPOLoss, paired
 from tests.nn.peers import close, gradients, leaves, tensors
 
@@ -40,15 +40,14 @@ def test_batches_in_one_pass(case, monkeypatch):
 
 
 def test_an_objective_with_its_likelihood_is_one():
-    module = FusedLinearDPOLoss(compute_nll_loss=True)
-    given = tensors()
-    objective, plain = module.whole, module.objective
+    objective, plain = paired._WITH_LIKELIHOOD["dpo"], objectives.get("dpo")
     assert objective.name == "dpo" and objective.needs_reference
     sharper = objective.replace(beta=0.3)
     assert sharper.hyperparameters == plain.replace(beta=0.3).hyperparameters
     logps = -torch.rand(4, 3).double()
-    shares = module._shares(given["target"])
-    lengths = (given["target"] != -100).sum(-1)[:3]
+    lengths = (tensors()["target"] != -100).sum(-1)
+    shares = FusedLinearDPOLoss()._shares(lengths, averages=False)
+    lengths = lengths[:3]
     for whole, beta in ((objective, 0.1), (sharper, 0.3)):
         without = plain.replace(beta=beta)(*logps).losses
         losses = whole(*logps, likelihood_shares=shares).losses

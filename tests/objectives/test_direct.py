@@ -300,18 +300,18 @@ def test_rainbow_po_entropy_is_inside_its_bounds(entropy):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "name", "settings"),
+    ("name", "settings"),
     [
-        ("sigmoid", "dpo", {}),
-        ("hinge", "hinge", {}),
-        ("ipo", "ipo", {}),
-        ("robust", "robust_dpo", {"label_smoothing": 0.2}),
-        ("exo_pair", "exo_pair", {"label_smoothing": 0.01}),
-        ("discopop", "discopop", {"tau": 0.3}),
-        ("sigmoid_norm", "sigmoid_norm", {}),
+        ("dpo", {}),
+        ("hinge", {}),
+        ("ipo", {}),
+        ("robust_dpo", {"label_smoothing": 0.2}),
+        ("exo_pair", {"label_smoothing": 0.01}),
+        ("discopop", {"tau": 0.3}),
+        ("sigmoid_norm", {}),
     ],
 )
-def test_agrees_with_trl(loss_type, name, settings):
+def test_agrees_with_trl(name, settings):
     objective = objectives.get(name, beta=0.2, **settings)
     lengths = dict(zip(("chosen_lengths", "rejected_lengths"), torch.tensor(LENGTHS), strict=True))
     extras = {key: lengths[key] for key in objective.extras}
@@ -319,7 +319,7 @@ def test_agrees_with_trl(loss_type, name, settings):
         lambda *logps: objective(*logps, **extras),
         torch.tensor(LOGPS),
         torch.tensor(LENGTHS),
-        loss_type=loss_type,
+        loss_type=objective.registration.loss_type,
         beta=0.2,
         **settings,
     )

@@ -4,13 +4,15 @@
 import copy
 import functools
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastpref import objectives
-from fastpref.objectives import Objective, PairLosses
+from fastpref.objectives import Objective, PairLosses, registry
 
 LOGPS = [torch.tensor(row) for row in ([-1.0, -2, -3], [-2.0, -5, -1], [-1.0] * 3, [-2.0] * 3)]
 LENGTHS = {"chosen_lengths": torch.ones(3), "rejected_lengths": torch.ones(3)}
@@ -40,6 +42,35 @@ def test_get_records_what_an_engine_must_know():
     assert all(facts.filled and facts.required for facts in simpo.extras.values())
     assert objectives.get("sft").extras["chosen_nll"].differentiable
     assert objectives.get("sft").scope == "unit"
+
+
+@pytest.mark.parametrize(
+    ("unit", "trainer", "elsewhere"),
+    # sft there is a mean over the tokens of all responses; gspo is grpo with other ratios.
+    [("pair", "dpo", {"sft"}), ("unit", "kto", set()), ("token", "grpo", set())],
+)
+def test_loss_types_are_those_of_trl(unit, trainer, elsewhere):
+    module = pytest.importorskip(f"trl.trainer.{trainer}_trainer")
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    found = set(re.findall(r'loss_type == "(\w+)"', text))
+    for several in re.findall(r"self\.loss_type in \[([^]]*)\]", text):
+        found |= set(re.findall(r'"(\w+)"', several))
+    assert set(registry.loss_types(unit)) == found - elsewhere
+
+
+def test_a_registration_is_found_by_the_function_alone():
+    registration = objectives.get("robust_dpo", beta=0.3).registration
+    assert registration.loss_type == "robust" and registration.objective.name == "robust_dpo"
+    assert registration.objective.hyperparameters["beta"] == 0.1
+
+    @functools.wraps(objectives.dpo)
+    def dpo(*args, **keywords):
+        losses, *rewards = objectives.dpo(*args, **keywords)
+        return PairLosses(2 * losses, *rewards)
+
+    wrapped = Objective(dpo, unit="pair", scope="pair")
+    assert wrapped.registration is None
+    assert torch.equal(wrapped(*LOGPS).losses, 2 * objectives.dpo(*LOGPS).losses)
 
 
 def test_objective_is_frozen_and_a_value():

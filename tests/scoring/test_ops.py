@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from fastpref.scoring.statistics import RowSums
 from tests.scoring.cases import BACKENDS, DTYPES
 from tests.scoring.settling import MAPS, check_settle, check_settle_alone, check_target_logits
 
@@ -68,12 +69,11 @@ def test_every_half_is_read_exactly(dtype):
         anchor=torch.zeros(65536),
         write=False,
     )
-    sums, _ = ops.exp_rows_(**call)
-    total = sums[6]
+    sums = RowSums.of(*ops.exp_rows_(**call))
     expected = values.float()
-    assert torch.equal(total.isnan(), expected.isnan())
     numbers = ~expected.isnan()
-    assert torch.equal(total[numbers], expected[numbers])
+    assert torch.equal(sums.best[numbers], expected[numbers])
+    assert sums.sum[~numbers].isnan().all()
 
 
 def floats_between(dtype):
@@ -135,6 +135,19 @@ def test_exponentials_at_the_ends():
     tile = torch.tensor([[0.0, -INF, -1e30, -87.4, -200.0]])
     ops.exp_rows_(tile, torch.tensor([-1]), torch.zeros(1), None, 1.0, 0.0, True, False)
     assert tile.tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_what_is_summed(statistics, cap):
+    """The sum of the logits under a cap alone."""
+    call = exp_rows_arguments(cap=cap, statistics=statistics)
+    logits = cap * torch.tanh(call["tile"][:, 1:].double() / cap) if cap else None
+    sums = RowSums.of(*ops.exp_rows_(**call))
+    assert (sums.best is None) != statistics
+    assert (sums.total is None) != (statistics and cap != 0)
+    if sums.total is not None:
+        torch.testing.assert_close(sums.total.double(), logits.sum(1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -259,7 +272,7 @@ def test_entropy_comes_with_its_gradient():
 def test_empty_tiles(shape):
     rows, cols = shape
     sums, best = ops.exp_rows_(**exp_rows_arguments(rows, cols))
-    assert sums.shape == (7, rows) and best.shape == (rows,)
+    assert sums.shape == (6, rows) and best.shape == (rows,)
     assert (sums[1] == 0).all()
     ops.logit_grad_(**logit_grad_arguments(rows, cols))
 
@@ -376,8 +389,9 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("statistics", [False, True])
-def test_opcheck_exp_rows(dtype, statistics):
-    arguments = exp_rows_arguments(dtype=dtype, statistics=statistics)
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_opcheck_exp_rows(dtype, statistics, cap):
+    arguments = exp_rows_arguments(dtype=dtype, statistics=statistics, cap=cap)
     torch.library.opcheck(ops.exp_rows_.default, (), arguments, test_utils=CHECKS)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._extension import ops_unavailable_reason
+from ... import _extension
 from ..rows import RowScores, TargetLogits
 from ..slab import Products, Slab
 from ..statistics import RowSums
@@ -20,7 +20,7 @@ def unavailable_reason(device_type: str) -> str | None:
     """Why the cpp backend cannot serve tensors on ``device_type``, or None when it can."""
     if device_type != "cpu":
         return f"the cpp backend runs on CPU tensors, got {device_type}; use backend='auto'"
-    return ops_unavailable_reason()
+    return _extension.ops_unavailable_reason()
 
 
 def exp_rows(

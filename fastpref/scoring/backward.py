@@ -22,6 +22,7 @@ from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
 from .plan import PRODUCT_BYTES, Tile, split
 from .rules import Upstream
+from .scaled import add_scaled, scaled
 from .types import statistics_dtype
 from .workspace import lease, row_stride, tile_of
 
@@ -81,7 +82,7 @@ def _combined(run: Run, matrices: Sequence[Tensor], factors: Sequence[Tensor]) -
     first, *others = matrices
     total = run.heads.backend.scale_rows(first, factors[0], torch.empty_like(first))
     for matrix, factor in zip(others, factors[1:], strict=True):
-        total += run.heads.backend.scale_rows(matrix, factor, torch.empty_like(matrix))
+        add_scaled(total, matrix, factor)
     return total
 
 
@@ -138,13 +139,27 @@ def _kept_tile(
     matrices: Sequence[Tensor], chosen: slice | Tensor, factors: Sequence[Tensor]
 ) -> tuple[Callable[[slice, Tensor], Tensor], Tensor]:
     """Where the tile of some kept rows comes from, and its factor."""
-    (matrix,), (factor,) = matrices, factors
+    matrix, *others = matrices
+    # The largest is taken out, so that no number of a tile underflows because another is small.
+    factor = factors[0] if not others else torch.stack([one.abs() for one in factors]).amax(0)
+
+    def of(one: Tensor, columns: slice, room: Tensor | None) -> Tensor:
+        if isinstance(chosen, slice):
+            return one[chosen, columns]
+        return torch.index_select(one[:, columns], 0, chosen, out=room)
 
     def tile(columns: slice, workspace: Tensor) -> Tensor:
-        if isinstance(chosen, slice):
-            return matrix[chosen, columns]
-        out = tile_of(workspace, chosen.shape[0], columns)
-        return torch.index_select(matrix[:, columns], 0, chosen, out=out)
+        rows = factor.shape[0]
+        if not others:
+            room = None if isinstance(chosen, slice) else tile_of(workspace, rows, columns)
+            return of(matrix, columns, room)
+        half = workspace.shape[0] // 2
+        out, room = (tile_of(one, rows, columns) for one in (workspace[:half], workspace[half:]))
+        shares = [torch.where(factor == 0, 0.0, one / factor) for one in factors]
+        scaled(of(matrix, columns, room), shares[0], out)
+        for one, share in zip(others, shares[1:], strict=True):
+            add_scaled(out, of(one, columns, room), share)
+        return out
 
     return tile, factor
 

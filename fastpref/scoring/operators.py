@@ -21,7 +21,7 @@ from .head import TENSORS, Form, Model
 from .request import Call, Request, plan_target
 from .rules import Rule
 from .rules.divergence import Divergence
-from .rules.mixture import Mixture
+from .rules.compared import WithDivergence, WithMixture
 from .rules.scores import Scores
 from .settings import Settings
 from .types import statistics_dtype
@@ -153,14 +153,14 @@ class Operators(Generic[R]):
         dtype, none = given.request.dtype, given.models[0].hidden.new_empty
         exact = statistics_dtype(dtype)
         outputs = [
-            none(
-                given.target.shape if name in rule.outputs else (0,),
-                dtype=torch.bool if name == "is_top1" else exact,
-            )
+            none(given.target.shape, dtype=torch.bool if name.endswith("is_top1") else exact)
+            if name in rule.outputs
+            else none(0)
             for name in rule.output_names
         ]
         numbers = [
-            none(scored if name in rule.numbers else 0, dtype=exact) for name in rule.number_names
+            none(scored, dtype=exact) if name in rule.numbers else none(0)
+            for name in rule.number_names
         ]
         matrices = [none((kept, head.columns), dtype=dtype) for _ in range(rule.matrices)]
         directs = [none((direct, head.inner_size), dtype=dtype) for _ in range(rule.matrices)]
@@ -228,4 +228,5 @@ def _refuse(ctx: Any, *upstream: Tensor) -> Any:
 
 SCORES = Operators("linear_scores", Scores)
 DIVERGENCE = Operators("linear_divergence", Divergence)
-MIXTURE = Operators("mixed_logprob", Mixture)
+WITH_DIVERGENCE = Operators("linear_scores_and_divergence", WithDivergence)
+WITH_MIXTURE = Operators("linear_scores_and_mixture", WithMixture)

@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from . import scaled
 from .backends import column_sums, divergences
 from .types import Schedule, ScoringOptions, statistics_dtype
 
@@ -63,6 +64,8 @@ class Problem:
     scored: int  # N
     hidden_size: int  # H, widened by a low-rank update
     partner_size: int = 0  # that of a second model, looked at side by side
+    matrices: int = 1  # kept of a row, each as large as its logits
+    formed_again: int = 1  # models whose products are formed again where rows are not kept
     trained_size: int  # columns of the weight gradient, H or the update's rank
     vocab_size: int  # V, columns held by the rank that holds the most
     dtype: torch.dtype  # of the products
@@ -86,6 +89,11 @@ class Problem:
     def row_bytes(self) -> int:
         """Of a row of logits."""
         return max(1, self.vocab_size * self.itemsize)
+
+    @property
+    def kept_row_bytes(self) -> int:
+        """Of all that is kept of one."""
+        return self.matrices * self.row_bytes
 
     @property
     def itemsize(self) -> int:
@@ -147,12 +155,13 @@ class Plan(Problem):
     @property
     def products(self) -> tuple[Product, ...]:
         """All there are, for a gradient at logp; one at entropy or lse projects every row again."""
-        logits = 1 + self.partner_size / self.hidden_size
-        found = [Product("forward", "logits", logits)]
+        partner = self.partner_size / self.hidden_size
+        found = [Product("forward", "logits", 1 + partner)]
         if self.schedule == "direct":
-            found.append(Product("forward", "hidden", 1.0))
+            found.append(Product("forward", "hidden", float(self.matrices)))
         elif self.needs_grad:
             again = 1 - self.kept_rows / max(1, self.scored)
+            logits = 1 + partner * (self.formed_again - 1)
             found.append(Product("backward", "logits", again * logits))
             if self.needs_hidden:
                 found.append(Product("backward", "hidden", 1.0))
@@ -178,9 +187,9 @@ class Plan(Problem):
     def saved_bytes(self) -> int:
         """Held from forward to backward, beside the arguments."""
         exact = statistics_dtype(self.dtype).itemsize
-        held = 7 * self.scored * exact + self.kept_rows * self.vocab_size * self.itemsize
+        held = 7 * self.scored * exact + self.kept_rows * self.kept_row_bytes
         if self.schedule == "direct":
-            held += self._row_bytes
+            held += self.matrices * self._row_bytes
         if self.copies_weight:
             held += self.vocab_size * self.hidden_size * self.itemsize
         if self.copies_partner:
@@ -278,7 +287,7 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
         # Of the rows that are compared at a time.
         given["temporary_bytes"] = divergences.temporary_bytes(
             *forward, problem.device_type, problem.dtype, problem.backend
-        )
+        ) + (scaled.temporary_bytes(problem.dtype) if problem.matrices > 1 else 0)
     return Plan(
         **given,
         schedule=schedule,
@@ -346,7 +355,7 @@ def _choice_of_two(
     kept = 0
     if options.schedule != "recompute":
         left = budget - 2 * tile.nbytes(problem.itemsize)
-        kept = min(problem.scored, max(0, left) // problem.row_bytes)
+        kept = min(problem.scored, max(0, left) // problem.kept_row_bytes)
     if kept >= problem.scored:
         return "keep", kept, tile, tile
     return "keep/recompute" if kept else "recompute", kept, tile, tile
@@ -364,7 +373,9 @@ def less(plan: Plan, keep: bool = True) -> Plan | None:
             given back and their rows recomputed.
     """
     tiles = (tile.nbytes(plan.itemsize) for tile in plan.sizes[1:] if isinstance(tile, Tile))
-    budget = plan.kept_rows * plan.row_bytes + plan.models * max(tiles)  # at most this was taken
+    budget = plan.kept_rows * plan.kept_row_bytes + plan.models * max(
+        tiles
+    )  # at most this was taken
     schedule: Schedule = "auto" if plan.schedule == "direct" else "keep"
     if not keep or plan.schedule == "recompute":
         schedule = "recompute"
@@ -382,7 +393,7 @@ def less(plan: Plan, keep: bool = True) -> Plan | None:
 def rows_to_keep(problem: Problem, budget: int) -> int:
     """Rows of exponentials that ``budget`` holds. A quarter stays free for a wide tile: rows to
     recompute, or the kept rows that have a gradient at all."""
-    return max(0, budget - budget // 4) // problem.row_bytes
+    return max(0, budget - budget // 4) // problem.kept_row_bytes
 
 
 def _score_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:

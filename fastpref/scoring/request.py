@@ -205,6 +205,8 @@ def make_problem(
         hidden_size=inner,
         trained_size=head.trained_size,
         partner_size=0 if partner is None else partner.inner_size,
+        matrices=rule.matrices,
+        formed_again=rule.formed_again,
         # Each chunk of rows has its collectives: all ranks must cut their rows alike.
         vocab_size=shard.widest,
         dtype=dtype,

@@ -84,6 +84,28 @@ class RowBackend(RowKernels, Protocol):
     ) -> None:
         """The tile becomes the gradient with respect to the raw products hidden weight^T."""
 
+    def exp_rows(
+        self,
+        hidden: Tensor,
+        slab: Slab,
+        tile: Tensor,
+        target: Tensor,
+        anchor: Tensor,
+        write: bool,
+        statistics: bool,
+    ) -> RowSums:
+        """As ``project``, of a tile that holds the raw products already."""
+
+    def logit_grad(
+        self,
+        hidden: Tensor,
+        slab: Slab,
+        tile: Tensor,
+        target: Tensor,
+        upstream: UpstreamGradient,
+    ) -> None:
+        """As ``project_gradient``, of a tile that holds the raw products already."""
+
     def needs_tile(self, dtype: Dtype, write: bool) -> bool:
         """Whether ``project`` needs a (rows, cols) tile to work in."""
 

@@ -112,12 +112,28 @@ class Probed:
         write: bool,
         statistics: bool,
     ) -> RowSums:
-        serving = self._serving(
+        serving = self._projecting(hidden, slab, write, statistics)
+        return serving.project(hidden, slab, tile, target, anchor, write, statistics)
+
+    def exp_rows(
+        self,
+        hidden: Tensor,
+        slab: Slab,
+        tile: Tensor,
+        target: Tensor,
+        anchor: Tensor,
+        write: bool,
+        statistics: bool,
+    ) -> RowSums:
+        serving = self._projecting(hidden, slab, write, statistics)
+        return serving.exp_rows(hidden, slab, tile, target, anchor, write, statistics)
+
+    def _projecting(self, hidden: Tensor, slab: Slab, write: bool, statistics: bool) -> RowBackend:
+        return self._serving(
             hidden.device,
             ("project", *_compiled_for(hidden, slab), write, statistics),
             lambda backend: _check_project(backend, _Example.of(hidden, slab), write, statistics),
         )
-        return serving.project(hidden, slab, tile, target, anchor, write, statistics)
 
     def project_gradient(
         self,
@@ -127,13 +143,29 @@ class Probed:
         target: Tensor,
         upstream: UpstreamGradient,
     ) -> None:
+        serving = self._differentiating(hidden, slab, upstream)
+        serving.project_gradient(hidden, slab, tile, target, upstream)
+
+    def logit_grad(
+        self,
+        hidden: Tensor,
+        slab: Slab,
+        tile: Tensor,
+        target: Tensor,
+        upstream: UpstreamGradient,
+    ) -> None:
+        serving = self._differentiating(hidden, slab, upstream)
+        serving.logit_grad(hidden, slab, tile, target, upstream)
+
+    def _differentiating(
+        self, hidden: Tensor, slab: Slab, upstream: UpstreamGradient
+    ) -> RowBackend:
         given = tuple(one is not None for one in upstream)
-        serving = self._serving(
+        return self._serving(
             hidden.device,
             ("project_gradient", *_compiled_for(hidden, slab), given),
             lambda backend: _check_gradient(backend, _Example.of(hidden, slab), given),
         )
-        serving.project_gradient(hidden, slab, tile, target, upstream)
 
     def target_logits(self, hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
         serving = self._serving(

@@ -59,8 +59,7 @@ class Tiled:
     ) -> RowSums:
         if tile is not None:
             torch.mm(hidden, slab.weight.t(), out=tile)
-            products = slab.products(tile)
-            return self.kernels.exp_rows(products, target, anchor, write, statistics)
+            return self.exp_rows(hidden, slab, tile, target, anchor, write, statistics)
         # Planned for a backend that needs none and could not serve after all.
         shape = min(SPARE_ROWS, hidden.shape[0]), slab.weight.shape[0]
         room = lease(shape, hidden.dtype, hidden.device)
@@ -83,6 +82,28 @@ class Tiled:
         upstream: UpstreamGradient,
     ) -> None:
         torch.mm(hidden, slab.weight.t(), out=tile)
+        self.logit_grad(hidden, slab, tile, target, upstream)
+
+    def exp_rows(
+        self,
+        hidden: Tensor,
+        slab: Slab,
+        tile: Tensor,
+        target: Tensor,
+        anchor: Tensor,
+        write: bool,
+        statistics: bool,
+    ) -> RowSums:
+        return self.kernels.exp_rows(slab.products(tile), target, anchor, write, statistics)
+
+    def logit_grad(
+        self,
+        hidden: Tensor,
+        slab: Slab,
+        tile: Tensor,
+        target: Tensor,
+        upstream: UpstreamGradient,
+    ) -> None:
         self.kernels.logit_grad(slab.products(tile), target, upstream)
 
     def temporary_bytes(

@@ -116,6 +116,25 @@ def project(
     return _Projection(hidden, slab, exps, target, statistics).run(anchor)
 
 
+def exp_rows(
+    hidden: Tensor,
+    slab: Slab,
+    tile: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    write: bool,
+    statistics: bool,
+) -> RowSums:
+    other = _in_place(hidden.device.type)
+    return other.exp_rows(hidden, slab, tile, target, anchor, write, statistics)
+
+
+def logit_grad(
+    hidden: Tensor, slab: Slab, tile: Tensor, target: Tensor, upstream: UpstreamGradient
+) -> None:
+    _in_place(hidden.device.type).logit_grad(hidden, slab, tile, target, upstream)
+
+
 class _Projection:
     """The launches of one projection."""
 

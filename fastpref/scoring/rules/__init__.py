@@ -33,7 +33,11 @@ class Heads(NamedTuple):
     backend: RowBackend
     backend_name: str
     group: dist.ProcessGroup | None
-    mean: MeanRow | None = None  # where mean logits are asked for without a cap
+    mean: MeanRow | None = None  # of the first, where mean logits are asked for without a cap
+
+    def second(self) -> Heads:
+        """The second model's alone."""
+        return self._replace(projectors=self.projectors[1:], mean=None)
 
 
 class Found(NamedTuple):
@@ -54,6 +58,7 @@ class Again(NamedTuple):
 class Rule(Protocol):
     models: ClassVar[int]  # whose tiles it looks at side by side
     matrices: ClassVar[int]  # kept of a row, each in place of a tile
+    formed_again: ClassVar[int]  # models whose products D is formed again of
     whole_rows: ClassVar[bool]  # whether its tiles must hold all columns
     output_names: ClassVar[tuple[str, ...]]
     number_names: ClassVar[tuple[str, ...]]

@@ -26,6 +26,7 @@ class Divergence:
 
     models: ClassVar[int] = 2
     matrices: ClassVar[int] = 1
+    formed_again: ClassVar[int] = 2
     whole_rows: ClassVar[bool] = True
     output_names: ClassVar[tuple[str, ...]] = ("divergence",)
     number_names: ClassVar[tuple[str, ...]] = ()
@@ -63,9 +64,7 @@ class Divergence:
         upstream: Upstream,
     ) -> Again:
         def tile(columns: slice, workspace: Tensor) -> Tensor:
-            half = workspace.shape[0] // 2
-            parts = workspace[:half], workspace[half:]
-            tiles = [tile_of(part, rows[0].shape[0], columns) for part in parts]
+            tiles = two_tiles(workspace, rows[0].shape[0], columns)
             project(heads, rows, tiles)
             self._values(heads, tiles, True)
             return tiles[0]
@@ -89,6 +88,11 @@ def project(heads: Heads, rows: Sequence[Tensor], tiles: Sequence[Tensor]) -> No
     """Raw products of some rows of both models into their tiles."""
     for own, tile, projector in zip(rows, tiles, heads.projectors, strict=True):
         torch.mm(own, projector.weight.t(), out=tile)
+
+
+def two_tiles(workspace: Tensor, rows: int, columns: slice) -> list[Tensor]:
+    half = workspace.shape[0] // 2
+    return [tile_of(part, rows, columns) for part in (workspace[:half], workspace[half:])]
 
 
 def _arrived(upstream: Upstream) -> Tensor:

@@ -9,7 +9,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from ..rows import RowScores, TargetLogits, exponential_scale, row_scores, write
 from ..statistics import (
     DIFFERENTIABLE,
     OUTPUTS,
+    RowSums,
     TokenScores,
     merge,
     needs_statistics,
@@ -38,6 +39,7 @@ class Scores:
 
     models: ClassVar[int] = 1
     matrices: ClassVar[int] = 1
+    formed_again: ClassVar[int] = 1
     whole_rows: ClassVar[bool] = False
     output_names: ClassVar[tuple[str, ...]] = OUTPUTS
     number_names: ClassVar[tuple[str, ...]] = ("logp", "anchor", "norm", "scale", "entropy")
@@ -58,11 +60,24 @@ class Scores:
         tiles: Sequence[Tensor],
         write: bool,
     ) -> Found:
+        tile = tiles[0] if tiles else None
+        return self.of_tile(heads, rows[0], target, tile, write, heads.backend.project)
+
+    def of_tile(
+        self,
+        heads: Heads,
+        hidden: Tensor,
+        target: Tensor,
+        tile: Tensor | None,
+        write: bool,
+        reduce: Callable[..., RowSums],
+    ) -> Found:
+        """``forward`` by ``reduce``: a backend's ``project``, or its ``exp_rows`` where the tile
+        holds the products already."""
         outputs = self.outputs
         if heads.mean is not None:
             outputs = tuple(name for name in outputs if name != "mean_logits")
-        tile = tiles[0] if tiles else None
-        scores, row, scale = _scored(heads, rows[0], target, tile, write, outputs)
+        scores, row, scale = _scored(heads, hidden, target, tile, write, outputs, reduce)
         return Found(scores, (row.logp, row.anchor, row.norm, scale, scores.entropy))
 
     def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
@@ -95,22 +110,8 @@ class Scores:
         numbers: Upstream,
         upstream: Upstream,
     ) -> Again:
-        head, (hidden,) = heads.projectors[0], rows
-        logp, anchor, norm, scale, entropy = numbers
-        given = TokenScores._make(upstream)
-        if logp is None or anchor is None or norm is None or scale is None:
-            raise RuntimeError("no numbers of these rows")
-        # The NaN of a target nobody holds reaches its row through norm.
-        gradient = UpstreamGradient(
-            anchor,
-            norm,
-            logp,
-            torch.zeros_like(scale) if given.logp is None else given.logp,
-            given.lse,
-            given.entropy,
-            None if given.entropy is None else entropy,
-        )
-        column = target - head.start
+        head, hidden = heads.projectors[0], rows[0]
+        gradient, column = self.gradient(numbers, upstream), target - head.start
 
         def tile(columns: slice, workspace: Tensor) -> Tensor:
             out = tile_of(workspace, hidden.shape[0], columns)
@@ -120,6 +121,23 @@ class Scores:
 
         return Again(tile, None)
 
+    def gradient(self, numbers: Upstream, upstream: Upstream) -> UpstreamGradient:
+        """What a backend makes D of."""
+        logp, anchor, norm, scale, entropy = numbers
+        given = TokenScores._make(upstream)
+        if logp is None or anchor is None or norm is None or scale is None:
+            raise RuntimeError("no numbers of these rows")
+        # The NaN of a target nobody holds reaches its row through norm.
+        return UpstreamGradient(
+            anchor,
+            norm,
+            logp,
+            torch.zeros_like(scale) if given.logp is None else given.logp,
+            given.lse,
+            given.entropy,
+            None if given.entropy is None else entropy,
+        )
+
 
 def _scored(
     heads: Heads,
@@ -128,6 +146,7 @@ def _scored(
     tile: Tensor | None,
     write: bool,
     outputs: tuple[str, ...],
+    reduce: Callable[..., RowSums],
 ) -> tuple[TokenScores, RowScores, Tensor]:
     """Scores, row scores and scale of some rows, one slab of the vocabulary after the other. With
     ``write``, ``tile`` (rows, V) ends as E; without a tile, the backend works in none."""
@@ -138,7 +157,7 @@ def _scored(
     parts = []
     for start in range(0, vocab, cols):
         columns = slice(start, min(vocab, start + cols))
-        sums = backend.project(
+        sums = reduce(
             hidden,
             head.slab(columns),
             None if tile is None else tile[:, : columns.stop - start],

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of a policy and of a reference, and what is made of both their logits, from the same
+tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..backends.divergences import divergence_rows, logit_blocks
+from ..scaled import add_scaled
+from ..statistics import OUTPUTS
+from . import Again, Found, Heads, Upstream
+from .divergence import project, two_tiles
+from .scores import Scores
+
+BLOCK = 1 << 20  # elements of the policy's products that are copied at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """The policy's ``logp`` is differentiable; of the reference nothing is."""
+
+    policy: Scores
+    reference: Scores
+
+    models: ClassVar[int] = 2
+    whole_rows: ClassVar[bool] = True
+    compared: ClassVar[tuple[str, ...]]  # further outputs
+    number_names: ClassVar[tuple[str, ...]] = Scores.number_names
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        reference = (f"ref_{name}" for name in self.reference.outputs)
+        return (*self.policy.outputs, *reference, *self.compared)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return self.policy.numbers
+
+    @property
+    def statistics(self) -> bool:
+        return self.policy.statistics or self.reference.statistics
+
+    def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
+        count = len(OUTPUTS)
+        own = self.policy.complete(heads, rows, found._replace(outputs=found.outputs[:count]))
+        return own._replace(outputs=(*own.outputs, *found.outputs[count:]))
+
+    def active(self, upstream: Upstream) -> Tensor:
+        some = [one != 0 for one in upstream if one is not None]
+        return torch.stack(some).any(0)
+
+    def _scored(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        tiles: Sequence[Tensor],
+        write: bool,
+        compared: tuple[Tensor | None, ...],
+    ) -> Found:
+        """With ``write`` the policy's tile becomes its exponentials; the reference's was read."""
+        found = self.policy.of_tile(heads, rows[0], target, tiles[0], write, heads.backend.exp_rows)
+        return found._replace(outputs=(*found.outputs, *compared))
+
+    def _of_reference(
+        self, heads: Heads, rows: Sequence[Tensor], target: Tensor, tiles: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        reduce = heads.backend.exp_rows
+        own = self.reference.of_tile(heads.second(), rows[1], target, tiles[1], False, reduce)
+        return own.outputs
+
+
+def _names(*compared: str) -> tuple[str, ...]:
+    return (*OUTPUTS, *(f"ref_{name}" for name in OUTPUTS), *compared)
+
+
+@dataclass(frozen=True, slots=True)
+class WithDivergence(_Compared):
+    """And KL(reference, policy), differentiable: beside the exponentials E of Scores is kept G, the
+    divergence's gradient at the policy's raw products."""
+
+    matrices: ClassVar[int] = 2
+    formed_again: ClassVar[int] = 2
+    compared: ClassVar[tuple[str, ...]] = ("kl",)
+    output_names: ClassVar[tuple[str, ...]] = _names("kl")
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return ("logp", "kl")
+
+    def forward(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        tiles: Sequence[Tensor],
+        write: bool,
+    ) -> Found:
+        project(heads, rows, tiles)
+        reference = self._of_reference(heads, rows, target, tiles)
+        kl = _kl(heads, tiles, write)
+        return self._scored(heads, rows, target, tiles, write, (*reference, kl))
+
+    def factors(
+        self, heads: Heads, numbers: Upstream, upstream: Upstream
+    ) -> tuple[Tensor, ...] | None:
+        own = self.policy.factors(heads, numbers, upstream[: len(OUTPUTS)])
+        if own is None:
+            return None
+        kl = upstream[-1]
+        return (*own, torch.zeros_like(own[0]) if kl is None else kl)
+
+    def again(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        numbers: Upstream,
+        upstream: Upstream,
+    ) -> Again:
+        given, kl = upstream[: len(OUTPUTS)], upstream[-1]
+        if kl is None:
+            return self.policy.again(heads, rows, target, numbers, given)
+        factor, head = kl, heads.projectors[0]
+        gradient = self.policy.gradient(numbers, given)
+
+        def tile(columns: slice, workspace: Tensor) -> Tensor:
+            own, other = tiles = two_tiles(workspace, rows[0].shape[0], columns)
+            project(heads, rows, tiles)
+            _kl(heads, tiles, True)
+            heads.backend.logit_grad(rows[0], head.slab(), own, target - head.start, gradient)
+            add_scaled(own, other, factor)
+            return own
+
+        return Again(tile, None)
+
+
+@dataclass(frozen=True, slots=True)
+class WithMixture(_Compared):
+    """And the targets' log-probabilities under logits (1 + epsilon) s - epsilon t and (1 - epsilon)
+    s + epsilon t, of the policy's logits s and the reference's t, without gradient; NaN for a
+    target that is not in the vocabulary."""
+
+    epsilon: float
+
+    matrices: ClassVar[int] = 1
+    formed_again: ClassVar[int] = 1
+    compared: ClassVar[tuple[str, ...]] = ("plus", "minus")
+    output_names: ClassVar[tuple[str, ...]] = _names("plus", "minus")
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return ("logp",)
+
+    def forward(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        tiles: Sequence[Tensor],
+        write: bool,
+    ) -> Found:
+        project(heads, rows, tiles)
+        reference = self._of_reference(heads, rows, target, tiles)
+        mixed = _mixed(heads, tiles, target, self.epsilon)
+        return self._scored(heads, rows, target, tiles, write, (*reference, *mixed))
+
+    def factors(
+        self, heads: Heads, numbers: Upstream, upstream: Upstream
+    ) -> tuple[Tensor, ...] | None:
+        return self.policy.factors(heads, numbers, upstream[: len(OUTPUTS)])
+
+    def again(
+        self,
+        heads: Heads,
+        rows: Sequence[Tensor],
+        target: Tensor,
+        numbers: Upstream,
+        upstream: Upstream,
+    ) -> Again:
+        return self.policy.again(heads, rows, target, numbers, upstream[: len(OUTPUTS)])
+
+
+def _kl(heads: Heads, tiles: Sequence[Tensor], write: bool) -> Tensor:
+    """KL(reference, policy) of each row; with ``write`` G takes the place of the reference's
+    products."""
+    own, other = tiles
+    policy, reference = (projector.slab() for projector in heads.projectors)
+    step = max(1, BLOCK // max(1, own.shape[1])) if write else max(1, own.shape[0])
+    values = []
+    for part, others in zip(own.split(step), other.split(step), strict=True):
+        # G is written over what it is made of, and E is made of that too.
+        products = policy.products(part.clone() if write else part)
+        teacher = reference.products(others)
+        name = heads.backend_name
+        values.append(divergence_rows(products, teacher, "forward_kl", 0.5, write, name))
+        if write:
+            others.copy_(products.tile)
+    return torch.cat(values)
+
+
+def _mixed(
+    heads: Heads, tiles: Sequence[Tensor], target: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    own, other = tiles
+    policy, reference = (projector.slab() for projector in heads.projectors)
+    parts = []
+    for block, s, t in logit_blocks(policy.products(own), reference.products(other)):
+        inside = (target[block] >= 0) & (target[block] < s.shape[1])
+        index = torch.where(inside, target[block], 0)[:, None]
+        # Of equal logits of -inf the difference is none.
+        apart = torch.where(s == t, 0, s - t) * epsilon
+        logps = [
+            (s + shift).log_softmax(1).gather(1, index)[:, 0].where(inside, torch.nan)
+            for shift in (apart, -apart)
+        ]
+        parts.append(torch.stack(logps))
+    plus, minus = torch.cat(parts, dim=1)
+    return plus, minus

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """One call from hidden states to the preference loss, and what it will cost.
 
-Tokens are scored (scoring), summed by row (sequences), arranged as the objective's units (layouts),
-and evaluated (evaluation). Every step is differentiable by itself, so any objective and any
-upstream gradient go through in two passes; where that would mean scoring rows twice and the loss is
-a sum over groups of rows, one pass does it batch by batch (schedule).
+Tokens are scored (scoring), summed by row (sequences), and compared (units). Every step is
+differentiable by itself, so any objective and any upstream gradient go through in two passes; where
+that would mean scoring rows twice and the loss is a sum over groups of rows, one pass does it batch
+by batch (plan).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,12 @@ from torch import Tensor
 from ..objectives import Objective
 from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob, operators
 from ..scoring.request import Lora, prepare
-from .layouts import LayoutName
-from .output import PreferenceOutput
-from .schedule import PreferencePlan, schedule
+from ..units import PreferenceOutput
+from ..units.layouts import LayoutName
+from ..units.loss import LossReduction
+from .arguments import Arguments
+from .plan import PreferencePlan, plan_task
+from .result import result_of
 from .task import Task, make_task
 
 
@@ -47,7 +50,7 @@ def preference_loss(
     token_weights: Tensor | None = None,
     extras: Mapping[str, Tensor] | None = None,
     outputs: tuple[str, ...] = (),
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: LossReduction = "mean",
     denominator: float | Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     seq_group: dist.ProcessGroup | None = None,
@@ -67,7 +70,7 @@ def preference_loss(
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there
             again in two passes, with the random state of before.
-        layout: which rows are compared, see layouts.py. Objectives of single responses and of
+        layout: which rows are compared, see units/layouts.py. Objectives of single responses and of
             tokens take each row by itself.
         group_size: K, with layout="groups".
         cu_seqlens: (B + 1,) integer boundaries of packed rows.
@@ -97,56 +100,27 @@ def preference_loss(
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
         torch.OutOfMemoryError: as ``linear_logprob``.
     """
-    task = make_task(
-        hidden,
-        weight,
-        target,
-        objective,
-        layout=layout,
-        group_size=group_size,
-        cu_seqlens=cu_seqlens,
-        bias=bias,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        lora=lora,
-        ref_logps=ref_logps,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        ref_lora=ref_lora,
-        token_weights=token_weights,
-        extras=extras,
-        outputs=outputs,
-        reduction=reduction,
-        denominator=denominator,
-        tp_group=tp_group,
-        seq_group=seq_group,
-        dp_group=dp_group,
-        options=options,
-        hyperparameters=hyperparameters,
-    )
+    task = make_task(Arguments(**locals()))  # which are the arguments, by name
     if torch.compiler.is_compiling():
         return _traced(task)
-    plan = schedule(task)
+    call = plan_task(task)
     reference = None
-    if task.reference is not None and plan.reference is not None:
+    if task.reference is not None and call.reference is not None:
         _, ref_hidden, ref_parameters = task.reference
         with torch.no_grad():
-            reference = autograd.score(plan.reference, ref_hidden, ref_parameters)
+            reference = autograd.score(call.reference, ref_hidden, ref_parameters)
     _, hidden, parameters = task.policy
-    if plan.batches is None or plan.positions is None:
-        return task.output(autograd.score(plan.policy, hidden, parameters), reference)
+    if call.batches is None or call.positions is None:
+        return result_of(task, autograd.score(call.policy, hidden, parameters), reference)
     loss, scores = batches.score_with_loss(
-        plan.policy,
-        plan.batches,
-        plan.positions,
-        lambda found: task.output(found, reference).loss,
+        call.policy,
+        call.batches,
+        call.positions,
+        lambda found: result_of(task, found, reference).loss,
         hidden,
         parameters,
     )
-    return task.output(scores, reference, loss)
+    return result_of(task, scores, reference, loss)
 
 
 def _traced(task: Task) -> PreferenceOutput:
@@ -157,7 +131,7 @@ def _traced(task: Task) -> PreferenceOutput:
     if task.reference is not None:
         with torch.no_grad():
             reference = operators.score(*task.reference, target)
-    return task.output(operators.score(*task.policy, target), reference)
+    return result_of(task, operators.score(*task.policy, target), reference)
 
 
 @overload
@@ -196,4 +170,4 @@ def explain(
     if objective is None:
         call, _ = prepare(**bound.arguments)
         return call.plan
-    return schedule(make_task(**bound.arguments)).explanation
+    return plan_task(make_task(Arguments(**bound.arguments))).explanation

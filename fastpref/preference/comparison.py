@@ -28,6 +28,12 @@ class Projection(NamedTuple):
         _, _, a, b = self.parameters
         return None if a is None or b is None else (a, b, self.request.lora_scale)
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Of all ranks together."""
+        columns = self.parameters.weight.shape[0]
+        return vocabulary_size(self.request.group, columns, self.hidden.device)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -35,12 +41,6 @@ class Comparison:
     reference: Projection
     target: Tensor  # (B, T) or (N,)
     ignore_index: int
-
-    @property
-    def ref_vocabulary_size(self) -> int:
-        """Of all ranks together."""
-        request, hidden, parameters = self.reference
-        return vocabulary_size(request.group, parameters.weight.shape[0], hidden.device)
 
     def kl(self) -> Tensor:
         """KL(reference, policy) of each token, like ``target``; differentiable."""

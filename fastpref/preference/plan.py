@@ -10,6 +10,7 @@ and head needs a gradient, and group sizes that the host knows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,15 @@ from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing, pack
 from ..scoring.request import Call, plan_call
 from ..scoring.schedule import MEBIBYTE, Plan
+from ..units.filling import to_be_filled
+from ..units.layouts import Indexed
 from .comparison import Projection
-from .filling import differentiable_fillings
-from .layouts import Indexed
-from .task import Task
+from .result import result_of
+from .task import KL, Task
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PreferenceCall:
     policy: Call  # in two passes
     reference: Call | None
     batches: BatchedPlan | None = None  # in one pass
@@ -75,7 +77,7 @@ class PreferencePlan:
         return f"{total}; policy: {self.policy}; reference: {self.reference}"
 
 
-def schedule(task: Task) -> Schedule:
+def plan_task(task: Task) -> PreferenceCall:
     request, target = task.policy.request, task.batch.target.to(torch.int64)
     groups = _groups(task)
     count = None if isinstance(groups, str) else sum(groups.lengths)
@@ -88,8 +90,8 @@ def schedule(task: Task) -> Schedule:
         reason = "the objective has parameters that need a gradient"
         plan = choose_for_groups(policy.plan, request.options, reason)
     if isinstance(groups, str) or not isinstance(plan, BatchedPlan):
-        return Schedule(policy, reference)
-    return Schedule(policy, reference, plan, groups.positions(packing, target.device))
+        return PreferenceCall(policy, reference)
+    return PreferenceCall(policy, reference, plan, groups.positions(packing, target.device))
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,13 @@ class Groups:
 
     def positions(self, packing: Packing, device: torch.device) -> Tensor:
         """The scored positions, those of a group together."""
-        length = torch.tensor(self.lengths)
-        order = torch.tensor([row for group in self.rows for row in group])
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+        length = torch.tensor(self.lengths, **host)
+        order = torch.tensor([row for group in self.rows for row in group], **host)
         own = length[order]
         shift = (length.cumsum(0) - length)[order] - (own.cumsum(0) - own)
-        index = (torch.arange(packing.scored) + shift.repeat_interleave(own)).to(device)
+        packed = torch.arange(packing.scored, **host) + shift.repeat_interleave(own)
+        index = packed.to(device)
         return index if packing.positions is None else packing.positions[index]
 
 
@@ -123,11 +127,12 @@ def _groups(task: Task) -> Groups | str:
     bounded = batch.cu_seqlens is not None or options.max_scored is not None
     if batch.target.is_cuda and (bounded or torch.cuda.is_current_stream_capturing()):
         return "the host would wait for the GPU to learn the lengths of the rows"
-    lengths: list[int] = batch.lengths.tolist()
+    lengths: list[int] = batch.lengths().tolist()
     if batch.cu_seqlens is not None and sum(lengths) != int(batch.scored.sum()):
         return "some scored tokens are in no row"
-    rows = torch.stack(task.arrangement.split(torch.arange(batch.rows)), -1)
-    return Groups(rows.flatten(1).tolist(), lengths)
+    rows = torch.arange(batch.rows, dtype=torch.int64, device="cpu")
+    groups = torch.stack(task.arrangement.split(rows), -1).flatten(1)
+    return Groups(groups.tolist(), lengths)
 
 
 def _why_no_groups(task: Task) -> str | None:
@@ -136,7 +141,7 @@ def _why_no_groups(task: Task) -> str | None:
         return "nothing needs a gradient"
     if objective.scope not in ("unit", "pair", "list"):
         return f"{objective.name} has scope {objective.scope}"
-    if task.reduction == "none":
+    if task.given.reduction == "none":
         return "each loss may have a gradient of its own, with reduction='none'"
     if task.batch.seq_group is not None:
         return "the tokens of a row lie on several ranks"
@@ -145,23 +150,24 @@ def _why_no_groups(task: Task) -> str | None:
     if request.dtype == torch.float16:
         # A loss scaler's factor arrives in backward.
         return "gradients in float16 would underflow before they are scaled"
-    given = {**task.extras, "token_weights": task.token_weights, "denominator": task.denominator}
+    given = {name: getattr(task.given, name) for name in ("token_weights", "denominator")}
+    given = {**task.extras, **given}
     trained = [n for n, one in given.items() if isinstance(one, Tensor) and one.requires_grad]
-    trained += sorted(differentiable_fillings(objective, task.extras))
+    trained += to_be_filled(objective, task.extras, KL)
     return f"{', '.join(trained)} need a gradient too" if trained else None
 
 
 def _trains_more(task: Task) -> bool:
     """Whether the loss has a gradient beside that of the log-probs."""
-    shape, outputs = task.batch.target, task.policy.request.outputs
+    target, outputs = task.batch.target, task.policy.request.outputs
 
     def nothing(names: tuple[str, ...]) -> TokenScores:
-        empty = torch.zeros(shape.shape, device=shape.device)
+        empty = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
         return TokenScores(**dict.fromkeys(names, empty))
 
     reference = None if task.reference is None else nothing(task.reference.request.outputs)
     with torch.enable_grad():
-        return task.output(nothing(outputs), reference).loss.requires_grad
+        return result_of(task, nothing(outputs), reference).loss.requires_grad
 
 
 def _planned(projection: Projection, target: Tensor, packing: Packing) -> Call:

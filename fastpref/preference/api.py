@@ -100,7 +100,10 @@ def preference_loss(
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
         torch.OutOfMemoryError: as ``linear_logprob``.
     """
-    task = make_task(Arguments(**locals()))  # which are the arguments, by name
+    return _run(make_task(Arguments(**locals())))  # here the arguments alone, by name
+
+
+def _run(task: Task) -> PreferenceOutput:
     if torch.compiler.is_compiling():
         return _traced(task)
     call = plan_task(task)

@@ -113,8 +113,8 @@ class Groups:
         order = torch.tensor([row for group in self.rows for row in group], **host)
         own = length[order]
         shift = (length.cumsum(0) - length)[order] - (own.cumsum(0) - own)
-        packed = torch.arange(packing.scored, **host) + shift.repeat_interleave(own)
-        index = packed.to(device)
+        index = torch.arange(packing.scored, **host) + shift.repeat_interleave(own)
+        index = index.to(device)
         return index if packing.positions is None else packing.positions[index]
 
 

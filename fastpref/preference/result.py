@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def result_of(
         ref_logps=ref_sums,
         lengths=task.batch.lengths,
         tokens=tokens,
-        made=_of_distributions(task, policy, reference),
+        makers=_of_distributions(task, policy, reference),
     )
     output = unit_loss(
         task.objective,
@@ -55,7 +55,7 @@ def result_of(
 
 def _of_distributions(
     task: Task, policy: TokenScores, reference: TokenScores | None
-) -> Mapping[tuple[str, ...], Callable[[], tuple[Tensor, ...]]]:
+) -> dict[tuple[str, ...], Callable[[], tuple[Tensor, ...]]]:
     """The extras that are made of whole distributions over the vocabulary: of statistics that
     scoring leaves beside a token's log-prob, or of both models side by side."""
     return {

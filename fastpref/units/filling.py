@@ -43,7 +43,7 @@ def filled_extras(
     """
     extras = dict(given)
     _check_lengths(objective, given, numbers, arrangement)
-    for names, make in (_makers(numbers, arrangement) | dict(numbers.made)).items():
+    for names, make in (_makers(numbers, arrangement) | numbers.makers).items():
         wanted = to_be_filled(objective, given, names)
         if wanted:
             made = dict(zip(names, make(), strict=False))

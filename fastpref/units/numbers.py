@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ class TokenNumbers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """B rows, in their order. Functions are called where the objective takes what they make."""
+    """Of B rows, in their order. What an objective does not take is not made."""
 
     logps: Tensor  # (B,), of the policy; differentiable
     ref_logps: Tensor | None = None  # (B,), of the reference
     lengths: Callable[[], Tensor] | None = None  # (B,) int64, scored tokens; None: no tokens
     tokens: TokenNumbers | None = None
-    # Further extras: those that are made together, by name and in the objective's shapes.
-    made: Mapping[tuple[str, ...], Callable[[], tuple[Tensor, ...]]] = field(default_factory=dict)
+    # Makers of further extras, each by the names of what it returns, shaped as the objective wants.
+    makers: dict[tuple[str, ...], Callable[[], tuple[Tensor, ...]]] = field(default_factory=dict)

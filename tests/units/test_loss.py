@@ -119,7 +119,7 @@ def test_extras_that_are_made_elsewhere() -> None:
     numbers = Numbers(
         logps=torch.randn(B),
         ref_logps=torch.zeros(B),
-        made={("chosen_kl", "rejected_kl"): divergences},
+        makers={("chosen_kl", "rejected_kl"): divergences},
     )
     names = ("chosen_kl", "rejected_kl")
     got = loss_of("tdpo", numbers)

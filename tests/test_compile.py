@@ -4,10 +4,12 @@ operators that make it possible."""
 
 import pytest
 import torch
+from fastpref.scoring.rules.mixture import Mixture
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastpref import (
+    PreferenceOutput,
     ScoringOptions,
     linear_divergence,
     linear_logprob,
@@ -20,7 +22,6 @@ from fastpref.scoring.api import ask
 from fastpref.scoring.operators import DIVERGENCE, MIXTURE, SCORES
 from fastpref.scoring.request import make_request
 from fastpref.scoring.rules.divergence import Divergence
-from fastpref.scoring.rules.mixture import Mixture
 from tests.preference.cases import B, configured, extras_of
 
 pytestmark = pytest.mark.heavy
@@ -137,6 +138,25 @@ def test_nothing_scored() -> None:
     empty = Batch(*SHAPES[1])
     empty.target.fill_(-100)
     compare(score, [batch, empty])
+
+
+def test_the_output_knows_its_layout() -> None:
+    """Inside what is traced and outside, also where a field was replaced."""
+
+    def function(batch: Batch):
+        output = preference_loss(
+            batch.hidden, batch.weight, batch.target, "simpo", layout="interleaved"
+        )
+        doubled = output._replace(loss=2 * output.loss)
+        return doubled, doubled.chosen_logps - doubled.rejected_logps
+
+    batch = Batch(*SHAPES[0])
+    want, gaps = function(batch)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    output, traced = compiled(batch)
+    assert type(output) is PreferenceOutput
+    torch.testing.assert_close([*output[:4], traced], [*want[:4], gaps])
+    torch.testing.assert_close(output.rejected_logps, want.logps[1::2])
 
 
 def test_an_update_of_the_head() -> None:

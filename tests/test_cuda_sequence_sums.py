@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref import _extension, sequences
+from fastpref import _extension
 from fastpref.scoring.types import statistics_dtype
 from fastpref.sequences import sequence_logp
+from fastpref.sequences import sums as summing
 from tests.cuda_on_host.kernels import ELEMENTS, unavailable_reason
 from tests.cuda_on_host.sequence_sums import SequenceSums, compile_sequence_sums
 
@@ -207,7 +208,7 @@ def operator(kernel: SequenceSums, monkeypatch: pytest.MonkeyPatch) -> Callable[
     monkeypatch.setattr(torch.ops.fastpref, "sequence_sums", kernel, raising=False)
 
     def use(serves: bool) -> None:
-        monkeypatch.setattr(sequences, "cuda_operators_serve", lambda *tensors: serves)
+        monkeypatch.setattr(summing, "cuda_operators_serve", lambda *tensors: serves)
 
     use(True)
     return use
@@ -325,11 +326,11 @@ def test_nan_in_unscored_tokens_reaches_no_second_derivative(
 
 def test_tokens_outside_every_sequence_get_no_gradient(operator: Callable[[bool], None]) -> None:
     """On a GPU nobody looks at the values of boundaries and ids."""
-    apply = sequences._OperatorSums.apply
+    apply = summing._OperatorSums.apply
     for layout, expected in (
-        (sequences._Layout(boundaries=torch.tensor([2, 3, 99])), [0, 0, 1, 2, 2]),
-        (sequences._Layout(boundaries=torch.tensor([-9, 3, 3])), [1, 1, 1, 0, 0]),
-        (sequences._Layout(ids=torch.tensor([1, 5, 0, -1, 2]), num_sequences=2), [2, 0, 1, 0, 0]),
+        (summing._Layout(boundaries=torch.tensor([2, 3, 99])), [0, 0, 1, 2, 2]),
+        (summing._Layout(boundaries=torch.tensor([-9, 3, 3])), [1, 1, 1, 0, 0]),
+        (summing._Layout(ids=torch.tensor([1, 5, 0, -1, 2]), num_sequences=2), [2, 0, 1, 0, 0]),
     ):
         logp = torch.ones(5, requires_grad=True)
         sums = apply(logp, None, layout, False)

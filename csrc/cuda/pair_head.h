@@ -14,7 +14,7 @@
 
 namespace fastpref::cuda {
 
-// In the order of fastpref/pair_head.py.
+// In the order of fastpref/units/pair_head.py.
 enum class Link : int { logistic = 0, square = 1, hinge = 2 };
 
 struct Column {

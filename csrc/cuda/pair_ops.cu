@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operator of the pair head, which is on CUDA only: elsewhere fastpref/pair_head.py runs the objective itself.
+// The operator of the pair head, which is on CUDA only: elsewhere fastpref/units/pair_head.py runs the objective.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

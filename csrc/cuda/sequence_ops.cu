@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operator of sums over sequences, which is on CUDA only: elsewhere fastpref/sequences.py adds up with torch.
+// The operator of sums over sequences, which is on CUDA only: elsewhere fastpref/sequences/sums.py adds up with torch.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

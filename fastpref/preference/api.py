@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """One call from hidden states to the preference loss, and what it will cost.
 
-Tokens are scored (scoring), summed by row (sequences), arranged as the objective's units (layouts),
-and evaluated (evaluation). Every step is differentiable by itself, so any objective and any
-upstream gradient go through in two passes; where that would mean scoring rows twice and the loss is
-a sum over groups of rows, one pass does it batch by batch (schedule).
+Tokens are scored (scoring), summed by row (sequences), and compared (units). Every step is
+differentiable by itself, so any objective and any upstream gradient go through in two passes; where
+that would mean scoring rows twice and the loss is a sum over groups of rows, one pass does it batch
+by batch (plan).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives import Objective
-from ..scoring import Plan, ScoringOptions, batches, linear_logprob
-from ..scoring.api import prepare, score, score_traced
+from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
+from ..scoring.api import ask, run_traced
 from ..scoring.head import Lora
-from .layouts import LayoutName
-from .output import PreferenceOutput
-from .schedule import PreferencePlan, schedule
+from ..scoring.request import plan_target
+from ..units import PreferenceOutput
+from ..units.layouts import LayoutName
+from ..units.loss import LossReduction
+from .arguments import Arguments
+from .plan import PreferencePlan, plan_task
+from .result import result_of
 from .task import Task, make_task
 
 
@@ -48,7 +52,7 @@ def preference_loss(
     token_weights: Tensor | None = None,
     extras: Mapping[str, Tensor] | None = None,
     outputs: tuple[str, ...] = (),
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: LossReduction = "mean",
     denominator: float | Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     seq_group: dist.ProcessGroup | None = None,
@@ -68,7 +72,7 @@ def preference_loss(
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there
             again in two passes, with the random state of before.
-        layout: which rows are compared, see layouts.py. Objectives of single responses and of
+        layout: which rows are compared, see units/layouts.py. Objectives of single responses and of
             tokens take each row by itself.
         group_size: K, with layout="groups".
         cu_seqlens: (B + 1,) integer boundaries of packed rows.
@@ -98,65 +102,39 @@ def preference_loss(
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
         torch.OutOfMemoryError: as ``linear_logprob``.
     """
-    task = make_task(
-        hidden,
-        weight,
-        target,
-        objective,
-        layout=layout,
-        group_size=group_size,
-        cu_seqlens=cu_seqlens,
-        bias=bias,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        lora=lora,
-        ref_logps=ref_logps,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        ref_lora=ref_lora,
-        token_weights=token_weights,
-        extras=extras,
-        outputs=outputs,
-        reduction=reduction,
-        denominator=denominator,
-        tp_group=tp_group,
-        seq_group=seq_group,
-        dp_group=dp_group,
-        options=options,
-        hyperparameters=hyperparameters,
-    )
+    return _run(make_task(Arguments(**locals())))  # here the arguments alone, by name
+
+
+def _run(task: Task) -> PreferenceOutput:
     if torch.compiler.is_compiling():
         return _traced(task)
-    plan = schedule(task)
+    call = plan_task(task)
     reference = None
-    if task.reference is not None and plan.reference is not None:
+    if task.reference is not None and call.reference is not None:
         with torch.no_grad():
-            reference = score(plan.reference, task.reference.model)
-    model = task.policy.model
-    if plan.batches is None or plan.positions is None:
-        return task.output(score(plan.policy, model), reference)
-    loss, scores = batches.score_with_loss(
-        plan.policy,
-        plan.batches,
-        plan.positions,
-        lambda found: task.output(found, reference).loss,
-        model,
+            reference = autograd.run(call.reference, task.reference.models)
+    models = task.main.models
+    if call.batches is None or call.positions is None:
+        return result_of(task, autograd.run(call.main, models), reference)
+    loss, found = batches.score_with_loss(
+        call.main,
+        call.batches,
+        call.positions,
+        lambda outputs: result_of(task, outputs, reference).loss,
+        models,
     )
-    return task.output(scores, reference, loss)
+    return result_of(task, found, reference, loss)
 
 
 def _traced(task: Task) -> PreferenceOutput:
     """Two passes, whose operators choose their schedules when they run."""
-    if task.policy.request.options.schedule == "batches":
+    if task.main.request.options.schedule == "batches":
         raise ValueError("schedule='batches' is not traced by torch.compile; use schedule='auto'")
     target, reference = task.batch.target, None
     if task.reference is not None:
         with torch.no_grad():
-            reference = score_traced(task.reference, target)
-    return task.output(score_traced(task.policy, target), reference)
+            reference = run_traced(task.reference, target)
+    return result_of(task, run_traced(task.main, target), reference)
 
 
 @overload
@@ -193,6 +171,6 @@ def explain(
     bound = inspect.signature(function).bind(*given, **arguments)
     bound.apply_defaults()
     if objective is None:
-        call, _ = prepare(**bound.arguments)
-        return call.plan
-    return schedule(make_task(**bound.arguments)).explanation
+        asked = ask(**bound.arguments)
+        return plan_target(*asked, target).plan
+    return plan_task(make_task(Arguments(**bound.arguments))).explanation

@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import autograd, operators
+from .autograd import Outputs
 from .head import Lora, Model, WeightContext
-from .request import Call, Request, make_model, make_request, plan_target
+from .request import Request, make_model, make_request, plan_target
+from .rules import Rule
 from .rules.scores import Scores
-from .statistics import DIFFERENTIABLE, OUTPUTS, TokenScores
+from .statistics import DIFFERENTIABLE, TokenScores
 from .types import ScoringOptions
 from .validation import check_outputs
 
@@ -106,16 +108,16 @@ def linear_logprob(
             options=options,
         )
         if torch.compiler.is_compiling():
-            return score_traced(asked, target)
-        return score(plan_target(*asked[:2], [asked.model], target), asked.model)
+            return TokenScores._make(run_traced(asked, target))
+        return TokenScores._make(autograd.run(plan_target(*asked, target), asked.models))
 
 
 class Asked(NamedTuple):
-    """What is asked of one model, checked."""
+    """What is asked of which models, checked."""
 
     request: Request
-    rule: Scores
-    model: Model
+    rule: Rule
+    models: list[Model]
 
 
 def ask(
@@ -138,25 +140,14 @@ def ask(
     model = make_model(hidden, weight, target, **head)
     outputs = check_outputs(outputs)
     rule = Scores(outputs, tuple(name for name in differentiable if name in outputs))
-    return Asked(make_request([model], ignore_index=ignore_index, options=options), rule, model)
+    return Asked(make_request([model], ignore_index=ignore_index, options=options), rule, [model])
 
 
-def score(call: Call, model: Model) -> TokenScores:
-    return TokenScores._make(autograd.run(call, [model]))
-
-
-def score_traced(asked: Asked, target: Tensor) -> TokenScores:
+def run_traced(asked: Asked, target: Tensor) -> Outputs:
     """As an operator, which chooses its schedule when it runs."""
-    request, rule, model = asked
-    found = operators.SCORES.run(request, rule, [model], target)
-    wanted = dict(zip(OUTPUTS, found, strict=True))
-    return TokenScores(**{name: wanted[name] for name in rule.outputs})
-
-
-def prepare(hidden: Tensor, weight: Tensor, target: Tensor, **arguments: Any) -> tuple[Call, Model]:
-    """The arguments of ``linear_logprob`` checked and the schedule chosen."""
-    request, rule, model = ask(hidden, weight, target, **arguments)
-    return plan_target(request, rule, [model], target), model
+    found = operators.OF_RULE[type(asked.rule)].run(*asked, target)
+    names = zip(asked.rule.output_names, found, strict=True)
+    return tuple(one if name in asked.rule.outputs else None for name, one in names)
 
 
 def _opened(

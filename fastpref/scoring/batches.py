@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, canary
-from .autograd import once_differentiable, products_of, row_gradients
+from .autograd import Outputs, models_of, once_differentiable, products_of, row_gradients
 from .backward import Gradients, backward
 from .forward import Run, forward
 from .head import TENSORS, Model
@@ -27,16 +27,16 @@ from .plan import MEBIBYTE, Plan, choose, less, rows_to_keep
 from .request import Call
 from .retry import nothing_less, random_state, with_less
 from .rules import Heads
-from .statistics import TokenScores
 from .types import ScoringOptions, statistics_dtype
 
 # Rows of a product that take as long as adding a product onto (V, H) float32 totals: measured on
 # two cores; by bandwidth and peak of an H200.
 ACCUMULATION_ROWS = {"cpu": 100, "cuda": 700}
 
-LossOfScores = Callable[[TokenScores], Tensor]
-# The loss, all scores, the gradient at the rows of the positions, and at the head's tensors.
-Outcome = tuple[Tensor, TokenScores, Tensor | None, tuple[Tensor | None, ...]]
+LossOfOutputs = Callable[[Outputs], Tensor]
+# The loss, all outputs of the rule, the gradient at the rows of the positions, and at the head's
+# tensors.
+Outcome = tuple[Tensor, Outputs, Tensor | None, tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def choose_for_groups(
                 f"schedule='batches' cannot serve this call: {groups}; use schedule='auto'"
             )
         return plan
-    best = plan.schedule == "direct" or plan.kept_rows == plan.scored
+    best = plan.kept_rows == plan.scored or (plan.schedule == "direct" and plan.matrices == 1)
     if not forced and (options.schedule != "auto" or best):
         return plan
     batched = BatchedPlan(plans=tuple(_plans(plan, options, groups)))
@@ -141,31 +141,32 @@ def score_with_loss(
     call: Call,
     plan: BatchedPlan,
     positions: Tensor,
-    loss: LossOfScores,
-    model: Model,
-) -> tuple[Tensor, TokenScores]:
-    """The loss, and the scores it is of.
+    loss: LossOfOutputs,
+    models: Sequence[Model],
+) -> tuple[Tensor, Outputs]:
+    """The loss, and the outputs of ``call.rule`` that it is of.
 
     Args:
         positions: (N,) scored positions of the target, those of a group together, in the order of
             the plan's batches.
-        loss: of the scores to a 0-dim tensor; the gradient at a group's log-probabilities must not
-            depend on other groups, nor must it be NaN while those hold 0. Called once a batch.
+        loss: of the outputs to a 0-dim tensor; the gradient at those of a group must not depend on
+            other groups, nor must it be NaN while those hold 0. Called once a batch.
 
-    A gradient at the scores' ``logp`` is answered by scoring again, by ``call``'s own plan. Where
+    A gradient at an output is answered by scoring again, by ``call``'s own plan. Where
     memory runs out two passes recompute, without totals of the gradients from forward to backward,
     and the loss is called once more, with the random state of before.
     """
-    device = model.hidden.device
+    device = models[0].hidden.device
     as_before = random_state(device)
 
-    def attempt(plan: BatchedPlan | Plan) -> tuple[Tensor, TokenScores]:
+    def attempt(plan: BatchedPlan | Plan) -> tuple[Tensor, Outputs]:
         as_before()
         if isinstance(plan, Plan):
-            found = TokenScores._make(autograd.run(replace(call, plan=plan), [model]))
+            found = autograd.run(replace(call, plan=plan), models)
             return loss(found), found
-        value, *scores = BatchedLoss.apply(call, plan, positions, loss, *model.tensors)  # type: ignore[no-untyped-call]
-        return value, TokenScores._make(scores)
+        tensors = [one for model in models for one in model.tensors]
+        value, *outputs = BatchedLoss.apply(call, plan, positions, loss, *tensors)  # type: ignore[no-untyped-call]
+        return value, tuple(outputs)
 
     def two_passes(plan: BatchedPlan | Plan) -> Plan | None:
         # Which take less themselves where that is not enough.
@@ -182,51 +183,54 @@ class BatchedLoss(torch.autograd.Function):
         call: Call,
         plan: BatchedPlan,
         positions: Tensor,
-        loss: LossOfScores,
+        loss: LossOfOutputs,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        model = Model.of(tensors, call.forms[0])
-        with products_of(model.hidden):
+        models = [model.detached() for model in models_of(tensors, call)]
+        with products_of(models[0].hidden):
             one_pass = _OnePass(call, plan, positions, loss)
-            value, scores, d_rows, gradients = one_pass.run(model.detached())
+            value, outputs, d_rows, gradients = one_pass.run(models)
         ctx.call, ctx.plan = call, plan
         ctx.save_for_backward(*tensors, positions, d_rows, *gradients)
-        named = scores._asdict().items()
+        names, differentiable = call.rule.output_names, call.rule.differentiable
+        named = zip(names, outputs, strict=True)
         ctx.mark_non_differentiable(
-            *(one for name, one in named if one is not None and name != "logp")
+            *(one for name, one in named if one is not None and name not in differentiable)
         )
-        return value, *scores
+        return value, *outputs
 
     @staticmethod
     def backward(
-        ctx: Any, d_loss: Tensor | None, *d_scores: Tensor | None
+        ctx: Any, d_loss: Tensor | None, *d_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
-        tensors, (positions, d_rows, *d_head) = saved[:TENSORS], saved[TENSORS:]
-        model = Model.of(tensors, call.forms[0])
-        hidden = model.hidden
+        count = TENSORS * call.rule.models
+        tensors, (positions, d_rows, *d_head) = saved[:count], saved[count:]
+        models = models_of(tensors, call)
+        hidden, head = models[0]
 
         def scaled(plan: BatchedPlan) -> list[Tensor | None]:
             if d_loss is None:
                 return [None] * TENSORS
             rows = None if d_rows is None else _spread(d_rows * d_loss, positions, hidden)
-            pairs = zip(d_head, model.head.tensors, strict=True)
+            pairs = zip(d_head, head.tensors, strict=True)
             return [rows, *(_scaled(one, d_loss, own) for one, own in pairs)]
 
         with torch.no_grad():
             gradients = with_less(scaled, ctx.plan, nothing_less, hidden.device, call.group)
-            if any(one is not None for one in d_scores):
-                _, kept, heads, plan = autograd.run_forward(call, [model])
+            if any(one is not None for one in d_outputs):
+                _, kept, heads, plan = autograd.run_forward(call, models)
                 again = replace(call, plan=plan)
-                more = autograd.run_backward(again, [model], kept, d_scores, heads)
+                more = autograd.run_backward(again, models, kept, d_outputs, heads)
 
                 def added(plan: Plan) -> list[Tensor | None]:
                     return [_added(a, b) for a, b in zip(gradients, more, strict=True)]
 
                 gradients = with_less(added, call.plan, nothing_less, hidden.device, call.group)
-        depends_on = (*tensors, d_loss, *d_scores)
-        return (None, None, None, None, *once_differentiable(gradients, depends_on))
+        depends_on = (*tensors[:TENSORS], d_loss, *d_outputs)
+        once = once_differentiable(gradients, depends_on)
+        return (None, None, None, None, *once, *[None] * (count - TENSORS))
 
 
 @dataclass(frozen=True)
@@ -234,55 +238,56 @@ class _OnePass:
     call: Call
     plan: BatchedPlan
     positions: Tensor
-    loss: LossOfScores
+    loss: LossOfOutputs
 
-    def run(self, model: Model) -> Outcome:
-        call, flat = self.call, model.hidden.reshape(-1, model.hidden.shape[-1])
-        heads, scores = call.heads([model]), self._no_scores()
+    def run(self, models: Sequence[Model]) -> Outcome:
+        call, (hidden, head) = self.call, models[0]
+        heads, outputs = call.heads(models), self._nothing_yet()
         totals, d_a, d_rows = self._totals(heads), None, None
         if call.request.needs_hidden:
-            d_rows = flat.new_empty((len(self.positions), flat.shape[1]), dtype=call.plan.dtype)
+            shape = len(self.positions), hidden.shape[-1]
+            d_rows = hidden.new_empty(shape, dtype=call.plan.dtype)
         value, start = call.target.new_zeros(()), 0
         for plan in self.plan.plans:
             at = self.positions[start : start + plan.scored]
-            rows = model.head.widened(flat.index_select(0, at).to(plan.dtype))
+            rows = [_rows_at(one, at, plan.dtype) for one in models]
             run = Run(call.rule, heads, plan)
-            value, gradients = self._batch(run, rows, at, scores, totals)
+            value, gradients = self._batch(run, rows, at, outputs, totals)
             if d_rows is not None and gradients.hidden is not None:
                 d_rows[start : start + plan.scored], d_a_part = row_gradients(
-                    call, gradients.hidden, rows, model
+                    call, gradients.hidden, rows[0], models[0]
                 )
                 d_a = _added(d_a, None if d_a_part is None else d_a_part.to(value.dtype))
             start += plan.scored
-        return value, scores, d_rows, model.head.by_tensor(totals.weight, totals.bias, d_a)
+        return value, outputs, d_rows, head.by_tensor(totals.weight, totals.bias, d_a)
 
     def _batch(
-        self, run: Run, rows: Tensor, at: Tensor, scores: TokenScores, totals: Gradients
+        self, run: Run, rows: list[Tensor], at: Tensor, outputs: Outputs, totals: Gradients
     ) -> tuple[Tensor, Gradients]:
-        """The loss of all scores so far and the gradient at ``rows``; theirs go into ``scores``.
+        """The loss of all outputs so far and the gradient at ``rows``; theirs go into ``outputs``.
 
-        A function of its own, so that the exponentials are gone before those of the next batch.
+        A function of its own, so that what is kept is gone before that of the next batch.
         """
         own = self.call.target.view(-1).index_select(0, at)
-        found, kept = forward(run, [rows], own)
-        canary.watch(self.call, run.heads, rows, own, found)
-        for total, part in zip(scores, found, strict=True):
+        found, kept = forward(run, rows, own)
+        canary.watch(self.call, run.heads, rows[0], own, found)
+        for total, part in zip(outputs, found, strict=True):
             if total is not None and part is not None:
                 total.view(-1).index_copy_(0, at, part)
-        value, slope = self._loss_and_slope(scores)
-        upstream = TokenScores(logp=slope.view(-1).index_select(0, at))
-        return value, backward(run, [rows], kept, upstream, totals)
+        value, slopes = self._loss_and_slopes(outputs)
+        upstream = [
+            None if one is None else one.view(-1).index_select(0, at).contiguous() for one in slopes
+        ]
+        return value, backward(run, rows, kept, upstream, totals)
 
-    def _no_scores(self) -> TokenScores:
+    def _nothing_yet(self) -> Outputs:
         rule, target = self.call.rule, self.call.target
         exact = statistics_dtype(self.call.plan.dtype)
-        return TokenScores(
-            **{
-                name: target.new_zeros(
-                    target.shape, dtype=torch.bool if name == "is_top1" else exact
-                )
-                for name in rule.outputs
-            }
+        return tuple(
+            target.new_zeros(target.shape, dtype=torch.bool if name.endswith("is_top1") else exact)
+            if name in rule.outputs
+            else None
+            for name in rule.output_names
         )
 
     def _totals(self, heads: Heads) -> Gradients:
@@ -295,14 +300,25 @@ class _OnePass:
             d_bias = head.weight.new_zeros(head.weight.shape[0], dtype=torch.float64)
         return Gradients(None, d_weight, d_bias)
 
-    def _loss_and_slope(self, scores: TokenScores) -> tuple[Tensor, Tensor]:
-        if scores.logp is None:
-            raise RuntimeError("logp was not asked for")
+    def _loss_and_slopes(self, outputs: Outputs) -> tuple[Tensor, Outputs]:
+        """The loss, and its gradients at the outputs that are differentiable."""
+        names, differentiable = self.call.rule.output_names, self.call.rule.differentiable
         with torch.enable_grad():
-            logp = scores.logp.detach().requires_grad_()
-            value = self.loss(scores._replace(logp=logp))
-            (slope,) = torch.autograd.grad(value, logp)
-        return value.detach(), slope
+            given = [
+                None if one is None else one.detach().requires_grad_(name in differentiable)
+                for name, one in zip(names, outputs, strict=True)
+            ]
+            value = self.loss(tuple(given))
+            leaves = [one for one in given if one is not None and one.requires_grad]
+            slopes = iter(torch.autograd.grad(value, leaves, allow_unused=True))
+        found = (next(slopes) if one is not None and one.requires_grad else None for one in given)
+        return value.detach(), tuple(found)
+
+
+def _rows_at(model: Model, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    hidden, head = model
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+    return head.widened(rows.to(dtype))
 
 
 def _spread(rows: Tensor, positions: Tensor, like: Tensor) -> Tensor:

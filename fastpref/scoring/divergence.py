@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import autograd, operators
+from . import autograd
+from .api import Asked, run_traced
 from .backends.divergences import DIVERGENCES, unavailable_reason
-from .head import Lora, Model
+from .head import Lora
 from .plan import Plan
-from .request import Request, make_model, make_request, plan_target
+from .request import make_model, make_request, plan_target
 from .rules.divergence import Divergence
 from .types import ScoringOptions
 from .validation import check_two_heads
@@ -84,7 +85,7 @@ def linear_divergence(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where 64 rows at a time do not fit.
     """
-    request, rule, models, target = _ask(
+    asked, target = _ask(
         student_hidden,
         student_weight,
         teacher_hidden,
@@ -102,9 +103,9 @@ def linear_divergence(
         options=options,
     )
     if torch.compiler.is_compiling():
-        (value,) = operators.DIVERGENCE.run(request, rule, models, target)
+        (value,) = run_traced(asked, target)
     else:
-        (value,) = autograd.run(plan_target(request, rule, models, target), models)
+        (value,) = autograd.run(plan_target(*asked, target), asked.models)
     if value is None:
         raise RuntimeError("no divergence was asked for")
     return value
@@ -126,16 +127,8 @@ def explain_divergence(
     given = student_hidden, student_weight, teacher_hidden, teacher_weight, mask
     bound = inspect.signature(linear_divergence).bind(*given, **arguments)
     bound.apply_defaults()
-    return plan_target(*_ask(**bound.arguments)).plan
-
-
-class _Asked(NamedTuple):
-    """What is asked of two models, checked."""
-
-    request: Request
-    rule: Divergence
-    models: list[Model]
-    target: Tensor  # (...) SCORED or IGNORED
+    asked, target = _ask(**bound.arguments)
+    return plan_target(*asked, target).plan
 
 
 def _ask(
@@ -153,7 +146,8 @@ def _ask(
     teacher_lora: Lora | None,
     options: ScoringOptions | None,
     **map: Any,
-) -> _Asked:
+) -> tuple[Asked, Tensor]:
+    """What is asked, checked, and (...) SCORED or IGNORED."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
     _check_beta(beta)
@@ -184,7 +178,7 @@ def _ask(
     reason = unavailable_reason(request.options.backend)
     if reason is not None:
         raise ValueError(f"backend={request.options.backend!r} is not available: {reason}")
-    return _Asked(request, Divergence(divergence, float(beta)), models, target)
+    return Asked(request, Divergence(divergence, float(beta)), models), target
 
 
 def _check_beta(beta: Any) -> None:

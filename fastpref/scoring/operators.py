@@ -20,8 +20,8 @@ from .forward import Kept
 from .head import TENSORS, Form, Model
 from .request import Call, Request, plan_target
 from .rules import Rule
-from .rules.divergence import Divergence
 from .rules.compared import WithDivergence, WithMixture
+from .rules.divergence import Divergence
 from .rules.scores import Scores
 from .settings import Settings
 from .types import statistics_dtype
@@ -230,3 +230,6 @@ SCORES = Operators("linear_scores", Scores)
 DIVERGENCE = Operators("linear_divergence", Divergence)
 WITH_DIVERGENCE = Operators("linear_scores_and_divergence", WithDivergence)
 WITH_MIXTURE = Operators("linear_scores_and_mixture", WithMixture)
+OF_RULE: dict[type[Any], Operators[Any]] = {
+    one.kind: one for one in (SCORES, DIVERGENCE, WITH_DIVERGENCE, WITH_MIXTURE)
+}

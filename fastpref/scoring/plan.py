@@ -346,7 +346,9 @@ def _choice_of_two(
             "schedule='direct' does not serve two heads, of which one is trained; use "
             "schedule='auto', 'keep' or 'recompute'"
         )
-    keeps = problem.needs_grad and trains
+    # Of two matrices each has a product with the weight in a direct pass, their sum one.
+    keeps = problem.needs_grad and (trains or problem.matrices > 1)
+    keeps = keeps and options.schedule != "direct"
     wanted = most_chunk_rows(problem, options.chunk_rows)
     share = budget // 4 if keeps else budget
     tile = Tile(min(wanted, max(LEAST_ROWS, share // (2 * problem.row_bytes))), problem.vocab_size)
@@ -358,6 +360,8 @@ def _choice_of_two(
         kept = min(problem.scored, max(0, left) // problem.kept_row_bytes)
     if kept >= problem.scored:
         return "keep", kept, tile, tile
+    if not trains and options.schedule == "auto":
+        return "direct", 0, tile, None
     return "keep/recompute" if kept else "recompute", kept, tile, tile
 
 

@@ -46,6 +46,7 @@ _KINDS: dict[Any, Kind] = {
     float: Kind("float"),
     str: Kind("str"),
     int | None: Kind("int?"),
+    float | None: Kind("float?"),
     torch.dtype: Kind("ScalarType"),
     tuple[str, ...]: Kind("str", ",".join, _names),
     dist.ProcessGroup | None: Kind("str?", _name_of_group, _group_of_name),

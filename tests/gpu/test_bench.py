@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastpref import objectives, pair_head
+from fastpref import objectives
 from fastpref._extension import cuda_ops_unavailable_reason
 from fastpref.bench import memory
 from fastpref.bench.cases import LIMIT, measure
@@ -18,7 +18,8 @@ from fastpref.bench.experiment import Case, Mode
 from fastpref.bench.suites import SUITES
 from fastpref.bench.timing import Clock
 from fastpref.bench.work import Shape
-from tests.test_pair_head import make_pairs
+from fastpref.units import pair_head
+from tests.units.test_pair_head import make_pairs
 
 pytestmark = pytest.mark.gpu
 

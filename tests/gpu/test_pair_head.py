@@ -4,10 +4,10 @@
 import pytest
 import torch
 
-from fastpref import pair_head
 from fastpref._extension import cuda_ops_unavailable_reason
 from fastpref.objectives import Objective
-from tests.test_pair_head import FAMILY, IDS, differentiable, make_pairs
+from fastpref.units import pair_head
+from tests.units.test_pair_head import FAMILY, IDS, differentiable, make_pairs
 
 pytestmark = pytest.mark.gpu
 

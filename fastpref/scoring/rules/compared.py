@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends.divergences import divergence_rows, logit_blocks
 from ..scaled import add_scaled
-from ..statistics import OUTPUTS
+from ..statistics import OUTPUTS, TokenScores
 from . import Again, Found, Heads, Upstream
 from .divergence import project, two_tiles
 from .scores import Scores
@@ -36,7 +36,12 @@ class _Compared:
     @property
     def outputs(self) -> tuple[str, ...]:
         reference = (f"ref_{name}" for name in self.reference.outputs)
-        return (*self.policy.outputs, *reference, *self.compared)
+        return (*self.policy.outputs, *reference, *self.made)
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """Those of ``compared`` that are asked for."""
+        return self.compared
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -45,6 +50,14 @@ class _Compared:
     @property
     def statistics(self) -> bool:
         return self.policy.statistics or self.reference.statistics
+
+    def parts(
+        self, outputs: tuple[Tensor | None, ...]
+    ) -> tuple[TokenScores, TokenScores, dict[str, Tensor | None]]:
+        """Of the policy, of the reference, and what is made of both by name."""
+        own, other = outputs[: len(OUTPUTS)], outputs[len(OUTPUTS) : 2 * len(OUTPUTS)]
+        both = dict(zip(self.compared, outputs[2 * len(OUTPUTS) :], strict=True))
+        return TokenScores._make(own), TokenScores._make(other), both
 
     def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
         count = len(OUTPUTS)
@@ -85,10 +98,16 @@ class WithDivergence(_Compared):
     """And KL(reference, policy), differentiable: beside the exponentials E of Scores is kept G, the
     divergence's gradient at the policy's raw products."""
 
+    epsilon: float | None = None  # with one, what ``WithMixture`` has too
+
     matrices: ClassVar[int] = 2
     formed_again: ClassVar[int] = 2
-    compared: ClassVar[tuple[str, ...]] = ("kl",)
-    output_names: ClassVar[tuple[str, ...]] = _names("kl")
+    compared: ClassVar[tuple[str, ...]] = ("kl", "plus", "minus")
+    output_names: ClassVar[tuple[str, ...]] = _names(*compared)
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        return self.compared if self.epsilon is not None else ("kl",)
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -104,8 +123,11 @@ class WithDivergence(_Compared):
     ) -> Found:
         project(heads, rows, tiles)
         reference = self._of_reference(heads, rows, target, tiles)
+        mixed: tuple[Tensor | None, ...] = (None, None)
+        if self.epsilon is not None:
+            mixed = _mixed(heads, tiles, target, self.epsilon)
         kl = _kl(heads, tiles, write)
-        return self._scored(heads, rows, target, tiles, write, (*reference, kl))
+        return self._scored(heads, rows, target, tiles, write, (*reference, kl, *mixed))
 
     def factors(
         self, heads: Heads, numbers: Upstream, upstream: Upstream
@@ -113,7 +135,7 @@ class WithDivergence(_Compared):
         own = self.policy.factors(heads, numbers, upstream[: len(OUTPUTS)])
         if own is None:
             return None
-        kl = upstream[-1]
+        kl = upstream[2 * len(OUTPUTS)]
         return (*own, torch.zeros_like(own[0]) if kl is None else kl)
 
     def again(
@@ -124,7 +146,7 @@ class WithDivergence(_Compared):
         numbers: Upstream,
         upstream: Upstream,
     ) -> Again:
-        given, kl = upstream[: len(OUTPUTS)], upstream[-1]
+        given, kl = upstream[: len(OUTPUTS)], upstream[2 * len(OUTPUTS)]
         if kl is None:
             return self.policy.again(heads, rows, target, numbers, given)
         factor, head = kl, heads.projectors[0]
@@ -152,7 +174,7 @@ class WithMixture(_Compared):
     matrices: ClassVar[int] = 1
     formed_again: ClassVar[int] = 1
     compared: ClassVar[tuple[str, ...]] = ("plus", "minus")
-    output_names: ClassVar[tuple[str, ...]] = _names("plus", "minus")
+    output_names: ClassVar[tuple[str, ...]] = _names(*compared)
 
     @property
     def differentiable(self) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An objective on the sums of a batch: its losses, the rewards of each row, and its metrics."""
+"""An objective on the numbers of a batch: its losses, the rewards of each row, and its metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..objectives import ListLosses, Objective, TokenLosses, UnitLosses
-from ..pair_head import pair_head
-from .filling import Material
+from .layouts import Arrangement
+from .numbers import Numbers
+from .pair_head import pair_head
 
 
 class Evaluated(NamedTuple):
@@ -20,19 +21,14 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(
-    objective: Objective,
-    sums: Tensor,
-    ref_sums: Tensor | None,
-    material: Material,
-    extras: dict[str, Tensor],
+    objective: Objective, numbers: Numbers, arrangement: Arrangement, extras: dict[str, Tensor]
 ) -> Evaluated:
-    """``sums`` and ``ref_sums`` (B,) in row order; ``extras`` complete."""
+    """``extras`` complete."""
     if objective.unit == "token":
-        return _tokens(objective, sums, ref_sums, material, extras)
-    arrangement = material.arrangement
-    logps = arrangement.split(sums)
-    if ref_sums is not None:
-        logps += arrangement.split(ref_sums)
+        return _tokens(objective, numbers, extras)
+    logps = arrangement.split(numbers.logps)
+    if numbers.ref_logps is not None:
+        logps += arrangement.split(numbers.ref_logps)
     if objective.unit == "pair":
         pairs = pair_head(objective, *logps, **extras)
         rewards = arrangement.join(pairs.chosen_rewards, pairs.rejected_rewards)
@@ -40,12 +36,13 @@ def evaluate(
     result = objective(*logps, **extras)
     if not isinstance(result, UnitLosses | ListLosses):
         raise TypeError(f"{objective.name} returned {type(result).__name__}")
+    own = logps[0].detach()
     if objective.unit == "list":
-        metrics = _of_lists(result.rewards, arrangement.split(sums.detach())[0], extras)
+        metrics = _of_lists(result.rewards, own, extras)
     else:
-        metrics = {"rewards/mean": result.rewards.mean(), "logps/mean": sums.detach().mean()}
+        metrics = {"rewards/mean": result.rewards.mean(), "logps/mean": own.mean()}
         if "labels" in extras:
-            metrics |= _by_label(result.rewards, sums.detach(), extras["labels"] != 0)
+            metrics |= _by_label(result.rewards, own, extras["labels"] != 0)
     return Evaluated(result.losses, arrangement.join(result.rewards), metrics)
 
 
@@ -84,25 +81,25 @@ def _by_label(rewards: Tensor, logps: Tensor, desirable: Tensor) -> dict[str, Te
     return metrics
 
 
-def _tokens(
-    objective: Objective,
-    sums: Tensor,
-    ref_sums: Tensor | None,
-    material: Material,
-    extras: dict[str, Tensor],
-) -> Evaluated:
+def _tokens(objective: Objective, numbers: Numbers, extras: dict[str, Tensor]) -> Evaluated:
     """Rewards are log-ratios to the reference, or without one the policy's own log-probs: these
     objectives know rewards only as advantages."""
+    if numbers.tokens is None or numbers.lengths is None:
+        raise ValueError(
+            f"{objective.name} works on tokens, and these are numbers of whole responses; take an "
+            "objective of pairs, lists or single responses"
+        )
     keywords = dict(extras)
     old = keywords.pop("old_token_logp", None)
-    result = objective(material.policy.logp, old, **keywords)
+    result = objective(numbers.tokens.logp, old, **keywords)
     if not isinstance(result, TokenLosses):
         raise TypeError(f"{objective.name} returned {type(result).__name__}")
-    logps, tokens = sums.detach(), material.batch.lengths.sum().clamp(min=1)
+    logps, ref_logps = numbers.logps.detach(), numbers.ref_logps
+    tokens = numbers.lengths().sum().clamp(min=1)
     metrics = {
         "logps/mean": logps.mean(),
         "clip_ratio/region_mean": result.is_clipped.to(logps.dtype).sum() / tokens,
     }
     if result.kl is not None:
         metrics["kl"] = result.kl.sum() / tokens
-    return Evaluated(result.losses, logps if ref_sums is None else logps - ref_sums, metrics)
+    return Evaluated(result.losses, logps if ref_logps is None else logps - ref_logps, metrics)

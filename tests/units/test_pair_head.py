@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref import objectives, pair_head
+from fastpref import objectives
 from fastpref.objectives import Objective
+from fastpref.units import pair_head
 from tests.cuda_on_host.kernels import unavailable_reason
 from tests.cuda_on_host.pair_head import PairHeadKernel, compile_pair_head
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,11 @@ import torch.distributed as dist
 
 from ..objectives import Objective, as_objective
 
-# torch.compile cannot trace how an Objective is made, but takes one that lies in a global.
-_traced = SimpleNamespace()
+# torch.compile cannot trace how an Objective is made, but takes one that lies in a global. What it
+# compiled with one that has left its place since is compiled again.
+MOST_KEPT = 64
+_kept = SimpleNamespace()
+_places = itertools.cycle(f"objective_{place}" for place in range(MOST_KEPT))
 
 
 def configure(
@@ -34,7 +38,7 @@ def configure(
         name: value.__float__() if isinstance(value, float) else value
         for name, value in hyperparameters.items()
     }
-    made: Objective = getattr(_traced, _keep(objective, dp_group, constants))
+    made: Objective = getattr(_kept, _keep(objective, dp_group, constants))
     return made
 
 
@@ -45,13 +49,12 @@ def _keep(
 ) -> str:
     """Where the objective lies now."""
     made = _configured(objective, dp_group, hyperparameters)
-    known = vars(_traced)
-    for name, one in known.items():
+    for place, one in vars(_kept).items():
         if one == made:
-            return name
-    name = f"objective_{len(known)}"
-    setattr(_traced, name, made)
-    return name
+            return place
+    place = next(_places)
+    setattr(_kept, place, made)
+    return place
 
 
 # All that torch.compiler.assume_constant_result does; but that imports torch._dynamo, a second of

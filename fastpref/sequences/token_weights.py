@@ -60,7 +60,7 @@ def sampled_weights(
             raise ValueError(
                 f"generator must be on the device of mask, {mask.device}, got {generator.device}"
             )
-    keys = torch.rand(mask.shape, generator=generator, device=mask.device)
+    keys = torch.rand(mask.shape, generator=generator, dtype=torch.float32, device=mask.device)
     order = torch.argsort(torch.where(scored, keys, math.inf), dim=-1, stable=True)
     ranks = torch.argsort(order, dim=-1)
     return ((ranks < partner_lengths[:, None]) & scored).float()

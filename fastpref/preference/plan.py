@@ -10,40 +10,41 @@ and head needs a gradient, and group sizes that the host knows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..scoring import TokenScores
 from ..scoring.api import Asked
+from ..scoring.autograd import Outputs
 from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing, pack
 from ..scoring.plan import MEBIBYTE, Plan
 from ..scoring.request import Call, plan_target
-from .filling import differentiable_fillings
-from .layouts import Indexed
+from ..units.layouts import Indexed
+from .result import result_of
 from .task import Task
 
 
 @dataclass(frozen=True)
-class Schedule:
-    policy: Call  # in two passes
-    reference: Call | None
+class PreferenceCall:
+    main: Call  # in two passes
+    reference: Call | None  # before it
     batches: BatchedPlan | None = None  # in one pass
     positions: Tensor | None = None  # (N,) of the target, in the order of the batches
 
     @property
     def explanation(self) -> PreferencePlan:
         reference = None if self.reference is None else self.reference.plan
-        return PreferencePlan(self.batches or self.policy.plan, reference)
+        return PreferencePlan(self.batches or self.main.plan, reference)
 
 
 @dataclass(frozen=True)
 class PreferencePlan:
     """What ``explain`` returns for a call of ``preference_loss``."""
 
-    policy: Plan | BatchedPlan
-    reference: Plan | None
+    policy: Plan | BatchedPlan  # or of both models side by side
+    reference: Plan | None  # scored before
 
     @property
     def schedule(self) -> str:
@@ -75,21 +76,21 @@ class PreferencePlan:
         return f"{total}; policy: {self.policy}; reference: {self.reference}"
 
 
-def schedule(task: Task) -> Schedule:
-    request, target = task.policy.request, task.batch.target.to(torch.int64)
+def plan_task(task: Task) -> PreferenceCall:
+    request, target = task.main.request, task.batch.target.to(torch.int64)
     groups = _groups(task)
     count = None if isinstance(groups, str) else sum(groups.lengths)
     packing = pack(target, request.ignore_index, request.options.max_scored, count)
-    policy = _planned(task.policy, target, packing)
+    main = _planned(task.main, target, packing)
     reference = None if task.reference is None else _planned(task.reference, target, packing)
     sizes = groups if isinstance(groups, str) else groups.sizes
-    plan = choose_for_groups(policy.plan, request.options, sizes)
+    plan = choose_for_groups(main.plan, request.options, sizes)
     if isinstance(plan, BatchedPlan) and _trains_more(task):
         reason = "the objective has parameters that need a gradient"
-        plan = choose_for_groups(policy.plan, request.options, reason)
+        plan = choose_for_groups(main.plan, request.options, reason)
     if isinstance(groups, str) or not isinstance(plan, BatchedPlan):
-        return Schedule(policy, reference)
-    return Schedule(policy, reference, plan, groups.positions(packing, target.device))
+        return PreferenceCall(main, reference)
+    return PreferenceCall(main, reference, plan, groups.positions(packing, target.device))
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ class Groups:
 
     def positions(self, packing: Packing, device: torch.device) -> Tensor:
         """The scored positions, those of a group together."""
-        length = torch.tensor(self.lengths)
-        order = torch.tensor([row for group in self.rows for row in group])
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+        length = torch.tensor(self.lengths, **host)
+        order = torch.tensor([row for group in self.rows for row in group], **host)
         own = length[order]
         shift = (length.cumsum(0) - length)[order] - (own.cumsum(0) - own)
-        index = (torch.arange(packing.scored) + shift.repeat_interleave(own)).to(device)
+        index = torch.arange(packing.scored, **host) + shift.repeat_interleave(own)
+        index = index.to(device)
         return index if packing.positions is None else packing.positions[index]
 
 
@@ -119,24 +122,25 @@ def _groups(task: Task) -> Groups | str:
     reason = _why_no_groups(task)
     if reason is not None:
         return reason
-    batch, options = task.batch, task.policy.request.options
+    batch, options = task.batch, task.main.request.options
     bounded = batch.cu_seqlens is not None or options.max_scored is not None
     if batch.target.is_cuda and (bounded or torch.cuda.is_current_stream_capturing()):
         return "the host would wait for the GPU to learn the lengths of the rows"
-    lengths: list[int] = batch.lengths.tolist()
+    lengths: list[int] = batch.lengths().tolist()
     if batch.cu_seqlens is not None and sum(lengths) != int(batch.scored.sum()):
         return "some scored tokens are in no row"
-    rows = torch.stack(task.arrangement.split(torch.arange(batch.rows)), -1)
-    return Groups(rows.flatten(1).tolist(), lengths)
+    rows = torch.arange(batch.rows, dtype=torch.int64, device="cpu")
+    groups = torch.stack(task.arrangement.split(rows), -1).flatten(1)
+    return Groups(groups.tolist(), lengths)
 
 
 def _why_no_groups(task: Task) -> str | None:
-    request, objective = task.policy.request, task.objective
+    request, objective = task.main.request, task.objective
     if not request.needs_grad:
         return "nothing needs a gradient"
     if objective.scope not in ("unit", "pair", "list"):
         return f"{objective.name} has scope {objective.scope}"
-    if task.reduction == "none":
+    if task.given.reduction == "none":
         return "each loss may have a gradient of its own, with reduction='none'"
     if task.batch.seq_group is not None:
         return "the tokens of a row lie on several ranks"
@@ -145,27 +149,28 @@ def _why_no_groups(task: Task) -> str | None:
     if request.dtype == torch.float16:
         # A loss scaler's factor arrives in backward.
         return "gradients in float16 would underflow before they are scaled"
-    given = {**task.extras, "token_weights": task.token_weights, "denominator": task.denominator}
+    given = {name: getattr(task.given, name) for name in ("token_weights", "denominator")}
+    given = {**task.extras, **given}
     trained = [n for n, one in given.items() if isinstance(one, Tensor) and one.requires_grad]
-    trained += sorted(differentiable_fillings(objective, task.extras))
     return f"{', '.join(trained)} need a gradient too" if trained else None
 
 
 def _trains_more(task: Task) -> bool:
-    """Whether the loss has a gradient beside that of the log-probs."""
-    shape, outputs = task.batch.target, task.policy.rule.outputs
+    """Whether the loss has a gradient beside that of the outputs of scoring."""
+    target = task.batch.target
 
-    def nothing(names: tuple[str, ...]) -> TokenScores:
-        empty = torch.zeros(shape.shape, device=shape.device)
-        return TokenScores(**dict.fromkeys(names, empty))
+    def nothing(asked: Asked) -> Outputs:
+        empty = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
+        names, outputs = asked.rule.output_names, asked.rule.outputs
+        return tuple(empty if name in outputs else None for name in names)
 
-    reference = None if task.reference is None else nothing(task.reference.rule.outputs)
+    reference = None if task.reference is None else nothing(task.reference)
     with torch.enable_grad():
-        return task.output(nothing(outputs), reference).loss.requires_grad
+        return result_of(task, nothing(task.main), reference).loss.requires_grad
 
 
 def _planned(asked: Asked, target: Tensor, packing: Packing) -> Call:
-    request, rule, model = asked
+    request, rule, models = asked
     if request.options.schedule == "batches":
         request = replace(request, options=replace(request.options, schedule="auto"))
-    return plan_target(request, rule, [model], target, packing)
+    return plan_target(request, rule, models, target, packing)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import objectives
-from ._extension import cuda_operators_serve
-from .objectives import Objective
-from .objectives.registry import Composite, upcast
+from .. import objectives
+from .._extension import cuda_operators_serve
+from ..objectives import Objective
+from ..objectives.registry import Composite, upcast
 
 LOGISTIC, SQUARE, HINGE = 0, 1, 2  # in the order of csrc/cuda/pair_head.h
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref import sequences
 from fastpref.sequences import sequence_logp
+from fastpref.sequences import sums as summing
 
 LENGTHS = [3, 0, 1, 7, 0]
 N, B, T = sum(LENGTHS), len(LENGTHS), 8
@@ -168,7 +168,7 @@ def test_sorted_form_equals_index_add(ids, seed):
     ids = ids.clamp(min=0)
     grad = torch.randn(5, generator=generator, dtype=torch.float64)
     results = []
-    for form in (sequences._sum_by_id, sequences._sum_by_sorted_id):
+    for form in (summing._sum_by_id, summing._sum_by_sorted_id):
         sums = form(values, ids, 5)
         results.append((sums.detach(), torch.autograd.grad(sums, values, grad)[0]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-13, atol=1e-13)

@@ -10,22 +10,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def sum_over_ranks(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(B,) of each rank's own tokens -> (B,) of all tokens, on every rank.
+def sum_of_sequence_parts(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(B,) sums of each rank's own tokens -> (B,) of all tokens, on every rank.
 
     The gradient of a rank's part is that of the whole: every rank then computes the same loss, and
     pushes it back through its own tokens.
     """
     if group is None:
-        return sums
-    total: Tensor = _SumOverRanks.apply(sums, group)  # type: ignore[no-untyped-call]
+        return parts
+    total: Tensor = _SumOfSequenceParts.apply(parts, group)  # type: ignore[no-untyped-call]
     return total
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _SumOfSequenceParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = sums.clone()
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = parts.clone()
         dist.all_reduce(total, group=group)
         return total
 

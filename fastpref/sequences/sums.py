@@ -16,14 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._extension import cuda_operators_serve
-from .token_weights import decay_weights as decay_weights
-from .token_weights import divergence_mask as divergence_mask
-from .token_weights import length_desensitized_weights as length_desensitized_weights
-from .token_weights import sampled_weights as sampled_weights
-from .token_weights import step_weights as step_weights
-from .token_weights import token_credit as token_credit
-from .token_weights import turn_mask as turn_mask
+from .._extension import cuda_operators_serve
 
 # Of the operator; others it is given in float64.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -203,7 +196,7 @@ class _OperatorSums(torch.autograd.Function):
 def _at_tokens(per_sequence: Tensor, layout: _Layout, shape: torch.Size) -> Tensor:
     """Each sequence's value at its tokens, shaped (B, T) or (N,); 0 at tokens of no sequence."""
     if layout.boundaries is not None:
-        tokens = torch.arange(shape[0], device=per_sequence.device)
+        tokens = torch.arange(shape[0], dtype=torch.int64, device=per_sequence.device)
         place = torch.searchsorted(layout.boundaries, tokens, right=True)
     elif layout.ids is not None:
         place = layout.ids.clamp(-1, layout.num_sequences) + 1

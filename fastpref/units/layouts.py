@@ -64,7 +64,7 @@ class Indexed:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class Lists:
     size: int
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +139,7 @@ def _lists(
             f"group_size must divide the number of rows, got {group_size} and {rows} rows; fill "
             "short lists up and pass extras={'mask': ...}, False for what is filled in"
         )
-    return Groups(group_size)
+    return Lists(group_size)
 
 
 def _checked_pairs(pairs: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of a call's scores: the numbers of each row, further extras, the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..scoring import TokenScores
+from ..scoring.autograd import Outputs
+from ..scoring.rules.compared import WithDivergence, WithMixture
+from ..units import Numbers, PreferenceOutput, TokenNumbers, unit_loss
+from ..units.filling import to_be_filled
+from .metrics import further_metrics
+from .task import ENTROPY, KL, MARGINS, WEIGHTS, Task
+
+
+class _Scored(NamedTuple):
+    """What scoring leaves of the tokens."""
+
+    policy: TokenScores
+    reference: TokenScores | None
+    both: Mapping[str, Tensor | None]  # what is made of both models side by side, by name
+
+
+def result_of(
+    task: Task, outputs: Outputs, reference: Outputs | None, loss: Tensor | None = None
+) -> PreferenceOutput:
+    """Of what the main pass and the one before it gave; ``loss`` in place of the one computed from
+    them."""
+    scored = _scored(task, outputs, reference)
+    policy, ref_scores, _ = scored
+    given, logp, ref_sums = task.given, _present(policy.logp), task.given.ref_logps
+    if ref_sums is not None:
+        ref_sums = ref_sums.detach()
+        if not given.are_sums(task.batch):
+            ref_scores = TokenScores(logp=ref_sums)
+    if ref_scores is not None:
+        ref_sums = task.batch.sums(_present(ref_scores.logp), given.token_weights)
+    tokens = None
+    if task.objective.unit == "token":
+        ref_logp = None if ref_scores is None else ref_scores.logp
+        tokens = TokenNumbers(logp, ref_logp, task.batch.scored)
+    numbers = Numbers(
+        logps=task.batch.sums(logp, given.token_weights),
+        ref_logps=ref_sums,
+        lengths=task.batch.lengths,
+        tokens=tokens,
+        makers=_of_distributions(task, scored),
+    )
+    output = unit_loss(
+        task.objective,
+        numbers,
+        task.arrangement,
+        extras=task.extras,
+        reduction=given.reduction,
+        denominator=given.denominator,
+    )
+    metrics = further_metrics(given.outputs, policy, task.batch, task.arrangement)
+    return output._replace(
+        loss=output.loss if loss is None else loss, metrics=output.metrics | metrics
+    )
+
+
+def _scored(task: Task, outputs: Outputs, reference: Outputs | None) -> _Scored:
+    rule = task.main.rule
+    if isinstance(rule, WithDivergence | WithMixture):
+        return _Scored(*rule.parts(outputs))
+    ref_scores = None if reference is None else TokenScores._make(reference)
+    return _Scored(TokenScores._make(outputs), ref_scores, {})
+
+
+def _of_distributions(
+    task: Task, scored: _Scored
+) -> dict[tuple[str, ...], Callable[[], tuple[Tensor, ...]]]:
+    """The extras that are made of whole distributions over the vocabulary: of statistics that
+    scoring leaves beside a token's log-prob, or of both models side by side."""
+    return {
+        WEIGHTS: lambda: _weights(task, scored.policy),
+        ENTROPY: lambda: _ref_entropy(task, scored.reference),
+        KL: lambda: _kl(task, scored.both),
+        MARGINS: lambda: _margins(task, scored.both),
+    }
+
+
+def _weights(task: Task, policy: TokenScores) -> tuple[Tensor, ...]:
+    """Likelihood of a token over that of its distribution's own, geometric mean over the row."""
+    relative = _present(policy.logp).detach() - _present(policy.log_sum_sq_probs)
+    return task.arrangement.split(task.batch.means(relative).exp())
+
+
+def _ref_entropy(task: Task, reference: TokenScores | None) -> tuple[Tensor]:
+    """Mean entropy of the reference over both responses, a share of log V."""
+    if reference is None or reference.entropy is None:
+        raise ValueError(
+            "ref_entropy is filled in from the hidden states of the reference: pass ref_hidden, or "
+            "extras={'ref_entropy': ...}"
+        )
+    split = task.arrangement.split
+    chosen, rejected = split(task.batch.sums(reference.entropy))
+    chosen_lengths, rejected_lengths = split(task.batch.lengths())
+    tokens = (chosen_lengths + rejected_lengths).clamp(min=1)
+    share = (chosen + rejected) / tokens / math.log(task.vocabulary_size)
+    edge = torch.finfo(share.dtype).eps
+    return (share.clamp(edge, 1 - edge),)
+
+
+def _kl(task: Task, both: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+    """Sums of KL(reference, policy) over each row's tokens."""
+    sums = task.batch.sums(_made("kl", task, both), task.given.token_weights)
+    return task.arrangement.split(sums)
+
+
+def _margins(task: Task, both: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+    """Gaps of the log-probs under mixed logits."""
+    mixed = [_made(name, task, both) for name in ("plus", "minus")]
+    sums = [task.batch.sums(one, task.given.token_weights) for one in mixed]
+    sides = [task.arrangement.split(one) for one in sums]
+    return tuple(chosen - rejected for chosen, rejected in sides)
+
+
+def _made(name: str, task: Task, both: Mapping[str, Tensor | None]) -> Tensor:
+    found = both.get(name)
+    if found is None:
+        names = to_be_filled(task.objective, {}, (*KL, *MARGINS))
+        raise ValueError(
+            f"{task.objective.name} compares whole distributions: pass the reference's "
+            f"ref_hidden, or extras={{{', '.join(f'{name!r}: ...' for name in names)}}}"
+        )
+    return found
+
+
+def _present(scores: Tensor | None) -> Tensor:
+    if scores is None:
+        raise RuntimeError("a score is used that was not asked for")
+    return scores

@@ -30,10 +30,12 @@ from .statistics import (
     WEIGHTED,
     add_terms,
     fold_terms,
+    mask_terms,
     move_terms,
     no_terms,
     store_terms,
     sum_terms,
+    take_terms,
 )
 
 WARPS = 4
@@ -156,7 +158,8 @@ def take_step(
         apart = tl.maximum(x - tl.maximum(highest, LOWEST_ANCHOR)[:, None], LOWEST)
         weighted = tl.where(going, weighted + raised + tl.sum(e * apart, 1), weighted)
         centre = tl.where(going, highest, centre)
-        terms = add_terms(terms, sum_terms(e, t, other, CAPPED), going, True)
+        more = add_terms(terms, sum_terms(e, t, other, CAPPED), CAPPED)
+        terms = take_terms(going, more, terms)
     total = tl.where(going, total + tl.sum(e, 1), total)
     if WRITE:
         values = (e * slope if CAPPED else e).to(row.dtype.element_ty)
@@ -225,7 +228,7 @@ def take_rest(
         if STATISTICS:
             weighted += tl.where(rest, tl.sum(e * tl.maximum(x, LOWEST), 1), 0.0)
             # What does not move with the anchor was taken everywhere.
-            terms = add_terms(terms, sum_terms(e, t, other, False), rest, False)
+            terms = add_terms(terms, mask_terms(sum_terms(e, t, other, False), rest), False)
         if WRITE:
             values = e * slope if CAPPED else e
             values = tl.where(rest[:, None], values, raw.to(tl.float32) * factor)

@@ -26,7 +26,15 @@ import triton.language as tl
 from .logit_map import logits_above
 from .probabilities import pack_logarithms
 from .products import describe_product, load_product, slice_columns, tile_position
-from .statistics import BEST, WEIGHTED, add_terms, no_terms, store_terms, sum_terms
+from .statistics import (
+    BEST,
+    WEIGHTED,
+    add_terms,
+    mask_terms,
+    no_terms,
+    store_terms,
+    sum_terms,
+)
 
 LOWEST = tl.constexpr(-1e38)
 
@@ -221,7 +229,8 @@ def finish_tile(
             weighted += moved + tl.where(s == 0, 0.0, w)
             index = tl.where(top > best, at, index)
             best = raised
-            terms = add_terms(terms, sum_terms(e, t, other, CAPPED), here, here)
+            more = mask_terms(sum_terms(e, t, other, CAPPED), here)
+            terms = add_terms(terms, more, CAPPED)
         total += s
     at = tl.cast(col // BLOCK_COLS, tl.int64) * sums_stride + ids
     tl.store(sums + at, total, mask)

@@ -79,7 +79,7 @@ def add_tiles(
             weighted += tl.where(s > 0, (tops - best[None, :]) * s, 0.0)
             weighted += tl.load(first_kind + WEIGHTED * kind + at, there, 0.0)
             more = load_terms(first_kind + at, kind, there, CAPPED)
-            terms = add_terms(terms, more, True, True)
+            terms = add_terms(terms, more, CAPPED)
         tl.store(out + BEST * stride + ids, best, mask)
         tl.store(out + WEIGHTED * stride + ids, tl.sum(weighted, 0), mask)
         store_terms(out + ids, stride, fold_terms(terms), mask, CAPPED)

@@ -34,9 +34,22 @@ def sum_terms(e, t, other, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def add_terms(sums, more, taken, seen):
-    """``taken``: where e counts; ``seen``: where t does."""
-    return sums[0] + tl.where(taken, more[0], 0.0), sums[1] + tl.where(seen, more[1], 0.0)
+def mask_terms(sums, mask):
+    return tl.where(mask, sums[0], 0.0), tl.where(mask, sums[1], 0.0)
+
+
+@triton.jit
+def add_terms(sums, more, CAPPED: tl.constexpr):
+    total = sums[1]
+    if CAPPED:
+        total += more[1]
+    return sums[0] + more[0], total
+
+
+@triton.jit
+def take_terms(taken, sums, before):
+    """As ``before`` where no e was taken; what does not move with the anchor counts everywhere."""
+    return tl.where(taken, sums[0], before[0]), sums[1]
 
 
 @triton.jit

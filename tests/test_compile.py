@@ -4,7 +4,6 @@ operators that make it possible."""
 
 import pytest
 import torch
-from fastpref.scoring.rules.mixture import Mixture
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,9 +18,11 @@ from fastpref import (
 )
 from fastpref.objectives import registry
 from fastpref.scoring.api import ask
-from fastpref.scoring.operators import DIVERGENCE, MIXTURE, SCORES
+from fastpref.scoring.operators import DIVERGENCE, SCORES, WITH_MIXTURE
 from fastpref.scoring.request import make_request
+from fastpref.scoring.rules.compared import WithMixture
 from fastpref.scoring.rules.divergence import Divergence
+from fastpref.scoring.rules.scores import Scores
 from tests.preference.cases import B, configured, extras_of
 
 pytestmark = pytest.mark.heavy
@@ -342,7 +343,7 @@ def scoring_arguments(dtype=torch.float64, needs=True, lora=False, schedule="aut
     leaves = [hidden, bias, *((update[0], update[1]) if update else (weight,))]
     for one in leaves if needs else ():
         one.requires_grad_()
-    request, rule, model = ask(
+    asked = ask(
         hidden,
         weight,
         target,
@@ -351,7 +352,7 @@ def scoring_arguments(dtype=torch.float64, needs=True, lora=False, schedule="aut
         outputs=("logp", "entropy", "lse", "is_top1"),
         options=ScoringOptions(schedule=schedule, memory_budget=8 * V * 8),
     )
-    return SCORES.arguments(request, rule, [model], target)
+    return SCORES.arguments(*asked, target)
 
 
 @pytest.mark.parametrize(
@@ -390,8 +391,8 @@ def of_two_heads(rule, needs=("hidden", "weight")):
     mask = torch.rand(3, 4) < 0.6
     target = torch.where(mask, torch.randint(V, (3, 4)), -100)
     models = [
-        ask(hidden, weight, target).model,
-        ask(draw(3, 4, TEACHER), draw(V + 2, TEACHER), target, vocab_range=(0, V)).model,
+        ask(hidden, weight, target).models[0],
+        ask(draw(3, 4, TEACHER), draw(V + 2, TEACHER), target, vocab_range=(0, V)).models[0],
     ]
     request = make_request(models, ignore_index=-100, options=None)
     return request, rule, models, target
@@ -415,8 +416,9 @@ def test_opcheck_of_divergences_backward() -> None:
 
 
 def test_opcheck_of_mixtures() -> None:
-    arguments = MIXTURE.arguments(*of_two_heads(Mixture(0.1), ()))
-    torch.library.opcheck(operators.mixed_logprob.default, arguments)
+    rule = WithMixture(Scores(("logp",), ("logp",)), Scores(("logp",), ()), 0.1)
+    arguments = WITH_MIXTURE.arguments(*of_two_heads(rule, ()))
+    torch.library.opcheck(operators.linear_scores_and_mixture.default, arguments)
 
 
 @pytest.mark.parametrize("name", ["linear_scores", "linear_divergence"])

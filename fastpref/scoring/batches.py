@@ -57,16 +57,22 @@ class BatchedPlan:
     @property
     def units(self) -> float:
         """Cost in u, one u being a product of all scored rows; all of it in the forward pass."""
-        rows = sum(plan.units * plan.scored for plan in self.plans)
-        return (rows + self._accumulation_rows) / max(1, self.scored)
+        return self.product_units + self.accumulation_units
 
     @property
-    def _accumulation_rows(self) -> float:
+    def product_units(self) -> float:
+        """Of the products."""
+        return sum(plan.units * plan.scored for plan in self.plans) / max(1, self.scored)
+
+    @property
+    def accumulation_units(self) -> float:
+        """What it takes as long as to add the weight's gradient up once a batch."""
         plan = self.plans[0]
         if not plan.needs_weight or len(self.plans) == 1:
             return 0.0
         share = plan.trained_size / plan.hidden_size
-        return ACCUMULATION_ROWS.get(plan.device_type, 0) * len(self.plans) * share
+        rows = ACCUMULATION_ROWS.get(plan.device_type, 0) * len(self.plans) * share
+        return rows / max(1, self.scored)
 
     @property
     def saved_bytes(self) -> int:

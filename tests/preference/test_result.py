@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref import ScoringOptions, objectives, preference_loss
-from tests.preference.cases import Data, compare, halves, run, run_packed, token_logp
+from tests.preference.cases import Data, T, V, compare, halves, run, run_packed, token_logp
 
 MAPS = {"plain": {}, "capped": {"softcap": 4.0, "temperature": 1.3, "logit_scale": 0.7}}
 
@@ -101,14 +101,23 @@ def test_without_the_reference_itself(name: str) -> None:
         preference_loss(data.hidden, data.weight, data.target, objective, ref_logps=ref)
 
 
-def test_what_carries_a_gradient_takes_two_passes() -> None:
-    data = Data()
-    data.token_weights.requires_grad_(False)
-    given = {name: torch.zeros(4).double() for name in ("chosen_kl", "rejected_kl")}
-    batches = {"options": ScoringOptions(schedule="batches")}
-    with pytest.raises(ValueError, match="chosen_kl, rejected_kl need a gradient"):
-        run(objectives.get("tdpo"), data, **batches)
-    run(objectives.get("tdpo"), data, extras=given, **batches).loss.backward()
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_divergences_in_batches(version: int, weighted: bool) -> None:
+    """With their gradients: as in two passes."""
+    objective, found = objectives.get("tdpo", version=version), []
+    for schedule, share in (("batches", 3), ("keep", 100), ("recompute", 3)):
+        data = Data()
+        data.token_weights.requires_grad_(False)
+        more = {"token_weights": data.token_weights} if weighted else {}
+        budget = share * T * V * 8
+        options = ScoringOptions(schedule=schedule, memory_budget=budget)
+        output = run(objective, data, options=options, **more)
+        (1.3 * output.loss + output.logps.sum()).backward()
+        gradients = [one.grad for one in (data.hidden, data.weight, data.bias)]
+        found.append([output.loss.detach(), output.losses, output.logps.detach(), *gradients])
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-9, atol=1e-9)
 
 
 def test_lengths_that_are_given_must_be_those_of_the_batch() -> None:

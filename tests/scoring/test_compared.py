@@ -77,7 +77,7 @@ class Both:
             **self.policy.map,
         )
         ref = ask(other.hidden, other.weight, target, bias=other.bias, **self.policy.map)
-        return [one.model, ref.model]
+        return [one.models[0], ref.models[0]]
 
     def call(self, rule: Any, models: list[Model], **options: Any) -> Call:
         request = make_request(models, ignore_index=-100, options=ScoringOptions(**options))
@@ -211,7 +211,8 @@ def test_backward_twice() -> None:
     leaves = both.leaves(both.policy)
     models = both.asked(leaves)
     outputs = autograd.run(both.call(RULES["divergence"], models), models)
-    loss = (outputs[0] * both.upstream[0]).sum() + (outputs[-1] * both.upstream[1]).sum()
+    named = dict(zip(RULES["divergence"].output_names, outputs, strict=True))
+    loss = (named["logp"] * both.upstream[0]).sum() + (named["kl"] * both.upstream[1]).sum()
     once = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
     again = torch.autograd.grad(loss, list(leaves.values()))
     assert all(map(torch.equal, once, again))

@@ -18,7 +18,8 @@ from fastpref.scoring import plan as schedule
 from fastpref.scoring.api import ask
 from fastpref.scoring.backends.column_sums import FEW_ROWS
 from fastpref.scoring.request import make_request, plan_target
-from fastpref.scoring.rules.mixture import Mixture
+from fastpref.scoring.rules.compared import WithMixture
+from fastpref.scoring.rules.scores import Scores
 from tests.scoring import refusing
 from tests.scoring.cases import (
     BACKENDS,
@@ -292,14 +293,19 @@ def test_logits_mixed_of_two_heads(said):
     ours, theirs = (make_case(dtype=torch.float32, **CASE | {"seed": seed}) for seed in (0, 1))
 
     def make():
-        models = [ask(one.hidden, one.weight, ours.target).model for one in (ours, theirs)]
+        models = [ask(one.hidden, one.weight, ours.target).models[0] for one in (ours, theirs)]
         request = make_request(models, ignore_index=-100, options=None)
-        call = plan_target(request, Mixture(0.1), models, ours.target)
+        rule = WithMixture(Scores(("logp",), ()), Scores(("logp",), ()), 0.1)
+        call = plan_target(request, rule, models, ours.target)
 
         def forward():
             return autograd.run(call, models)
 
-        return refusing.Call(forward, lambda found: dict(zip("ab", found, strict=True)))
+        def finish(found):
+            named = zip(rule.output_names, found, strict=True)
+            return {name: one for name, one in named if name in rule.outputs}
+
+        return refusing.Call(forward, finish)
 
     undisturbed = refusing.run(make(), refusing.never, LEAST)[1]
     for _, found in refusing.each_refused(make, LEAST, None):
@@ -370,10 +376,10 @@ def test_compiled_operators_leave_what_they_were_given(passes, monkeypatch, said
     """Kept exponentials belong to the graph there; their rows are recomputed without them."""
     (hidden, weight, bias), target = trained()
     leaves = [hidden, weight, bias]
-    request, rule, model = ask(hidden, weight, target, bias=bias)
+    asked = ask(hidden, weight, target, bias=bias)
 
     def call():
-        return operators.SCORES.run(request, rule, [model], target)[0]
+        return operators.SCORES.run(*asked, target)[0]
 
     # Kept rows without gradient make the others pass through a buffer.
     want = torch.autograd.grad(call()[::2].sum(), leaves)

@@ -452,7 +452,8 @@ def test_what_the_choice_is_asked_for(
     monkeypatch.setattr(backends, "choose", choose)
     monkeypatch.setattr(request, "check_group", lambda group: None)
     monkeypatch.setattr(vocab_parallel, "shard_range", lambda *_: head.Shard(0, 11, 11))
-    api.prepare(hidden, weight, torch.arange(6), **changes)
+    target = torch.arange(6)
+    request.plan_target(*api.ask(hidden, weight, target, **changes), target)
     (size,) = asked
     assert size == Size(torch.float32, 6, 8, 11, heavy, static)
 
@@ -477,5 +478,6 @@ def test_only_auto_is_chosen_by_a_verdict(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "load", lambda name, load=backends.load: load("torch"))
     arguments = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6)
     for backend, tuned in (("auto", True), ("triton", False)):
-        call, _ = api.prepare(*arguments, options=ScoringOptions(backend=backend))
+        asked = api.ask(*arguments, options=ScoringOptions(backend=backend))
+        call = request.plan_target(*asked, arguments[-1])
         assert call.tuned == tuned

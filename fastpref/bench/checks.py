@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ScoringOptions, linear_divergence, linear_logprob
 from ..scoring.backends.divergences import unavailable_reason as divergence_unavailable
-from ..scoring.reference import reference_scores
+from ..scoring.plain_scores import plain_scores
 from ..scoring.statistics import DIFFERENTIABLE, OUTPUTS
 from ..scoring.types import Schedule
 from .contract import Named, worst
@@ -172,7 +172,7 @@ def _scores(one: Check, tensors: Named, options: ScoringOptions | None) -> Named
     given |= leaves
     target = tensors["target"].long()
     if options is None:
-        scores = reference_scores(target=target, softcap=one.softcap, **given)
+        scores = plain_scores(target=target, softcap=one.softcap, **given)
     else:
         scores = linear_logprob(
             target=target, softcap=one.softcap, outputs=one.outputs, options=options, **given

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..scoring import ScoringOptions, TokenScores, linear_logprob
-from ..scoring.reference import reference_scores
+from ..scoring.plain_scores import plain_scores
 from ..scoring.statistics import OUTPUTS
 
 TOP_SHARE = 3  # every third target is the best id, or is_top1 would always be false
@@ -235,7 +235,7 @@ def _scores(
 ) -> TokenScores:
     shared: dict[str, Any] = {"bias": bias, "softcap": case.softcap}
     if tier is None:
-        return reference_scores(**leaves, target=target, **shared)
+        return plain_scores(**leaves, target=target, **shared)
     schedule: Any = case.schedule if case.differentiated else "auto"
     options = ScoringOptions(backend=tier, schedule=schedule)  # type: ignore[arg-type]
     return linear_logprob(**leaves, target=target, outputs=case.outputs, options=options, **shared)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref.integrations.trl import OUTPUTS, LogProbAdapter
 from fastpref.scoring import workspace
-from fastpref.scoring.reference import reference_scores
+from fastpref.scoring.plain_scores import plain_scores
 from tests.integrations.head_calls import (
     ALL,
     TILE,
@@ -45,7 +45,7 @@ def exact(inputs: tuple[Any, ...], upstream: dict[str, Tensor], **head: Any) -> 
 
     def apply(h: Tensor, w: Tensor, b: Any, y: Tensor, t: float, _: int, *rest: Any) -> Any:
         cap, scale, _ = rest
-        scores = reference_scores(
+        scores = plain_scores(
             h, w, y, bias=b, temperature=t, softcap=cap, logit_scale=scale, ignore_index=-1
         )
         return [getattr(scores, name) for name in OUTPUTS.values()]

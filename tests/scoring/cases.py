@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring.backends import unavailable_reason
-from fastpref.scoring.reference import reference_scores
+from fastpref.scoring.plain_scores import plain_scores
 from fastpref.scoring.statistics import OUTPUTS
 
 IGNORED = -100
@@ -123,7 +123,7 @@ def run(
         if tensor is not None
     }
     if reference:
-        scores = reference_scores(
+        scores = plain_scores(
             leaves["hidden"], leaves["weight"], case.target, bias=leaves.get("bias"), **case.map
         )
     else:

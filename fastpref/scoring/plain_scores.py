@@ -15,7 +15,7 @@ from .statistics import TokenScores
 from .types import statistics_dtype
 
 
-def reference_scores(
+def plain_scores(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,

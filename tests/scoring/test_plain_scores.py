@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions, linear_logprob
-from fastpref.scoring.reference import reference_scores
+from fastpref.scoring.plain_scores import plain_scores
 from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import BACKENDS, IGNORED, make_case
 
@@ -51,7 +51,7 @@ def test_against_the_definition(scorer, map):
     case = make_case(rows=9, hidden=5, vocab=33, bias=True)
     arguments = (case.hidden, case.weight, case.target)
     if scorer == "reference":
-        scores = reference_scores(*arguments, bias=case.bias, **map)
+        scores = plain_scores(*arguments, bias=case.bias, **map)
     else:
         options = ScoringOptions(backend=scorer)
         scores = linear_logprob(*arguments, bias=case.bias, outputs=OUTPUTS, options=options, **map)
@@ -97,7 +97,7 @@ def test_gradient_formulas(backend):
 
 def test_reference_leaves_unscored_positions_at_zero():
     case = make_case(rows=20, hidden=4, vocab=11, ignored=0.5)
-    scores = reference_scores(case.hidden, case.weight, case.target)
+    scores = plain_scores(case.hidden, case.weight, case.target)
     for name, value in zip(OUTPUTS, scores, strict=True):
         assert (value[case.target == IGNORED] == 0).all(), name
         assert value.shape == case.target.shape

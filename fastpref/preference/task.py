@@ -112,11 +112,6 @@ def _compared(
     kl, margins = (to_be_filled(objective, extras, names) for names in (KL, MARGINS))
     if not kl and not margins:
         return None
-    if policy.models[0].head.form.group is not None:
-        raise ValueError(
-            "tp_group must be None where whole distributions are compared; gather the head, or "
-            "pass the extra that is made of them"
-        )
     ours, theirs = policy.rule, reference.rule
     if not isinstance(ours, Scores) or not isinstance(theirs, Scores):
         raise TypeError("both are scored")

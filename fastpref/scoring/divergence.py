@@ -9,6 +9,7 @@ import numbers
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import autograd
@@ -42,6 +43,8 @@ def linear_divergence(
     logit_scale: float = 1.0,
     student_lora: Lora | None = None,
     teacher_lora: Lora | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_range: tuple[int, int] | None = None,
     options: ScoringOptions | None = None,
 ) -> Tensor:
     """The divergence of a student's distribution over the vocabulary from a teacher's, per token,
@@ -70,6 +73,7 @@ def linear_divergence(
         student_bias, teacher_bias: (V,) and (V',), or None.
         temperature, softcap, logit_scale: of both heads, as in ``linear_logprob``.
         student_lora, teacher_lora: low-rank updates of the weights, as there.
+        tp_group, vocab_range: as there, of both weights, which hold the same ids on each rank.
         options: see ScoringOptions; products run in the wider dtype of the two models.
 
     Returns:
@@ -100,6 +104,8 @@ def linear_divergence(
         logit_scale=logit_scale,
         student_lora=student_lora,
         teacher_lora=teacher_lora,
+        tp_group=tp_group,
+        vocab_range=vocab_range,
         options=options,
     )
     if torch.compiler.is_compiling():
@@ -144,8 +150,9 @@ def _ask(
     teacher_bias: Tensor | None,
     student_lora: Lora | None,
     teacher_lora: Lora | None,
+    vocab_range: tuple[int, int] | None,
     options: ScoringOptions | None,
-    **map: Any,
+    **shared: Any,
 ) -> tuple[Asked, Tensor]:
     """What is asked, checked, and (...) SCORED or IGNORED."""
     if divergence not in DIVERGENCES:
@@ -159,7 +166,14 @@ def _ask(
     if mask is not None:
         target = target.masked_fill(~mask, IGNORED)
     columns, others = student_weight.shape[0], teacher_weight.shape[0]
-    common = None if columns == others else (0, min(columns, others))
+    common = vocab_range
+    if common is None and columns != others:
+        if shared["tp_group"] is not None:
+            raise ValueError(
+                "student_weight and teacher_weight must hold the same ids on each rank, got "
+                f"{columns} and {others} rows; pass vocab_range with tp_group"
+            )
+        common = 0, min(columns, others)
     models, recording = [], torch.is_grad_enabled()
     for prefix, hidden, weight, bias, lora in (
         ("student_", student_hidden, student_weight, student_bias, student_lora),
@@ -167,7 +181,7 @@ def _ask(
     ):
         own: dict[str, Any] = {"bias": bias, "lora": lora, "vocab_range": common, "prefix": prefix}
         with torch.set_grad_enabled(recording and prefix == "student_"):
-            models.append(make_model(hidden, weight, target, **own, **map))
+            models.append(make_model(hidden, weight, target, **own, **shared))
     models[1] = models[1].detached()
     request = make_request(models, ignore_index=IGNORED, options=options)
     if request.options.schedule == "batches":

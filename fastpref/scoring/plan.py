@@ -80,6 +80,7 @@ class Problem:
     temporary_bytes: int  # of the backend, beside a tile
     total_memory: int  # of the device, bytes
     copies_partner: bool = False  # the weight of the second model
+    sharded: bool = False  # over the vocabulary
 
     @property
     def models(self) -> int:
@@ -286,7 +287,7 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
     if problem.partner_size:
         # Of the rows that are compared at a time.
         given["temporary_bytes"] = divergences.temporary_bytes(
-            *forward, problem.device_type, problem.dtype, problem.backend
+            *forward, problem.device_type, problem.dtype, problem.backend, problem.sharded
         ) + (scaled.temporary_bytes(problem.dtype) if problem.matrices > 1 else 0)
     return Plan(
         **given,

@@ -8,6 +8,8 @@ function is the identity.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +39,37 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+class Columns(NamedTuple):
+    """What is normalised and summed over the columns of all ranks of ``group``, or of this one."""
+
+    group: dist.ProcessGroup | None = None
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        if self.group is None:
+            return logits.log_softmax(1)
+        return logits - self.logsumexp(logits)[:, None]
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        return logits.softmax(1) if self.group is None else self.log_softmax(logits).exp_()
+
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        """(rows,)."""
+        if self.group is None:
+            return logits.logsumexp(1)
+        top = logits.amax(1)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        sums = self.total((logits - top[:, None]).exp_().sum(1))
+        # A row of nothing but -inf has no largest logit to subtract.
+        return torch.where(top == -torch.inf, top, top + sums.log())
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over this rank's columns -> over all; in place."""
+        return sum_over_ranks(sums, self.group)
+
+
+THIS_RANK = Columns()
 
 
 def merge_ranks(sums: RowSums, group: dist.ProcessGroup | None) -> RowSums:

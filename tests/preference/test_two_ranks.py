@@ -24,6 +24,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vocabulary, batches": ("tp_group", "dpo", {"options": BATCHES}),
     "vocabulary, entropy of the reference": ("tp_group", "mallows_po", {}),
     "vocabulary, updated head": ("tp_group", "dpo", {"updated": True}),
+    "vocabulary, divergence": ("tp_group", "tdpo", {}),
+    "vocabulary, divergence, batches": ("tp_group", "tdpo", {"options": BATCHES}),
+    "vocabulary, divergence, recomputed": (
+        "tp_group",
+        "tdpo",
+        {"options": ScoringOptions(schedule="recompute")},
+    ),
+    "vocabulary, mixture": ("tp_group", "epsilon_dpo", {}),
     "pairs": ("dp_group", "aot", {}),
 }
 

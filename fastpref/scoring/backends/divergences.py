@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ..slab import Products
 from ..types import statistics_dtype
+from ..vocab_parallel import THIS_RANK, Columns
 from .torch import logits, scale_of, with_bias
 
 # Elements of one temporary. Launches are what costs on a GPU.
@@ -59,12 +60,19 @@ def unavailable_reason(backend: str) -> str | None:
 
 
 def temporary_bytes(
-    rows: int, cols: int, device_type: str, dtype: torch.dtype, backend: str
+    rows: int,
+    cols: int,
+    device_type: str,
+    dtype: torch.dtype,
+    backend: str,
+    sharded: bool = False,
 ) -> int:
     """Most memory that a pass over two (rows, cols) tiles takes beside them."""
-    if _in_registers(backend, dtype):
+    if not sharded and _in_registers(backend, dtype):
         return 0
     block = max(cols, min(rows * cols, _block_elements(device_type)))
+    if sharded:
+        block = rows * cols
     return _TEMPORARIES * block * _formula_dtype(dtype).itemsize
 
 
@@ -84,10 +92,11 @@ def divergence_rows(
     beta: float,
     write: bool,
     backend: str,
+    columns: Columns = THIS_RANK,
 ) -> Tensor:
     """(rows,) in the statistics' dtype; with ``write`` the student's tile becomes dD / d(raw
-    product)."""
-    if _in_registers(backend, student.tile.dtype):
+    product). Of sharded heads plain torch does it, which has collectives on its way."""
+    if columns.group is None and _in_registers(backend, student.tile.dtype):
         kind = DIVERGENCES.index(divergence)
         if backend == "cpp":
             tiles = student.tile, teacher.tile, student.bias, teacher.bias
@@ -99,18 +108,23 @@ def divergence_rows(
 
         if divergence_launch.serves(backend, student, teacher, kind, write):
             return divergence_launch.divergence_rows(student, teacher, kind, beta, write)
-    return formula_rows(student, teacher, divergence, beta, write)
+    return formula_rows(student, teacher, divergence, beta, write, columns)
 
 
 def formula_rows(
-    student: Products, teacher: Products, divergence: str, beta: float, write: bool
+    student: Products,
+    teacher: Products,
+    divergence: str,
+    beta: float,
+    write: bool,
+    columns: Columns = THIS_RANK,
 ) -> Tensor:
     """As ``divergence_rows``, in plain torch."""
     dtype = student.tile.dtype
     formula, wide = FORMULAS[divergence], _formula_dtype(dtype)
     values = [student.tile.new_empty(0, dtype=statistics_dtype(dtype))]
-    for rows, own, other in logit_blocks(student, teacher, wide):
-        found = formula(own, other, beta, write)
+    for rows, own, other in logit_blocks(student, teacher, columns, wide):
+        found = formula(own, other, columns, beta, write)
         if found.gradient is not None:
             _write(student.of_rows(rows), found.gradient, found.factor)
         values.append(found.value.to(values[0].dtype))
@@ -118,12 +132,18 @@ def formula_rows(
 
 
 def logit_blocks(
-    student: Products, teacher: Products, dtype: torch.dtype | None = None
+    student: Products,
+    teacher: Products,
+    columns: Columns,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of two tiles of raw products, and their logits in ``dtype`` (None: the statistics'), a
     few at a time."""
     total, cols = student.tile.shape
+    # Each block has its collectives, and ranks hold different numbers of columns.
     step = max(1, _block_elements(student.tile.device.type) // max(1, cols))
+    if columns.group is not None:
+        step = max(1, total)
     for start in range(0, total, step):
         rows = slice(start, min(total, start + step))
         yield rows, logits(student.of_rows(rows), dtype), logits(teacher.of_rows(rows), dtype)
@@ -146,32 +166,33 @@ class _Found(NamedTuple):
     factor: float = 1.0
 
 
-# Each takes logits s and t (rows, cols), beta, and whether the gradient is wanted.
+# Each takes logits s and t (rows, cols), what they are summed over, beta, and whether the gradient
+# is wanted.
 
 
-def _forward_kl(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
-    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+def _forward_kl(s: Tensor, t: Tensor, over: Columns, beta: float, write: bool) -> _Found:
+    log_q, log_p = over.log_softmax(s), over.log_softmax(t)
     undefined = _undefined(log_q, log_p)
     p = log_p.exp()
     # Without weight, a column of infinite ratio is NaN and counts nothing.
-    value = log_p.sub_(log_q).mul_(p).nansum(1) + undefined
+    value = over.total(log_p.sub_(log_q).mul_(p).nansum(1)) + undefined
     return _Found(value, log_q.exp_().sub_(p) if write else None)
 
 
-def _reverse_kl(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
-    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+def _reverse_kl(s: Tensor, t: Tensor, over: Columns, beta: float, write: bool) -> _Found:
+    log_q, log_p = over.log_softmax(s), over.log_softmax(t)
     undefined = _undefined(log_q, log_p)
     q = log_q.exp()
     terms = log_q.sub_(log_p).mul_(q)
-    value = terms.nansum(1) + undefined
+    value = over.total(terms.nansum(1)) + undefined
     if not write:
         return _Found(value)
     terms.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     return _Found(value, terms.addcmul_(q, -value[:, None]))
 
 
-def _jsd(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
-    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+def _jsd(s: Tensor, t: Tensor, over: Columns, beta: float, write: bool) -> _Found:
+    log_q, log_p = over.log_softmax(s), over.log_softmax(t)
     undefined = _undefined(log_q, log_p)
     p = log_p.exp()
     # log(p / q), finite: m / q with it is infinite where q is 0. From it both m / p and m / q, of
@@ -179,30 +200,32 @@ def _jsd(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
     ratio = log_p.sub_(log_q).nan_to_num_(nan=0.0, posinf=_LARGE, neginf=-_LARGE)
     q = log_q.exp_()
     own, other = math.log1p(-beta), math.log(beta)
-    of_p = _log_add(own - ratio, other).mul_(p).sum(1)
+    of_p = over.total(_log_add(own - ratio, other).mul_(p).sum(1))
     terms = _log_add(ratio.add_(other), own).mul_(q)
-    of_q = terms.sum(1) + undefined
+    of_q = over.total(terms.sum(1)) + undefined
     value = -beta * of_p - (1 - beta) * of_q
     if not write:
         return _Found(value)
     return _Found(value, terms.addcmul_(q, -of_q[:, None]), beta - 1)
 
 
-def _tv(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
-    q = s.softmax(1)
-    difference = q - t.softmax(1)
-    value = _power_sum(difference, 1) / 2
+def _tv(s: Tensor, t: Tensor, over: Columns, beta: float, write: bool) -> _Found:
+    q = over.softmax(s)
+    difference = q - over.softmax(t)
+    value = over.total(_power_sum(difference, 1)) / 2
     if not write:
         return _Found(value)
     terms = difference.sign_().mul_(q)
-    centre = terms.sum(1) + 0 * value  # NaN where the value is
+    centre = over.total(terms.sum(1)) + 0 * value  # NaN where the value is
     return _Found(value, terms.addcmul_(q, -centre[:, None]), 0.5)
 
 
-def _bhattacharyya(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
-    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+def _bhattacharyya(s: Tensor, t: Tensor, over: Columns, beta: float, write: bool) -> _Found:
+    log_q, log_p = over.log_softmax(s), over.log_softmax(t)
     # Normalised anew, since its exponentials may underflow everywhere.
     middle = log_p.add_(log_q).mul_(0.5)
+    if over.group is not None:
+        return _bhattacharyya_of_ranks(log_q, middle, over, write)
     rows, column = torch.arange(s.shape[0], dtype=torch.int64, device=s.device), middle.argmax(1)
     top = middle[rows, column]
     # Of rows that share no column, q alone remains.
@@ -216,12 +239,21 @@ def _bhattacharyya(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
     return _Found(value, log_q.exp_().sub_(shared), 0.5)
 
 
-def _cosine(s: Tensor, t: Tensor, beta: float, write: bool) -> _Found:
-    lengths = [_power_sum(one, 2).double().sqrt() for one in (s, t)]
+def _bhattacharyya_of_ranks(log_q: Tensor, middle: Tensor, over: Columns, write: bool) -> _Found:
+    whole = over.logsumexp(middle)
+    if not write:
+        return _Found(-whole)
+    # Of rows that share no column, q alone remains.
+    shared = torch.where(whole[:, None] == -math.inf, 0.0, (middle - whole[:, None]).exp_())
+    return _Found(-whole, log_q.exp_().sub_(shared), 0.5)
+
+
+def _cosine(s: Tensor, t: Tensor, over: Columns, beta: float, write: bool) -> _Found:
+    lengths = [over.total(_power_sum(one, 2).double()).sqrt() for one in (s, t)]
     # A row of zeros has no direction.
     inverse_s, inverse_t = (torch.where(one == 0, 0.0, 1 / one) for one in lengths)
     both = inverse_s * inverse_t
-    cosine = (s * t).sum(1) * both
+    cosine = over.total((s * t).sum(1)) * both
     value = 1 - cosine
     if not write:
         return _Found(value)
@@ -255,7 +287,7 @@ def _undefined(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 # In the order of the compiled operator's numbers.
-FORMULAS: Mapping[str, Callable[[Tensor, Tensor, float, bool], _Found]] = {
+FORMULAS: Mapping[str, Callable[[Tensor, Tensor, Columns, float, bool], _Found]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jsd,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends.divergences import divergence_rows, logit_blocks
 from ..scaled import add_scaled
 from ..statistics import OUTPUTS, TokenScores
+from ..vocab_parallel import Columns
 from . import Again, Found, Heads, Upstream
 from .divergence import project, two_tiles
 from .scores import Scores
@@ -214,14 +215,17 @@ def _kl(heads: Heads, tiles: Sequence[Tensor], write: bool) -> Tensor:
     products."""
     own, other = tiles
     policy, reference = (projector.slab() for projector in heads.projectors)
-    step = max(1, BLOCK // max(1, own.shape[1])) if write else max(1, own.shape[0])
+    # Each block of sharded heads has its collectives, and ranks hold different numbers of columns.
+    whole = not write or heads.group is not None
+    step = max(1, own.shape[0] if whole else BLOCK // max(1, own.shape[1]))
     values = []
     for part, others in zip(own.split(step), other.split(step), strict=True):
         # G is written over what it is made of, and E is made of that too.
         products = policy.products(part.clone() if write else part)
         teacher = reference.products(others)
         name = heads.backend_name
-        values.append(divergence_rows(products, teacher, "forward_kl", 0.5, write, name))
+        given = products, teacher, "forward_kl", 0.5, write, name, Columns(heads.group)
+        values.append(divergence_rows(*given))
         if write:
             others.copy_(products.tile)
     return torch.cat(values)
@@ -232,16 +236,18 @@ def _mixed(
 ) -> tuple[Tensor, Tensor]:
     own, other = tiles
     policy, reference = (projector.slab() for projector in heads.projectors)
+    columns, place = Columns(heads.group), target - heads.projectors[0].start
     parts = []
-    for block, s, t in logit_blocks(policy.products(own), reference.products(other)):
-        inside = (target[block] >= 0) & (target[block] < s.shape[1])
-        index = torch.where(inside, target[block], 0)[:, None]
+    for block, s, t in logit_blocks(policy.products(own), reference.products(other), columns):
+        inside = (place[block] >= 0) & (place[block] < s.shape[1])
+        index = torch.where(inside, place[block], 0)[:, None]
+        nobody = columns.total(inside.to(s.dtype)) == 0
         # Of equal logits of -inf the difference is none.
         apart = torch.where(s == t, 0, s - t) * epsilon
         logps = [
-            (s + shift).log_softmax(1).gather(1, index)[:, 0].where(inside, torch.nan)
+            columns.total(columns.log_softmax(s + shift).gather(1, index)[:, 0].where(inside, 0))
             for shift in (apart, -apart)
         ]
-        parts.append(torch.stack(logps))
+        parts.append(torch.stack(logps).where(~nobody, torch.nan))
     plus, minus = torch.cat(parts, dim=1)
     return plus, minus

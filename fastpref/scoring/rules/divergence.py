@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends.divergences import divergence_rows
+from ..vocab_parallel import Columns
 from ..workspace import tile_of
 from . import Again, Found, Heads, Upstream
 
@@ -81,6 +82,7 @@ class Divergence:
             self.beta,
             write,
             heads.backend_name,
+            Columns(heads.group),
         )
 
 

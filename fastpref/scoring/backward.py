@@ -21,7 +21,7 @@ from torch import Tensor
 from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
 from .plan import PRODUCT_BYTES, Tile, split
-from .rules import Upstream
+from .rules import Part, Upstream
 from .scaled import add_scaled, scaled
 from .types import statistics_dtype
 from .workspace import lease, row_stride, tile_of
@@ -130,8 +130,8 @@ def _row_groups(
             [None if one is None else one[where] for one in some]
             for some in (kept.numbers, upstream)
         )
-        own = [one[at] for one in rows]
-        add(at, *run.rule.again(run.heads, own, kept.target[where], numbers, given))
+        part = Part([one[at] for one in rows], kept.target[where])
+        add(at, *run.rule.again(run.heads, part, numbers, given))
     return _Groups(groups, tile)
 
 

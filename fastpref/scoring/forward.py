@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import workspace
 from .plan import Plan
-from .rules import Found, Heads, Rule
+from .rules import Found, Heads, Part, Rule
 from .workspace import lease
 
 
@@ -65,8 +65,8 @@ def forward(
         keeps = bool(kept) and chunk.stop <= plan.kept_rows
         tiles = [one[chunk] for one in kept] if keeps else []
         tiles += [one[: chunk.stop - chunk.start] for one in room[len(tiles) :] if one is not None]
-        own = [one[chunk] for one in rows]
-        parts.append(rule.forward(heads, own, target[chunk], tiles, keeps or bool(direct)))
+        part = Part([one[chunk] for one in rows], target[chunk])
+        parts.append(rule.forward(heads, part, tiles, keeps or bool(direct)))
         for matrix, out in zip(tiles, direct, strict=False):
             torch.mm(matrix, weight, out=out[chunk])
     outputs, numbers = (_joined(one) for one in zip(*parts, strict=True))

@@ -81,6 +81,7 @@ class Problem:
     total_memory: int  # of the device, bytes
     copies_partner: bool = False  # the weight of the second model
     sharded: bool = False  # over the vocabulary
+    mixes: bool = False  # the logits of both models, in plain torch
 
     @property
     def models(self) -> int:
@@ -287,7 +288,12 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
     if problem.partner_size:
         # Of the rows that are compared at a time.
         given["temporary_bytes"] = divergences.temporary_bytes(
-            *forward, problem.device_type, problem.dtype, problem.backend, problem.sharded
+            *forward,
+            problem.device_type,
+            problem.dtype,
+            problem.backend,
+            problem.mixes,
+            problem.sharded,
         ) + (scaled.temporary_bytes(problem.dtype) if problem.matrices > 1 else 0)
     return Plan(
         **given,

@@ -215,6 +215,7 @@ def make_problem(
         needs_bias=request.needs_bias,
         only_logp=set(rule.differentiable) <= {"logp"},
         copies_weight=head.copies_weight(dtype),
+        mixes=rule.mixes,
         sharded=head.form.group is not None,
         copies_partner=partner is not None and partner.copies_weight(dtype),
         backend=name,

@@ -65,10 +65,10 @@ def prefer(call, rows, columns):
         "ref_weight": weight.detach(),
         "options": ScoringOptions(**call["options"]),
     }
-    plan = explain(states, weight, target, "dpo", **arguments)
+    plan = explain(states, weight, target, call["objective"], **arguments)
 
     def step():
-        preference_loss(states, weight, target, "dpo", **arguments).loss.backward()
+        preference_loss(states, weight, target, call["objective"], **arguments).loss.backward()
 
     return step, plan, (hidden, weight)
 

@@ -65,10 +65,12 @@ def temporary_bytes(
     device_type: str,
     dtype: torch.dtype,
     backend: str,
+    in_torch: bool = False,
     sharded: bool = False,
 ) -> int:
-    """Most memory that a pass over two (rows, cols) tiles takes beside them."""
-    if not sharded and _in_registers(backend, dtype):
+    """Most memory that a pass over two (rows, cols) tiles takes beside them; ``in_torch`` where
+    more is made of their logits than a divergence, ``sharded`` over the vocabulary."""
+    if not sharded and not in_torch and _in_registers(backend, dtype):
         return 0
     block = max(cols, min(rows * cols, _block_elements(device_type)))
     if sharded:

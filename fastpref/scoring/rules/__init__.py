@@ -40,6 +40,13 @@ class Heads(NamedTuple):
         return self._replace(projectors=self.projectors[1:], mean=None)
 
 
+class Part(NamedTuple):
+    """Some rows."""
+
+    rows: Sequence[Tensor]  # of each model, (n, H)
+    target: Tensor  # (n,)
+
+
 class Found(NamedTuple):
     """Of some rows."""
 
@@ -59,7 +66,6 @@ class Rule(Protocol):
     models: ClassVar[int]  # whose tiles it looks at side by side
     matrices: ClassVar[int]  # kept of a row, each in place of a tile
     formed_again: ClassVar[int]  # models whose products D is formed again of
-    whole_rows: ClassVar[bool]  # whether its tiles must hold all columns
     output_names: ClassVar[tuple[str, ...]]
     number_names: ClassVar[tuple[str, ...]]
 
@@ -76,20 +82,16 @@ class Rule(Protocol):
         """Outputs that can receive a gradient."""
 
     @property
+    def mixes(self) -> bool:
+        """Whether logits of both models are added up."""
+
+    @property
     def statistics(self) -> bool:
         """Whether a row is more than the sum of its exponentials."""
 
-    def forward(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        tiles: Sequence[Tensor],
-        write: bool,
-    ) -> Found:
-        """Of rows (n, H) of each model. ``tiles`` (n, columns), one a model, are room for their
-        products, none where the backend needs none; with ``write`` the first ones end as the
-        matrices that are kept."""
+    def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
+        """``tiles`` (n, columns), one a model, are room for the products, none where the backend
+        needs none; with ``write`` the first ones end as the matrices that are kept."""
 
     def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
         """Of all rows, what is not asked of tiles."""
@@ -103,12 +105,5 @@ class Rule(Protocol):
     def active(self, upstream: Upstream) -> Tensor:
         """(N,) bool, rows with any gradient."""
 
-    def again(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        numbers: Upstream,
-        upstream: Upstream,
-    ) -> Again:
+    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
         """D of rows whose matrices were not kept."""

@@ -15,7 +15,7 @@ from ..backends.divergences import divergence_rows, logit_blocks
 from ..scaled import add_scaled
 from ..statistics import OUTPUTS, TokenScores
 from ..vocab_parallel import Columns
-from . import Again, Found, Heads, Upstream
+from . import Again, Found, Heads, Part, Upstream
 from .divergence import project, two_tiles
 from .scores import Scores
 
@@ -30,7 +30,6 @@ class _Compared:
     reference: Scores
 
     models: ClassVar[int] = 2
-    whole_rows: ClassVar[bool] = True
     compared: ClassVar[tuple[str, ...]]  # further outputs
     number_names: ClassVar[tuple[str, ...]] = Scores.number_names
 
@@ -72,22 +71,20 @@ class _Compared:
     def _scored(
         self,
         heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
+        part: Part,
         tiles: Sequence[Tensor],
         write: bool,
         compared: tuple[Tensor | None, ...],
     ) -> Found:
         """With ``write`` the policy's tile becomes its exponentials; the reference's was read."""
-        found = self.policy.of_tile(heads, rows[0], target, tiles[0], write, heads.backend.exp_rows)
+        found = self.policy.of_tile(heads, part, tiles[0], write, heads.backend.exp_rows)
         return found._replace(outputs=(*found.outputs, *compared))
 
     def _of_reference(
-        self, heads: Heads, rows: Sequence[Tensor], target: Tensor, tiles: Sequence[Tensor]
+        self, heads: Heads, part: Part, tiles: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        reduce = heads.backend.exp_rows
-        own = self.reference.of_tile(heads.second(), rows[1], target, tiles[1], False, reduce)
-        return own.outputs
+        own, reduce = part._replace(rows=part.rows[1:]), heads.backend.exp_rows
+        return self.reference.of_tile(heads.second(), own, tiles[1], False, reduce).outputs
 
 
 def _names(*compared: str) -> tuple[str, ...]:
@@ -107,28 +104,25 @@ class WithDivergence(_Compared):
     output_names: ClassVar[tuple[str, ...]] = _names(*compared)
 
     @property
+    def mixes(self) -> bool:
+        return self.epsilon is not None
+
+    @property
     def made(self) -> tuple[str, ...]:
-        return self.compared if self.epsilon is not None else ("kl",)
+        return self.compared if self.mixes else ("kl",)
 
     @property
     def differentiable(self) -> tuple[str, ...]:
         return ("logp", "kl")
 
-    def forward(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        tiles: Sequence[Tensor],
-        write: bool,
-    ) -> Found:
-        project(heads, rows, tiles)
-        reference = self._of_reference(heads, rows, target, tiles)
+    def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
+        project(heads, part.rows, tiles)
+        reference = self._of_reference(heads, part, tiles)
         mixed: tuple[Tensor | None, ...] = (None, None)
         if self.epsilon is not None:
-            mixed = _mixed(heads, tiles, target, self.epsilon)
+            mixed = _mixed(heads, tiles, part.target, self.epsilon)
         kl = _kl(heads, tiles, write)
-        return self._scored(heads, rows, target, tiles, write, (*reference, kl, *mixed))
+        return self._scored(heads, part, tiles, write, (*reference, kl, *mixed))
 
     def factors(
         self, heads: Heads, numbers: Upstream, upstream: Upstream
@@ -139,25 +133,19 @@ class WithDivergence(_Compared):
         kl = upstream[2 * len(OUTPUTS)]
         return (*own, torch.zeros_like(own[0]) if kl is None else kl)
 
-    def again(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        numbers: Upstream,
-        upstream: Upstream,
-    ) -> Again:
+    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
         given, kl = upstream[: len(OUTPUTS)], upstream[2 * len(OUTPUTS)]
         if kl is None:
-            return self.policy.again(heads, rows, target, numbers, given)
+            return self.policy.again(heads, part, numbers, given)
         factor, head = kl, heads.projectors[0]
         gradient = self.policy.gradient(numbers, given)
 
         def tile(columns: slice, workspace: Tensor) -> Tensor:
-            own, other = tiles = two_tiles(workspace, rows[0].shape[0], columns)
-            project(heads, rows, tiles)
+            own, other = tiles = two_tiles(workspace, len(part.target), columns)
+            project(heads, part.rows, tiles)
             _kl(heads, tiles, True)
-            heads.backend.logit_grad(rows[0], head.slab(), own, target - head.start, gradient)
+            column = part.target - head.start
+            heads.backend.logit_grad(part.rows[0], head.slab(), own, column, gradient)
             add_scaled(own, other, factor)
             return own
 
@@ -172,6 +160,7 @@ class WithMixture(_Compared):
 
     epsilon: float
 
+    mixes: ClassVar[bool] = True
     matrices: ClassVar[int] = 1
     formed_again: ClassVar[int] = 1
     compared: ClassVar[tuple[str, ...]] = ("plus", "minus")
@@ -181,33 +170,19 @@ class WithMixture(_Compared):
     def differentiable(self) -> tuple[str, ...]:
         return ("logp",)
 
-    def forward(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        tiles: Sequence[Tensor],
-        write: bool,
-    ) -> Found:
-        project(heads, rows, tiles)
-        reference = self._of_reference(heads, rows, target, tiles)
-        mixed = _mixed(heads, tiles, target, self.epsilon)
-        return self._scored(heads, rows, target, tiles, write, (*reference, *mixed))
+    def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
+        project(heads, part.rows, tiles)
+        reference = self._of_reference(heads, part, tiles)
+        mixed = _mixed(heads, tiles, part.target, self.epsilon)
+        return self._scored(heads, part, tiles, write, (*reference, *mixed))
 
     def factors(
         self, heads: Heads, numbers: Upstream, upstream: Upstream
     ) -> tuple[Tensor, ...] | None:
         return self.policy.factors(heads, numbers, upstream[: len(OUTPUTS)])
 
-    def again(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        numbers: Upstream,
-        upstream: Upstream,
-    ) -> Again:
-        return self.policy.again(heads, rows, target, numbers, upstream[: len(OUTPUTS)])
+    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
+        return self.policy.again(heads, part, numbers, upstream[: len(OUTPUTS)])
 
 
 def _kl(heads: Heads, tiles: Sequence[Tensor], write: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends.divergences import divergence_rows
 from ..vocab_parallel import Columns
 from ..workspace import tile_of
-from . import Again, Found, Heads, Upstream
+from . import Again, Found, Heads, Part, Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Divergence:
     models: ClassVar[int] = 2
     matrices: ClassVar[int] = 1
     formed_again: ClassVar[int] = 2
-    whole_rows: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
     output_names: ClassVar[tuple[str, ...]] = ("divergence",)
     number_names: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ("divergence",)
@@ -36,15 +36,8 @@ class Divergence:
     differentiable: ClassVar[tuple[str, ...]] = ("divergence",)
     statistics: ClassVar[bool] = False
 
-    def forward(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        tiles: Sequence[Tensor],
-        write: bool,
-    ) -> Found:
-        project(heads, rows, tiles)
+    def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
+        project(heads, part.rows, tiles)
         return Found((self._values(heads, tiles, write),), ())
 
     def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
@@ -56,17 +49,10 @@ class Divergence:
     def active(self, upstream: Upstream) -> Tensor:
         return _arrived(upstream) != 0
 
-    def again(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        numbers: Upstream,
-        upstream: Upstream,
-    ) -> Again:
+    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
         def tile(columns: slice, workspace: Tensor) -> Tensor:
-            tiles = two_tiles(workspace, rows[0].shape[0], columns)
-            project(heads, rows, tiles)
+            tiles = two_tiles(workspace, len(part.target), columns)
+            project(heads, part.rows, tiles)
             self._values(heads, tiles, True)
             return tiles[0]
 

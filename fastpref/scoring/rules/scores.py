@@ -29,7 +29,7 @@ from ..statistics import (
     token_scores,
 )
 from ..workspace import tile_of
-from . import Again, Found, Heads, Upstream
+from . import Again, Found, Heads, Part, Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Scores:
     models: ClassVar[int] = 1
     matrices: ClassVar[int] = 1
     formed_again: ClassVar[int] = 1
-    whole_rows: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     output_names: ClassVar[tuple[str, ...]] = OUTPUTS
     number_names: ClassVar[tuple[str, ...]] = ("logp", "anchor", "norm", "scale", "entropy")
 
@@ -52,22 +52,14 @@ class Scores:
     def statistics(self) -> bool:
         return needs_statistics(self.outputs)
 
-    def forward(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        tiles: Sequence[Tensor],
-        write: bool,
-    ) -> Found:
+    def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
         tile = tiles[0] if tiles else None
-        return self.of_tile(heads, rows[0], target, tile, write, heads.backend.project)
+        return self.of_tile(heads, part, tile, write, heads.backend.project)
 
     def of_tile(
         self,
         heads: Heads,
-        hidden: Tensor,
-        target: Tensor,
+        part: Part,
         tile: Tensor | None,
         write: bool,
         reduce: Callable[..., RowSums],
@@ -77,7 +69,7 @@ class Scores:
         outputs = self.outputs
         if heads.mean is not None:
             outputs = tuple(name for name in outputs if name != "mean_logits")
-        scores, row, scale = _scored(heads, hidden, target, tile, write, outputs, reduce)
+        scores, row, scale = _scored(heads, part, tile, write, outputs, reduce)
         return Found(scores, (row.logp, row.anchor, row.norm, scale, scores.entropy))
 
     def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
@@ -102,16 +94,9 @@ class Scores:
         some = (one for one in (given.logp, given.entropy, given.lse) if one is not None)
         return torch.stack([one != 0 for one in some]).any(0)
 
-    def again(
-        self,
-        heads: Heads,
-        rows: Sequence[Tensor],
-        target: Tensor,
-        numbers: Upstream,
-        upstream: Upstream,
-    ) -> Again:
-        head, hidden = heads.projectors[0], rows[0]
-        gradient, column = self.gradient(numbers, upstream), target - head.start
+    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
+        head, hidden = heads.projectors[0], part.rows[0]
+        gradient, column = self.gradient(numbers, upstream), part.target - head.start
 
         def tile(columns: slice, workspace: Tensor) -> Tensor:
             out = tile_of(workspace, hidden.shape[0], columns)
@@ -141,8 +126,7 @@ class Scores:
 
 def _scored(
     heads: Heads,
-    hidden: Tensor,
-    target: Tensor,
+    part: Part,
     tile: Tensor | None,
     write: bool,
     outputs: tuple[str, ...],
@@ -151,6 +135,7 @@ def _scored(
     """Scores, row scores and scale of some rows, one slab of the vocabulary after the other. With
     ``write``, ``tile`` (rows, V) ends as E; without a tile, the backend works in none."""
     head, backend = heads.projectors[0], heads.backend
+    (hidden, *_), target = part
     own = target_logits(heads, hidden, target)
     vocab = head.weight.shape[0]
     cols = vocab if tile is None else tile.shape[1]

@@ -269,7 +269,7 @@ def amapo(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="unit", needs_reference=False)
+@objective(unit="pair", scope="unit", needs_reference=False, trains_rejected=False)
 def sft(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,

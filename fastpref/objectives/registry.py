@@ -257,6 +257,7 @@ class Registration:
         condition: on the hyperparameters together.
         loss_per_unit: whether ``losses[i]`` is that of unit i; False where losses are sorted, or
             one value of the batch is repeated.
+        trains_rejected: whether the rejected responses of a pair have a gradient.
         loss_type: what TRL's trainer of its unit (DPO, KTO or GRPO) calls it, and Liger-Kernel
             where it has it; None where TRL has it not.
     """
@@ -266,6 +267,7 @@ class Registration:
     reduction: Reduction
     condition: Condition | None
     loss_per_unit: bool
+    trains_rejected: bool
     loss_type: str | None
 
 
@@ -280,6 +282,7 @@ def objective(
     reduction: Reduction = "sum",
     condition: Condition | None = None,
     loss_per_unit: bool = True,
+    trains_rejected: bool = True,
     loss_type: str | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register an objective of this package: a ``Registration``, whose signature is the
@@ -292,7 +295,7 @@ def objective(
 
         plain = Objective(function, unit=unit, scope=scope, needs_reference=needs_reference)
         _REGISTERED[plain.name] = Registration(
-            plain, formula, reduction, condition, loss_per_unit, loss_type
+            plain, formula, reduction, condition, loss_per_unit, trains_rejected, loss_type
         )
         return function
 

@@ -81,7 +81,7 @@ def plan_task(task: Task) -> PreferenceCall:
     groups = _groups(task)
     count = None if isinstance(groups, str) else sum(groups.lengths)
     packing = pack(target, request.ignore_index, request.options.max_scored, count)
-    main = _planned(task.main, target, packing)
+    main = _planned(task.main, target, packing, _active(task))
     reference = None if task.reference is None else _planned(task.reference, target, packing)
     sizes = groups if isinstance(groups, str) else groups.sizes
     plan = choose_for_groups(main.plan, request.options, sizes)
@@ -169,8 +169,17 @@ def _trains_more(task: Task) -> bool:
         return result_of(task, nothing(task.main), reference).loss.requires_grad
 
 
-def _planned(asked: Asked, target: Tensor, packing: Packing) -> Call:
+def _active(task: Task) -> float:
+    """The share of the scored tokens that the objective gives a gradient."""
+    registration = task.objective.registration
+    if registration is None or registration.trains_rejected or task.batch.target.is_cuda:
+        return 1.0
+    chosen, _ = task.arrangement.split(task.batch.lengths())
+    return int(chosen.sum()) / max(1, int(task.batch.scored.sum()))
+
+
+def _planned(asked: Asked, target: Tensor, packing: Packing, active: float = 1.0) -> Call:
     request, rule, models = asked
     if request.options.schedule == "batches":
         request = replace(request, options=replace(request.options, schedule="auto"))
-    return plan_target(request, rule, models, target, packing)
+    return plan_target(request, rule, models, target, packing, active=active)

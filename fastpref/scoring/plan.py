@@ -79,6 +79,7 @@ class Problem:
     scores_in_tiles: bool  # forms products in memory even where it keeps no exponentials
     temporary_bytes: int  # of the backend, beside a tile
     total_memory: int  # of the device, bytes
+    active: float = 1.0  # share of the rows with a gradient, where the others cost nothing
     copies_partner: bool = False  # the weight of the second model
     sharded: bool = False  # over the vocabulary
     mixes: bool = False  # the logits of both models, in plain torch
@@ -162,13 +163,13 @@ class Plan(Problem):
         if self.schedule == "direct":
             found.append(Product("forward", "hidden", float(self.matrices)))
         elif self.needs_grad:
-            again = 1 - self.kept_rows / max(1, self.scored)
+            again = self.active * (1 - self.kept_rows / max(1, self.scored))
             logits = 1 + partner * (self.formed_again - 1)
             found.append(Product("backward", "logits", again * logits))
             if self.needs_hidden:
-                found.append(Product("backward", "hidden", 1.0))
+                found.append(Product("backward", "hidden", self.active))
             if self.needs_weight:
-                share = self.trained_size / self.hidden_size
+                share = self.active * self.trained_size / self.hidden_size
                 found.append(Product("backward", "weight", share))
         return tuple(found)
 

@@ -169,9 +169,10 @@ def plan_target(
     target: Tensor,
     packing: Packing | None = None,
     traced: bool = False,
+    active: float = 1.0,
 ) -> Call:
-    """How ``rule`` runs on the scored positions of ``target``, or on those that ``packing`` names;
-    ``traced`` keeps it from asking a GPU for them."""
+    """How ``rule`` runs on the scored positions of ``target``, or on those that ``packing`` names,
+    of which a share ``active`` has a gradient; ``traced`` keeps it from asking a GPU for them."""
     target = target.to(torch.int64)
     if packing is None:
         packing = pack(target, request.ignore_index, request.options.max_scored, bounded=traced)
@@ -180,7 +181,7 @@ def plan_target(
         vocab_parallel.shard_range(model.head.form.group, model.head.columns, device)
         for model in models
     )
-    problem = make_problem(request, rule, models, packing.scored, shards[0])
+    problem = make_problem(request, rule, models, packing.scored, shards[0], active)
     plan = choose(problem, request.options)
     forms = tuple(model.head.form for model in models)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.
@@ -188,7 +189,12 @@ def plan_target(
 
 
 def make_problem(
-    request: Request, rule: Rule, models: Sequence[Model], scored: int, shard: Shard
+    request: Request,
+    rule: Rule,
+    models: Sequence[Model],
+    scored: int,
+    shard: Shard,
+    active: float = 1.0,
 ) -> Problem:
     dtype, (hidden, head) = request.dtype, models[0]
     device, inner = hidden.device, head.inner_size
@@ -215,6 +221,8 @@ def make_problem(
         needs_bias=request.needs_bias,
         only_logp=set(rule.differentiable) <= {"logp"},
         copies_weight=head.copies_weight(dtype),
+        # Elsewhere the host cannot look for rows without gradient.
+        active=active if device.type == "cpu" else 1.0,
         mixes=rule.mixes,
         sharded=head.form.group is not None,
         copies_partner=partner is not None and partner.copies_weight(dtype),

@@ -114,7 +114,7 @@ def of_call(backend: Any, which: Call) -> tuple[int, int]:
     with (
         mock.patch.object(request, "pack", packed),
         # As on a GPU, which does not look for rows without a gradient.
-        mock.patch.object(backward, "_active_rows", lambda upstream: None),
+        mock.patch.object(backward, "_active_rows", lambda run, upstream: None),
     ):
         logp = forward()  # tries the kernels
         if not which.backward:

@@ -23,14 +23,15 @@ def to_be_filled(
 ) -> list[str]:
     """Those of ``names`` that are made for the objective beside what is ``given``."""
 
-    def is_filled(name: str) -> bool:
-        if objective.unit == "token":
-            return name in _OF_TOKENS
-        facts = objective.extras[name]
-        # A function of one's own says by the name alone what it takes.
-        return facts.filled or not facts.shapes
+    taken, of_tokens = objective.extras, objective.unit == "token"
 
-    return [n for n in names if n in objective.extras and n not in given and is_filled(n)]
+    def is_filled(name: str) -> bool:
+        if of_tokens:
+            return name in _OF_TOKENS
+        # A function of one's own says by the name alone what it takes.
+        return taken[name].filled or not taken[name].shapes
+
+    return [n for n in names if n in taken and n not in given and is_filled(n)]
 
 
 def filled_extras(

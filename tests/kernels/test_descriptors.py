@@ -64,7 +64,7 @@ def test_the_same_bits(dtype, vocab, schedule, described, monkeypatch):
 
 def align_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of tiles start at multiples of 16 bytes, as on a GPU."""
-    from fastpref.scoring import backward, forward
+    from fastpref.scoring import backward, forward, workspace
 
     def row_stride(cols: int, dtype: torch.dtype, device: torch.device) -> int:
         aligned = 16 // dtype.itemsize
@@ -76,4 +76,5 @@ def align_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (forward, backward):
         monkeypatch.setattr(module, "lease", lease)
-    monkeypatch.setattr(backward, "row_stride", row_stride)
+    for module in (backward, workspace):
+        monkeypatch.setattr(module, "row_stride", row_stride)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..objectives import Objective
 from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
-from ..scoring.api import ask, run_traced
+from ..scoring.api import ask, opened, run_traced
 from ..scoring.head import Lora
 from ..scoring.request import plan_target
 from ..units import PreferenceOutput
@@ -171,6 +171,7 @@ def explain(
     bound = inspect.signature(function).bind(*given, **arguments)
     bound.apply_defaults()
     if objective is None:
-        asked = ask(**bound.arguments)
-        return plan_target(*asked, target).plan
+        taken = bound.arguments
+        with opened(taken["weight_context"], weight, taken["bias"]):
+            return plan_target(*ask(**taken), target).plan
     return plan_task(make_task(Arguments(**bound.arguments))).explanation

@@ -115,7 +115,12 @@ def _compared(
     ours, theirs = policy.rule, reference.rule
     if not isinstance(ours, Scores) or not isinstance(theirs, Scores):
         raise TypeError("both are scored")
-    epsilon: float | None = objective.hyperparameters["epsilon"] if margins else None
+    epsilon: float | None = objective.hyperparameters.get("epsilon") if margins else None
+    if margins and epsilon is None:
+        raise ValueError(
+            f"{objective.name} takes {' and '.join(margins)}, which are made with a hyperparameter "
+            f"'epsilon', and has none; give it one, or pass extras={{{margins[0]!r}: ...}}"
+        )
     rule: WithDivergence | WithMixture = WithDivergence(ours, theirs, epsilon)
     if not kl and epsilon is not None:
         rule = WithMixture(ours, theirs, epsilon)

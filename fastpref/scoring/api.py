@@ -73,7 +73,8 @@ def linear_logprob(
             weight widened by r columns. Hu et al., arXiv:2106.09685.
         weight_context: for a partitioned head, as ZeRO-3 has: ``weight_context(weight, bias)`` is a
             context within which both hold their data. It is entered around every use of them,
-            backward included.
+            backward included. The gradient of a trained weight, of the shape it has there, arrives
+            after that.
 
     Returns:
         TokenScores, tensors shaped like ``target``, float32 (float64 for float64 products), 0 at
@@ -90,7 +91,7 @@ def linear_logprob(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where even the least tile does not fit.
     """
-    with _opened(weight_context, weight, bias):
+    with opened(weight_context, weight, bias):
         asked = ask(
             hidden,
             weight,
@@ -150,7 +151,18 @@ def run_traced(asked: Asked, target: Tensor) -> Outputs:
     return tuple(one if name in asked.rule.outputs else None for name, one in names)
 
 
-def _opened(
+def opened(
     context: WeightContext | None, weight: Tensor, bias: Tensor | None
 ) -> AbstractContextManager[Any]:
-    return nullcontext() if context is None else context(weight, bias)
+    """Within it ``weight`` and ``bias`` hold their data."""
+    if context is None:
+        return nullcontext()
+    found = context(weight, bias) if callable(context) else None
+    if not isinstance(found, AbstractContextManager):
+        got = "None" if found is None else type(found).__name__
+        got = f"a function that returned {got}" if callable(context) else type(context).__name__
+        raise TypeError(
+            "weight_context must be a function of weight and bias that returns a context, got "
+            f"{got}; contextlib.contextmanager makes one of a generator"
+        )
+    return found

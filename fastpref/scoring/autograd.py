@@ -46,8 +46,10 @@ class Engine(torch.autograd.Function):
         models = [model.detached() for model in models_of(tensors, call)]
         outputs, kept, heads, plan = run_forward(call, models)
         if call.request.needs_grad:
+            ctx.models = 1 if kept.direct else call.rule.formed_again
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
-            ctx.save_for_backward(*tensors, *kept.matrices, *kept.direct)
+            needed = tensors[: TENSORS * ctx.models]
+            ctx.save_for_backward(*needed, *kept.matrices, *kept.direct)
             ctx.kept, ctx.call = replace(kept, matrices=(), direct=()), replace(call, plan=plan)
             ctx.matrices = len(kept.matrices)
             # A copy of a single weight stays.
@@ -64,9 +66,9 @@ class Engine(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         saved = ctx.saved_tensors
-        count = TENSORS * call.rule.models
+        every, count = TENSORS * call.rule.models, TENSORS * ctx.models
         if all(one is None for one in upstream):
-            return (None,) * (1 + count)
+            return (None,) * (1 + every)
         tensors, held = saved[:count], saved[count:]
         # The matrices are without rows where an earlier backward has given them back.
         matrices, direct = held[: ctx.matrices], held[ctx.matrices :]
@@ -74,7 +76,7 @@ class Engine(torch.autograd.Function):
         with torch.no_grad():
             gradients = run_backward(call, models_of(tensors, call), kept, upstream, ctx.heads)
         once = once_differentiable(gradients, (*tensors[:TENSORS], *upstream))
-        return (None, *once, *[None] * (count - TENSORS))
+        return (None, *once, *[None] * (every - TENSORS))
 
 
 class Finished(NamedTuple):
@@ -87,10 +89,9 @@ class Finished(NamedTuple):
 
 
 def models_of(tensors: Sequence[Tensor | None], call: Call) -> list[Model]:
-    """From the tensors of each, one after the other."""
-    starts = range(0, TENSORS * call.rule.models, TENSORS)
-    parts = [tensors[start : start + TENSORS] for start in starts]
-    return [Model.of(part, form) for part, form in zip(parts, call.forms, strict=True)]
+    """From the tensors of the first ones, one after the other."""
+    parts = [tensors[start : start + TENSORS] for start in range(0, len(tensors), TENSORS)]
+    return [Model.of(part, form) for part, form in zip(parts, call.forms, strict=False)]
 
 
 def run_forward(call: Call, models: Sequence[Model]) -> Finished:
@@ -118,7 +119,8 @@ def run_backward(
     heads: Heads | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients at each tensor of the first model; None where none is needed. Where memory runs out
-    the matrices in ``kept`` are given back and formed again.
+    the matrices in ``kept`` are given back and formed again, of ``models``: those that the rule
+    needs for it.
 
     ``upstream`` are gradients at the outputs of the rule.
     """

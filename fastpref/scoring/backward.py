@@ -79,7 +79,7 @@ def _active_rows(run: Run, upstream: Upstream) -> Tensor | None:
 
 def _combined(run: Run, matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
     """Their sum, each row scaled by its factor, (rows, columns)."""
-    first, *others = matrices
+    first, *others = matrices[: len(factors)]
     total = run.heads.backend.scale_rows(first, factors[0], torch.empty_like(first))
     for matrix, factor in zip(others, factors[1:], strict=True):
         add_scaled(total, matrix, factor)
@@ -101,7 +101,7 @@ def _row_groups(
     if factors is not None:
         inside = kept.rows if active is None else int((active < kept.rows).sum())
     # Kept rows that all have a gradient are read where they lie.
-    in_place = active is None and run.rule.matrices == 1
+    in_place = active is None and factors is not None and len(factors) == 1
     gathered = 0 if in_place else inside
     tile = Tile(0, vocab)
     if gathered or inside < total:
@@ -139,7 +139,7 @@ def _kept_tile(
     matrices: Sequence[Tensor], chosen: slice | Tensor, factors: Sequence[Tensor]
 ) -> tuple[Callable[[slice, Tensor], Tensor], Tensor]:
     """Where the tile of some kept rows comes from, and its factor."""
-    matrix, *others = matrices
+    matrix, *others = matrices[: len(factors)]
     # The largest is taken out, so that no number of a tile underflows because another is small.
     factor = factors[0] if not others else torch.stack([one.abs() for one in factors]).amax(0)
 

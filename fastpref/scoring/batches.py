@@ -228,7 +228,8 @@ class BatchedLoss(torch.autograd.Function):
             if any(one is not None for one in d_outputs):
                 _, kept, heads, plan = autograd.run_forward(call, models)
                 again = replace(call, plan=plan)
-                more = autograd.run_backward(again, models, kept, d_outputs, heads)
+                needed = models[: 1 if kept.direct else call.rule.formed_again]
+                more = autograd.run_backward(again, needed, kept, d_outputs, heads)
 
                 def added(plan: Plan) -> list[Tensor | None]:
                     return [_added(a, b) for a, b in zip(gradients, more, strict=True)]
@@ -281,9 +282,7 @@ class _OnePass:
             if total is not None and part is not None:
                 total.view(-1).index_copy_(0, at, part)
         value, slopes = self._loss_and_slopes(outputs)
-        upstream = [
-            None if one is None else one.view(-1).index_select(0, at).contiguous() for one in slopes
-        ]
+        upstream = [None if one is None else one.reshape(-1).index_select(0, at) for one in slopes]
         return value, backward(run, rows, kept, upstream, totals)
 
     def _nothing_yet(self) -> Outputs:

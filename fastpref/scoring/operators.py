@@ -184,7 +184,8 @@ class Operators(Generic[R]):
             tuple(one.detach() for one in matrices if one.shape[0]),
             tuple(one for one in direct if one.shape[0]),
         )
-        return given.gradients(run_backward(call, given.models, kept, arguments[at:upstream_to]))
+        models = given.models[: 1 if kept.direct else given.rule.formed_again]
+        return given.gradients(run_backward(call, models, kept, arguments[at:upstream_to]))
 
     def _backward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         upstream_to = self.inputs + self.held + len(self.kind.output_names)

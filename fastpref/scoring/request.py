@@ -75,10 +75,10 @@ class Call:
         return self.forms[0].group
 
     def heads(self, models: Sequence[Model]) -> Heads:
-        """What multiplies and reduces the rows of ``models``."""
+        """What multiplies and reduces the rows of ``models``, the first ones of the call."""
         own = tuple(
             model.head.in_dtype(self.request.dtype, shard)
-            for model, shard in zip(models, self.shards, strict=True)
+            for model, shard in zip(models, self.shards, strict=False)
         )
         mean = None
         if "mean_logits" in self.rule.outputs and own[0].map.cap == 0:
@@ -185,7 +185,8 @@ def plan_target(
     plan = choose(problem, request.options)
     forms = tuple(model.head.form for model in models)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.
-    return Call(request, rule, forms, shards, target.clone(), packing, plan)
+    own = target.clone(memory_format=torch.contiguous_format)
+    return Call(request, rule, forms, shards, own, packing, plan)
 
 
 def make_problem(

@@ -16,11 +16,13 @@ def temporary_bytes(dtype: torch.dtype) -> int:
 
 
 def add_scaled(total: Tensor, matrix: Tensor, factor: Tensor) -> None:
-    """total[i] += factor[i] matrix[i], rounded once."""
+    """total[i] += factor[i] matrix[i], rounded once; a factor of 0 takes nothing, whatever is
+    there."""
     step = max(1, BLOCK // max(1, matrix.shape[1]))
     parts = zip(total.split(step), matrix.split(step), factor.split(step), strict=True)
     for own, other, one in parts:
-        own.addcmul_(other, one[:, None])
+        scale = one[:, None]
+        own.addcmul_(torch.where(scale == 0, 0, other), scale)
 
 
 def scaled(matrix: Tensor, factor: Tensor, out: Tensor) -> Tensor:

@@ -146,3 +146,75 @@ def test_a_function_of_ones_own_gets_what_it_names() -> None:
     means = token_logp(data.hidden, data.weight, data.bias, data).sum(1) / lengths
     chosen, rejected = halves(means)
     torch.testing.assert_close(got, (rejected - chosen).detach())
+
+
+NAMES = ["tdpo", "epsilon_dpo"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_scored_token(name: str) -> None:
+    data = Data()
+    data.token_weights.requires_grad_(False)
+    data.target.fill_(-100)
+    for options in (None, ScoringOptions(schedule="recompute"), ScoringOptions(memory_budget=1)):
+        output = run(objectives.get(name), data, options=options)
+        (gradient,) = torch.autograd.grad(output.loss, data.weight)
+        assert output.loss.isfinite() and not gradient.any()
+
+
+@pytest.mark.parametrize("schedule", ["auto", "keep", "recompute", "batches", "direct"])
+def test_a_reference_that_is_broken_reaches_what_is_made_of_it_alone(schedule: str) -> None:
+    """One pair's divergence is NaN; the other pairs' log-probs and gradients are not."""
+    data = Data()
+    for one in (data.token_weights, data.bias, data.weight):
+        one.requires_grad_(one is data.weight and schedule != "direct")
+    # Of a row whose token is scored.
+    broken, at = data.ref_hidden.clone(), data.scored[0].nonzero()[0, 0]
+    broken[0, at] = torch.nan
+    data.ref_hidden = broken
+    leaves = [one for one in (data.hidden, data.weight) if one.requires_grad]
+    output = run(objectives.get("tdpo"), data, options=ScoringOptions(schedule=schedule))
+    for gradient in torch.autograd.grad(output.logps.sum(), leaves, retain_graph=True):
+        assert gradient.isfinite().all()
+    healthy = torch.tensor([False, True, True, True] * 2)
+    assert output.logps.isfinite().all() and output.rewards[healthy].isfinite().all()
+
+
+def test_margins_ask_nothing_of_the_reference_in_backward() -> None:
+    """It may be made in inference mode, and changed before the gradient is taken."""
+    found = []
+    for schedule in ("keep", "recompute"):
+        for changed in (False, True):
+            data = Data()
+            data.token_weights.requires_grad_(False)
+            with torch.inference_mode():
+                data.ref_hidden = data.ref_hidden + 0
+            options = ScoringOptions(schedule=schedule)
+            output = run(objectives.get("epsilon_dpo"), data, options=options)
+            if changed:
+                data.ref_weight.mul_(0.9)
+            found.append(torch.autograd.grad(output.loss, (data.hidden, data.weight)))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other)
+
+
+@pytest.mark.parametrize("name", ["dpo", "tdpo"])
+def test_a_target_that_lies_across(name: str) -> None:
+    data, found = Data(), []
+    data.token_weights.requires_grad_(False)
+    for across in (False, True):
+        if across:
+            data.target = data.target.t().contiguous().t()
+        options = ScoringOptions(schedule="batches", memory_budget=3 * T * V * 8)
+        output = run(objectives.get(name), data, options=options)
+        found.append(torch.autograd.grad(output.loss, (data.hidden, data.weight)))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_margins_of_a_function_without_epsilon() -> None:
+    def own(chosen, rejected, ref_chosen, ref_rejected, *, margin_plus):
+        return rejected - chosen + ref_chosen - ref_rejected + margin_plus
+
+    objective = objectives.Objective(own, unit="pair", scope="batch")
+    with pytest.raises(ValueError, match=r"own takes margin_plus, which are made with .*'epsilon'"):
+        run(objective, Data())

@@ -2,6 +2,7 @@
 """The contract of linear_logprob and explain: signatures, shapes, dtypes, layouts, autocast, and
 that explain's cost is what is paid."""
 
+import contextlib
 import inspect
 
 import pytest
@@ -397,3 +398,39 @@ def test_autocast_leaves_float64_alone(backend):
         logp.sum().backward()
     assert logp.dtype == torch.float64 and torch.equal(logp, expected)
     assert hidden.grad.dtype == torch.float64
+
+
+def test_a_partitioned_head():
+    """Holds its data inside the context alone; backward enters it again."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(6, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    whole = torch.randn(11, 5, generator=generator, dtype=torch.float64)
+    target, weight, entered = torch.arange(6), whole.new_empty(0), []
+
+    @contextlib.contextmanager
+    def gathered(given, bias):
+        entered.append(bias)
+        given.data = whole
+        yield
+        given.data = whole.new_empty(0)
+
+    for schedule in ("auto", "keep", "recompute"):
+        options = ScoringOptions(schedule=schedule)
+        given = {"weight_context": gathered, "options": options}
+        plan = fastpref.explain(hidden, weight, target, **given)
+        assert plan.vocab_size == 11
+        entered.clear()
+        logp = linear_logprob(hidden, weight, target, **given).logp
+        assert len(entered) == 1 and weight.shape == (0,)
+        (found,) = torch.autograd.grad(logp.sum(), hidden)
+        assert len(entered) == 2
+        expected = linear_logprob(hidden, whole, target, options=options).logp
+        assert torch.equal(logp, expected)
+        assert torch.equal(found, torch.autograd.grad(expected.sum(), hidden)[0])
+
+
+@pytest.mark.parametrize("given", [3, lambda weight, bias: None])
+def test_a_weight_context_that_is_none(given):
+    hidden, weight = torch.randn(2, 3), torch.randn(4, 3)
+    with pytest.raises(TypeError, match="weight_context must be a function of weight and bias"):
+        linear_logprob(hidden, weight, torch.zeros(2, dtype=torch.long), weight_context=given)

@@ -99,8 +99,8 @@ class Rule(Protocol):
     def factors(
         self, heads: Heads, numbers: Upstream, upstream: Upstream
     ) -> tuple[Tensor, ...] | None:
-        """(N,) for each matrix: D is their sum, each row scaled by its own; None where the matrices
-        do not hold what ``upstream`` asks for."""
+        """(N,) for each matrix, or for the first ones: D is their sum, each row scaled by its own;
+        None where the matrices do not hold what ``upstream`` asks for."""
 
     def active(self, upstream: Upstream) -> Tensor:
         """(N,) bool, rows with any gradient."""

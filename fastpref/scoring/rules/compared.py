@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends.divergences import divergence_rows, logit_blocks
 from ..scaled import add_scaled
 from ..statistics import OUTPUTS, TokenScores
+from ..types import statistics_dtype
 from ..vocab_parallel import Columns
 from . import Again, Found, Heads, Part, Upstream
 from .divergence import project, two_tiles
@@ -131,7 +132,7 @@ class WithDivergence(_Compared):
         if own is None:
             return None
         kl = upstream[2 * len(OUTPUTS)]
-        return (*own, torch.zeros_like(own[0]) if kl is None else kl)
+        return own if kl is None else (*own, kl)
 
     def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
         given, kl = upstream[: len(OUTPUTS)], upstream[2 * len(OUTPUTS)]
@@ -212,7 +213,7 @@ def _mixed(
     own, other = tiles
     policy, reference = (projector.slab() for projector in heads.projectors)
     columns, place = Columns(heads.group), target - heads.projectors[0].start
-    parts = []
+    parts = [own.new_empty((2, 0), dtype=statistics_dtype(own.dtype))]
     for block, s, t in logit_blocks(policy.products(own), reference.products(other), columns):
         inside = (place[block] >= 0) & (place[block] < s.shape[1])
         index = torch.where(inside, place[block], 0)[:, None]

@@ -27,13 +27,13 @@ def make_rows(dtype: torch.dtype, cols: int, map: LogitMap) -> Rows:
     raw = 3 * torch.randn(12, cols, generator=generator, dtype=torch.float64)
     target = torch.tensor([0, cols - 1, cols // 2, -1, cols, 6, 7, 1, 2, 3, 4, 5])
     low, late, early = -25.0, 2 * cols // 3, cols // 7
-    raw[5, 6] = 50  # its target's, which is no anchor
+    raw[5, min(6, cols - 1)] = 50  # its target's, which is no anchor
     raw[6, late] = 90  # anchored too low from here on
     raw[7, early], raw[7, late] = 40, 90
     raw[8, 0] = raw[8, -1] = 60
     raw[9, ::3] = -torch.inf
     raw[10] = -torch.inf
-    raw[10, 4] = 1  # its target's alone
+    raw[10, min(4, cols - 1)] = 1  # its target's alone
     raw[11, [early, late]] = 30  # the first is best
     guarded = torch.full((12, cols + 3), 7.0, dtype=dtype)
     tile = guarded[:, 1 : cols + 1]

@@ -338,5 +338,5 @@ def exp_rows_kernel(
         out += 3 * kind
         tl.store(out + BEST * kind, kept + largest * unit)
         tl.store(out + WEIGHTED * kind, tl.sum(weighted + below, 0) * unit)
-        store_terms(out, kind, fold_terms(terms), True, CAPPED)
+        store_terms(out, kind, 0, fold_terms(terms), True, CAPPED)
         tl.store(best_index + share * sums_stride + id, first.to(tl.int64))

@@ -66,7 +66,7 @@ def add_shares(
         tl.store(first_out + BEST * out_stride, best, write)
         tl.store(first_out + WEIGHTED * out_stride, weighted, write)
         terms = move_terms(load_terms(first, kind, there, CAPPED), tl.where(there, factors, 0.0))
-        store_terms(first_out, out_stride, fold_terms(terms), write, CAPPED)
+        store_terms(first_out, out_stride, 0, fold_terms(terms), write, CAPPED)
         tl.store(out_index, tl.min(found, 0), write)
     tl.store(out, a, write)
     tl.store(out + out_stride, total, write)

@@ -236,10 +236,10 @@ def finish_tile(
     tl.store(sums + at, total, mask)
     if best_index is not None:
         kind = tl.cast(tl.cdiv(columns, BLOCK_COLS), tl.int64) * sums_stride
-        out = sums + kind + at
-        tl.store(out + BEST * kind, best, mask)
-        tl.store(out + WEIGHTED * kind, weighted, mask)
-        store_terms(out, kind, terms, mask, CAPPED)
+        firsts = sums + kind
+        tl.store(firsts + BEST * kind + at, best, mask)
+        tl.store(firsts + WEIGHTED * kind + at, weighted, mask)
+        store_terms(firsts, kind, at, terms, mask, CAPPED)
         tl.store(best_index + at, index, mask)
 
 

@@ -82,7 +82,7 @@ def add_tiles(
             terms = add_terms(terms, more, CAPPED)
         tl.store(out + BEST * stride + ids, best, mask)
         tl.store(out + WEIGHTED * stride + ids, tl.sum(weighted, 0), mask)
-        store_terms(out + ids, stride, fold_terms(terms), mask, CAPPED)
+        store_terms(out, stride, ids, fold_terms(terms), mask, CAPPED)
         tl.store(out_index + ids, index.to(tl.int64), mask)
     return total
 

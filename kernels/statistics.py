@@ -74,7 +74,8 @@ def load_terms(first, kind, mask, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def store_terms(first, kind, sums, mask, CAPPED: tl.constexpr):
-    tl.store(first + SQUARES * kind, sums[0], mask)
+def store_terms(first, kind, at, sums, mask, CAPPED: tl.constexpr):
+    """``at`` of each row comes last: an address of each kind and row takes registers."""
+    tl.store(first + SQUARES * kind + at, sums[0], mask)
     if CAPPED:
-        tl.store(first + TOTAL * kind, sums[1], mask)
+        tl.store(first + TOTAL * kind + at, sums[1], mask)

@@ -184,6 +184,7 @@ def test_capability_needs_every_feature_of_its_set() -> None:
         assert module.cpu_capability() == expected
 
 
+@pytest.mark.heavy
 @native
 @compiled
 def test_both_libraries_follow_the_environment() -> None:

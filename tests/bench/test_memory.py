@@ -17,6 +17,7 @@ CASE = Case("score", "trainable head", "float32", Shape(8, 256, 64, 32000))
 BUDGET = 16  # MiB
 
 
+@pytest.mark.heavy
 def test_recompute_stays_within_gradients_and_workspace() -> None:
     row = measure(CASE, "fastpref, recompute, 16 MiB", BUDGET)
     assert row["logits"] == 125.0 and row["scored"] == 1024
@@ -29,11 +30,13 @@ def test_recompute_stays_within_gradients_and_workspace() -> None:
     assert row["peak"] > row["gradients"]
 
 
+@pytest.mark.heavy
 def test_what_a_call_keeps_counts_though_it_was_kept_before() -> None:
     row = measure(CASE, "fastpref", BUDGET)
     assert row["peak"] > row["gradients"] + row["logits"]
 
 
+@pytest.mark.heavy
 def test_in_trl_a_step_takes_what_its_adapter_would_on_a_gpu() -> None:
     """Beside TRL's own head, whose tile and gradient hold the exponentials here."""
     row = measure(CASE, "fastpref in TRL", BUDGET)
@@ -41,6 +44,7 @@ def test_in_trl_a_step_takes_what_its_adapter_would_on_a_gpu() -> None:
     assert row["logits"] < row["peak"] < min(budget, row["gradients"] + row["workspace"]) + 16
 
 
+@pytest.mark.heavy
 def test_of_an_alternative() -> None:
     row = measure(CASE, "plain torch", BUDGET)
     assert row["workspace"] is None and row["implementation"] == "plain torch"
@@ -60,6 +64,7 @@ def test_names() -> None:
     assert "torch.compile" not in names(CASE, BUDGET, compiling=False)
 
 
+@pytest.mark.heavy
 def test_failure_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"memory failed: KeyError: 'no such thing'$"):
         measure(Case("score", "trainable head", shape=Shape(2, 8, 8, 50)), "no such thing", 1)

@@ -63,6 +63,7 @@ def command(tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(path)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
 def test_what_was_cut_short_keeps_what_it_had(
     command: list[str], tmp_path: Path, ignored: bool
@@ -90,11 +91,13 @@ def cut_short(command: list[str], tmp_path: Path) -> None:
     assert "assert False" in said
 
 
+@pytest.mark.heavy
 def test_what_came_to_its_end(command: list[str]) -> None:
     row, finished = pytests.run([*command, "-k", "good or bad"], None, 120.0)
     assert finished and (row["exit"], row["passed"], len(row["failed"])) == (1, 1, 1)
 
 
+@pytest.mark.heavy
 def test_no_tests_at_all(command: list[str]) -> None:
     row, finished = pytests.run([*command, "-k", "none_such"], None, 120.0)
     assert finished and row["exit"] == 5 and "pytest ended with 5: " in row["reason"]

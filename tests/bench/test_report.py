@@ -193,6 +193,7 @@ def test_cases_of_other_sizes_have_tables_of_their_own(report: dict[str, Any]) -
     ]
 
 
+@pytest.mark.heavy
 def test_pictures(report: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     written = pictures.draw(report, tmp_path / "new")
@@ -220,6 +221,7 @@ def test_bars_hold_what_was_measured(report: dict[str, Any]) -> None:
     plt.close(figure)
 
 
+@pytest.mark.heavy
 def test_redrawn_from_a_file(
     report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ def experiment(what: str, mode: Mode, device: str = "cpu") -> Experiment:
     return SUITES[what].experiment(Case(what, mode, "float32", SHAPE, device=device))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("what, mode", EVERY)
 def test_candidates_agree_with_float64(what: str, mode: Mode) -> None:
     if SUITES[what].unavailable is not None:

@@ -57,6 +57,7 @@ def test_packages_that_are_absent_are_said_to_be(monkeypatch: pytest.MonkeyPatch
     assert versions["pytest"] == pytest.__version__
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "section", ["versions", "libraries", "build", "cpu", "gpus", "backends", "tuning"]
 )

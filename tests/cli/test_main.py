@@ -39,6 +39,7 @@ def test_misuse_says_what_is_wrong(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_only_the_command_asked_for_is_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -218,6 +218,7 @@ def test_backward_twice() -> None:
     assert all(map(torch.equal, once, again))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", RULES)
 def test_traced(name: str) -> None:
     """The operator gives what the engine gives, and opcheck passes."""

@@ -36,6 +36,7 @@ def test_right_tiers_pass(name: str, tier: str, dtype: str) -> None:
         assert found.fine and found.error > 0, str(found)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(
     unavailable_reason("triton", "cpu") is not None, reason="Triton's interpreter is off"
 )

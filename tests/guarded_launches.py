@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient
-from fastpref.scoring.slab import Products, Slab
+from fastpref.scoring.slab import Products, Projection, Slab
 from tests.cuda_on_host import launches as cuda_launches
 from tests.cuda_on_host.kernels import ELEMENTS
 from tests.guard import SIDES, guarded, guarded_allocations
@@ -132,9 +132,8 @@ def projection(dtype: torch.dtype, map: str, cols: int, write: bool, statistics:
         anchor[::3] = -200
         target[-1] = cols - 1
         slab = Slab(weight, place(torch.randn(cols)), MAPS[map])
-        sums = triton_backend.project(
-            hidden, slab, tile, place(target), place(anchor), write, statistics
-        )
+        given = Projection(hidden, slab, tile, place(target))
+        sums = triton_backend.project(given, place(anchor), write, statistics)
         return [tile, sums.sum]
 
     kind = f"{'written' if write else 'read'}-{'statistics' if statistics else 'sums'}"
@@ -152,7 +151,7 @@ def projected_gradient(dtype: torch.dtype, map: str, cols: int) -> Launch:
         upstream = UpstreamGradient(*(place(one) for one in torch.rand(7, 37)))
         target = place(torch.randint(cols, (37,)))
         slab = Slab(weight, place(torch.randn(cols)), MAPS[map])
-        triton_backend.project_gradient(hidden, slab, tile, target, upstream)
+        triton_backend.project_gradient(Projection(hidden, slab, tile, target), upstream)
         return [tile]
 
     return Launch(f"project_gradient-{dtype}-{map}-{cols}", run)

@@ -172,7 +172,8 @@ def _trains_more(task: Task) -> bool:
 def _active(task: Task) -> float:
     """The share of the scored tokens that the objective gives a gradient."""
     registration = task.objective.registration
-    if registration is None or registration.trains_rejected or task.batch.target.is_cuda:
+    on_cpu = task.batch.target.device.type == "cpu"
+    if registration is None or registration.trains_rejected or not on_cpu:
         return 1.0
     chosen, _ = task.arrangement.split(task.batch.lengths())
     return int(chosen.sum()) / max(1, int(task.batch.scored.sum()))

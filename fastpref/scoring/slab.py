@@ -21,6 +21,22 @@ class Slab(NamedTuple):
         return Products(tile, self.bias, self.map)
 
 
+class Projection(NamedTuple):
+    """Rows through a slab, and room for their raw products."""
+
+    hidden: Tensor  # (rows, H)
+    slab: Slab
+    tile: Tensor | None  # (rows, cols)
+    target: Tensor  # (rows,), columns of the slab; elsewhere outside [0, cols)
+
+    @property
+    def products(self) -> Products:
+        """Once the tile holds them."""
+        if self.tile is None:
+            raise RuntimeError("there is no tile of products")
+        return self.slab.products(self.tile)
+
+
 class Products(NamedTuple):
     """A tile of raw products of hidden states with a slab, and what makes logits of them."""
 

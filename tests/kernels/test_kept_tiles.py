@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels import probabilities
+from fastpref.scoring import slab as slabs
 from fastpref.scoring.backends import triton as triton_backend
-from fastpref.scoring.slab import Slab
 from fastpref.scoring.statistics import RowSums
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import make_case
@@ -60,10 +60,9 @@ class Projection:
         if tile is None:
             tile = self.hidden.new_empty(len(self.hidden), len(self.weight))
         anchor = self.target_logit if anchor is None else anchor
-        slab = Slab(self.weight, self.bias, self.map)
-        return tile, triton_backend.project(
-            self.hidden, slab, tile, self.target, anchor, write, statistics
-        )
+        slab = slabs.Slab(self.weight, self.bias, self.map)
+        given = slabs.Projection(self.hidden, slab, tile, self.target)
+        return tile, triton_backend.project(given, anchor, write, statistics)
 
     def check(self, tile: Tensor, sums: RowSums, rows: slice = slice(None)) -> None:
         """``rows`` of the tile and of the sums that were made with it."""

@@ -16,7 +16,7 @@ from fastpref import ScoringOptions, linear_logprob
 from fastpref.kernels import products, tiles
 from fastpref.scoring.backends import tiled
 from fastpref.scoring.backends import triton as triton_backend
-from fastpref.scoring.slab import Slab
+from fastpref.scoring.slab import Projection, Slab
 from fastpref.scoring.statistics import OUTPUTS
 from fastpref.scoring.types import LogitMap
 from tests.kernels.conftest import _dot
@@ -108,10 +108,10 @@ def test_a_tile_that_the_plan_has_not_is_taken_in_parts(rows, statistics, monkey
     monkeypatch.setattr(tiled, "lease", lease)
     hidden, weight = torch.randn(rows, 33), torch.randn(130, 33)
     target, anchor = torch.arange(rows), torch.randn(rows)
-    slab, rest = Slab(weight, None, LogitMap(1.0, 0.0)), (target, anchor, False, statistics)
-    sums = triton_backend.project(hidden, slab, None, *rest)
-    tile = torch.empty(rows, 130)
-    other = triton_backend._in_place("cpu").project(hidden, slab, tile, *rest)
+    one = Projection(hidden, Slab(weight, None, LogitMap(1.0, 0.0)), None, target)
+    sums = triton_backend.project(one, anchor, False, statistics)
+    with_tile = one._replace(tile=torch.empty(rows, 130))
+    other = triton_backend._in_place("cpu").project(with_tile, anchor, False, statistics)
     for mine, its in zip(sums, other, strict=True):
         assert (mine is None) == (its is None)
         assert mine is None or torch.allclose(mine, its, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from fastpref import ScoringOptions, explain, linear_logprob
 from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.backends import triton as triton_backend
-from fastpref.scoring.slab import Slab
+from fastpref.scoring.slab import Projection, Slab
 from fastpref.scoring.statistics import OUTPUTS
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import Case, check_scores, make_case, run, upstream_of, verify
@@ -255,14 +255,10 @@ def test_masked_columns(statistics):
 def test_a_shard_of_nothing_but_minus_infinity_has_a_finite_anchor(statistics):
     """Whatever another shard adds must not turn NaN."""
     hidden, weight = torch.randn(3, 8), torch.randn(70, 8)
+    slab = Slab(weight, torch.full((70,), -torch.inf), LogitMap(1.0, 0.0))
+    anchor = torch.tensor([0.5, -torch.inf, torch.nan])
     sums = triton_backend.project(
-        hidden,
-        Slab(weight, torch.full((70,), -torch.inf), LogitMap(1.0, 0.0)),
-        None,
-        torch.tensor([-1, 0, 69]),
-        torch.tensor([0.5, -torch.inf, torch.nan]),
-        False,
-        statistics,
+        Projection(hidden, slab, None, torch.tensor([-1, 0, 69])), anchor, False, statistics
     )
     assert sums.sum.tolist() == [0, 0, 0]
     assert sums.anchor.isfinite().all() and sums.anchor[0] == 0.5

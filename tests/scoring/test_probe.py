@@ -18,7 +18,7 @@ from fastpref.scoring.backends import (
 )
 from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.backends import triton as triton_backend
-from fastpref.scoring.slab import Slab
+from fastpref.scoring.slab import Projection, Slab
 from fastpref.scoring.statistics import OUTPUTS
 from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import verify
@@ -30,7 +30,7 @@ LAUNCHES = {
     "exp_rows": (rows, "rows", lambda arguments, result: result.sum),
     "logit_grad": (rows, "rows", lambda arguments, result: arguments[0].tile),
     "project": (triton_backend, "triton", lambda arguments, result: result.sum),
-    "project_gradient": (triton_backend, "triton", lambda arguments, result: arguments[2]),
+    "project_gradient": (triton_backend, "triton", lambda arguments, result: arguments[0].tile),
     "target_logits": (rows, "rows", lambda arguments, result: result.raw),
     "settle": (rows, "rows", lambda arguments, result: result[0].logp),
     "scale_rows": (rows, "rows", lambda arguments, result: result),
@@ -212,9 +212,10 @@ def test_a_probe_takes_no_default_device_or_dtype(tier, caplog):
     try:
         with torch.device("meta"):
             own = kernels.target_logits(hidden, slab, target)
-            sums = kernels.project(hidden, slab, tile, target, own.logit, True, True)
+            projection = Projection(hidden, slab, tile, target)
+            sums = kernels.project(projection, own.logit, True, True)
             kernels.settle(sums, own, tile, slab.map)
-            kernels.project_gradient(hidden, slab, tile, target, upstream)
+            kernels.project_gradient(projection, upstream)
             kernels.scale_rows(tile, vector, tile)
             both = [slab.products(tile)] * 2
             assert divergence_launch.serves(tier, *both, 0, True)

@@ -18,7 +18,7 @@ from torch import device as Device
 from torch import dtype as Dtype
 
 from ..rows import RowScores, TargetLogits
-from ..slab import Slab
+from ..slab import Projection, Slab
 from ..statistics import RowSums
 from ..types import BACKENDS, LogitMap
 from . import verdict
@@ -62,48 +62,20 @@ class RowBackend(RowKernels, Protocol):
     """The primitive that backends differ in."""
 
     def project(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor | None,
-        target: Tensor,
-        anchor: Tensor,
-        write: bool,
-        statistics: bool,
+        self, projection: Projection, anchor: Tensor, write: bool, statistics: bool
     ) -> RowSums:
         """Sums over each row of hidden weight^T but its target; with ``write`` the tile becomes the
-        exponentials (0 at the target). ``tile`` is None only where ``needs_tile`` says so."""
+        exponentials (0 at the target). There is none only where ``needs_tile`` says so."""
 
-    def project_gradient(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        upstream: UpstreamGradient,
-    ) -> None:
+    def project_gradient(self, projection: Projection, upstream: UpstreamGradient) -> None:
         """The tile becomes the gradient with respect to the raw products hidden weight^T."""
 
     def exp_rows(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        anchor: Tensor,
-        write: bool,
-        statistics: bool,
+        self, projection: Projection, anchor: Tensor, write: bool, statistics: bool
     ) -> RowSums:
         """As ``project``, of a tile that holds the raw products already."""
 
-    def logit_grad(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        upstream: UpstreamGradient,
-    ) -> None:
+    def logit_grad(self, projection: Projection, upstream: UpstreamGradient) -> None:
         """As ``project_gradient``, of a tile that holds the raw products already."""
 
     def needs_tile(self, dtype: Dtype, write: bool) -> bool:

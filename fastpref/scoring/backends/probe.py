@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..rows import RowScores, TargetLogits
-from ..slab import Slab
+from ..slab import Projection, Slab
 from ..statistics import OUTPUTS, RowSums, token_scores
 from ..types import LogitMap, statistics_dtype
 from . import RowBackend, UpstreamGradient, next_tier
@@ -103,63 +103,35 @@ class Probed:
         return next_tier(self.tier, device.type)[1]
 
     def project(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor | None,
-        target: Tensor,
-        anchor: Tensor,
-        write: bool,
-        statistics: bool,
+        self, projection: Projection, anchor: Tensor, write: bool, statistics: bool
     ) -> RowSums:
-        serving = self._projecting(hidden, slab, write, statistics)
-        return serving.project(hidden, slab, tile, target, anchor, write, statistics)
+        serving = self._projecting(projection, write, statistics)
+        return serving.project(projection, anchor, write, statistics)
 
     def exp_rows(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        anchor: Tensor,
-        write: bool,
-        statistics: bool,
+        self, projection: Projection, anchor: Tensor, write: bool, statistics: bool
     ) -> RowSums:
-        serving = self._projecting(hidden, slab, write, statistics)
-        return serving.exp_rows(hidden, slab, tile, target, anchor, write, statistics)
+        serving = self._projecting(projection, write, statistics)
+        return serving.exp_rows(projection, anchor, write, statistics)
 
-    def _projecting(self, hidden: Tensor, slab: Slab, write: bool, statistics: bool) -> RowBackend:
+    def _projecting(self, projection: Projection, write: bool, statistics: bool) -> RowBackend:
+        hidden, slab = projection[:2]
         return self._serving(
             hidden.device,
             ("project", *_compiled_for(hidden, slab), write, statistics),
             lambda backend: _check_project(backend, _Example.of(hidden, slab), write, statistics),
         )
 
-    def project_gradient(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        upstream: UpstreamGradient,
-    ) -> None:
-        serving = self._differentiating(hidden, slab, upstream)
-        serving.project_gradient(hidden, slab, tile, target, upstream)
+    def project_gradient(self, projection: Projection, upstream: UpstreamGradient) -> None:
+        serving = self._differentiating(projection, upstream)
+        serving.project_gradient(projection, upstream)
 
-    def logit_grad(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        upstream: UpstreamGradient,
-    ) -> None:
-        serving = self._differentiating(hidden, slab, upstream)
-        serving.logit_grad(hidden, slab, tile, target, upstream)
+    def logit_grad(self, projection: Projection, upstream: UpstreamGradient) -> None:
+        serving = self._differentiating(projection, upstream)
+        serving.logit_grad(projection, upstream)
 
-    def _differentiating(
-        self, hidden: Tensor, slab: Slab, upstream: UpstreamGradient
-    ) -> RowBackend:
+    def _differentiating(self, projection: Projection, upstream: UpstreamGradient) -> RowBackend:
+        hidden, slab = projection[:2]
         given = tuple(one is not None for one in upstream)
         return self._serving(
             hidden.device,
@@ -253,7 +225,8 @@ def _check_project(backend: RowBackend, example: _Example, write: bool, statisti
     own, found = example.own(), []
     for one in (backend, PLAIN):
         tile = example.tile() if one.needs_tile(hidden.dtype, write) else None
-        sums = one.project(hidden, slab, tile, target, own.logit, write, statistics)
+        projection = Projection(hidden, slab, tile, target)
+        sums = one.project(projection, own.logit, write, statistics)
         kept = tile if write else None
         rows, scale = torch_backend.settle(sums, own, kept, slab.map)
         scores = token_scores(outputs, sums, rows, target, own.logit, slab.weight.shape[0])
@@ -267,7 +240,8 @@ def _check_project(backend: RowBackend, example: _Example, write: bool, statisti
 def _check_gradient(backend: RowBackend, example: _Example, given: tuple[bool, ...]) -> str:
     hidden, slab, target = example.hidden, example.slab, example.target
     own, tile = example.own(), example.tile()
-    sums = PLAIN.project(hidden, slab, tile, target, own.logit, write=False, statistics=True)
+    projection = Projection(hidden, slab, tile, target)
+    sums = PLAIN.project(projection, own.logit, write=False, statistics=True)
     rows, _ = torch_backend.settle(sums, own, None, slab.map)
     entropy = token_scores(("entropy",), sums, rows, target, own.logit, 1).entropy
     g = torch.arange(ROWS, dtype=rows.logp.dtype, device=tile.device) / 4 - 1
@@ -278,7 +252,7 @@ def _check_gradient(backend: RowBackend, example: _Example, given: tuple[bool, .
     found = []
     for one in (backend, PLAIN):
         tile = example.tile()
-        one.project_gradient(hidden, slab, tile, target, upstream)
+        one.project_gradient(Projection(hidden, slab, tile, target), upstream)
         found.append({"gradients": tile.to(rows.logp.dtype)})
     return differences(list(found), hidden.dtype)
 

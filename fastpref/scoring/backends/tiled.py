@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rows import RowScores, TargetLogits
-from ..slab import Products, Slab
+from ..slab import Products, Projection, Slab
 from ..statistics import RowSums
 from ..types import LogitMap
 from ..workspace import lease
@@ -48,18 +48,12 @@ class Tiled:
         return True
 
     def project(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor | None,
-        target: Tensor,
-        anchor: Tensor,
-        write: bool,
-        statistics: bool,
+        self, projection: Projection, anchor: Tensor, write: bool, statistics: bool
     ) -> RowSums:
+        hidden, slab, tile, target = projection
         if tile is not None:
             torch.mm(hidden, slab.weight.t(), out=tile)
-            return self.exp_rows(hidden, slab, tile, target, anchor, write, statistics)
+            return self.exp_rows(projection, anchor, write, statistics)
         # Planned for a backend that needs none and could not serve after all.
         shape = min(SPARE_ROWS, hidden.shape[0]), slab.weight.shape[0]
         room = lease(shape, hidden.dtype, hidden.device)
@@ -73,38 +67,18 @@ class Tiled:
         columns = zip(*parts, strict=True)
         return RowSums._make(None if one[0] is None else torch.cat(one) for one in columns)
 
-    def project_gradient(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        upstream: UpstreamGradient,
-    ) -> None:
-        torch.mm(hidden, slab.weight.t(), out=tile)
-        self.logit_grad(hidden, slab, tile, target, upstream)
+    def project_gradient(self, projection: Projection, upstream: UpstreamGradient) -> None:
+        torch.mm(projection.hidden, projection.slab.weight.t(), out=projection.tile)
+        self.logit_grad(projection, upstream)
 
     def exp_rows(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        anchor: Tensor,
-        write: bool,
-        statistics: bool,
+        self, projection: Projection, anchor: Tensor, write: bool, statistics: bool
     ) -> RowSums:
-        return self.kernels.exp_rows(slab.products(tile), target, anchor, write, statistics)
+        products, target = projection.products, projection.target
+        return self.kernels.exp_rows(products, target, anchor, write, statistics)
 
-    def logit_grad(
-        self,
-        hidden: Tensor,
-        slab: Slab,
-        tile: Tensor,
-        target: Tensor,
-        upstream: UpstreamGradient,
-    ) -> None:
-        self.kernels.logit_grad(slab.products(tile), target, upstream)
+    def logit_grad(self, projection: Projection, upstream: UpstreamGradient) -> None:
+        self.kernels.logit_grad(projection.products, projection.target, upstream)
 
     def temporary_bytes(
         self, rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import linear_exp, linear_grad, probabilities, reanchor, row_sums, tiles
-from ..slab import Slab
+from ..slab import Projection, Slab
 from ..statistics import STATISTICS, RowSums, summed
 from ..types import LogitMap
 from ..workspace import row_stride
@@ -100,42 +100,24 @@ def _takes(hidden: Tensor, weight: Tensor, tile: Tensor | None) -> bool:
     )
 
 
-def project(
-    hidden: Tensor,
-    slab: Slab,
-    tile: Tensor | None,
-    target: Tensor,
-    anchor: Tensor,
-    write: bool,
-    statistics: bool,
-) -> RowSums:
+def project(projection: Projection, anchor: Tensor, write: bool, statistics: bool) -> RowSums:
+    hidden, slab, tile, target = projection
     exps = tile if write else None
     if not _takes(hidden, slab.weight, exps):
-        other = _in_place(hidden.device.type)
-        return other.project(hidden, slab, tile, target, anchor, write, statistics)
-    return _Projection(hidden, slab, exps, target, statistics).run(anchor)
+        return _in_place(hidden.device.type).project(projection, anchor, write, statistics)
+    return _Launches(hidden, slab, exps, target, statistics).run(anchor)
 
 
-def exp_rows(
-    hidden: Tensor,
-    slab: Slab,
-    tile: Tensor,
-    target: Tensor,
-    anchor: Tensor,
-    write: bool,
-    statistics: bool,
-) -> RowSums:
-    other = _in_place(hidden.device.type)
-    return other.exp_rows(hidden, slab, tile, target, anchor, write, statistics)
+def exp_rows(projection: Projection, anchor: Tensor, write: bool, statistics: bool) -> RowSums:
+    other = _in_place(projection.hidden.device.type)
+    return other.exp_rows(projection, anchor, write, statistics)
 
 
-def logit_grad(
-    hidden: Tensor, slab: Slab, tile: Tensor, target: Tensor, upstream: UpstreamGradient
-) -> None:
-    _in_place(hidden.device.type).logit_grad(hidden, slab, tile, target, upstream)
+def logit_grad(projection: Projection, upstream: UpstreamGradient) -> None:
+    _in_place(projection.hidden.device.type).logit_grad(projection, upstream)
 
 
-class _Projection:
+class _Launches:
     """The launches of one projection."""
 
     def __init__(
@@ -286,15 +268,13 @@ class _Projection:
         )
 
 
-def project_gradient(
-    hidden: Tensor, slab: Slab, tile: Tensor, target: Tensor, upstream: UpstreamGradient
-) -> None:
+def project_gradient(projection: Projection, upstream: UpstreamGradient) -> None:
+    hidden, slab, tile, target = projection
     weight, bias, map = slab
     if not _takes(hidden, weight, tile):
-        other = _in_place(hidden.device.type)
-        other.project_gradient(hidden, slab, tile, target, upstream)
+        _in_place(hidden.device.type).project_gradient(projection, upstream)
         return
-    if not tile.numel():
+    if tile is None or not tile.numel():
         return
     machine = _machine(hidden, heavy=True)
     shape = machine.tiles.ordinary

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends.divergences import divergence_rows, logit_blocks
 from ..scaled import add_scaled
+from ..slab import Projection
 from ..statistics import OUTPUTS, TokenScores
 from ..types import statistics_dtype
 from ..vocab_parallel import Columns
@@ -145,8 +146,8 @@ class WithDivergence(_Compared):
             own, other = tiles = two_tiles(workspace, len(part.target), columns)
             project(heads, part.rows, tiles)
             _kl(heads, tiles, True)
-            column = part.target - head.start
-            heads.backend.logit_grad(part.rows[0], head.slab(), own, column, gradient)
+            at = Projection(part.rows[0], head.slab(), own, part.target - head.start)
+            heads.backend.logit_grad(at, gradient)
             add_scaled(own, other, factor)
             return own
 

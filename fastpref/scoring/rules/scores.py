@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import vocab_parallel
 from ..backends import UpstreamGradient
 from ..rows import RowScores, TargetLogits, exponential_scale, row_scores, write_target
+from ..slab import Projection
 from ..statistics import (
     DIFFERENTIABLE,
     OUTPUTS,
@@ -100,8 +101,8 @@ class Scores:
 
         def tile(columns: slice, workspace: Tensor) -> Tensor:
             out = tile_of(workspace, hidden.shape[0], columns)
-            slab = head.slab(columns)
-            heads.backend.project_gradient(hidden, slab, out, column - columns.start, gradient)
+            at = Projection(hidden, head.slab(columns), out, column - columns.start)
+            heads.backend.project_gradient(at, gradient)
             return out
 
         return Again(tile, None)
@@ -142,15 +143,10 @@ def _scored(
     parts = []
     for start in range(0, vocab, cols):
         columns = slice(start, min(vocab, start + cols))
-        sums = reduce(
-            hidden,
-            head.slab(columns),
-            None if tile is None else tile[:, : columns.stop - start],
-            own.column - start if start else own.column,
-            own.logit,
-            write,
-            needs_statistics(outputs),
-        )
+        room = None if tile is None else tile[:, : columns.stop - start]
+        column = own.column - start if start else own.column
+        at = Projection(hidden, head.slab(columns), room, column)
+        sums = reduce(at, own.logit, write, needs_statistics(outputs))
         if sums.best_index is not None and start + head.start:
             sums = sums._replace(best_index=sums.best_index + (start + head.start))
         parts.append(sums)

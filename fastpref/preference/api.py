@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..objectives import Objective
 from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
-from ..scoring.api import ask, opened, run_traced
-from ..scoring.head import Lora
+from ..scoring.api import ask, run_traced
+from ..scoring.head import Lora, opened
 from ..scoring.request import plan_target
 from ..units import PreferenceOutput
 from ..units.layouts import LayoutName

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from . import autograd, operators
 from .autograd import Outputs
-from .head import Lora, Model, WeightContext
+from .head import Lora, Model, WeightContext, opened
 from .request import Request, make_model, make_request, plan_target
 from .rules import Rule
 from .rules.scores import Scores
@@ -149,20 +148,3 @@ def run_traced(asked: Asked, target: Tensor) -> Outputs:
     found = operators.OF_RULE[type(asked.rule)].run(*asked, target)
     names = zip(asked.rule.output_names, found, strict=True)
     return tuple(one if name in asked.rule.outputs else None for name, one in names)
-
-
-def opened(
-    context: WeightContext | None, weight: Tensor, bias: Tensor | None
-) -> AbstractContextManager[Any]:
-    """Within it ``weight`` and ``bias`` hold their data."""
-    if context is None:
-        return nullcontext()
-    found = context(weight, bias) if callable(context) else None
-    if not isinstance(found, AbstractContextManager):
-        got = "None" if found is None else type(found).__name__
-        got = f"a function that returned {got}" if callable(context) else type(context).__name__
-        raise TypeError(
-            "weight_context must be a function of weight and bias that returns a context, got "
-            f"{got}; contextlib.contextmanager makes one of a generator"
-        )
-    return found

@@ -96,8 +96,7 @@ class Head(NamedTuple):
 
     def opened(self) -> AbstractContextManager[Any]:
         """Within it the weight and the bias hold their data."""
-        context = self.form.context
-        return nullcontext() if context is None else context(self.weight, self.bias)
+        return opened(self.form.context, self.weight, self.bias)
 
     def in_dtype(self, dtype: torch.dtype, shard: Shard) -> Projector:
         """What multiplies rows in ``dtype``."""
@@ -178,6 +177,23 @@ class Model(NamedTuple):
 
 
 TENSORS = 1 + len(Head._fields[:4])  # of a model
+
+
+def opened(
+    context: WeightContext | None, weight: Tensor, bias: Tensor | None
+) -> AbstractContextManager[Any]:
+    """Within it ``weight`` and ``bias`` hold their data."""
+    if context is None:
+        return nullcontext()
+    found = context(weight, bias) if callable(context) else None
+    if not isinstance(found, AbstractContextManager):
+        got = "None" if found is None else type(found).__name__
+        got = f"a function that returned {got}" if callable(context) else type(context).__name__
+        raise TypeError(
+            "weight_context must be a function of weight and bias that returns a context, got "
+            f"{got}; contextlib.contextmanager makes one of a generator"
+        )
+    return found
 
 
 def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -106,3 +106,16 @@ def test_as_in_one_process(name: str, two_ranks: Ranks) -> None:
             parts = [torch.cat([part[:rows] for part, rows in zip(parts, held, strict=True)])]
         for part in parts:
             torch.testing.assert_close(part, wanted, rtol=tolerance, atol=tolerance)
+
+
+def refused(rank: int) -> str:
+    """Of shards of which the teacher's has more rows."""
+    group, hidden = dist.group.WORLD, torch.randn(2, 3)
+    with pytest.raises(ValueError, match="rows") as error:
+        linear_divergence(hidden, torch.randn(5, 3), hidden, torch.randn(6, 3), tp_group=group)
+    return str(error.value)
+
+
+def test_shards_of_different_rows_are_refused(two_ranks: Ranks) -> None:
+    for said in two_ranks(refused):
+        assert "same ids on each rank, got 5 and 6 rows; pass vocab_range with tp_group" in said

@@ -24,6 +24,8 @@ from ..mean_logit import MeanRow
 
 # Upstream gradients, one for each output: (N,) in the statistics' dtype; None where none arrived.
 Upstream = Sequence[Tensor | None]
+# What a rule keeps of each row for backward: (N,) each; None where there is none.
+Numbers = Sequence[Tensor | None]
 
 
 class Heads(NamedTuple):
@@ -97,7 +99,7 @@ class Rule(Protocol):
         """Of all rows, what is not asked of tiles."""
 
     def factors(
-        self, heads: Heads, numbers: Upstream, upstream: Upstream
+        self, heads: Heads, numbers: Numbers, upstream: Upstream
     ) -> tuple[Tensor, ...] | None:
         """(N,) for each matrix, or for the first ones: D is their sum, each row scaled by its own;
         None where the matrices do not hold what ``upstream`` asks for."""
@@ -105,5 +107,5 @@ class Rule(Protocol):
     def active(self, upstream: Upstream) -> Tensor:
         """(N,) bool, rows with any gradient."""
 
-    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
+    def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         """D of rows whose matrices were not kept."""

@@ -17,7 +17,7 @@ from ..slab import Projection
 from ..statistics import OUTPUTS, TokenScores
 from ..types import statistics_dtype
 from ..vocab_parallel import Columns
-from . import Again, Found, Heads, Part, Upstream
+from . import Again, Found, Heads, Numbers, Part, Upstream
 from .divergence import project, two_tiles
 from .scores import Scores
 
@@ -127,7 +127,7 @@ class WithDivergence(_Compared):
         return self._scored(heads, part, tiles, write, (*reference, kl, *mixed))
 
     def factors(
-        self, heads: Heads, numbers: Upstream, upstream: Upstream
+        self, heads: Heads, numbers: Numbers, upstream: Upstream
     ) -> tuple[Tensor, ...] | None:
         own = self.policy.factors(heads, numbers, upstream[: len(OUTPUTS)])
         if own is None:
@@ -135,7 +135,7 @@ class WithDivergence(_Compared):
         kl = upstream[2 * len(OUTPUTS)]
         return own if kl is None else (*own, kl)
 
-    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
+    def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         given, kl = upstream[: len(OUTPUTS)], upstream[2 * len(OUTPUTS)]
         if kl is None:
             return self.policy.again(heads, part, numbers, given)
@@ -179,11 +179,11 @@ class WithMixture(_Compared):
         return self._scored(heads, part, tiles, write, (*reference, *mixed))
 
     def factors(
-        self, heads: Heads, numbers: Upstream, upstream: Upstream
+        self, heads: Heads, numbers: Numbers, upstream: Upstream
     ) -> tuple[Tensor, ...] | None:
         return self.policy.factors(heads, numbers, upstream[: len(OUTPUTS)])
 
-    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
+    def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         return self.policy.again(heads, part, numbers, upstream[: len(OUTPUTS)])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends.divergences import divergence_rows
 from ..vocab_parallel import Columns
 from ..workspace import tile_of
-from . import Again, Found, Heads, Part, Upstream
+from . import Again, Found, Heads, Numbers, Part, Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class Divergence:
     def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
         return found
 
-    def factors(self, heads: Heads, numbers: Upstream, upstream: Upstream) -> tuple[Tensor, ...]:
+    def factors(self, heads: Heads, numbers: Numbers, upstream: Upstream) -> tuple[Tensor, ...]:
         return (_arrived(upstream),)
 
     def active(self, upstream: Upstream) -> Tensor:
         return _arrived(upstream) != 0
 
-    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
+    def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         def tile(columns: slice, workspace: Tensor) -> Tensor:
             tiles = two_tiles(workspace, len(part.target), columns)
             project(heads, part.rows, tiles)

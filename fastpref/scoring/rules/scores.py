@@ -30,7 +30,7 @@ from ..statistics import (
     token_scores,
 )
 from ..workspace import tile_of
-from . import Again, Found, Heads, Part, Upstream
+from . import Again, Found, Heads, Numbers, Part, Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Scores:
         return found._replace(outputs=scores._replace(mean_logits=heads.mean.logits(rows[0])))
 
     def factors(
-        self, heads: Heads, numbers: Upstream, upstream: Upstream
+        self, heads: Heads, numbers: Numbers, upstream: Upstream
     ) -> tuple[Tensor, ...] | None:
         *_, scale, _ = numbers
         given = TokenScores._make(upstream)
@@ -95,7 +95,7 @@ class Scores:
         some = (one for one in (given.logp, given.entropy, given.lse) if one is not None)
         return torch.stack([one != 0 for one in some]).any(0)
 
-    def again(self, heads: Heads, part: Part, numbers: Upstream, upstream: Upstream) -> Again:
+    def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         head, hidden = heads.projectors[0], part.rows[0]
         gradient, column = self.gradient(numbers, upstream), part.target - head.start
 
@@ -107,7 +107,7 @@ class Scores:
 
         return Again(tile, None)
 
-    def gradient(self, numbers: Upstream, upstream: Upstream) -> UpstreamGradient:
+    def gradient(self, numbers: Numbers, upstream: Upstream) -> UpstreamGradient:
         """What a backend makes D of."""
         logp, anchor, norm, scale, entropy = numbers
         given = TokenScores._make(upstream)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from .paired import PairedLoss, Results, check_pairs
+from .paired import PairedLoss
 
 
 class FusedLinearCPOLoss(PairedLoss):
@@ -47,10 +45,3 @@ class FusedLinearCPOLoss(PairedLoss):
         # Its own likelihood term is a mean over responses, not over all their tokens.
         smoothing = self.label_smoothing
         return "cpo", {"beta": self.beta, "label_smoothing": smoothing, "sft_weight": 0.0}
-
-    def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> Results:
-        """The mean loss of P pairs, as ``FusedLinearDPOLoss.forward`` without a reference."""
-        check_pairs(lin_weight, _input, target)
-        return self.run(lin_weight, _input, target, bias)

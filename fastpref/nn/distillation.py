@@ -21,20 +21,16 @@ class DistillationLoss(torch.nn.Module):
 
     def __init__(
         self,
-        weight_hard_loss: float,
-        weight_soft_loss: float,
-        beta: float,
-        ignore_index: int,
-        temperature: float,
-        compiled: bool,
-        chunk_size: int,
-        return_soft_hard_loss: bool,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(
-                f"temperature must be > 0, got {temperature!r}; logits are divided by it"
-            )
         self.weight_hard_loss = weight_hard_loss
         self.weight_soft_loss = weight_soft_loss
         self.beta = beta
@@ -43,6 +39,14 @@ class DistillationLoss(torch.nn.Module):
         self.compiled = compiled
         self.chunk_size = chunk_size
         self.return_soft_hard_loss = return_soft_hard_loss
+        self.check_configuration()
+
+    def check_configuration(self) -> None:
+        """Raise ValueError where a setting is none."""
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be > 0, got {self.temperature!r}; logits are divided by it"
+            )
 
     def divergence(self, *models: Tensor, **biases: Any) -> Tensor:
         """(...), 0 where the mask is False, of what ``linear_divergence`` takes."""

@@ -32,29 +32,10 @@ class FusedLinearJSDLoss(DistillationLoss):
         ValueError: naming the setting, what came, and what was expected.
     """
 
-    def __init__(
-        self,
-        weight_hard_loss: float = 0.5,
-        weight_soft_loss: float = 0.5,
-        beta: float = 0.5,
-        ignore_index: int = -100,
-        temperature: float = 1.0,
-        compiled: bool = True,
-        chunk_size: int = 1024,
-        return_soft_hard_loss: bool = False,
-    ) -> None:
-        super().__init__(
-            weight_hard_loss,
-            weight_soft_loss,
-            beta,
-            ignore_index,
-            temperature,
-            compiled,
-            chunk_size,
-            return_soft_hard_loss,
-        )
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta must be in [0, 1], the share of the teacher, got {beta!r}")
+    def check_configuration(self) -> None:
+        super().check_configuration()
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be in [0, 1], the share of the teacher, got {self.beta!r}")
 
     def divergence(self, *models: Tensor, **biases: Any) -> Tensor:
         beta, temperature = self.beta, self.temperature

@@ -106,6 +106,13 @@ class PairedLoss(torch.nn.Module):
         name, hyperparameters = self.configuration()
         objectives.get(name, **hyperparameters)
 
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Results:
+        """The mean loss of P pairs, as ``FusedLinearDPOLoss.forward`` without a reference."""
+        check_pairs(lin_weight, _input, target)
+        return self.run(lin_weight, _input, target, bias)
+
     def run(
         self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, **keywords: Any
     ) -> Results:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from .paired import PairedLoss, Results, check_pairs
+from .paired import PairedLoss
 
 
 class FusedLinearSimPOLoss(PairedLoss):
@@ -47,10 +45,3 @@ class FusedLinearSimPOLoss(PairedLoss):
     def configuration(self) -> tuple[str, dict[str, Any]]:
         smoothing = self.label_smoothing
         return "simpo", {"beta": self.beta, "gamma": self.gamma, "label_smoothing": smoothing}
-
-    def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> Results:
-        """The mean loss of P pairs, as ``FusedLinearDPOLoss.forward`` without a reference."""
-        check_pairs(lin_weight, _input, target)
-        return self.run(lin_weight, _input, target, bias)

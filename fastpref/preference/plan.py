@@ -2,9 +2,9 @@
 """How a call of ``preference_loss`` runs.
 
 Two passes (scoring/plan.py) always can. Batches of whole groups in one pass
-(scoring/batches.py) need a loss that is a sum over groups of rows: an objective of scope unit, pair
-or list, reduced to a number, on rows of at most one group each, where nothing beside hidden states
-and head needs a gradient, and group sizes that the host knows.
+(scoring/batches.py) need a loss that is a sum over groups of rows, all those that comparisons
+connect: an objective of scope unit, pair or list, reduced to a number, where nothing beside hidden
+states and head needs a gradient, and group sizes that the host knows.
 """
 
 from __future__ import annotations
@@ -130,8 +130,24 @@ def _groups(task: Task) -> Groups | str:
     if batch.cu_seqlens is not None and sum(lengths) != int(batch.scored.sum()):
         return "some scored tokens are in no row"
     rows = torch.arange(batch.rows, dtype=torch.int64, device="cpu")
-    groups = torch.stack(task.arrangement.split(rows), -1).flatten(1)
-    return Groups(groups.tolist(), lengths)
+    compared = torch.stack(task.arrangement.split(rows), -1).flatten(1)
+    return Groups(_connected(compared.tolist(), batch.rows), lengths)
+
+
+def _connected(compared: list[list[int]], rows: int) -> list[list[int]]:
+    """The rows that are connected by ``compared``, which may name a row several times or not at
+    all, in the order of their first ones."""
+    groups = [[row] for row in range(rows)]
+    group_of = list(range(rows))
+    for first, *others in compared:
+        for row in others:
+            own, other = sorted((group_of[first], group_of[row]))
+            if own != other:
+                for moved in groups[other]:
+                    group_of[moved] = own
+                groups[own] += groups[other]
+                groups[other] = []
+    return [one for one in groups if one]
 
 
 def _why_no_groups(task: Task) -> str | None:
@@ -144,8 +160,9 @@ def _why_no_groups(task: Task) -> str | None:
         return "each loss may have a gradient of its own, with reduction='none'"
     if task.batch.seq_group is not None:
         return "the tokens of a row lie on several ranks"
-    if isinstance(task.arrangement, Indexed):
-        return "a row may be in several pairs of an index layout"
+    arrangement = task.arrangement
+    if isinstance(arrangement, Indexed) and arrangement.pairs.device.type != "cpu":
+        return "the host would wait for the GPU to learn the pairs of an index layout"
     if request.dtype == torch.float16:
         # A loss scaler's factor arrives in backward.
         return "gradients in float16 would underflow before they are scaled"

@@ -126,7 +126,7 @@ def _margins(task: Task, both: Mapping[str, Tensor | None]) -> tuple[Tensor, ...
 def _made(name: str, task: Task, both: Mapping[str, Tensor | None]) -> Tensor:
     found = both.get(name)
     if found is None:
-        names = to_be_filled(task.objective, {}, (*KL, *MARGINS))
+        names = [name for name in to_be_filled(task.objective) if name in (*KL, *MARGINS)]
         raise ValueError(
             f"{task.objective.name} compares whole distributions: pass the reference's "
             f"ref_hidden, or extras={{{', '.join(f'{name!r}: ...' for name in names)}}}"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from ..scoring.api import Asked, ask
 from ..scoring.request import make_request
 from ..scoring.rules.compared import WithDivergence, WithMixture
 from ..scoring.rules.scores import Scores
-from ..scoring.vocab_parallel import vocabulary_size
+from ..scoring.vocab_parallel import shard_range
 from ..units.configuration import configure
 from ..units.filling import to_be_filled
 from ..units.layouts import Arrangement, arrange
@@ -47,7 +47,7 @@ class Task:
     def vocabulary_size(self) -> int:
         """Of all ranks together."""
         hidden, head = self.main.models[0]
-        return vocabulary_size(head.form.group, head.weight.shape[0], hidden.device)
+        return shard_range(head.form.group, head.weight.shape[0], hidden.device).total
 
 
 def make_task(given: Arguments) -> Task:
@@ -62,16 +62,17 @@ def make_task(given: Arguments) -> Task:
     batch = Batch(given.target, given.ignore_index, given.cu_seqlens, given.seq_group)
     arrangement = arrange(given.layout, given.group_size, batch.rows, objective)
     check_reference(given, objective, batch)
-    main, reference = _policy(given, objective), _reference(given, objective)
+    filled = to_be_filled(objective, given.extras)
+    main, reference = _policy(given, filled), _reference(given, filled)
     if reference is not None:
-        beside = _compared(main, reference, objective, given.extras or {})
+        beside = _compared(main, reference, objective, filled)
         main, reference = (main, reference) if beside is None else (beside, None)
     return Task(given, objective, batch, arrangement, main, reference)
 
 
-def _policy(given: Arguments, objective: Objective) -> Asked:
+def _policy(given: Arguments, filled: Sequence[str]) -> Asked:
     scores = {"logp", *(SCORES[name] for name in given.outputs)}
-    if to_be_filled(objective, given.extras or {}, WEIGHTS):
+    if any(name in filled for name in WEIGHTS):
         scores.add("log_sum_sq_probs")
     return ask(
         given.hidden,
@@ -85,13 +86,13 @@ def _policy(given: Arguments, objective: Objective) -> Asked:
     )
 
 
-def _reference(given: Arguments, objective: Objective) -> Asked | None:
+def _reference(given: Arguments, filled: Sequence[str]) -> Asked | None:
     if given.ref_hidden is None:
         return None
     weight, bias = given.ref_weight, given.ref_bias
     if weight is None:
         weight, bias = given.weight, given.bias
-    entropy = to_be_filled(objective, given.extras or {}, ENTROPY)
+    entropy = any(name in filled for name in ENTROPY)
     with torch.no_grad():
         return ask(
             given.ref_hidden,
@@ -106,10 +107,10 @@ def _reference(given: Arguments, objective: Objective) -> Asked | None:
 
 
 def _compared(
-    policy: Asked, reference: Asked, objective: Objective, extras: Mapping[str, Tensor]
+    policy: Asked, reference: Asked, objective: Objective, filled: Sequence[str]
 ) -> Asked | None:
     """Both models side by side, where the objective takes what is made of whole distributions."""
-    kl, margins = (to_be_filled(objective, extras, names) for names in (KL, MARGINS))
+    kl, margins = ([name for name in names if name in filled] for names in (KL, MARGINS))
     if not kl and not margins:
         return None
     ours, theirs = policy.rule, reference.rule

@@ -90,23 +90,9 @@ def linear_logprob(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where even the least tile does not fit.
     """
+    arguments = locals()  # here those alone, by name
     with opened(weight_context, weight, bias):
-        asked = ask(
-            hidden,
-            weight,
-            target,
-            bias=bias,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            outputs=outputs,
-            tp_group=tp_group,
-            vocab_range=vocab_range,
-            lora=lora,
-            weight_context=weight_context,
-            options=options,
-        )
+        asked = ask(**arguments)
         if torch.compiler.is_compiling():
             return TokenScores._make(run_traced(asked, target))
         return TokenScores._make(autograd.run(plan_target(*asked, target), asked.models))

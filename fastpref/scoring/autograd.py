@@ -103,7 +103,8 @@ def run_forward(call: Call, models: Sequence[Model]) -> Finished:
         rows = [call.rows(model) for model in models]
         target = call.packing.gather(call.target.reshape(-1))
         outputs, kept = forward(Run(call.rule, heads, plan), rows, target)
-        canary.watch(call, heads, rows[0], target, outputs)
+        if call.tuned:
+            canary.watch(call, heads, rows[0], target, outputs)
         spread = tuple(None if one is None else _unpacked(one, call) for one in outputs)
         return Finished(spread, kept, heads, plan)
 

@@ -277,7 +277,8 @@ class _OnePass:
         """
         own = self.call.target.view(-1).index_select(0, at)
         found, kept = forward(run, rows, own)
-        canary.watch(self.call, run.heads, rows[0], own, found)
+        if self.call.tuned:
+            canary.watch(self.call, run.heads, rows[0], own, found)
         for total, part in zip(outputs, found, strict=True):
             if total is not None and part is not None:
                 total.view(-1).index_copy_(0, at, part)

@@ -58,7 +58,7 @@ def watch(
     Raises:
         RuntimeError: log-probabilities of an earlier call were wrong.
     """
-    if not call.tuned or torch.compiler.is_compiling() or _capturing(rows):
+    if torch.compiler.is_compiling() or _capturing(rows):
         return
     _read()
     head, logp = heads.projectors[0], outputs[call.rule.output_names.index("logp")]

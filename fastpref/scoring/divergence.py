@@ -89,25 +89,7 @@ def linear_divergence(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where 64 rows at a time do not fit.
     """
-    asked, target = _ask(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        mask,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        student_lora=student_lora,
-        teacher_lora=teacher_lora,
-        tp_group=tp_group,
-        vocab_range=vocab_range,
-        options=options,
-    )
+    asked, target = _ask(**locals())  # here the arguments alone, by name
     if torch.compiler.is_compiling():
         (value,) = run_traced(asked, target)
     else:

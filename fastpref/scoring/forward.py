@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import workspace
 from .plan import Plan
-from .rules import Found, Heads, Part, Rule
+from .rules import Heads, Part, Rule
 from .workspace import lease
 
 
@@ -70,8 +70,10 @@ def forward(
         for matrix, out in zip(tiles, direct, strict=False):
             torch.mm(matrix, weight, out=out[chunk])
     outputs, numbers = (_joined(one) for one in zip(*parts, strict=True))
-    found = rule.complete(heads, rows, Found(outputs, numbers))
-    return found.outputs, Kept(target, found.numbers, tuple(kept), tuple(direct))
+    if heads.mean is not None:
+        at = rule.output_names.index("mean_logits")
+        outputs = (*outputs[:at], heads.mean.logits(hidden), *outputs[at + 1 :])
+    return outputs, Kept(target, numbers, tuple(kept), tuple(direct))
 
 
 def _room(run: Run, hidden: Tensor, matrices: int) -> list[Tensor | None]:

@@ -37,6 +37,14 @@ class Shard(NamedTuple):
     widest: int  # of the rank with the most
 
 
+class Sizes(NamedTuple):
+    """Of a head, what its costs follow from beside its columns."""
+
+    inner: int  # of the products: H, with an update H + r
+    trained: int  # inner columns that can have a weight gradient: all, or an update's own
+    copies_weight: bool  # products are of a copy
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """Of a head all but its tensors."""
@@ -74,25 +82,18 @@ class Head(NamedTuple):
         """Rows of the weight in use."""
         return self.weight.shape[0] if self.form.columns is None else self.form.columns
 
-    @property
-    def inner_size(self) -> int:
-        """Of the products: H, with an update H + r."""
-        rank = 0 if self.lora_a is None else self.lora_a.shape[0]
-        return self.weight.shape[1] + rank
-
-    @property
-    def trained_size(self) -> int:
-        """How many inner columns can have a weight gradient: an update leaves the weight frozen."""
-        return self.weight.shape[1] if self.lora_a is None else self.lora_a.shape[0]
+    def sizes(self, dtype: torch.dtype) -> Sizes:
+        """Of products in ``dtype``."""
+        width = self.weight.shape[1]
+        if self.lora_a is None:
+            return Sizes(width, width, self.weight.dtype != dtype)
+        rank = self.lora_a.shape[0]
+        return Sizes(width + rank, rank, True)
 
     @property
     def trained_weight(self) -> Tensor:
         """The matrix that has those."""
         return self.weight if self.lora_b is None else self.lora_b
-
-    def copies_weight(self, dtype: torch.dtype) -> bool:
-        """Whether products in ``dtype`` are of a copy of the weight."""
-        return self.weight.dtype != dtype or self.lora_b is not None
 
     def opened(self) -> AbstractContextManager[Any]:
         """Within it the weight and the bias hold their data."""

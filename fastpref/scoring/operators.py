@@ -163,7 +163,8 @@ class Operators(Generic[R]):
             for name in rule.number_names
         ]
         matrices = [none((kept, head.columns), dtype=dtype) for _ in range(rule.matrices)]
-        directs = [none((direct, head.inner_size), dtype=dtype) for _ in range(rule.matrices)]
+        inner = head.sizes(dtype).inner
+        directs = [none((direct, inner), dtype=dtype) for _ in range(rule.matrices)]
         return (*outputs, *numbers, *matrices, *directs)
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:

@@ -17,7 +17,6 @@ again.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from dataclasses import dataclass, field, fields, replace
@@ -274,7 +273,6 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@functools.lru_cache(maxsize=256)
 def choose(problem: Problem, options: ScoringOptions) -> Plan:
     """The plan for ``problem``. Raises ValueError where ``options.schedule`` cannot serve it."""
     if options.schedule == "batches":

@@ -7,6 +7,7 @@ targets: which positions are scored, and by which schedule.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,20 +17,16 @@ from torch import Tensor
 
 from . import backends, vocab_parallel
 from .backends.choice import Size
-from .head import Form, Head, Lora, Model, Shard, WeightContext
+from .head import Form, Head, Lora, Model, Shard, Sizes, WeightContext
 from .mean_logit import MeanRow
 from .packing import Packing, pack
 from .plan import Plan, Problem, choose, total_memory
 from .rules import Heads, Rule
 from .types import ScoringOptions
 from .validation import (
-    check_group,
-    check_ignore_index,
-    check_lora,
     check_map,
-    check_options,
-    check_tensors,
-    check_vocab_range,
+    check_model,
+    check_request,
 )
 
 
@@ -119,20 +116,16 @@ def make_model(
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
-    check_tensors(hidden, weight, target, bias, prefix)
-    scale = check_lora(lora, weight, prefix)
-    map = check_map(temperature, logit_scale, softcap)
-    check_group(tp_group)
-    held = check_vocab_range(vocab_range, weight.shape[0])
+    check_model(hidden, weight, target, bias, lora, tp_group, vocab_range, prefix)
+    a, b, scale = (None, None, 0.0) if lora is None else lora
     form = Form(
-        map=map,
-        columns=None if held is None else held[1] - held[0],
-        start=None if held is None else held[0],
-        lora_scale=scale,
+        map=check_map(temperature, logit_scale, softcap),
+        columns=None if vocab_range is None else vocab_range[1] - vocab_range[0],
+        start=None if vocab_range is None else vocab_range[0],
+        lora_scale=float(scale),
         group=tp_group,
         context=weight_context,
     )
-    a, b = (None, None) if lora is None else lora[:2]
     return Model(hidden, Head(weight, bias, a, b, form))
 
 
@@ -143,8 +136,7 @@ def make_request(
     options: ScoringOptions | None,
 ) -> Request:
     """What is asked of ``models``, checked as by ``make_model``."""
-    options = check_options(options)
-    check_ignore_index(ignore_index)
+    options = check_request(ignore_index, options)
     recording, dtypes = torch.is_grad_enabled(), [product_dtype(*model[:2]) for model in models]
     dtype = dtypes[0] if len(dtypes) == 1 else torch.promote_types(*dtypes)
     hidden, head = models[0]
@@ -177,64 +169,70 @@ def plan_target(
     if packing is None:
         packing = pack(target, request.ignore_index, request.options.max_scored, bounded=traced)
     device = target.device
-    shards = tuple(
-        vocab_parallel.shard_range(model.head.form.group, model.head.columns, device)
-        for model in models
-    )
-    problem = make_problem(request, rule, models, packing.scored, shards[0], active)
-    plan = choose(problem, request.options)
     forms = tuple(model.head.form for model in models)
+    shards = tuple(
+        vocab_parallel.shard_range(form.group, form.columns or model.head.weight.shape[0], device)
+        for form, model in zip(forms, models, strict=True)
+    )
+    sizes = tuple(model.head.sizes(request.dtype) for model in models)
+    # Elsewhere the host cannot look for rows without gradient.
+    active = active if device.type == "cpu" else 1.0
+    # Each chunk of rows has its collectives: all ranks must cut their rows alike.
+    widest, sharded = shards[0].widest, forms[0].group is not None
+    heavy = rule.statistics or forms[0].map.cap != 0
+    # Ranks may have been tuned apart, and their plans must agree. What is tuned is the product of
+    # one head.
+    static = len(models) > 1 or sharded
+    size = Size(request.dtype, packing.scored, sizes[0].inner, widest, heavy, static)
+    backend = backends.choose(request.options.backend, device, size)
+    plan = _plan(request, rule, sizes, packing.scored, widest, sharded, active, backend, device)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.
     own = target.clone(memory_format=torch.contiguous_format)
     return Call(request, rule, forms, shards, own, packing, plan)
 
 
-def make_problem(
+@functools.lru_cache(maxsize=256)
+def _plan(
     request: Request,
     rule: Rule,
-    models: Sequence[Model],
+    heads: tuple[Sizes, ...],
     scored: int,
-    shard: Shard,
-    active: float = 1.0,
-) -> Problem:
-    dtype, (hidden, head) = request.dtype, models[0]
-    device, inner = hidden.device, head.inner_size
-    partner = models[1].head if len(models) > 1 else None
-    # Ranks may have been tuned apart, and their plans must agree: each chunk has its collectives.
-    # What is tuned is the product of one head.
-    static = partner is not None or head.form.group is not None
-    heavy = rule.statistics or head.form.map.cap != 0
-    size = Size(dtype, scored, inner, shard.widest, heavy, static)
-    name = backends.choose(request.options.backend, device, size)
-    backend = backends.load(name)
-    return Problem(
+    vocab_size: int,
+    sharded: bool,
+    active: float,
+    backend: str,
+    device: torch.device,
+) -> Plan:
+    """Of a call's signature; kept for the next of the same."""
+    dtype, head, serving = request.dtype, heads[0], backends.load(backend)
+    partner = heads[1] if len(heads) > 1 else None
+    problem = Problem(
         scored=scored,
-        hidden_size=inner,
-        trained_size=head.trained_size,
-        partner_size=0 if partner is None else partner.inner_size,
+        hidden_size=head.inner,
+        trained_size=head.trained,
+        partner_size=0 if partner is None else partner.inner,
         matrices=rule.matrices,
         formed_again=rule.formed_again,
-        # Each chunk of rows has its collectives: all ranks must cut their rows alike.
-        vocab_size=shard.widest,
+        vocab_size=vocab_size,
         dtype=dtype,
         needs_hidden=request.needs_hidden,
         needs_weight=request.needs_weight,
         needs_bias=request.needs_bias,
         only_logp=set(rule.differentiable) <= {"logp"},
-        copies_weight=head.copies_weight(dtype),
-        # Elsewhere the host cannot look for rows without gradient.
-        active=active if device.type == "cpu" else 1.0,
+        copies_weight=head.copies_weight,
+        active=active,
         mixes=rule.mixes,
-        sharded=head.form.group is not None,
-        copies_partner=partner is not None and partner.copies_weight(dtype),
-        backend=name,
+        sharded=sharded,
+        copies_partner=partner is not None and partner.copies_weight,
+        backend=backend,
         device_type=device.type,
-        scores_in_tiles=partner is not None or backend.needs_tile(dtype, write=False),
-        temporary_bytes=backend.temporary_bytes(
-            scored, shard.widest, device.type, dtype, rule.statistics
+        scores_in_tiles=partner is not None or serving.needs_tile(dtype, write=False),
+        temporary_bytes=serving.temporary_bytes(
+            scored, vocab_size, device.type, dtype, rule.statistics
         ),
         total_memory=total_memory(device),
     )
+    return choose(problem, request.options)
 
 
 def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:

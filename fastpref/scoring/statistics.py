@@ -50,11 +50,7 @@ class TokenScores(NamedTuple):
 
 OUTPUTS: tuple[str, ...] = TokenScores._fields
 DIFFERENTIABLE: tuple[str, ...] = ("logp", "entropy", "lse")
-
-
-def needs_statistics(outputs: tuple[str, ...]) -> bool:
-    """Whether any of ``outputs`` takes more than the sum of a row's exponentials."""
-    return any(name not in ("logp", "lse") for name in outputs)
+PLAIN: frozenset[str] = frozenset({"logp", "lse"})  # made of the sum of a row's exponentials alone
 
 
 class RowSums(NamedTuple):

@@ -69,6 +69,9 @@ class ScoringOptions:
                 )
 
 
+DEFAULT_OPTIONS = ScoringOptions()
+
+
 class LogitMap(NamedTuple):
     """t = scale z, with a cap t = cap tanh(scale z / cap), of a raw logit z = product + bias."""
 

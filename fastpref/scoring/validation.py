@@ -14,15 +14,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .statistics import OUTPUTS
-from .types import DTYPES, LogitMap, ScoringOptions
+from .types import DEFAULT_OPTIONS, DTYPES, LogitMap, ScoringOptions
 
 _LEAST, _MOST = 1e-15, 1e15
 
 
-def check_tensors(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, prefix: str = ""
+def check_model(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    lora: Any,
+    group: Any,
+    vocab_range: Any,
+    prefix: str,
 ) -> None:
-    """``prefix`` goes before the names of hidden, weight and bias in messages."""
+    """``prefix`` goes before the names of tensors in messages."""
+    _check_tensors(hidden, weight, target, bias, prefix)
+    if lora is not None:
+        _check_lora(lora, weight, prefix)
+    check_group(group)
+    if vocab_range is not None:
+        _check_vocab_range(vocab_range, weight.shape[0])
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, prefix: str
+) -> None:
     hidden_name, weight_name, bias_name = (prefix + name for name in ("hidden", "weight", "bias"))
     for name, tensor in ((hidden_name, hidden), (weight_name, weight), (bias_name, bias)):
         if tensor is None and name == bias_name:
@@ -99,19 +117,18 @@ def _check_target(target: Tensor, hidden: Tensor) -> None:
         )
 
 
-def check_options(options: Any) -> ScoringOptions:
+def check_request(ignore_index: Any, options: Any) -> ScoringOptions:
+    """The options, None standing for the defaults."""
+    _check_ignore_index(ignore_index)
     if options is not None and not isinstance(options, ScoringOptions):
         raise TypeError(
             f"options must be a fastpref.ScoringOptions or None, got {type(options).__name__}"
         )
-    return options or ScoringOptions()
+    return options or DEFAULT_OPTIONS
 
 
-def check_lora(lora: Any, weight: Tensor, prefix: str = "") -> float:
-    """Its scale, 0 without one."""
+def _check_lora(lora: Any, weight: Tensor, prefix: str) -> None:
     own = f"{prefix}lora"
-    if lora is None:
-        return 0.0
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         got = f"{len(lora)} values" if isinstance(lora, (tuple, list)) else type(lora).__name__
         raise TypeError(f"{own} must be (A, B, scale), got {got}")
@@ -146,7 +163,6 @@ def check_lora(lora: Any, weight: Tensor, prefix: str = "") -> float:
             f"{prefix}weight must be frozen beside {own}, which is what is trained; call "
             f"{prefix}weight.requires_grad_(False) or pass {prefix}weight.detach()"
         )
-    return float(scale)
 
 
 def check_outputs(outputs: Any) -> tuple[str, ...]:
@@ -212,7 +228,7 @@ def check_two_heads(
         raise ValueError(f"mask must be on {student_hidden.device}, got {mask.device}")
 
 
-def check_ignore_index(ignore_index: Any) -> None:
+def _check_ignore_index(ignore_index: Any) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(
             f"ignore_index must be an int, got {type(ignore_index).__name__}; "
@@ -257,9 +273,7 @@ def check_map(temperature: float, logit_scale: float, softcap: float | None) -> 
     return LogitMap(scale, 0.0 if softcap is None else float(softcap) / float(temperature))
 
 
-def check_vocab_range(vocab_range: tuple[int, int] | None, rows: int) -> tuple[int, int] | None:
-    if vocab_range is None:
-        return None
+def _check_vocab_range(vocab_range: Any, rows: int) -> None:
     if not isinstance(vocab_range, (tuple, list)):
         raise TypeError(
             f"vocab_range must be a pair (start, stop) or None, got {type(vocab_range).__name__}"
@@ -277,4 +291,3 @@ def check_vocab_range(vocab_range: tuple[int, int] | None, rows: int) -> tuple[i
             "vocab_range must be (start, stop) with 0 <= start < stop and at most "
             f"{rows} columns, the rows of weight; got ({start}, {stop})"
         )
-    return start, stop

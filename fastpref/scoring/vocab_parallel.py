@@ -29,11 +29,6 @@ def shard_range(group: dist.ProcessGroup | None, columns: int, device: torch.dev
     return Shard(sum(counts[: dist.get_rank(group)]), sum(counts), max(counts))
 
 
-def vocabulary_size(group: dist.ProcessGroup | None, columns: int, device: torch.device) -> int:
-    """Columns of all ranks together."""
-    return shard_range(group, columns, device).total
-
-
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """In place."""
     if group is not None:

@@ -4,7 +4,7 @@ likelihoods, masks. They are made when the objective takes them and the caller g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,20 +18,17 @@ _LENGTHS = ("chosen_lengths", "rejected_lengths")
 _OF_TOKENS = ("mask", "ref_token_logp")
 
 
-def to_be_filled(
-    objective: Objective, given: Mapping[str, Tensor], names: Iterable[str]
-) -> list[str]:
-    """Those of ``names`` that are made for the objective beside what is ``given``."""
-
-    taken, of_tokens = objective.extras, objective.unit == "token"
-
-    def is_filled(name: str) -> bool:
-        if of_tokens:
-            return name in _OF_TOKENS
+def to_be_filled(objective: Objective, given: Mapping[str, Tensor] | None = None) -> list[str]:
+    """The extras that are made for the objective, where the numbers say them, beside what is
+    ``given``."""
+    of_tokens = objective.unit == "token"
+    return [
+        name
+        for name, facts in objective.extras.items()
+        if name not in (given or {})
         # A function of one's own says by the name alone what it takes.
-        return taken[name].filled or not taken[name].shapes
-
-    return [n for n in names if n in taken and n not in given and is_filled(n)]
+        and (name in _OF_TOKENS if of_tokens else facts.filled or not facts.shapes)
+    ]
 
 
 def filled_extras(
@@ -42,13 +39,12 @@ def filled_extras(
     Raises:
         ValueError: naming a required extra that is neither, and its shape.
     """
-    extras = dict(given)
-    _check_lengths(objective, given, numbers, arrangement)
+    extras, filled = dict(given), to_be_filled(objective)
+    _check_lengths(filled, given, numbers, arrangement)
     for names, make in (_makers(numbers, arrangement) | numbers.makers).items():
-        wanted = to_be_filled(objective, given, names)
-        if wanted:
-            made = dict(zip(names, make(), strict=False))
-            extras |= {name: made[name] for name in wanted if name in made}
+        if any(name in filled and name not in given for name in names):
+            made = zip(names, make(), strict=False)
+            extras = {name: one for name, one in made if name in filled} | extras
     for name, facts in objective.extras.items():
         if facts.required and name not in extras:
             raise ValueError(
@@ -75,11 +71,10 @@ def _makers(
 
 
 def _check_lengths(
-    objective: Objective, given: Mapping[str, Tensor], numbers: Numbers, arrangement: Arrangement
+    filled: Sequence[str], given: Mapping[str, Tensor], numbers: Numbers, arrangement: Arrangement
 ) -> None:
     """Lengths are numbers of scored tokens; where there are none any number will do."""
-    names = [name for name in (*_LENGTHS, "lengths") if name in given]
-    checked = to_be_filled(objective, {}, names)
+    checked = [name for name in (*_LENGTHS, "lengths") if name in given and name in filled]
     # Elsewhere than on the CPU reading them would wait for the device.
     readable = numbers.logps.device.type == "cpu" and not torch.compiler.is_compiling()
     if numbers.lengths is None or not checked or not readable:

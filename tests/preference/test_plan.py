@@ -53,7 +53,7 @@ def test_every_separable_objective_as_by_hand(declared, options) -> None:
     compare(data, losses, run(objective, data, extras=extras, options=options, **grouped))
 
 
-@pytest.mark.parametrize("layout", ["halves", "interleaved"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["dpo", "simpo"])
@@ -65,6 +65,23 @@ def test_layouts(layout, packed, weighted, name) -> None:
     if weighted:
         changes["token_weights"] = data.token_weights
     compare(data, losses, (run_packed if packed else run)(objective, data, **changes))
+
+
+# Rows 0, 1 and 4 are connected, 2 and 6 as well as 7 and 3; 5, without tokens, is in no pair.
+SHARED = torch.tensor([[0, 4], [7, 3], [1, 4], [6, 2], [0, 1]])
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
+def test_rows_that_several_pairs_share(name) -> None:
+    objective, data = objectives.get(name), frozen_weights(Data())
+    chosen, rejected = SHARED.t()
+    for options in (SEVERAL, TINY):
+        losses = by_hand(objective, data, lambda rows: (rows[chosen], rows[rejected]), {})
+        compare(data, losses, run(objective, data, layout=SHARED, options=options))
+    scored = data.scored.sum(1)
+    groups = [scored[[0, 1, 4]], scored[[2, 6]], scored[[3, 7]]]
+    plans = plan_of(data, layout=SHARED, options=TINY).policy.plans
+    assert [one.scored for one in plans] == [int(group.sum()) for group in groups]
 
 
 def plan_of(data: Data, objective="dpo", **changes):
@@ -181,7 +198,12 @@ CHOICES = {
     "frozen": ({"frozen": True}, {"memory_budget": 400}, "direct"),
     "small batches": ({}, {"memory_budget": 70}, "recompute"),
     "asked for": ({}, {"memory_budget": 400, "schedule": "recompute"}, "recompute"),
-    "index": ({"layout": torch.tensor([[0, 1], [2, 3]])}, {"memory_budget": 400}, "keep/recompute"),
+    "index": ({"layout": torch.tensor([[0, 1], [2, 3]])}, {"memory_budget": 400}, "batches"),
+    "all connected": (
+        {"layout": torch.stack([torch.zeros(15).long(), torch.arange(1, 16)], 1)},
+        {"memory_budget": 400},
+        "keep/recompute",
+    ),
 }
 
 
@@ -273,7 +295,6 @@ def test_evaluation_takes_the_same_options() -> None:
 REFUSED = {
     "scope": ({"objective": "aot"}, "aot has scope batch"),
     "reduction": ({"reduction": "none"}, "with reduction='none'"),
-    "index": ({"layout": torch.tensor([[0, 4], [1, 4]])}, "a row may be in several pairs"),
 }
 
 

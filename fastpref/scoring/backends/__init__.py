@@ -123,8 +123,10 @@ def choose(name: str, device: Device, size: Size) -> str:
         if device.type == "cuda":
             tuned = verdict.verdict(device, size) == "triton"
             wanted = TIERS if tuned else TIERS[1:]
-        serving = (one for one in wanted if unavailable_reason(one, device.type) is None)
-        return next(serving, "torch")
+        for one in wanted:
+            if unavailable_reason(one, device.type) is None:
+                return one
+        return "torch"
     reason = unavailable_reason(name, device.type)
     if reason is not None:
         raise ValueError(f"backend={name!r} is not available: {reason}")

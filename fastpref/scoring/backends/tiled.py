@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, TargetLogits
-from ..slab import Products, Projection, Slab
+from ..slab import Products, Projection
 from ..statistics import RowSums
-from ..types import LogitMap
 from ..workspace import lease
 from . import RowKernels, UpstreamGradient
 
@@ -38,11 +35,13 @@ class TileKernels(RowKernels, Protocol):
         """The tile becomes the gradient with respect to the raw products."""
 
 
-@dataclass(frozen=True)
 class Tiled:
     """A RowBackend of such kernels."""
 
-    kernels: TileKernels
+    def __init__(self, kernels: TileKernels) -> None:
+        self.kernels = kernels
+        self.temporary_bytes, self.settle = kernels.temporary_bytes, kernels.settle
+        self.target_logits, self.scale_rows = kernels.target_logits, kernels.scale_rows
 
     def needs_tile(self, dtype: torch.dtype, write: bool) -> bool:
         return True
@@ -79,19 +78,3 @@ class Tiled:
 
     def logit_grad(self, projection: Projection, upstream: UpstreamGradient) -> None:
         self.kernels.logit_grad(projection.products, projection.target, upstream)
-
-    def temporary_bytes(
-        self, rows: int, cols: int, device_type: str, dtype: torch.dtype, statistics: bool
-    ) -> int:
-        return self.kernels.temporary_bytes(rows, cols, device_type, dtype, statistics)
-
-    def target_logits(self, hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
-        return self.kernels.target_logits(hidden, slab, target)
-
-    def settle(
-        self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
-    ) -> tuple[RowScores, Tensor]:
-        return self.kernels.settle(sums, own, exps, map)
-
-    def scale_rows(self, rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-        return self.kernels.scale_rows(rows, factor, out)

@@ -12,7 +12,7 @@ the upstream gradients are known, and how it is formed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -35,7 +35,8 @@ class Heads(NamedTuple):
     backend: RowBackend
     backend_name: str
     group: dist.ProcessGroup | None
-    mean: MeanRow | None = None  # of the first, where mean logits are asked for without a cap
+    # Of the first, where mean logits are asked for without a cap: no rule makes them then.
+    mean: MeanRow | None = None
 
     def second(self) -> Heads:
         """The second model's alone."""
@@ -64,7 +65,7 @@ class Again(NamedTuple):
     factor: Tensor | None  # (rows,); None: the tile is D itself
 
 
-class Rule(Protocol):
+class Rule(Hashable, Protocol):
     models: ClassVar[int]  # whose tiles it looks at side by side
     matrices: ClassVar[int]  # kept of a row, each in place of a tile
     formed_again: ClassVar[int]  # models whose products D is formed again of
@@ -94,9 +95,6 @@ class Rule(Protocol):
     def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
         """``tiles`` (n, columns), one a model, are room for the products, none where the backend
         needs none; with ``write`` the first ones end as the matrices that are kept."""
-
-    def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
-        """Of all rows, what is not asked of tiles."""
 
     def factors(
         self, heads: Heads, numbers: Numbers, upstream: Upstream

@@ -61,11 +61,6 @@ class _Compared:
         both = dict(zip(self.compared, outputs[2 * len(OUTPUTS) :], strict=True))
         return TokenScores._make(own), TokenScores._make(other), both
 
-    def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
-        count = len(OUTPUTS)
-        own = self.policy.complete(heads, rows, found._replace(outputs=found.outputs[:count]))
-        return own._replace(outputs=(*own.outputs, *found.outputs[count:]))
-
     def active(self, upstream: Upstream) -> Tensor:
         some = [one != 0 for one in upstream if one is not None]
         return torch.stack(some).any(0)

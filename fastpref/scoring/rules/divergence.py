@@ -40,9 +40,6 @@ class Divergence:
         project(heads, part.rows, tiles)
         return Found((self._values(heads, tiles, write),), ())
 
-    def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
-        return found
-
     def factors(self, heads: Heads, numbers: Numbers, upstream: Upstream) -> tuple[Tensor, ...]:
         return (_arrived(upstream),)
 

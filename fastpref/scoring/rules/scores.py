@@ -23,10 +23,10 @@ from ..slab import Projection
 from ..statistics import (
     DIFFERENTIABLE,
     OUTPUTS,
+    PLAIN,
     RowSums,
     TokenScores,
     merge,
-    needs_statistics,
     token_scores,
 )
 from ..workspace import tile_of
@@ -51,7 +51,7 @@ class Scores:
 
     @property
     def statistics(self) -> bool:
-        return needs_statistics(self.outputs)
+        return not PLAIN.issuperset(self.outputs)
 
     def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
         tile = tiles[0] if tiles else None
@@ -72,12 +72,6 @@ class Scores:
             outputs = tuple(name for name in outputs if name != "mean_logits")
         scores, row, scale = _scored(heads, part, tile, write, outputs, reduce)
         return Found(scores, (row.logp, row.anchor, row.norm, scale, scores.entropy))
-
-    def complete(self, heads: Heads, rows: Sequence[Tensor], found: Found) -> Found:
-        if heads.mean is None:
-            return found
-        scores = TokenScores._make(found.outputs)
-        return found._replace(outputs=scores._replace(mean_logits=heads.mean.logits(rows[0])))
 
     def factors(
         self, heads: Heads, numbers: Numbers, upstream: Upstream
@@ -138,7 +132,7 @@ def _scored(
     head, backend = heads.projectors[0], heads.backend
     (hidden, *_), target = part
     own = target_logits(heads, hidden, target)
-    vocab = head.weight.shape[0]
+    vocab, statistics = head.weight.shape[0], not PLAIN.issuperset(outputs)
     cols = vocab if tile is None else tile.shape[1]
     parts = []
     for start in range(0, vocab, cols):
@@ -146,7 +140,7 @@ def _scored(
         room = None if tile is None else tile[:, : columns.stop - start]
         column = own.column - start if start else own.column
         at = Projection(hidden, head.slab(columns), room, column)
-        sums = reduce(at, own.logit, write, needs_statistics(outputs))
+        sums = reduce(at, own.logit, write, statistics)
         if sums.best_index is not None and start + head.start:
             sums = sums._replace(best_index=sums.best_index + (start + head.start))
         parts.append(sums)

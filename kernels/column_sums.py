@@ -11,6 +11,7 @@ import triton.language as tl
 
 ROWS, COLS = 32, 128  # of one program's block
 WARPS = 4
+REGISTERS = 128  # of a thread at most; see tiles.py
 MOST_PARTS = 16
 
 

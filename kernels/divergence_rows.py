@@ -27,6 +27,7 @@ import triton.language as tl
 from .logit_map import exp_difference, load_logits, store_gradient
 
 COLS, WARPS = 1024, 8  # of one step, of one program
+REGISTERS = 128  # of a thread at most; see tiles.py
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)

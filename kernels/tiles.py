@@ -19,6 +19,9 @@ class TileShape:
     warps: int
     stages: int
     slices: int = 1  # of the columns, that the epilogue takes one after the other
+    # Of a thread at most. Left to itself (None) the compiler may spill a few rather than have one
+    # program less on a multiprocessor.
+    registers: int | None = None
     group_rows: int = 16  # row tiles that share a sweep over the vocabulary
     resident: int = 1  # programs on one multiprocessor
     # Whether its programs load their next tile during the epilogue of this one: slower where
@@ -56,23 +59,32 @@ def _tiles(
     width: int,
     slices: int | tuple[int, int],
     warps: tuple[int, int] = (8, 8),
+    stages: tuple[int, int] = (3, 3),
+    registers: tuple[int | None, int | None] = (None, None),
 ) -> Tiles:
     """Pairs: of the ordinary tile, of the flagged one."""
     pair = slices if isinstance(slices, tuple) else (slices, slices)
-    return Tiles(
-        *(TileShape(rows[i], cols, width, warps[i], stages=3, slices=pair[i]) for i in range(2))
+    ordinary, flagged = (
+        TileShape(rows[i], cols, width, warps[i], stages[i], pair[i], registers[i])
+        for i in range(2)
     )
+    return Tiles(ordinary, flagged)
 
 
-_AMPERE = Chip(
-    # 8.6 and 8.9 have the least of their kind, 8.0 has 163 KiB.
-    shared_memory=99 << 10,
-    descriptors=False,
-    plain={2: _tiles((128, 64), 128, 32, 2), 4: _tiles((64, 64), 128, 32, 1)},
-    heavy={2: _tiles((128, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
-)
 CHIPS = {
-    80: _AMPERE,
+    80: Chip(
+        # 8.6 and 8.9 have the least of their kind, 8.0 has 163 KiB.
+        shared_memory=99 << 10,
+        descriptors=False,
+        plain={
+            2: _tiles((128, 64), 128, 32, 2),
+            4: _tiles((64, 64), 128, 32, 1, stages=(3, 2)),
+        },
+        heavy={
+            2: _tiles((128, 64), 128, 32, 4),
+            4: _tiles((64, 64), 64, 32, 1, (8, 4), registers=(168, None)),
+        },
+    ),
     90: Chip(
         shared_memory=227 << 10,
         descriptors=True,
@@ -85,11 +97,28 @@ CHIPS = {
         descriptors=True,
         # In slices the accumulators leave tensor memory twice: that spills, or does not compile.
         # Flattened, 56 to 136 bytes are spilled.
-        plain={2: _tiles((128, 64), 256, 64, 1), 4: _tiles((64, 64), 64, 32, 1)},
-        heavy={2: _tiles((128, 64), 64, 64, 1), 4: _tiles((64, 64), 64, 32, 1)},
+        plain={
+            2: _tiles((128, 64), 256, 64, 1),
+            4: _tiles((64, 64), 64, 32, 1, registers=(168, None)),
+        },
+        heavy={
+            2: _tiles((128, 64), 64, 64, 1, registers=(None, 168)),
+            4: _tiles((64, 64), 64, 32, 1, (8, 4), registers=(168, None)),
+        },
     ),
     # Blackwell without tensor memory and with 99 KiB: its matrix units are those of 8.0.
-    120: replace(_AMPERE),
+    120: Chip(
+        shared_memory=99 << 10,
+        descriptors=False,
+        plain={
+            2: _tiles((128, 64), 128, 32, 2, registers=(None, 168)),
+            4: _tiles((64, 64), 128, 32, 1, stages=(3, 2)),
+        },
+        heavy={
+            2: _tiles((128, 64), 128, 32, (2, 4)),
+            4: _tiles((64, 64), 64, 32, 1, (8, 4), registers=(168, None)),
+        },
+    ),
 }
 
 

@@ -81,6 +81,7 @@ def products(chip: tiles.Chip, element: str) -> Iterator[Variant]:
                 element,
                 shape.warps,
                 shape.stages,
+                registers=shape.registers,
             )
         shape = _tiles(chip, element, True).ordinary
         for entropy, lse in itertools.product(_ON_OFF, _ON_OFF):
@@ -95,6 +96,7 @@ def products(chip: tiles.Chip, element: str) -> Iterator[Variant]:
                 element,
                 shape.warps,
                 shape.stages,
+                registers=shape.registers,
             )
 
 
@@ -116,6 +118,7 @@ def _flagged(chip: tiles.Chip, element: str) -> Iterator[Variant]:
                 element,
                 shape.warps,
                 shape.stages,
+                registers=shape.registers,
             )
     for capped, bias, heavy, precision in _ways(element):  # with a cap all are heavy
         shape = _tiles(chip, element, heavy).flagged
@@ -128,6 +131,7 @@ def _flagged(chip: tiles.Chip, element: str) -> Iterator[Variant]:
             element,
             shape.warps,
             shape.stages,
+            registers=shape.registers,
         )
 
 
@@ -206,6 +210,7 @@ def _glue(element: str) -> Iterator[Variant]:
             {},
             element,
             unaligned=unaligned,
+            registers=target_logits.REGISTERS,
         )
     for statistics, store, capped in itertools.product(_ON_OFF, _ON_OFF, _ON_OFF):
         constants = {"BLOCK_ROWS": row_scores.ROWS, "CAPPED": capped}
@@ -239,6 +244,7 @@ def _columns(element: str) -> Iterator[Variant]:
             {},
             element,
             column_sums.WARPS,
+            registers=column_sums.REGISTERS,
         )
 
 
@@ -319,7 +325,14 @@ def _divergences(element: str) -> Iterator[Variant]:
                 {},
                 element,
                 divergence_rows.WARPS,
+                registers=divergence_rows.REGISTERS,
             )
-        kernel = cosine_rows.cosine_rows_kernel
-        label = _label("cosine", capped=capped)
-        yield Variant(kernel, label, blocks, {}, element, divergence_rows.WARPS)
+        yield Variant(
+            cosine_rows.cosine_rows_kernel,
+            _label("cosine", capped=capped),
+            blocks,
+            {},
+            element,
+            divergence_rows.WARPS,
+            registers=divergence_rows.REGISTERS,
+        )

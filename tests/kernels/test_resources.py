@@ -80,9 +80,10 @@ def test_machine_code(capability: int, element: str, pattern: str, tmp_path: Pat
         assert (row["matrix_instructions"] > 0) == on_matrix_units, what
         assert (row["tensor_loads"] > 0) == (row["descriptors"] > 0), what
         if capability == 90 and on_matrix_units and row["descriptors"]:
-            # One product is under way while the next is issued.
-            assert row["products_in_flight"] == 1, what
-        if row["descriptors"]:
+            # One product is under way while the next is issued; to be rounded to TF32, inputs pass
+            # through registers, for which it is waited.
+            assert row["products_in_flight"] == (element != "fp32"), what
+        if row["descriptors"] and chip.flattenable:
             assert row["loads_beside_epilogue"] == row["name"].endswith("flat"), what
 
 

@@ -75,10 +75,16 @@ def divergence_rows(
         other.stride(0),
         *map_arguments(student.map),
     )
-    flags = {"WRITE": write, "BLOCK_COLS": kernels.COLS, "CAPPED": student.map.cap != 0}
+    flags = {
+        "WRITE": write,
+        "BLOCK_COLS": kernels.COLS,
+        "CAPPED": student.map.cap != 0,
+        "num_warps": kernels.WARPS,
+        "maxnreg": kernels.REGISTERS,
+    }
     grid = (values.numel(),)
     if kind == COSINE:
-        cosine_rows.cosine_rows_kernel[grid](*arguments, **flags, num_warps=kernels.WARPS)
+        cosine_rows.cosine_rows_kernel[grid](*arguments, **flags)
     else:
         kernels.divergence_rows_kernel[grid](
             *arguments,
@@ -87,6 +93,5 @@ def divergence_rows(
             KIND=kind,
             EXACT=tile.dtype == torch.float32,
             **flags,
-            num_warps=kernels.WARPS,
         )
     return values

@@ -62,6 +62,7 @@ def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
             BLOCK_ROWS=targets.ROWS,
             BLOCK_WIDTH=targets.WIDTH,
             CAPPED=map.cap != 0,
+            maxnreg=targets.REGISTERS,
         )
     return found
 
@@ -126,6 +127,7 @@ def add_column_sums(total: Tensor, matrix: Tensor, weights: Tensor | None) -> No
         BLOCK_ROWS=column_sums.ROWS,
         BLOCK_COLS=column_sums.COLS,
         num_warps=column_sums.WARPS,
+        maxnreg=column_sums.REGISTERS,
     )
     total += sums[0] if parts == 1 else sums.sum(0)
 

@@ -365,6 +365,7 @@ def _blocks(shape: tiles.TileShape, hidden: Tensor, map: LogitMap) -> dict[str, 
         "BLOCK_WIDTH": shape.width,
         "num_warps": shape.warps,
         "num_stages": shape.stages,
+        "maxnreg": shape.registers,
         "CAPPED": map.cap != 0,
         "PRECISION": "tf32" if _exact(hidden) and _tf32_allowed() else "ieee",
     }

@@ -116,6 +116,6 @@ def add_capped_gradient(
     for start in range(0, len(upstream), step):
         rows = slice(start, start + step)
         part, own = at.of_rows(rows), upstream[rows, None]
-        slope = torch.where(own == 0, 0, part.slab.map.slope(with_bias(part.products)) * own)
+        slope = part.slab.map.slope(with_bias(part.products)) * own
         backend.logit_grad(part, gradient.of_rows(rows))
         part.products.tile.add_(slope)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import vocab_parallel
 from ..backends import UpstreamGradient
+from ..halves import without_lost_rows
 from ..mean_logit import add_capped_gradient
 from ..rows import RowScores, TargetLogits, exponential_scale, row_scores, write_target
 from ..slab import Projection
@@ -162,6 +163,8 @@ def _scored(
         if kept is not None:
             scale = _raised_scale(heads, kept, scale)
             write_target(kept, own, rows, scale, head.map)
+    if hidden.dtype == torch.float16:
+        rows, scale = without_lost_rows(rows, scale, head, heads.group)
     return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale
 
 

@@ -4,7 +4,8 @@
 The tile then holds an infinity. A target's logit is known all the same, from a dot product in
 float32, so that its place in the tile need not be; of any other column an infinity above makes the
 row NaN, as in plain torch, and one below counts as no probability. That is wrong only in rows whose
-logits all lie as low; those become NaN too.
+logits all lie as low; those become NaN too. Which they are their normaliser tells, unless logits are
+scaled down so far that all there can be lie close together; then the tile is looked through.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from .head import Projector
 from .rows import RowScores
 from .slab import Products
 from .statistics import RowSums
+from .types import LogitMap
 
 LARGEST = torch.finfo(torch.float16).max
 # What weighs less, in nats, than this beside a row's normaliser does not show in float32.
 _UNSEEN = 20.0
+# Logits of a range, in nats, of which that is a small part.
+_WIDE = 1024.0
 
 
 class Clipped(NamedTuple):
@@ -54,6 +58,18 @@ class Clipped(NamedTuple):
         )
 
 
+def _is_wide(map: LogitMap) -> bool:
+    return LARGEST * abs(map.scale) >= _WIDE
+
+
+def lost_products(products: Products) -> Tensor | None:
+    """(rows,) bool, rows with any; None where the normaliser will tell. Targets are in range."""
+    if products.map.cap != 0 or _is_wide(products.map):
+        return None
+    low, high = products.tile.aminmax(dim=1)
+    return low.isinf() | high.isinf()
+
+
 def clip_targets(products: Products, target: Tensor, logit: Tensor) -> Clipped:
     """The products of targets whose ``logit`` is finite, into range, in the tile."""
     tile = products.tile
@@ -70,7 +86,7 @@ def without_lost_rows(
 ) -> tuple[RowScores, Tensor]:
     """Scores and the scale of exponentials, NaN where products may have passed -65504 that weigh:
     where all columns there would show beside the row's normaliser."""
-    if head.map.cap != 0:
+    if head.map.cap != 0 or not _is_wide(head.map):
         return rows, scale
     bias = rows.logp.new_zeros(1) if head.bias is None else head.bias * head.map.scale
     # A bias of -inf excludes, whatever the product.

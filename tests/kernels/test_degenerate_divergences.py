@@ -8,29 +8,11 @@ import torch
 from torch import Tensor
 
 from fastpref import ScoringOptions, linear_divergence
-from fastpref.scoring.backends import unavailable_reason
+from tests.kernels.degenerate import BACKENDS, DTYPES, INF, only, tolerance, whole
 from tests.scoring.divergences import DIVERGENCES
 
-BACKENDS = [
-    name for name in ("torch", "cpp", "rows", "triton") if unavailable_reason(name, "cpu") is None
-]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-INF = float("inf")
 BETA = 0.25
 ROWS, H, V = 3, 8, 40
-
-
-def whole(*shape: int, seed: int = 0) -> Tensor:
-    """Small whole numbers, so that products are exact in every dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-2, 3, shape, generator=generator).double()
-
-
-def only(columns: list[int], vocab: int = V) -> Tensor:
-    """A bias of -inf at all others."""
-    bias = torch.full((vocab,), -INF).double()
-    bias[columns] = 0
-    return bias
 
 
 def pair(
@@ -186,9 +168,9 @@ def test_as_in_float64(name, kind, backend):
                 right = expected(name, kind)[key]
                 size = right[right.isfinite()].abs().max().item() if right.isfinite().any() else 0.0
                 finite = right.isfinite() & (right.abs() <= torch.finfo(value.dtype).max / 4)
-                tolerance = max(64 * torch.finfo(dtype).eps * size, 1e-7)
+                size = max(size, 1e-7 / torch.finfo(dtype).eps / 64)
                 error = (value.double() - right)[finite].abs()
-                if not (error <= tolerance).all() or not torch.equal(
+                if not (error <= tolerance(dtype, size)).all() or not torch.equal(
                     value.double()[right.isinf()], right[right.isinf()]
                 ):
                     problems.append(f"{dtype} {options} {key}: {value} instead of {right}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring.statistics import DIFFERENTIABLE, OUTPUTS
-from tests.kernels.test_degenerate_divergences import BACKENDS, DTYPES, INF, only, whole
+from tests.kernels.degenerate import BACKENDS, DTYPES, INF, only, tolerance, whole
 
 ROWS, H, V = 4, 8, 40
 TARGET = [5, 6, 0, 39]
@@ -120,7 +120,9 @@ def found(name: str, backend: str, dtype: torch.dtype, **options) -> dict[str, T
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", CASES)
 def test_as_in_float64(name, plan, backend):
-    problems = []
+    problems, scale = [], CASES[name].get("logit_scale", 1.0)
+    # A logit's rounding is one of its logarithm, too.
+    highest = max(1.0, expected(name)["lse"].abs().max().item())
     for dtype in DTYPES:
         for key, value in found(name, backend, dtype, **PLANS[plan]).items():
             right = expected(name)[key]
@@ -128,10 +130,13 @@ def test_as_in_float64(name, plan, backend):
                 # Of equal logits either answer is right.
                 assert (value == right).all() or "equal" in name or "zeros" in name
                 continue
-            size = max([1e-7, *right[right.isfinite()].abs().tolist()])
+            if dtype == torch.float16 and key.startswith("d ") and scale > 2**10:
+                continue  # the gradients at the logits pass 65504
+            sizes = right[right.isfinite()].abs().tolist()
+            size = max([*sizes, scale * highest if key.startswith("d ") else 1e-7])
             finite = right.isfinite() & (right.abs() <= torch.finfo(value.dtype).max / 4)
             error = (value.double() - right)[finite].abs()
-            if not (error <= 64 * torch.finfo(dtype).eps * size).all() or not torch.equal(
+            if not (error <= tolerance(dtype, size)).all() or not torch.equal(
                 value.double()[right.isinf()], right[right.isinf()]
             ):
                 problems.append(f"{dtype} {key}: {value} instead of {right}")

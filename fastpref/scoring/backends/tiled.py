@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..halves import clip_targets
+from ..halves import clip_targets, lost_products
 from ..slab import Products, Projection
 from ..statistics import RowSums
 from ..workspace import lease
@@ -82,11 +82,13 @@ class Tiled:
     ) -> RowSums:
         if products.tile.dtype != torch.float16:
             return self.kernels.exp_rows(products, target, anchor, write, statistics)
-        clipped = clip_targets(products, target, anchor)
+        clipped, lost = clip_targets(products, target, anchor), lost_products(products)
         sums = self.kernels.exp_rows(products, target, anchor, write, statistics)
         if not write:
             # Others may look at the products too.
             clipped.put_back(products.tile)
+        if lost is not None:
+            sums = sums._replace(sum=torch.where(lost, torch.nan, sums.sum))
         return clipped.corrected(sums)
 
     def logit_grad(self, projection: Projection, upstream: UpstreamGradient) -> None:

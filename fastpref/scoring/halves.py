@@ -4,8 +4,8 @@
 The tile then holds an infinity. A target's logit is known all the same, from a dot product in
 float32, so that its place in the tile need not be; of any other column an infinity above makes the
 row NaN, as in plain torch, and one below counts as no probability. That is wrong only in rows whose
-logits all lie as low; those become NaN too. Which they are their normaliser tells, unless logits are
-scaled down so far that all there can be lie close together; then the tile is looked through.
+logits all lie as low; those become NaN too. Their normaliser tells which they are, unless logits
+are scaled down so far that all there can be lie close together; then the tile is looked through.
 """
 
 from __future__ import annotations

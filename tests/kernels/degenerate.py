@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of degenerate rows share: inputs whose products are exact, and how near is right."""
+"""What the tests of degenerate rows share: inputs of exact products, and how near is right."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastpref.scoring.backends import unavailable_reason
 
+DTYPES = {
+    "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cpp": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    # In Triton's interpreter.
+    "rows": (torch.float32, torch.float16),
+    "triton": (torch.float32, torch.float16),
+}
 BACKENDS = [
-    name for name in ("torch", "cpp", "rows", "triton") if unavailable_reason(name, "cpu") is None
+    pytest.param(name, marks=pytest.mark.heavy if name in ("rows", "triton") else [])
+    for name in DTYPES
+    if unavailable_reason(name, "cpu") is None
 ]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INF = float("inf")
 
 

@@ -4,9 +4,10 @@ in place of the student's products:
 
     D = 1 - <u, w> = sum (u - w)^2 / 2,   u = s / |s|,   w = t / |t|,   dD/ds = (u - w - D u) / |s|
 
-At a row of zeros D is 1 and the gradient 0. One program takes one row, in three sweeps: lengths, D,
-gradient. Arithmetic is in float32, that of a row's few numbers in float64. Bytes: both tiles are
-read three times, mostly from cache, and the student's written once.
+At a row of zeros D is 1 and the gradient 0; a column that both biases exclude with -inf counts as
+0. One program takes one row, in three sweeps: lengths, D, gradient. Arithmetic is in float32, that
+of a row's few numbers in float64. Bytes: both tiles are read three times, mostly from cache, and
+the student's written once.
 """
 
 import triton
@@ -14,12 +15,42 @@ import triton.language as tl
 
 from .logit_map import load_logits, store_gradient
 
+INF = tl.constexpr(float("inf"))
+
 
 @triton.jit
 def subtract_units(s, t, student_stretch, teacher_stretch, inverse):
     """u - w = ((s - t) + student_stretch s - teacher_stretch t) inverse, of which the longer's
     stretch is 0: u and w are not rounded alone."""
     return ((s - t) + (student_stretch * s - teacher_stretch * t)) * inverse
+
+
+@triton.jit
+def load_both(
+    student,
+    teacher,
+    student_bias,
+    teacher_bias,
+    cols,
+    columns,
+    scale,
+    inner,
+    cap,
+    CAPPED: tl.constexpr,
+):
+    """Logits of both, and the student's slopes; 0 beyond the row and where both exclude a column,
+    which under a cap is an ordinary logit."""
+    s, slope = load_logits(student, student_bias, cols, columns, scale, inner, cap, CAPPED, 0.0)
+    t, _ = load_logits(teacher, teacher_bias, cols, columns, scale, inner, cap, CAPPED, 0.0)
+    if student_bias is not None and teacher_bias is not None:
+        if not CAPPED:
+            inside = cols < columns
+            own = tl.load(student_bias + cols, inside, 0.0)
+            other = tl.load(teacher_bias + cols, inside, 0.0)
+            excluded = (own == -INF) & (other == -INF)
+            s = tl.where(excluded, 0.0, s)
+            t = tl.where(excluded, 0.0, t)
+    return s, t, slope
 
 
 @triton.jit
@@ -49,12 +80,10 @@ def cosine_rows_kernel(
     teacher_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
     difference_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
     for first in range(0, columns, BLOCK_COLS):
-        s, _ = load_logits(
-            student, student_bias, first + lanes, columns, scale, inner, cap, CAPPED, 0.0
-        )
-        t, _ = load_logits(
-            teacher, teacher_bias, first + lanes, columns, scale, inner, cap, CAPPED, 0.0
-        )
+        s, t, _ = load_both(
+            student, teacher, student_bias, teacher_bias, first + lanes, columns, scale, inner,
+            cap, CAPPED,
+        )  # fmt: skip
         student_parts += s * s
         teacher_parts += t * t
         difference_parts += (s - t) * (s + t)
@@ -69,12 +98,10 @@ def cosine_rows_kernel(
     inverse = (1.0 / tl.maximum(student_length, teacher_length)).to(tl.float32)
     distance_parts = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
     for first in range(0, columns, BLOCK_COLS):
-        s, _ = load_logits(
-            student, student_bias, first + lanes, columns, scale, inner, cap, CAPPED, 0.0
-        )
-        t, _ = load_logits(
-            teacher, teacher_bias, first + lanes, columns, scale, inner, cap, CAPPED, 0.0
-        )
+        s, t, _ = load_both(
+            student, teacher, student_bias, teacher_bias, first + lanes, columns, scale, inner,
+            cap, CAPPED,
+        )  # fmt: skip
         difference = subtract_units(s, t, student_stretch, teacher_stretch, inverse)
         distance_parts += difference * difference
     value = tl.where(zero, 1.0, tl.sum(distance_parts) / 2)
@@ -82,12 +109,10 @@ def cosine_rows_kernel(
     if WRITE:
         inverse_length = tl.where(zero, 0.0, 1.0 / student_length).to(tl.float32)
         for first in range(0, columns, BLOCK_COLS):
-            s, slope = load_logits(
-                student, student_bias, first + lanes, columns, scale, inner, cap, CAPPED, 0.0
-            )
-            t, _ = load_logits(
-                teacher, teacher_bias, first + lanes, columns, scale, inner, cap, CAPPED, 0.0
-            )
+            s, t, slope = load_both(
+                student, teacher, student_bias, teacher_bias, first + lanes, columns, scale, inner,
+                cap, CAPPED,
+            )  # fmt: skip
             difference = subtract_units(s, t, student_stretch, teacher_stretch, inverse)
             gradient = inverse_length * (difference - value * (s * inverse_length))
             store_gradient(student, first + lanes, columns, gradient, slope, scale, CAPPED)

@@ -68,10 +68,23 @@ def score(batch: Batch, **options) -> Tensor:
         batch.target,
         bias=batch.bias,
         softcap=3.0,
-        outputs=("logp", "entropy", "is_top1"),
+        outputs=("logp", "entropy", "mean_logits", "is_top1"),
         options=ScoringOptions(**options),
     )
-    return scores.logp.square().sum() + 0.3 * scores.entropy.sum() + scores.is_top1.sum()
+    others = 0.3 * scores.entropy.sum() + scores.mean_logits.square().sum()
+    return scores.logp.square().sum() + others + scores.is_top1.sum()
+
+
+def average(batch: Batch) -> Tensor:
+    """Mean logits without a cap, whose gradient is no rule's."""
+    scores = linear_logprob(
+        1.5 * batch.hidden,
+        batch.weight,
+        batch.target,
+        bias=batch.bias,
+        outputs=("logp", "mean_logits"),
+    )
+    return (scores.logp * scores.mean_logits).sum()
 
 
 def diverge(batch: Batch) -> Tensor:
@@ -104,7 +117,12 @@ def prefer(batch: Batch, objective="dpo", **changes) -> Tensor:
     return output.loss + 0.1 * output.logps.sum() + output.metrics["entropy"]
 
 
-FUNCTIONS = {"linear_logprob": score, "linear_divergence": diverge, "preference_loss": prefer}
+FUNCTIONS = {
+    "linear_logprob": score,
+    "mean logits": average,
+    "linear_divergence": diverge,
+    "preference_loss": prefer,
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -349,7 +367,7 @@ def scoring_arguments(dtype=torch.float64, needs=True, lora=False, schedule="aut
         target,
         bias=bias,
         lora=update,
-        outputs=("logp", "entropy", "lse", "is_top1"),
+        outputs=("logp", "entropy", "mean_logits", "lse", "is_top1"),
         options=ScoringOptions(schedule=schedule, memory_budget=8 * V * 8),
     )
     return SCORES.arguments(*asked, target)

@@ -10,7 +10,8 @@
 //     bhattacharyya  D = -log sum sqrt(p q)        dD/ds = (q - r) / 2,   r = sqrt(p q) / sum sqrt(p q)
 //     cosine         D = 1 - <s, t> / (|s| |t|)    dD/ds = (u - w - D u) / |s|,   u = s / |s|,   w = t / |t|
 //
-// At a row of zeros the cosine's D is 1 and its gradient 0.
+// At a row of zeros the cosine's D is 1 and its gradient 0. A column that both biases exclude with -inf counts as 0 in
+// it; in the others it has no probability.
 //
 // Nothing is lost where p is close to q, because all but the cosine follow from
 //     d = log(q/p) = (s - t) - (lse_s - lse_t),   x = -|d|,   greater = max(p, q),   lesser = greater exp(x),
@@ -115,7 +116,21 @@ class DivergenceRow {
       const int64_t n = cols_ - at < kBlock ? cols_ - at : kBlock;
       teacher_map_.apply(teacher_, at, n, t_, slopes_);
       student_map_.apply(student_, at, n, s_, slopes_);
+      if constexpr (kKind == Divergence::cosine) drop_excluded(at, n);
       visit(at, n);
+    }
+  }
+
+  // Under a cap -inf is an ordinary logit.
+  void drop_excluded(int64_t at, int64_t n) {
+    if (student_map_.bias == nullptr || teacher_map_.bias == nullptr || student_map_.cap != 0) return;
+    const A *own = student_map_.bias + at, *other = teacher_map_.bias + at;
+    const A excluded = -static_cast<A>(kInfinity);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const bool kept = own[i] != excluded || other[i] != excluded;
+      s_[i] = choose(kept, s_[i], A(0));
+      t_[i] = choose(kept, t_[i], A(0));
     }
   }
 

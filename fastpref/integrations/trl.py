@@ -184,6 +184,11 @@ class LogProbAdapter:
                 logger.debug("TRL's fused head: %s", replace(plan, budget_from=source))
             scores = linear_logprob(hidden, weight, targets, **given)
         values = [getattr(scores, name) for name in OUTPUTS.values()]
+        # TRL differentiates no other.
+        values = [
+            one if one is None or name in ("logp", "entropy") else one.detach()
+            for name, one in zip(OUTPUTS.values(), values, strict=True)
+        ]
         # float64 products give float64 scores; TRL's are float32 always.
         return tuple(
             value.float() if value is not None and value.is_floating_point() else value

@@ -112,7 +112,8 @@ class FusedLinearKTOLoss(torch.nn.Module):
             mask=mask,
             reduction="mean" if self.average_log_prob else "sum",
         )
-        return logps, sequence_logp(cast(Tensor, scores.mean_logits), mask=mask)
+        mean_logits = cast(Tensor, scores.mean_logits).detach()
+        return logps, sequence_logp(mean_logits, mask=mask)
 
     def _compared(
         self, logps: Tensor, ref_logps: Tensor, labels: Tensor, kl: Tensor | None

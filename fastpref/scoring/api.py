@@ -58,9 +58,10 @@ def linear_logprob(
         temperature: greater than 0.
         logit_scale: multiplies z before the cap.
         softcap: greater than 0, or None.
-        outputs: fields of TokenScores to compute. ``logp``, ``entropy`` and ``lse`` are
-            differentiable, for any upstream gradient; rows whose upstream gradient is 0 cost no
-            backward product on CPU.
+        outputs: fields of TokenScores to compute. ``logp``, ``entropy``, ``mean_logits`` and
+            ``lse`` are differentiable, for any upstream gradient; rows whose upstream gradient is 0
+            cost no backward product on CPU. Without a softcap ``mean_logits`` cost no product, nor
+            does their gradient: label smoothing by s is ``-(1 - s) logp - s (mean_logits - lse)``.
         tp_group: process group over which the vocabulary is sharded, in rank order; ``weight`` and
             ``bias`` are the local shard, ``hidden`` and ``target`` (global ids) are the same on
             every rank. Gradients of hidden are summed over the group.

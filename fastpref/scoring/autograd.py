@@ -129,7 +129,7 @@ def run_backward(
 
     def attempt(plan: Plan) -> tuple[Tensor | None, ...]:
         rows = [call.rows(one) for one in models]
-        own = Run(call.rule, heads or call.heads(models), plan)
+        own = Run(call.rule, heads or call.heads(models, held.mean), plan)
         onto = model.head.trained_weight.dtype
         gradients = backward(own, rows, held, _packed(upstream, call), onto)
         d_hidden = d_a = None

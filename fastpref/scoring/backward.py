@@ -55,6 +55,43 @@ def backward(
     """Gradients of the first model in the dtype of its rows (bias: float64); that of the weight in
     the dtype ``onto``, or those of weight and bias added ``onto`` totals in the statistics' dtype
     (bias: float64)."""
+    hidden, apart = rows[0], None
+    if run.heads.mean is not None:
+        at = run.rule.output_names.index("mean_logits")
+        apart, upstream = upstream[at], [*upstream[:at], None, *upstream[at + 1 :]]
+    if any(one is not None for one in upstream):
+        gradients = _through_logits(run, rows, kept, upstream, onto)
+    else:
+        gradients = _nothing(run, hidden, onto)
+    if apart is not None and run.heads.mean is not None:
+        head = run.heads.projectors[0]
+        run.heads.mean.add_gradients(apart, hidden[:, head.trained :], head.bias, *gradients)
+    return gradients
+
+
+def _nothing(run: Run, hidden: Tensor, onto: Gradients | torch.dtype) -> Gradients:
+    """Gradients of 0, or the totals."""
+    plan, head = run.plan, run.heads.projectors[0]
+    d_hidden = torch.zeros_like(hidden) if plan.needs_hidden else None
+    if isinstance(onto, Gradients):
+        return onto._replace(hidden=d_hidden)
+    columns, width = head.weight.shape
+    d_weight = d_bias = None
+    if plan.needs_weight:
+        d_weight = hidden.new_zeros((columns, width - head.trained), dtype=onto)
+    if plan.needs_bias:
+        d_bias = hidden.new_zeros(columns, dtype=torch.float64)
+    return Gradients(d_hidden, d_weight, d_bias)
+
+
+def _through_logits(
+    run: Run,
+    rows: Sequence[Tensor],
+    kept: Kept,
+    upstream: Upstream,
+    onto: Gradients | torch.dtype,
+) -> Gradients:
+    """``backward`` of outputs that are made of each row's logits."""
     hidden = rows[0]
     if kept.direct:
         factors = run.rule.factors(run.heads, kept.numbers, upstream)

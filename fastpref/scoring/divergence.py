@@ -20,7 +20,8 @@ from .plan import Plan
 from .request import make_model, make_request, plan_target
 from .rules.divergence import Divergence
 from .types import ScoringOptions
-from .validation import check_two_heads
+from .validation import check_two_heads, check_vocab_range
+from .vocab_parallel import shard_sizes
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine"]
 
@@ -43,6 +44,7 @@ def linear_divergence(
     logit_scale: float = 1.0,
     student_lora: Lora | None = None,
     teacher_lora: Lora | None = None,
+    vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_range: tuple[int, int] | None = None,
     options: ScoringOptions | None = None,
@@ -73,7 +75,11 @@ def linear_divergence(
         student_bias, teacher_bias: (V,) and (V',), or None.
         temperature, softcap, logit_scale: of both heads, as in ``linear_logprob``.
         student_lora, teacher_lora: low-rank updates of the weights, as there.
-        tp_group, vocab_range: as there, of both weights, which hold the same ids on each rank.
+        vocab_size: the ids below it take part, of both heads: of padded ones the tokenizer's
+            length. None: those that both have. An id that both biases exclude with -inf takes part
+            in no divergence either.
+        tp_group, vocab_range: as there, of both weights, which hold the same ids on each rank; with
+            ``vocab_size`` those of them below it, of which each rank must hold some.
         options: see ScoringOptions; products run in the wider dtype of the two models.
 
     Returns:
@@ -132,6 +138,7 @@ def _ask(
     teacher_bias: Tensor | None,
     student_lora: Lora | None,
     teacher_lora: Lora | None,
+    vocab_size: int | None,
     vocab_range: tuple[int, int] | None,
     options: ScoringOptions | None,
     **shared: Any,
@@ -156,6 +163,11 @@ def _ask(
                 f"{columns} and {others} rows; pass vocab_range with tp_group"
             )
         common = 0, min(columns, others)
+    if vocab_size is not None:
+        held = min(columns, others)
+        if vocab_range is not None:
+            check_vocab_range(vocab_range, held)
+        common = _ids_below(vocab_size, vocab_range, held, shared["tp_group"], device)
     models, recording = [], torch.is_grad_enabled()
     for prefix, hidden, weight, bias, lora in (
         ("student_", student_hidden, student_weight, student_bias, student_lora),
@@ -175,6 +187,40 @@ def _ask(
     if reason is not None:
         raise ValueError(f"backend={request.options.backend!r} is not available: {reason}")
     return Asked(request, Divergence(divergence, float(beta)), models), target
+
+
+def _ids_below(
+    vocab_size: int,
+    ids: tuple[int, int] | None,
+    columns: int,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> tuple[int, int]:
+    """Those of ``ids``; None: of the ``columns`` held here, and of all ranks' in their order.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
+    """
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}; use int()")
+    start, stop, least, most = 0, columns, 1, columns
+    if ids is not None:
+        start, stop = ids
+        least, most = start + 1, max(stop, vocab_size)
+    elif group is not None:
+        if torch.compiler.is_compiling():
+            raise ValueError("vocab_size under tp_group is not traced without vocab_range: pass it")
+        sizes = shard_sizes(group, columns, device)
+        start = sum(sizes[: dist.get_rank(group)])
+        stop = start + columns
+        # The same on all ranks, so that none goes on alone.
+        least, most = sum(sizes[:-1]) + 1, sum(sizes)
+    if not least <= vocab_size <= most:
+        raise ValueError(
+            f"vocab_size must be in [{least}, {most}], so that both heads and each rank hold ids "
+            f"below it, got {vocab_size}; it counts the vocabulary without padding"
+        )
+    return start, min(stop, vocab_size)
 
 
 def _check_beta(beta: Any) -> None:

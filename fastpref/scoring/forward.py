@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import workspace
+from .mean_logit import MeanRow
 from .plan import Plan
 from .rules import Heads, Part, Rule
 from .workspace import lease
@@ -32,6 +33,7 @@ class Kept:
     numbers: tuple[Tensor | None, ...]  # (N,), of the rule
     matrices: tuple[Tensor, ...] = ()  # of the rule, (kept rows, V) each
     direct: tuple[Tensor, ...] = ()  # these times the weight, (N, H) each
+    mean: MeanRow | None = None  # of ``Heads``, so that the weight is read once
 
     @property
     def rows(self) -> int:
@@ -73,7 +75,7 @@ def forward(
     if heads.mean is not None:
         at = rule.output_names.index("mean_logits")
         outputs = (*outputs[:at], heads.mean.logits(hidden), *outputs[at + 1 :])
-    return outputs, Kept(target, numbers, tuple(kept), tuple(direct))
+    return outputs, Kept(target, numbers, tuple(kept), tuple(direct), heads.mean)
 
 
 def _room(run: Run, hidden: Tensor, matrices: int) -> list[Tensor | None]:

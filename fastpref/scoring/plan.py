@@ -10,9 +10,9 @@ a gradient, and the memory budget alone.
                               again in backward, one slab of the vocabulary at a time
     recompute       3u or 4u  no row kept
 
-1u is one product of 2 N H V flop. A gradient that arrives at ``entropy`` or ``lse`` always
-recomputes: +1u at most. Of two models side by side the products of both are formed, and formed
-again.
+1u is one product of 2 N H V flop. A gradient that arrives at ``entropy`` or ``lse``, or under a cap
+at ``mean_logits``, always recomputes: +1u at most. Of two models side by side the products of both
+are formed, and formed again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Problem:
     needs_hidden: bool
     needs_weight: bool
     needs_bias: bool
-    only_logp: bool  # neither entropy nor lse can receive a gradient
+    only_logp: bool  # no output but logp can receive a gradient through the logits of its row
     copies_weight: bool  # into the dtype of the products, or beside a low-rank update
     backend: str
     device_type: str
@@ -156,7 +156,8 @@ class Plan(Problem):
 
     @property
     def products(self) -> tuple[Product, ...]:
-        """All there are, for a gradient at logp; one at entropy or lse projects every row again."""
+        """All there are, for a gradient at logp; one at entropy or lse, or under a cap at
+        mean_logits, projects every row again."""
         partner = self.partner_size / self.hidden_size
         found = [Product("forward", "logits", 1 + partner)]
         if self.schedule == "direct":
@@ -316,7 +317,8 @@ def _choice(
     ):
         raise ValueError(
             "schedule='direct' forms d logp / d hidden in the forward pass: it needs a weight and "
-            "bias without gradient and neither entropy nor lse among outputs; use schedule='auto'"
+            "bias without gradient and neither entropy nor lse among outputs (under a softcap, nor "
+            "mean_logits); use schedule='auto'"
         )
     frozen = not (problem.needs_weight or problem.needs_bias)
     if frozen and problem.only_logp and options.schedule in ("auto", "direct"):

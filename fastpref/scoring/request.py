@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backends, vocab_parallel
+from . import backends, scaled, vocab_parallel
 from .backends.choice import Size
 from .head import Form, Head, Lora, Model, Shard, Sizes, WeightContext
 from .mean_logit import MeanRow
@@ -71,14 +71,14 @@ class Call:
     def group(self) -> dist.ProcessGroup | None:
         return self.forms[0].group
 
-    def heads(self, models: Sequence[Model]) -> Heads:
-        """What multiplies and reduces the rows of ``models``, the first ones of the call."""
+    def heads(self, models: Sequence[Model], mean: MeanRow | None = None) -> Heads:
+        """What multiplies and reduces the rows of ``models``, the first ones of the call; ``mean``
+        where an earlier pass has made it."""
         own = tuple(
             model.head.in_dtype(self.request.dtype, shard)
             for model, shard in zip(models, self.shards, strict=False)
         )
-        mean = None
-        if "mean_logits" in self.rule.outputs and own[0].map.cap == 0:
+        if mean is None and "mean_logits" in self.rule.outputs and own[0].map.cap == 0:
             mean = MeanRow.of(own[0], self.group)
         name = self.plan.backend
         return Heads(own, backends.load(name), name, self.group, mean)
@@ -185,7 +185,9 @@ def plan_target(
     static = len(models) > 1 or sharded
     size = Size(request.dtype, packing.scored, sizes[0].inner, widest, heavy, static)
     backend = backends.choose(request.options.backend, device, size)
-    plan = _plan(request, rule, sizes, packing.scored, widest, sharded, active, backend, device)
+    capped = forms[0].map.cap != 0
+    problem = sizes, packing.scored, widest, sharded, capped, active
+    plan = _plan(request, rule, *problem, backend, device)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.
     own = target.clone(memory_format=torch.contiguous_format)
     return Call(request, rule, forms, shards, own, packing, plan)
@@ -199,6 +201,7 @@ def _plan(
     scored: int,
     vocab_size: int,
     sharded: bool,
+    capped: bool,
     active: float,
     backend: str,
     device: torch.device,
@@ -206,6 +209,7 @@ def _plan(
     """Of a call's signature; kept for the next of the same."""
     dtype, head, serving = request.dtype, heads[0], backends.load(backend)
     partner = heads[1] if len(heads) > 1 else None
+    means = "mean_logits" in rule.outputs and "mean_logits" in rule.differentiable
     problem = Problem(
         scored=scored,
         hidden_size=head.inner,
@@ -218,7 +222,7 @@ def _plan(
         needs_hidden=request.needs_hidden,
         needs_weight=request.needs_weight,
         needs_bias=request.needs_bias,
-        only_logp=set(rule.differentiable) <= {"logp"},
+        only_logp=set(rule.differentiable) <= ({"logp"} if capped else {"logp", "mean_logits"}),
         copies_weight=head.copies_weight,
         active=active,
         mixes=rule.mixes,
@@ -229,7 +233,8 @@ def _plan(
         scores_in_tiles=partner is not None or serving.needs_tile(dtype, write=False),
         temporary_bytes=serving.temporary_bytes(
             scored, vocab_size, device.type, dtype, rule.statistics
-        ),
+        )
+        + (scaled.temporary_bytes(dtype) if request.needs_grad and means else 0),
         total_memory=total_memory(device),
     )
     return choose(problem, request.options)

@@ -29,6 +29,10 @@ class Projection(NamedTuple):
     tile: Tensor | None  # (rows, cols)
     target: Tensor  # (rows,), columns of the slab; elsewhere outside [0, cols)
 
+    def of_rows(self, rows: slice) -> Projection:
+        tile = None if self.tile is None else self.tile[rows]
+        return Projection(self.hidden[rows], self.slab, tile, self.target[rows])
+
     @property
     def products(self) -> Products:
         """Once the tile holds them."""

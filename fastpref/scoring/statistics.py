@@ -34,6 +34,7 @@ class TokenScores(NamedTuple):
     - ``entropy``: -sum p log p, in nats. Differentiable.
     - ``log_sum_sq_probs``: log sum p^2.
     - ``mean_logits``: mean of t over the vocabulary, less the ids that a bias of -inf excludes.
+      Differentiable.
     - ``is_top1``: bool, the target's logit is the greatest, the first of equal ones.
     - ``lse``: log sum exp t. Differentiable.
 
@@ -49,7 +50,7 @@ class TokenScores(NamedTuple):
 
 
 OUTPUTS: tuple[str, ...] = TokenScores._fields
-DIFFERENTIABLE: tuple[str, ...] = ("logp", "entropy", "lse")
+DIFFERENTIABLE: tuple[str, ...] = ("logp", "entropy", "mean_logits", "lse")
 PLAIN: frozenset[str] = frozenset({"logp", "lse"})  # made of the sum of a row's exponentials alone
 
 

@@ -35,7 +35,7 @@ def check_model(
         _check_lora(lora, weight, prefix)
     check_group(group)
     if vocab_range is not None:
-        _check_vocab_range(vocab_range, weight.shape[0])
+        check_vocab_range(vocab_range, weight.shape[0])
 
 
 def _check_tensors(
@@ -273,7 +273,7 @@ def check_map(temperature: float, logit_scale: float, softcap: float | None) -> 
     return LogitMap(scale, 0.0 if softcap is None else float(softcap) / float(temperature))
 
 
-def _check_vocab_range(vocab_range: Any, rows: int) -> None:
+def check_vocab_range(vocab_range: Any, rows: int) -> None:
     if not isinstance(vocab_range, (tuple, list)):
         raise TypeError(
             f"vocab_range must be a pair (start, stop) or None, got {type(vocab_range).__name__}"

@@ -76,7 +76,7 @@ def test_frozen_head(backend, dtype, feature, sizes):
 @pytest.mark.parametrize("feature", ["plain", "softcap"])
 @pytest.mark.parametrize("schedule", ["auto", "slabs"])
 def test_all_outputs(backend, dtype, schedule, feature):
-    differentiated = ("logp", "entropy", "lse")
+    differentiated = ("logp", "entropy", "mean_logits", "lse")
     arguments = SIZES["aligned"] | FEATURES[feature]
     verify(backend, dtype, schedule, outputs=OUTPUTS, differentiated=differentiated, **arguments)
 

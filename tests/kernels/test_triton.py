@@ -54,7 +54,7 @@ def test_all_outputs(dtype, schedule, feature):
         options(dtype, schedule),
         dtype,
         outputs=OUTPUTS,
-        differentiated=("logp", "entropy", "lse"),
+        differentiated=("logp", "entropy", "mean_logits", "lse"),
         **SIZES,
         **FEATURES[feature],
     )

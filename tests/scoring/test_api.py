@@ -73,6 +73,7 @@ def test_which_outputs_are_differentiable():
     assert [name for name in OUTPUTS if getattr(scores, name).requires_grad] == [
         "logp",
         "entropy",
+        "mean_logits",
         "lse",
     ]
 

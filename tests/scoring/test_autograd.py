@@ -287,10 +287,10 @@ def test_gradcheck(backend, plan):
             temperature=0.7,
             logit_scale=1.2,
             softcap=2.5,
-            outputs=("logp", "entropy", "lse"),
+            outputs=("logp", "entropy", "mean_logits", "lse"),
             options=ScoringOptions(backend=backend, **PLANS[plan]),
         )
-        return values.logp, values.entropy, values.lse
+        return values.logp, values.entropy, values.mean_logits, values.lse
 
     torch.autograd.gradcheck(scores, (hidden, small, offsets), atol=1e-7, rtol=1e-6)
     frozen = small.detach(), offsets.detach()

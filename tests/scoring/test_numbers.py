@@ -79,7 +79,7 @@ def test_all_outputs_together(backend, dtype, schedule, feature):
         dtype,
         vocab=VOCAB,
         outputs=OUTPUTS,
-        differentiated=("logp", "entropy", "lse"),
+        differentiated=("logp", "entropy", "mean_logits", "lse"),
         **FEATURES[feature],
     )
 
@@ -124,7 +124,7 @@ def test_all_outputs_far_below_the_maximum(backend, dtype, schedule):
         vocab=VOCAB,
         below=0.5,
         outputs=OUTPUTS,
-        differentiated=("logp", "entropy", "lse"),
+        differentiated=("logp", "entropy", "mean_logits", "lse"),
     )
 
 

@@ -16,7 +16,9 @@ from tests.ranks import Ranks
 from tests.scoring.cases import INPUTS, check_scores, make_case, references, upstream_of
 
 V = 2051
-ALL = ("logp", "entropy", "lse")
+ALL = ("logp", "entropy", "mean_logits", "lse")
+LINEAR = {"bias": True, "ignored": 0.3, "temperature": 1.5}  # without a cap
+MEANS = {"arguments": LINEAR, "outputs": OUTPUTS, "differentiated": ("logp", "mean_logits")}
 FEATURES = {"bias": True, "ignored": 0.3, "softcap": 5.0, "temperature": 1.5}
 
 
@@ -48,6 +50,10 @@ CASES = {
     },
     "without gradient": case(outputs=OUTPUTS, differentiated=()),
     "direct": case(needs=("hidden",), even=False),
+    "mean logits": case(**MEANS, padding=5, even=False),
+    "mean logits, direct": case(
+        **MEANS | {"outputs": ("logp", "mean_logits")}, needs=("hidden",), even=False
+    ),
     "weight only": case(needs=("weight",)),
     "padded shards": case(padding=5, even=False, outputs=OUTPUTS, differentiated=ALL),
     **{

@@ -36,6 +36,9 @@ class UpstreamGradient(NamedTuple):
     grad_entropy: Tensor | None
     entropy: Tensor | None
 
+    def of_rows(self, rows: slice) -> UpstreamGradient:
+        return UpstreamGradient._make(None if one is None else one[rows] for one in self)
+
 
 class RowKernels(Protocol):
     """What rows of any backend need."""

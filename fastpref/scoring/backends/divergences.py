@@ -17,7 +17,8 @@ With logits s of the student and t of the teacher, q = softmax(s), p = softmax(t
     cosine         D = 1 - c, c = s . t / (|s| |t|)
                    dD/ds = c s / |s|^2 - t / (|s| |t|)
 
-A column without weight counts nothing: 0 log 0 is 0.
+A column without weight counts nothing: 0 log 0 is 0. Of the cosine, which has no weights, columns
+that both biases exclude with -inf take no part.
 
 These sums cancel where q is close to p, and the gradients where q is all but 1 somewhere. The
 kernels sum other terms (csrc/cpu/divergence_rows.inl); plain torch computes in float64 instead,
@@ -125,7 +126,11 @@ def formula_rows(
     dtype = student.tile.dtype
     formula, wide = FORMULAS[divergence], _formula_dtype(dtype)
     values = [student.tile.new_empty(0, dtype=statistics_dtype(dtype))]
+    excluded = _excluded(student, teacher) if divergence == "cosine" else None
     for rows, own, other in logit_blocks(student, teacher, columns, wide):
+        if excluded is not None:
+            own.masked_fill_(excluded, 0)
+            other.masked_fill_(excluded, 0)
         found = formula(own, other, columns, beta, write)
         if found.gradient is not None:
             _write(student.of_rows(rows), found.gradient, found.factor)
@@ -149,6 +154,13 @@ def logit_blocks(
     for start in range(0, total, step):
         rows = slice(start, min(total, start + step))
         yield rows, logits(student.of_rows(rows), dtype), logits(teacher.of_rows(rows), dtype)
+
+
+def _excluded(student: Products, teacher: Products) -> Tensor | None:
+    """(cols,) columns that both biases exclude with -inf. Under a cap that is an ordinary logit."""
+    if student.bias is None or teacher.bias is None or student.map.cap != 0:
+        return None
+    return (student.bias == -math.inf) & (teacher.bias == -math.inf)
 
 
 def _formula_dtype(dtype: torch.dtype) -> torch.dtype:

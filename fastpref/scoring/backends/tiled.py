@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..halves import clip_targets, lost_products
 from ..slab import Products, Projection
 from ..statistics import RowSums
 from ..workspace import lease
@@ -62,7 +63,7 @@ class Tiled:
             part = room[: rows.stop - start]
             torch.mm(hidden[rows], slab.weight.t(), out=part)
             at = slab.products(part), target[rows], anchor[rows]
-            parts.append(self.kernels.exp_rows(*at, False, statistics))
+            parts.append(self._exp_rows(*at, False, statistics))
         columns = zip(*parts, strict=True)
         return RowSums._make(None if one[0] is None else torch.cat(one) for one in columns)
 
@@ -74,7 +75,21 @@ class Tiled:
         self, projection: Projection, anchor: Tensor, write: bool, statistics: bool
     ) -> RowSums:
         products, target = projection.products, projection.target
-        return self.kernels.exp_rows(products, target, anchor, write, statistics)
+        return self._exp_rows(products, target, anchor, write, statistics)
+
+    def _exp_rows(
+        self, products: Products, target: Tensor, anchor: Tensor, write: bool, statistics: bool
+    ) -> RowSums:
+        if products.tile.dtype != torch.float16:
+            return self.kernels.exp_rows(products, target, anchor, write, statistics)
+        clipped, lost = clip_targets(products, target, anchor), lost_products(products)
+        sums = self.kernels.exp_rows(products, target, anchor, write, statistics)
+        if not write:
+            # Others may look at the products too.
+            clipped.put_back(products.tile)
+        if lost is not None:
+            sums = sums._replace(sum=torch.where(lost, torch.nan, sums.sum))
+        return clipped.corrected(sums)
 
     def logit_grad(self, projection: Projection, upstream: UpstreamGradient) -> None:
         self.kernels.logit_grad(projection.products, projection.target, upstream)

@@ -226,8 +226,7 @@ def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -
     rows = _block_rows(products.tile)
     for start in range(0, products.tile.shape[0], rows):
         block = slice(start, start + rows)
-        here = UpstreamGradient._make(None if one is None else one[block] for one in upstream)
-        _logit_grad_block(products.of_rows(block), target[block], here)
+        _logit_grad_block(products.of_rows(block), target[block], upstream.of_rows(block))
 
 
 def _logit_grad_block(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:

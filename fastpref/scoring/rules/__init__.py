@@ -35,7 +35,8 @@ class Heads(NamedTuple):
     backend: RowBackend
     backend_name: str
     group: dist.ProcessGroup | None
-    # Of the first, where mean logits are asked for without a cap: no rule makes them then.
+    # Of the first, where mean logits are asked for without a cap: no rule makes them then, nor
+    # their gradient.
     mean: MeanRow | None = None
 
     def second(self) -> Heads:

@@ -3,8 +3,8 @@
 
 With e = exp(t - anchor - offset) (times the map's slope), the matrix E of a row is e with its
 target column set to (p[y] - 1) / scale, where scale = p / e. The gradient of the row's logp is then
-a row of E times one number, -scale (dt/dz). A gradient at entropy or lse needs every row's products
-again.
+a row of E times one number, -scale (dt/dz). A gradient at entropy or lse, or at mean logits under a
+cap, needs every row's products again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .. import vocab_parallel
 from ..backends import UpstreamGradient
+from ..halves import without_lost_rows
+from ..mean_logit import add_capped_gradient
 from ..rows import RowScores, TargetLogits, exponential_scale, row_scores, write_target
 from ..slab import Projection
 from ..statistics import (
@@ -78,25 +80,31 @@ class Scores:
     ) -> tuple[Tensor, ...] | None:
         *_, scale, _ = numbers
         given = TokenScores._make(upstream)
-        if given.entropy is not None or given.lse is not None or scale is None:
+        others = given.entropy, given.lse, given.mean_logits
+        if scale is None or any(one is not None for one in others):
             return None
         g = torch.zeros_like(scale) if given.logp is None else given.logp
         # A row without upstream gradient gets none, whatever it holds.
         return (torch.where(g == 0, 0.0, -heads.projectors[0].map.scale * g * scale),)
 
     def active(self, upstream: Upstream) -> Tensor:
-        given = TokenScores._make(upstream)
-        some = (one for one in (given.logp, given.entropy, given.lse) if one is not None)
-        return torch.stack([one != 0 for one in some]).any(0)
+        return torch.stack([one != 0 for one in upstream if one is not None]).any(0)
 
     def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         head, hidden = heads.projectors[0], part.rows[0]
         gradient, column = self.gradient(numbers, upstream), part.target - head.start
+        mean = TokenScores._make(upstream).mean_logits
+        if mean is not None:
+            mean = mean * (head.map.scale / head.vocab_size)
 
         def tile(columns: slice, workspace: Tensor) -> Tensor:
             out = tile_of(workspace, hidden.shape[0], columns)
             at = Projection(hidden, head.slab(columns), out, column - columns.start)
-            heads.backend.project_gradient(at, gradient)
+            if mean is None:
+                heads.backend.project_gradient(at, gradient)
+            else:
+                torch.mm(hidden, at.slab.weight.t(), out=out)
+                add_capped_gradient(heads.backend, at, gradient, mean)
             return out
 
         return Again(tile, None)
@@ -155,6 +163,8 @@ def _scored(
         if kept is not None:
             scale = _raised_scale(heads, kept, scale)
             write_target(kept, own, rows, scale, head.map)
+    if hidden.dtype == torch.float16:
+        rows, scale = without_lost_rows(rows, scale, head, heads.group)
     return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale
 
 

@@ -112,7 +112,7 @@ def _implementation(case: Case, work: Work, name: str, budget: int) -> tuple[Los
     if options is None:
         peers = {one.name: one.loss for one in score_implementations(case)}
         return peers[name], None
-    reference = torch.zeros(case.shape.sequences, device=case.device)
+    reference = torch.zeros(case.shape.sequences, device=case.device, dtype=torch.float32)
 
     def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
         return preference_loss(

@@ -209,9 +209,9 @@ def _self_check() -> Report:
     from ..scoring.backends import unavailable_reason
 
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(48, 32, generator=generator, dtype=torch.float64)
-    weight = torch.randn(999, 32, generator=generator, dtype=torch.float64) / 32**0.5
-    target = torch.randint(999, (48,), generator=generator)
+    hidden = torch.randn(48, 32, generator=generator, dtype=torch.float64, device="cpu")
+    weight = torch.randn(999, 32, generator=generator, dtype=torch.float64, device="cpu") / 32**0.5
+    target = torch.randint(999, (48,), generator=generator, dtype=torch.int64, device="cpu")
     errors: dict[str, float] = {}
     fine = True
     wanted = (

@@ -52,7 +52,7 @@ def _lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
         return torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols]
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     buffer = _take(nbytes)
     # Of a storage of its own: detached tensors and views share that and may outlive any tensor.
     lent = (ctypes.c_uint8 * buffer.numel()).from_address(buffer.data_ptr())

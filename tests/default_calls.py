@@ -69,6 +69,7 @@ def scoring_calls() -> dict[str, Call]:
     calls["linear_logprob updated"] = lambda: with_gradients(
         lambda hidden: fastpref.linear_logprob(hidden, WEIGHT, TARGET, lora=LORA), HIDDEN
     )
+    calls["release_workspace"] = fastpref.release_workspace
     calls["explain"] = lambda: str(fastpref.explain(HIDDEN, WEIGHT, TARGET))
     calls["explain_divergence"] = lambda: str(fastpref.explain_divergence(*two))
     for kind in DIVERGENCES:

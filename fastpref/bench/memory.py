@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import ScoringOptions, explain, preference_loss
 from ..integrations.trl import default_budget
 from ..scoring import workspace
-from ..scoring.plan import total_memory
+from ..scoring.memory import total_memory
 from .experiment import Case, Loss, Mode, step
 from .losses import score_implementations
 from .timing import MEBIBYTE, Clock

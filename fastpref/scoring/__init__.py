@@ -7,6 +7,7 @@ from .head import WeightContext
 from .plan import BUDGET_SHARE, PRODUCT_BYTES, Plan
 from .statistics import TokenScores
 from .types import ScoringOptions
+from .workspace import release as release_workspace
 
 __all__ = [
     "BUDGET_SHARE",
@@ -18,4 +19,5 @@ __all__ = [
     "explain_divergence",
     "linear_divergence",
     "linear_logprob",
+    "release_workspace",
 ]

@@ -52,6 +52,7 @@ def forward(
     what backward needs."""
     rule, heads, plan = run.rule, run.heads, run.plan
     weight, hidden = heads.projectors[0].weight, rows[0]
+    workspace.begin_pass()
     kept: list[Tensor] = []
     if plan.kept_rows:
         shape = plan.kept_rows, weight.shape[0]

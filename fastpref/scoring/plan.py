@@ -18,7 +18,6 @@ again.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
@@ -28,7 +27,7 @@ from . import scaled
 from .backends import column_sums, divergences
 from .types import Schedule, ScoringOptions, statistics_dtype
 
-BUDGET_SHARE = 16  # of the device's total memory
+BUDGET_SHARE = 16  # of the device's total memory, or of the container's
 LEAST_ROWS = 64
 LEAST_COLS = 1024
 # Below about 512 rows a product spends its time packing the weight. On a CPU chunks above 2048 only
@@ -77,7 +76,7 @@ class Problem:
     device_type: str
     scores_in_tiles: bool  # forms products in memory even where it keeps no exponentials
     temporary_bytes: int  # of the backend, beside a tile
-    total_memory: int  # of the device, bytes
+    total_memory: int  # of the device, or the container's limit, bytes
     active: float = 1.0  # share of the rows with a gradient, where the others cost nothing
     copies_partner: bool = False  # the weight of the second model
     sharded: bool = False  # over the vocabulary
@@ -265,12 +264,6 @@ class Plan(Problem):
 GIVEN = "memory_budget"
 SHARE = "a sixteenth of the device's memory"
 RAN_OUT = "after memory ran out"
-
-
-def total_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def choose(problem: Problem, options: ScoringOptions) -> Plan:

@@ -19,8 +19,9 @@ from . import backends, vocab_parallel
 from .backends.choice import Size
 from .head import Form, Head, Lora, Model, Shard, Sizes, WeightContext
 from .mean_logit import MeanRow
+from .memory import total_memory
 from .packing import Packing, pack
-from .plan import Plan, Problem, choose, total_memory
+from .plan import Plan, Problem, choose
 from .rules import Heads, Rule
 from .types import ScoringOptions
 from .validation import (

@@ -126,8 +126,12 @@ def _cpu() -> Report:
     import torch
 
     from .. import _extension
+    from ..scoring.products import slow_reason
 
     report: Report = {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    for name in ("bfloat16", "float16"):
+        reason = slow_reason(getattr(torch, name), torch.device("cpu"))
+        report[f"{name} products"] = f"in float32 blocks: {reason}" if reason else f"in {name}"
     module = _extension.native_module()
     if module is None:
         return report

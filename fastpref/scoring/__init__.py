@@ -4,7 +4,8 @@
 from .api import linear_logprob
 from .divergence import explain_divergence, linear_divergence
 from .head import WeightContext
-from .plan import BUDGET_SHARE, PRODUCT_BYTES, Plan
+from .plan import BUDGET_SHARE, Plan
+from .products import PRODUCT_BYTES
 from .statistics import TokenScores
 from .types import ScoringOptions
 from .workspace import release as release_workspace

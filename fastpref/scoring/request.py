@@ -17,11 +17,13 @@ from torch import Tensor
 
 from . import backends, vocab_parallel
 from .backends.choice import Size
+from .backends.tiled import Tiled
 from .head import Form, Head, Lora, Model, Shard, Sizes, WeightContext
 from .mean_logit import MeanRow
 from .memory import total_memory
 from .packing import Packing, pack
 from .plan import Plan, Problem, choose
+from .products import slow_reason
 from .rules import Heads, Rule
 from .types import ScoringOptions
 from .validation import (
@@ -81,14 +83,17 @@ class Call:
         mean = None
         if "mean_logits" in self.rule.outputs and own[0].map.cap == 0:
             mean = MeanRow.of(own[0], self.group)
-        name = self.plan.backend
-        return Heads(own, backends.load(name), name, self.group, mean)
+        name, room = self.plan.backend, self.plan.product_room
+        backend = backends.load(name)
+        if isinstance(backend, Tiled) and room:
+            backend = Tiled(backend.kernels, room)
+        return Heads(own, backend, name, self.group, mean, room)
 
     def rows(self, model: Model) -> Tensor:
         """The scored rows of ``model`` in the products' dtype, widened by an update."""
         hidden = model.hidden
         rows = self.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(self.plan.dtype)
-        return model.head.widened(rows)
+        return model.head.widened(rows, self.plan.product_room)
 
     @property
     def tuned(self) -> bool:
@@ -186,7 +191,9 @@ def plan_target(
     static = len(models) > 1 or sharded
     size = Size(request.dtype, packing.scored, sizes[0].inner, widest, heavy, static)
     backend = backends.choose(request.options.backend, device, size)
-    plan = _plan(request, rule, sizes, packing.scored, widest, sharded, active, backend, device)
+    widens = slow_reason(request.dtype, device) is not None
+    signature = request, rule, sizes, packing.scored, widest, sharded, active, backend, device
+    plan = _plan(*signature, widens)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.
     own = target.clone(memory_format=torch.contiguous_format)
     return Call(request, rule, forms, shards, own, packing, plan)
@@ -203,6 +210,7 @@ def _plan(
     active: float,
     backend: str,
     device: torch.device,
+    widens: bool,
 ) -> Plan:
     """Of a call's signature; kept for the next of the same."""
     dtype, head, serving = request.dtype, heads[0], backends.load(backend)
@@ -232,6 +240,7 @@ def _plan(
             scored, vocab_size, device.type, dtype, rule.statistics
         ),
         total_memory=total_memory(device),
+        widens=widens and isinstance(serving, Tiled),
     )
     return choose(problem, request.options)
 

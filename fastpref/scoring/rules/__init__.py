@@ -37,6 +37,7 @@ class Heads(NamedTuple):
     group: dist.ProcessGroup | None
     # Of the first, where mean logits are asked for without a cap: no rule makes them then.
     mean: MeanRow | None = None
+    room: int = 0  # of products, see products.py
 
     def second(self) -> Heads:
         """The second model's alone."""

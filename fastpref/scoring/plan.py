@@ -255,8 +255,11 @@ class Plan(Problem):
     def _blocks_bytes(self) -> int:
         """Of it, what the largest product fills."""
         inner = max(self.hidden_size, self.partner_size)
-        sizes = self.scored * inner + self.vocab_size * (inner + self.scored)
-        return min(self.product_room, statistics_dtype(self.dtype).itemsize * sizes)
+        rows, vocab = self.scored, self.vocab_size
+        each = rows * vocab, inner * rows, inner * vocab
+        return min(
+            self.product_room, statistics_dtype(self.dtype).itemsize * (sum(each) + max(each))
+        )
 
     @property
     def _row_bytes(self) -> int:

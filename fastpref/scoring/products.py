@@ -71,20 +71,21 @@ def _in_blocks(total: Tensor, a: Tensor, b: Tensor, first: bool, room: int) -> N
     exact = statistics_dtype(a.dtype)
     (rows, inner), cols = a.shape, b.shape[1]
     m, k, n = block((rows, inner, cols), room // exact.itemsize)
-    left, right, out = lease((m * k + k * n + m * n,), exact, a.device).split([m * k, k * n, m * n])
+    scratch = lease((m * k + k * n + 2 * m * n,), exact, a.device)
+    left, right, sums, low = scratch.split([m * k, k * n, m * n, m * n])
     for at in split(0, cols, n):
         for own in split(0, rows, m):
             part = total[own, at]
-            sums = part if part.dtype == exact else out[: part.numel()].view(part.shape)
-            fresh = first or sums is not part
+            out = sums[: part.numel()].view(part.shape)
             for inside in split(0, inner, k):
                 wide = _widened(a[own, inside], left), _widened(b[inside, at], right)
-                if fresh and inside.start == 0:
-                    torch.mm(*wide, out=sums)
+                if inside.start == 0:
+                    torch.mm(*wide, out=out)
                 else:
-                    torch.addmm(sums, *wide, out=sums)
-            if sums is not part:
-                part.copy_(sums) if first else part.add_(sums)
+                    torch.addmm(out, *wide, out=out)
+            if part.dtype != a.dtype:
+                out = low.view(a.dtype)[: part.numel()].view(part.shape).copy_(out)
+            part.copy_(out) if first else part.add_(out)
 
 
 def _widened(matrix: Tensor, room: Tensor) -> Tensor:
@@ -95,10 +96,11 @@ def _widened(matrix: Tensor, room: Tensor) -> Tensor:
 
 
 def block(sizes: tuple[int, int, int], elements: int) -> tuple[int, int, int]:
-    """Rows, inner and columns of blocks whose two operands and result have no more ``elements``:
-    as near to a cube as halving the largest of ``sizes`` comes, since each is cast once a block."""
+    """Rows, inner and columns of blocks whose two operands, result and rounded result have no more
+    ``elements``: as near to a cube as halving the largest of ``sizes`` comes, since each is cast
+    once a block."""
     m, k, n = sizes
-    while m * k + k * n + m * n > max(3, elements):
+    while m * k + k * n + 2 * m * n > max(4, elements):
         largest = max(m, k, n)
         if k == largest:
             k = -(-k // 2)

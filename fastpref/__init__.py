@@ -9,6 +9,7 @@ from .scoring import (
     explain_divergence,
     linear_divergence,
     linear_logprob,
+    release_workspace,
 )
 from .sequences import sequence_logp
 
@@ -25,6 +26,7 @@ __all__ = [
     "nn",
     "objectives",
     "preference_loss",
+    "release_workspace",
     "sequence_logp",
 ]
 

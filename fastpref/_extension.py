@@ -107,7 +107,7 @@ def _launch_failure(device: int) -> str | None:
     # Machine code for other GPUs, or a driver older than the runtime, shows in a launch only.
     import torch
 
-    tile = torch.zeros(1, 1, device=f"cuda:{device}")
+    tile = torch.zeros(1, 1, device=f"cuda:{device}", dtype=torch.float32)
     target = torch.zeros(1, dtype=torch.int64, device=tile.device)
     try:
         torch.ops.fastpref.exp_rows_(tile, target, tile[0], None, 1.0, 0.0, False, False)

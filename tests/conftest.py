@@ -100,4 +100,10 @@ def poisoned_memory(monkeypatch):
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     take = workspace._take
-    monkeypatch.setattr(workspace, "_take", lambda nbytes: take(nbytes).fill_(0xFF))
+
+    def take_poisoned(nbytes):
+        buffer = take(nbytes)
+        buffer.memory.fill_(0xFF)
+        return buffer
+
+    monkeypatch.setattr(workspace, "_take", take_poisoned)

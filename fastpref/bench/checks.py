@@ -131,10 +131,12 @@ def _tensors(one: Check, device: str) -> Named:
 
     hidden = normal(one.rows, one.width)
     weight = normal(one.vocab, one.width) * (3 / one.width**0.5)
-    target = torch.randint(one.vocab, (one.rows,), generator=generator, device="cpu")
+    target = torch.randint(
+        one.vocab, (one.rows,), generator=generator, device="cpu", dtype=torch.int64
+    )
     if one.overflowing:
         rare = 40
-        weight[:rare, 0] = -torch.linspace(100, 1000, rare, device="cpu")
+        weight[:rare, 0] = -torch.linspace(100, 1000, rare, device="cpu", dtype=torch.float32)
         hidden[:, 0] = 1
         every = round(1 / one.overflowing)
         target = rare + target % (one.vocab - rare)

@@ -33,9 +33,13 @@ def sample(hidden: Tensor, weight: Tensor, target: Tensor) -> Sample:
     count, device = len(target), hidden.device
     generator = torch.Generator().manual_seed(0)
     # The last ones lie where an index that is too narrow goes astray.
-    last = torch.arange(max(count - LAST, 0), count)
-    rows = torch.cat([torch.randperm(count, generator=generator)[:ROWS], last]).to(device)
-    anywhere = torch.randint(len(weight), (COLUMNS // 2,), generator=generator).to(device)
+    last = torch.arange(max(count - LAST, 0), count, dtype=torch.int64, device="cpu")
+    rows = torch.cat(
+        [torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")[:ROWS], last]
+    ).to(device)
+    anywhere = torch.randint(
+        len(weight), (COLUMNS // 2,), generator=generator, dtype=torch.int64, device="cpu"
+    ).to(device)
     columns = torch.cat([target[: COLUMNS // 2], anywhere])
 
     wide = hidden[rows].double()

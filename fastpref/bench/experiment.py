@@ -93,7 +93,7 @@ class Errors(NamedTuple):
     @property
     def largest(self) -> float:
         # Of numbers with NaN among them, Python's max may be any.
-        return float(torch.tensor(self).max())
+        return float(torch.tensor(self, dtype=torch.float32, device="cpu").max())
 
 
 def errors(found: Outcome, exact: Outcome) -> Errors:
@@ -105,7 +105,8 @@ def errors(found: Outcome, exact: Outcome) -> Errors:
         for got, want in values
     ]
     return Errors(
-        float(torch.stack(of_loss).max()), float(torch.tensor([0.0, *of_gradients]).max())
+        float(torch.stack(of_loss).max()),
+        float(torch.tensor([0.0, *of_gradients], dtype=torch.float32, device="cpu").max()),
     )
 
 

@@ -52,7 +52,8 @@ class _Given:
         self.mask = work.scored
         self.generator = torch.Generator(self.mask.device).manual_seed(0)
         self.policy, self.reference, self.old = (-3 * self._draw(*self.mask.shape) for _ in "123")
-        rows, lengths = len(self.mask), self.mask.sum(-1)
+        rows, lengths, device = len(self.mask), self.mask.sum(-1), self.mask.device
+        places = torch.arange(rows, dtype=torch.int64, device=device)
         self.lead = {
             "pair": (rows // 2,),
             "unit": (rows,),
@@ -63,14 +64,14 @@ class _Given:
             "lengths": lengths.reshape(-1, *self.lead[1:]),
             "chosen_lengths": lengths[: rows // 2],
             "rejected_lengths": lengths[rows // 2 :],
-            "labels": torch.arange(rows, device=self.mask.device) % 2 == 0,
+            "labels": places % 2 == 0,
             "prompt_embeddings": self._draw(rows // 2, EMBEDDING),
-            "group_ids": torch.arange(rows, device=self.mask.device) // RESPONSES,
-            "rewards": (torch.arange(rows, device=self.mask.device) % 2).float(),
+            "group_ids": places // RESPONSES,
+            "rewards": (places % 2).float(),
             "mask": self.mask,
             "ref_token_logp": self.reference,
-            "running_mean": torch.full((), 0.5, device=self.mask.device),
-            "running_std": torch.full((), 0.5, device=self.mask.device),
+            "running_mean": torch.full((), 0.5, device=device, dtype=torch.float32),
+            "running_std": torch.full((), 0.5, device=device, dtype=torch.float32),
         }
         wanted = [
             name for name, facts in objective.extras.items() if facts.required or name in USUAL
@@ -80,7 +81,9 @@ class _Given:
     def _draw(self, *sizes: int) -> Tensor:
         """Within (0, 1)."""
         device = self.generator.device
-        return 0.05 + 0.9 * torch.rand(*sizes, generator=self.generator, device=device)
+        return 0.05 + 0.9 * torch.rand(
+            *sizes, generator=self.generator, device=device, dtype=torch.float32
+        )
 
 
 def head(objective: Objective, given: _Given, dtype: torch.dtype, mode: Mode) -> Outcome:

@@ -98,8 +98,11 @@ def of_call(backend: Any, which: Call) -> tuple[int, int]:
     from ..scoring import backward, request
     from ..scoring.packing import Packing
 
-    hidden, weight = (torch.randn(n, 32).requires_grad_(which.gradient) for n in (64, 96))
-    target = torch.randint(96, (64,))
+    hidden, weight = (
+        torch.randn(n, 32, dtype=torch.float32, device="cpu").requires_grad_(which.gradient)
+        for n in (64, 96)
+    )
+    target = torch.randint(96, (64,), dtype=torch.int64, device="cpu")
 
     def packed(target: Any, ignore_index: int, *_: Any, **__: Any) -> Packing:
         return Packing(len(target), len(target), None, target != ignore_index, None)

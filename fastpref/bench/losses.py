@@ -160,7 +160,7 @@ def _composed(kind: Kind, extras: Extras, scored: Logp) -> Loss:
 
 
 def _labels(work: Work) -> Extras:
-    rows = torch.arange(work.target.shape[0], device=work.target.device)
+    rows = torch.arange(work.target.shape[0], device=work.target.device, dtype=torch.int64)
     # As many of each kind would cancel.
     return {
         "labels": rows < 3 * len(rows) // 4,
@@ -171,11 +171,19 @@ def _labels(work: Work) -> Extras:
 def _sampled(work: Work) -> Extras:
     """Advantages, and log-probabilities of a sampler so near the policy that little is clipped."""
     rows, device = work.target.shape[0], work.target.device
-    noise = torch.randn(work.target.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn(
+        work.target.shape,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float32,
+        device="cpu",
+    ).to(device)
     with torch.no_grad():
         policy = exact.scores(work, work.hidden.double(), work.weight.double())
     old = torch.where(work.scored, policy.float() + 0.05 * noise, 0.0)
-    return {"advantages": torch.linspace(-1, 2, rows, device=device), "old_token_logp": old}
+    return {
+        "advantages": torch.linspace(-1, 2, rows, device=device, dtype=torch.float32),
+        "old_token_logp": old,
+    }
 
 
 def _liger(name: str, settings: dict[str, Any], *tensors: Tensor, **given: Any) -> Tensor:

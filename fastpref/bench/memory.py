@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import ScoringOptions, explain, preference_loss
 from ..integrations.trl import default_budget
 from ..scoring import workspace
-from ..scoring.plan import total_memory
+from ..scoring.memory import total_memory
 from .experiment import Case, Loss, Mode, step
 from .losses import score_implementations
 from .timing import MEBIBYTE, Clock
@@ -112,7 +112,7 @@ def _implementation(case: Case, work: Work, name: str, budget: int) -> tuple[Los
     if options is None:
         peers = {one.name: one.loss for one in score_implementations(case)}
         return peers[name], None
-    reference = torch.zeros(case.shape.sequences, device=case.device)
+    reference = torch.zeros(case.shape.sequences, device=case.device, dtype=torch.float32)
 
     def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
         return preference_loss(

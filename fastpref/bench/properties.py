@@ -142,11 +142,13 @@ def _tensors(sizes: Sizes, device: str) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, device=device)
+        return torch.randn(*sizes, generator=generator, device=device, dtype=torch.float32)
 
     hidden = normal(sizes.rows, sizes.width)
     weight = normal(sizes.vocab, sizes.width) * (3 / sizes.width**0.5)
-    target = torch.randint(sizes.vocab, (sizes.rows,), generator=generator, device=device)
+    target = torch.randint(
+        sizes.vocab, (sizes.rows,), generator=generator, device=device, dtype=torch.int64
+    )
     return hidden.bfloat16(), weight.bfloat16(), target
 
 

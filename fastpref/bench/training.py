@@ -47,7 +47,7 @@ class _Step:
         self.work, self.mode = work, mode
         self.body = _body(work)
         # Masked positions get tokens that differ: the gradient of one embedding is no sum over all.
-        others = torch.arange(work.target.numel(), device=work.target.device)
+        others = torch.arange(work.target.numel(), device=work.target.device, dtype=torch.int64)
         others = (others % work.shape.vocab_size).view_as(work.target)
         self.tokens = torch.where(work.scored, work.target, others)
         self.weight = work.leaves(hidden=False, weight=mode == "trainable head")[1]

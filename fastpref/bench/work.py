@@ -60,7 +60,9 @@ class Shape:
         as much longer than the mean as the other is shorter."""
         unscored, pairs = self.length - self.completion, self.sequences // 2
         spans = []
-        for share, spread in torch.rand(pairs, 2, generator=generator).tolist():
+        for share, spread in torch.rand(
+            pairs, 2, generator=generator, dtype=torch.float32, device="cpu"
+        ).tolist():
             prompt = round(unscored * (1 + 2 * share) / 4)  # a quarter to three quarters of it
             half = round((2 * spread - 1) * min(unscored - prompt, self.completion - 1))
             spans.append([(prompt, prompt + self.completion + one) for one in (half, -half)])
@@ -118,7 +120,7 @@ def make_work(
     rows, vocab, width = shape.positions, shape.vocab_size, shape.hidden_size
 
     def draw(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, device=device)
+        return torch.randn(*sizes, generator=generator, device=device, dtype=torch.float32)
 
     weight = draw(vocab, width) * width**-0.5
     hidden = draw(rows, width)
@@ -126,7 +128,7 @@ def make_work(
     if logits == "trained":
         scale = _scale_to_entropy(sample, TRAINED_ENTROPY)
         hidden, sample = hidden * scale, sample * scale
-    chance = torch.rand(rows, 1, generator=generator, device=device)
+    chance = torch.rand(rows, 1, generator=generator, device=device, dtype=torch.float32)
     blocks = zip(hidden.split(ROWS_OF_A_BLOCK), chance.split(ROWS_OF_A_BLOCK), strict=True)
     target = torch.cat([_drawn(block @ weight.t(), share) for block, share in blocks])
     target = target.view(shape.sequences, shape.length)

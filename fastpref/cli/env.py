@@ -126,8 +126,12 @@ def _cpu() -> Report:
     import torch
 
     from .. import _extension
+    from ..scoring.products import slow_reason
 
     report: Report = {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    for name in ("bfloat16", "float16"):
+        reason = slow_reason(getattr(torch, name), torch.device("cpu"))
+        report[f"{name} products"] = f"in float32 blocks: {reason}" if reason else f"in {name}"
     module = _extension.native_module()
     if module is None:
         return report
@@ -209,9 +213,9 @@ def _self_check() -> Report:
     from ..scoring.backends import unavailable_reason
 
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(48, 32, generator=generator, dtype=torch.float64)
-    weight = torch.randn(999, 32, generator=generator, dtype=torch.float64) / 32**0.5
-    target = torch.randint(999, (48,), generator=generator)
+    hidden = torch.randn(48, 32, generator=generator, dtype=torch.float64, device="cpu")
+    weight = torch.randn(999, 32, generator=generator, dtype=torch.float64, device="cpu") / 32**0.5
+    target = torch.randint(999, (48,), generator=generator, dtype=torch.int64, device="cpu")
     errors: dict[str, float] = {}
     fine = True
     wanted = (

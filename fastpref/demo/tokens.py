@@ -53,12 +53,12 @@ def pad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask and labels (-100 on prompts and padding), each ``(B, T)``."""
     longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    ids = torch.full((len(sequences), longest), filler)
+    ids = torch.full((len(sequences), longest), filler, dtype=torch.int64, device="cpu")
     attended = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
     for row, (prompt, completion) in enumerate(sequences):
         end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
+        ids[row, :end] = torch.tensor(prompt + completion, dtype=torch.int64, device="cpu")
         attended[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(completion)
+        labels[row, len(prompt) : end] = torch.tensor(completion, dtype=torch.int64, device="cpu")
     return ids.to(where), attended.to(where), labels.to(where)

@@ -85,7 +85,9 @@ class _WithColumns:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = self.collate(examples)
         for name in self.names:
-            batch[name] = torch.tensor([example[name] for example in examples])
+            batch[name] = torch.tensor(
+                [example[name] for example in examples], dtype=torch.float32, device="cpu"
+            )
         return batch
 
 
@@ -103,9 +105,15 @@ class _Lists:
             for completion in example["completion_ids"]
         ]
         ids, attended, labels = pad(rows, self.filler, torch.device("cpu"))
-        sizes = torch.tensor([len(example["scores"]) for example in examples])
-        mask = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
-        scores = torch.tensor([score for example in examples for score in example["scores"]])
+        sizes = torch.tensor(
+            [len(example["scores"]) for example in examples], dtype=torch.int64, device="cpu"
+        )
+        mask = torch.arange(int(sizes.max()), dtype=torch.int64, device="cpu") < sizes.unsqueeze(1)
+        scores = torch.tensor(
+            [score for example in examples for score in example["scores"]],
+            dtype=torch.float32,
+            device="cpu",
+        )
         return {
             "input_ids": ids,
             "attention_mask": attended,
@@ -137,7 +145,9 @@ def _losses(
         logps = [_in_lists(row, extras["mask"]) for row in logps]
         filled = {"lengths": _in_lists(lengths, extras["mask"])}
     elif "labels" in objective.extras:
-        preferred = torch.arange(len(policy), device=policy.device) < len(policy) // 2
+        preferred = (
+            torch.arange(len(policy), device=policy.device, dtype=torch.int64) < len(policy) // 2
+        )
         filled = {"lengths": lengths, "labels": preferred}
     else:  # without labels it unlearns whatever it is given
         logps = [row.chunk(2)[1] for row in logps]

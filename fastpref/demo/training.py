@@ -117,7 +117,7 @@ def complete(model: Any, tokenizer: Any, example: Example, tokens: int = 64) -> 
     # As in training, where the end of a prompt may be part of a token of the completion; in the
     # extreme the whole of it is.
     prompt = encode(tokenizer, [example])[0].prompt or tokenizer(example.prompt)["input_ids"]
-    ids = torch.tensor([prompt], device=model.device)
+    ids = torch.tensor([prompt], device=model.device, dtype=torch.int64)
     model.eval()
     written = model.generate(
         input_ids=ids,

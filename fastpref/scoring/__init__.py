@@ -4,9 +4,11 @@
 from .api import linear_logprob
 from .divergence import explain_divergence, linear_divergence
 from .head import WeightContext
-from .plan import BUDGET_SHARE, PRODUCT_BYTES, Plan
+from .plan import BUDGET_SHARE, Plan
+from .products import PRODUCT_BYTES
 from .statistics import TokenScores
 from .types import ScoringOptions
+from .workspace import release as release_workspace
 
 __all__ = [
     "BUDGET_SHARE",
@@ -18,4 +20,5 @@ __all__ = [
     "explain_divergence",
     "linear_divergence",
     "linear_logprob",
+    "release_workspace",
 ]

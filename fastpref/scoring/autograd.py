@@ -155,7 +155,8 @@ def row_gradients(
     call: Call, gradient: Tensor, rows: Tensor, model: Model
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient at wide ``rows`` -> at hidden's rows, and at the update's A."""
-    return model.head.narrowed(vocab_parallel.sum_over_ranks(gradient, call.group), rows)
+    own = vocab_parallel.sum_over_ranks(gradient, call.group)
+    return model.head.narrowed(own, rows, call.plan.product_room)
 
 
 def like(

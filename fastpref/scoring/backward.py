@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
-from .plan import PRODUCT_BYTES, Tile, split
+from .plan import Tile
+from .products import add_product, split
 from .rules import Part, Upstream
 from .scaled import add_scaled, scaled
 from .types import statistics_dtype
@@ -242,9 +243,10 @@ def _products(
             matrix = group.tile(columns, work)
             if slab is not None:
                 first = not isinstance(onto, Gradients) and group is groups[0]
-                add_product(slab, matrix.t(), group.hidden, first)
+                add_product(slab, matrix.t(), group.hidden, first, run.heads.room)
             if d_hidden is not None:
-                add_product(d_hidden[group.rows], matrix, weight[columns], columns is slabs[0])
+                own, begins = d_hidden[group.rows], columns is slabs[0]
+                add_product(own, matrix, weight[columns], begins, run.heads.room)
             if d_bias is not None:
                 add_column_sums(d_bias[columns], matrix, group.factor)
         if slab is not None and d_weight is not None and slab.dtype != d_weight.dtype:
@@ -256,16 +258,3 @@ def _products(
                 run.heads.backend.scale_rows(own, group.factor, own)
         d_hidden = d_hidden.to(dtype)
     return Gradients(d_hidden, d_weight, d_bias)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a b when ``first``, else total += a b."""
-    if total.dtype != a.dtype:
-        rows = max(1, PRODUCT_BYTES // (b.shape[1] * b.itemsize))
-        for part, own in zip(total.split(rows), a.split(rows), strict=True):
-            product = torch.mm(own, b)
-            part.copy_(product) if first else part.add_(product)
-    elif first:
-        torch.mm(a, b, out=total)
-    else:
-        torch.addmm(total, a, b, out=total)

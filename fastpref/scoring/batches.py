@@ -23,7 +23,7 @@ from .autograd import Outputs, models_of, once_differentiable, products_of, row_
 from .backward import Gradients, backward
 from .forward import Run, forward
 from .head import TENSORS, Model
-from .plan import MEBIBYTE, Plan, choose, less, rows_to_keep
+from .plan import MEBIBYTE, Plan, choose, in_float32, less, rows_to_keep, tile_budget
 from .request import Call
 from .retry import nothing_less, random_state, with_less
 from .rules import Heads
@@ -99,6 +99,7 @@ class BatchedPlan:
             f"groups, at most {plan.scored} of {self.scored} rows each ({plan.schedule}), "
             f"workspace {self.workspace_bytes / MEBIBYTE:.1f} MiB "
             f"(budget {plan.memory_budget / MEBIBYTE:.1f} MiB, {plan.budget_from})"
+            f"{in_float32(plan)}"
         )
 
 
@@ -131,7 +132,7 @@ def choose_for_groups(
 
 def _plans(whole: Plan, options: ScoringOptions, groups: Sequence[int]) -> Iterator[Plan]:
     options = replace(options, schedule="keep")
-    capacity = max(1, rows_to_keep(whole, whole.memory_budget))
+    capacity = max(1, rows_to_keep(whole, tile_budget(whole, whole.memory_budget)))
     even = whole.scored / math.ceil(whole.scored / capacity)
     rows = 0
     for group in groups:
@@ -257,7 +258,7 @@ class _OnePass:
         value, start = call.target.new_zeros(()), 0
         for plan in self.plan.plans:
             at = self.positions[start : start + plan.scored]
-            rows = [_rows_at(one, at, plan.dtype) for one in models]
+            rows = [_rows_at(one, at, plan) for one in models]
             run = Run(call.rule, heads, plan)
             value, gradients = self._batch(run, rows, at, outputs, totals)
             if d_rows is not None and gradients.hidden is not None:
@@ -321,10 +322,10 @@ class _OnePass:
         return value.detach(), tuple(found)
 
 
-def _rows_at(model: Model, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def _rows_at(model: Model, positions: Tensor, plan: Plan) -> Tensor:
     hidden, head = model
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
-    return head.widened(rows.to(dtype))
+    return head.widened(rows.to(plan.dtype), plan.product_room)
 
 
 def _spread(rows: Tensor, positions: Tensor, like: Tensor) -> Tensor:

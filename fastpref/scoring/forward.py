@@ -13,6 +13,7 @@ from torch import Tensor
 from . import workspace
 from .mean_logit import MeanRow
 from .plan import Plan
+from .products import multiply
 from .rules import Heads, Part, Rule
 from .workspace import lease
 
@@ -54,6 +55,7 @@ def forward(
     what backward needs."""
     rule, heads, plan = run.rule, run.heads, run.plan
     weight, hidden = heads.projectors[0].weight, rows[0]
+    workspace.begin_pass()
     kept: list[Tensor] = []
     if plan.kept_rows:
         shape = plan.kept_rows, weight.shape[0]
@@ -70,7 +72,7 @@ def forward(
         part = Part([one[chunk] for one in rows], target[chunk])
         parts.append(rule.forward(heads, part, tiles, keeps or bool(direct)))
         for matrix, out in zip(tiles, direct, strict=False):
-            torch.mm(matrix, weight, out=out[chunk])
+            multiply(matrix, weight, out[chunk], heads.room)
     outputs, numbers = (_joined(one) for one in zip(*parts, strict=True))
     if heads.mean is not None:
         at = rule.output_names.index("mean_logits")

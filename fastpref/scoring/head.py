@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .products import product
 from .slab import Slab
 from .types import LogitMap, statistics_dtype
 
@@ -111,21 +112,22 @@ class Head(NamedTuple):
         start = shard.start if form.start is None else form.start
         return Projector(weight, bias, form.map, start, shard.total, trained)
 
-    def widened(self, rows: Tensor) -> Tensor:
-        """(N, H) -> (N, H + r) with an update."""
+    def widened(self, rows: Tensor, room: int) -> Tensor:
+        """(N, H) -> (N, H + r) with an update; ``room`` is that of products.py."""
         if self.lora_a is None:
             return rows
-        update = rows @ self.lora_a.to(rows.dtype).t() * self.form.lora_scale
+        update = product(rows, self.lora_a.to(rows.dtype).t(), room) * self.form.lora_scale
         return torch.cat([rows, update], dim=1)
 
-    def narrowed(self, gradient: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def narrowed(self, gradient: Tensor, rows: Tensor, room: int) -> tuple[Tensor, Tensor | None]:
         """The gradient at wide ``rows``, (N, H + r) -> at their H columns, and at A."""
         a = self.lora_a
         if a is None:
             return gradient, None
         width = a.shape[1]
         own, update = gradient[:, :width], gradient[:, width:] * self.form.lora_scale
-        return own + update @ a.to(update.dtype), update.t() @ rows[:, :width]
+        own = own + product(update, a.to(update.dtype), room)
+        return own, product(update.t(), rows[:, :width], room)
 
     def by_tensor(
         self, d_weight: Tensor | None, d_bias: Tensor | None, d_a: Tensor | None

@@ -18,7 +18,6 @@ are formed, and formed again.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
@@ -26,9 +25,10 @@ import torch
 
 from . import scaled
 from .backends import column_sums, divergences
+from .products import PRODUCT_BYTES, room_bytes, split
 from .types import Schedule, ScoringOptions, statistics_dtype
 
-BUDGET_SHARE = 16  # of the device's total memory
+BUDGET_SHARE = 16  # of the device's total memory, or of the container's
 LEAST_ROWS = 64
 LEAST_COLS = 1024
 # Below about 512 rows a product spends its time packing the weight. On a CPU chunks above 2048 only
@@ -37,7 +37,6 @@ FEWEST_GOOD_ROWS = 512
 MOST_CHUNK_ROWS = 2048
 SHORTAGE = 4  # by this the budget is divided whenever memory ran out
 MEBIBYTE = 1 << 20
-PRODUCT_BYTES = 1 << 27  # at most, of what a product is before it adds up in a wider dtype
 
 
 class Tile(NamedTuple):
@@ -77,11 +76,12 @@ class Problem:
     device_type: str
     scores_in_tiles: bool  # forms products in memory even where it keeps no exponentials
     temporary_bytes: int  # of the backend, beside a tile
-    total_memory: int  # of the device, bytes
+    total_memory: int  # of the device, or the container's limit, bytes
     active: float = 1.0  # share of the rows with a gradient, where the others cost nothing
     copies_partner: bool = False  # the weight of the second model
     sharded: bool = False  # over the vocabulary
     mixes: bool = False  # the logits of both models, in plain torch
+    widens: bool = False  # products run in float32, block by block: see products.py
 
     @property
     def models(self) -> int:
@@ -150,7 +150,7 @@ class Plan(Problem):
         their products add up with those of rows that are read in place or copied."""
         if self.partner_size:
             return Tile(self.forward_tile.rows, vocab_size)
-        budget = self.memory_budget - held * vocab_size * self.itemsize
+        budget = tile_budget(self, self.memory_budget) - held * vocab_size * self.itemsize
         slab_bytes = self.slab_bytes if beside else 0
         return recompute_tile(rows, vocab_size, self.itemsize, budget, slab_bytes)
 
@@ -208,7 +208,8 @@ class Plan(Problem):
         elif self.partner_size:
             tile = self.forward_tile.nbytes(self.itemsize)
         partner = self.scored * self.partner_size * self.itemsize
-        forward = self._row_bytes + partner + self.temporary_bytes + tile
+        room = self._blocks_bytes
+        forward = self._row_bytes + partner + self.temporary_bytes + room + tile
         if not self.needs_grad or self.schedule == "direct":
             return self.saved_bytes + forward
         # Packed rows, those with a gradient, the same scaled, and their gradient.
@@ -217,11 +218,12 @@ class Plan(Problem):
         if again is None:
             # A gradient at entropy or lse, or rows without any, make kept rows pass through a tile.
             # A GPU's host cannot look for such rows.
-            spare = self.memory_budget - self.kept_rows * self.vocab_size * self.itemsize
+            kept = self.kept_rows * self.vocab_size * self.itemsize
+            spare = tile_budget(self, self.memory_budget) - kept
             again = Tile(0, self.vocab_size)
             if self.device_type == "cpu" or not self.only_logp:
                 again = recompute_tile(self.scored, self.vocab_size, self.itemsize, spare)
-        backward += self.models * again.nbytes(self.itemsize) + self.temporary_bytes
+        backward += self.models * again.nbytes(self.itemsize) + self.temporary_bytes + room
         backward += self._sum_bytes(again)
         if self.needs_bias:
             # Kept rows are summed where they lie, whole.
@@ -246,6 +248,21 @@ class Plan(Problem):
         return sums + min(max(products), PRODUCT_BYTES)
 
     @property
+    def product_room(self) -> int:
+        """Bytes in which products are formed in float32; 0 where they run in their own dtype."""
+        return room_bytes(self.memory_budget) if self.widens else 0
+
+    @property
+    def _blocks_bytes(self) -> int:
+        """Of it, what the largest product fills."""
+        inner = max(self.hidden_size, self.partner_size)
+        rows, vocab = self.scored, self.vocab_size
+        each = rows * vocab, inner * rows, inner * vocab
+        return min(
+            self.product_room, statistics_dtype(self.dtype).itemsize * (sum(each) + max(each))
+        )
+
+    @property
     def _row_bytes(self) -> int:
         return self.scored * self.hidden_size * self.itemsize
 
@@ -260,18 +277,18 @@ class Plan(Problem):
             f"(budget {self.memory_budget / MEBIBYTE:.1f} MiB, {self.budget_from}), "
             f"{self.kept_rows} of {self.scored} rows kept, "
             f"gradients: {', '.join(gradients) or 'none'}"
+            f"{in_float32(self)}"
         )
+
+
+def in_float32(plan: Plan) -> str:
+    name = str(plan.dtype).removeprefix("torch.")
+    return f", {name} products in float32 blocks" if plan.widens else ""
 
 
 GIVEN = "memory_budget"
 SHARE = "a sixteenth of the device's memory"
 RAN_OUT = "after memory ran out"
-
-
-def total_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def choose(problem: Problem, options: ScoringOptions) -> Plan:
@@ -283,7 +300,7 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
     budget = memory_budget(problem, options)
     source = SHARE if options.memory_budget is None else GIVEN
     chosen = _choice_of_two if problem.partner_size else _choice
-    schedule, kept, forward, backward = chosen(problem, budget, options)
+    schedule, kept, forward, backward = chosen(problem, tile_budget(problem, budget), options)
     given = {one.name: getattr(problem, one.name) for one in fields(Problem)}
     if problem.partner_size:
         # Of the rows that are compared at a time.
@@ -377,6 +394,14 @@ def memory_budget(problem: Problem, options: ScoringOptions) -> int:
     return options.memory_budget or problem.total_memory // BUDGET_SHARE
 
 
+def tile_budget(problem: Problem, budget: int) -> int:
+    """What is left of a budget beside the room of products. Ranks that share a vocabulary must cut
+    their rows alike, whatever processors they have: there it lies on top."""
+    if not problem.widens or problem.sharded:
+        return budget
+    return max(1, budget - room_bytes(budget))
+
+
 def less(plan: Plan, keep: bool = True) -> Plan | None:
     """The plan to follow where memory ran out under ``plan``; None where that is the least.
 
@@ -462,7 +487,3 @@ def recompute_tile(
         cols = LEAST_COLS
         rows = max(min(rows, LEAST_ROWS), min(rows, budget // (cols * itemsize)))
     return Tile(rows, vocab if cols >= vocab else _multiple(cols, LEAST_COLS))
-
-
-def split(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(at, min(stop, at + size)) for at in range(start, stop, max(1, size))]

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from . import backends, scaled, vocab_parallel
 from .backends.choice import Size
+from .backends.tiled import Tiled
 from .head import Form, Head, Lora, Model, Shard, Sizes, WeightContext
 from .mean_logit import MeanRow
+from .memory import total_memory
 from .packing import Packing, pack
-from .plan import Plan, Problem, choose, total_memory
+from .plan import Plan, Problem, choose
+from .products import slow_reason
 from .rules import Heads, Rule
 from .types import ScoringOptions
 from .validation import (
@@ -80,14 +83,17 @@ class Call:
         )
         if mean is None and "mean_logits" in self.rule.outputs and own[0].map.cap == 0:
             mean = MeanRow.of(own[0], self.group)
-        name = self.plan.backend
-        return Heads(own, backends.load(name), name, self.group, mean)
+        name, room = self.plan.backend, self.plan.product_room
+        backend = backends.load(name)
+        if isinstance(backend, Tiled) and room:
+            backend = Tiled(backend.kernels, room)
+        return Heads(own, backend, name, self.group, mean, room)
 
     def rows(self, model: Model) -> Tensor:
         """The scored rows of ``model`` in the products' dtype, widened by an update."""
         hidden = model.hidden
         rows = self.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(self.plan.dtype)
-        return model.head.widened(rows)
+        return model.head.widened(rows, self.plan.product_room)
 
     @property
     def tuned(self) -> bool:
@@ -185,9 +191,10 @@ def plan_target(
     static = len(models) > 1 or sharded
     size = Size(request.dtype, packing.scored, sizes[0].inner, widest, heavy, static)
     backend = backends.choose(request.options.backend, device, size)
+    widens = slow_reason(request.dtype, device) is not None
     capped = forms[0].map.cap != 0
     problem = sizes, packing.scored, widest, sharded, capped, active
-    plan = _plan(request, rule, *problem, backend, device)
+    plan = _plan(request, rule, *problem, backend, device, widens)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.
     own = target.clone(memory_format=torch.contiguous_format)
     return Call(request, rule, forms, shards, own, packing, plan)
@@ -205,6 +212,7 @@ def _plan(
     active: float,
     backend: str,
     device: torch.device,
+    widens: bool,
 ) -> Plan:
     """Of a call's signature; kept for the next of the same."""
     dtype, head, serving = request.dtype, heads[0], backends.load(backend)
@@ -236,6 +244,7 @@ def _plan(
         )
         + (scaled.temporary_bytes(dtype) if request.needs_grad and means else 0),
         total_memory=total_memory(device),
+        widens=widens and isinstance(serving, Tiled),
     )
     return choose(problem, request.options)
 

@@ -65,5 +65,8 @@ def write_target(
     """The target's column of E: (p - 1) / scale, times the map's slope."""
     value = torch.expm1(rows.logp) / scale * map.slope(own.raw)
     # index_put_ touches one element a row; scatter_ on CPU copies the whole matrix.
-    index = (torch.arange(exps.shape[0], device=exps.device), own.column.clamp(min=0))
+    index = (
+        torch.arange(exps.shape[0], device=exps.device, dtype=torch.int64),
+        own.column.clamp(min=0),
+    )
     exps.index_put_(index, torch.where(own.column >= 0, value.to(exps.dtype), exps[index]))

@@ -25,8 +25,9 @@ class ScoringOptions:
     - ``backend``: "torch" (any device), "cpp" (CPU); on a GPU "rows" (torch's products, one Triton
       pass over their rows), "triton" (products and exponentials in one kernel), "cuda" (the pass in
       CUDA C++); or "auto".
-    - ``memory_budget``: workspace in bytes. None takes a sixteenth of the device's total memory, so
-      that the choice of schedule depends on shapes and options alone. Below the least tile, the
+    - ``memory_budget``: workspace in bytes. None takes a sixteenth of the device's total memory, on
+      CPU of what the container is allowed where that is less, so that the choice of schedule
+      depends on shapes and options alone. Below the least tile, the
       least tile is used. Where memory runs out all the same (torch.OutOfMemoryError), a call runs
       again with less, down to the least tile, and logger ``fastpref`` says so once; not under
       ``tp_group``, where all ranks must run alike, nor while a CUDA graph is captured. Inside

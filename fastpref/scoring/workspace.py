@@ -3,8 +3,11 @@
 product on CPU).
 
 A leased tensor owns its buffer until the last tensor on its storage goes, that of an autograd
-graph included; then the buffer returns to the pool. On other devices torch's caching allocator
-already does this, and a leased tensor is an ordinary one.
+graph included; then the buffer returns to the pool. Idle buffers are there as long as one of the
+last passes needed at least half of them: what one large step took is given back soon after, and
+steps that alternate with a few of another kind find theirs again. All buffers together are never
+more than what was lent at one time. On other devices torch's caching allocator already does this,
+and a leased tensor is an ordinary one.
 """
 
 from __future__ import annotations
@@ -14,15 +17,33 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_KEPT_BUFFERS = 2
+RECENT_PASSES = 32
+
+
+@dataclass(slots=True, eq=False)
+class _Buffer:
+    memory: Tensor  # bytes
+    needed: int  # the last pass that needed at least half of it
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.numel()
+
+    @property
+    def is_recent(self) -> bool:
+        return _passes - self.needed < RECENT_PASSES
+
+
 # Reentrant: the garbage collector may end a lease inside the lists below, in the thread that holds
 # the lock.
 _lock = threading.RLock()
-_idle: list[Tensor] = []
+_idle: list[_Buffer] = []
+_passes = 0
 
 
 def row_stride(cols: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -52,34 +73,45 @@ def _lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
         return torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols]
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     buffer = _take(nbytes)
     # Of a storage of its own: detached tensors and views share that and may outlive any tensor.
-    lent = (ctypes.c_uint8 * buffer.numel()).from_address(buffer.data_ptr())
+    lent = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.memory.data_ptr())
     weakref.finalize(lent, _return, buffer).atexit = False
     # A tensor made in inference mode could not be written to outside it.
     with torch.inference_mode(False):
         return torch.frombuffer(lent, dtype=torch.uint8)[:nbytes].view(dtype).view(tuple(shape))
 
 
-def _take(nbytes: int) -> Tensor:
+def _take(nbytes: int) -> _Buffer:
     """An idle buffer of at least ``nbytes``, the smallest, or a new one."""
     with _lock:
-        fitting = [buffer for buffer in _idle if buffer.numel() >= nbytes]
+        fitting = [buffer for buffer in _idle if buffer.nbytes >= nbytes]
         if fitting:
-            best = min(fitting, key=Tensor.numel)
-            _idle[:] = [buffer for buffer in _idle if buffer is not best]
+            best = min(fitting, key=lambda buffer: buffer.nbytes)
+            _idle.remove(best)
+            if 2 * nbytes >= best.nbytes:
+                best.needed = _passes
             return best
         # Idle buffers beside the new one would break the memory budget.
         _idle.clear()
     # A buffer made in inference mode could not be written to outside it.
     with torch.inference_mode(False):
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        return _Buffer(torch.empty(nbytes, dtype=torch.uint8, device="cpu"), _passes)
 
 
-def _return(buffer: Tensor) -> None:
+def _return(buffer: _Buffer) -> None:
     with _lock:
-        _idle[:] = sorted([*_idle, buffer], key=Tensor.numel)[-_KEPT_BUFFERS:]
+        if buffer.is_recent:
+            _idle.append(buffer)
+
+
+def begin_pass() -> None:
+    """Another forward pass: what none of the last ones needed goes."""
+    global _passes
+    with _lock:
+        _passes += 1
+        _idle[:] = [buffer for buffer in _idle if buffer.is_recent]
 
 
 def give_back(tensor: Tensor) -> None:
@@ -91,6 +123,12 @@ def give_back(tensor: Tensor) -> None:
 
 
 def release() -> None:
-    """Return idle buffers to the system."""
+    """Return to the system the workspace that calls on CPU tensors left for the next ones, up to a
+    call's memory budget.
+
+    What an autograd graph still holds goes back to the pool with the graph. The next call takes its
+    memory anew, at the cost of page faults. On other devices there is none: torch's caching
+    allocator keeps such memory, see ``torch.cuda.empty_cache``.
+    """
     with _lock:
         _idle.clear()

@@ -173,7 +173,9 @@ def _inputs(setting: Setting, case: Check) -> Inputs:
     weight = (normal(case.vocab, width) * (SPREAD * width**-0.5)).to(dtype)
     hidden = normal(rows, width).to(dtype)
     bias = normal(case.vocab) if case.bias else None
-    target = torch.randint(case.vocab, (rows,), generator=generator, device=setting.device)
+    target = torch.randint(
+        case.vocab, (rows,), generator=generator, device=setting.device, dtype=torch.int64
+    )
     if case.overflowing:
         far = (
             hidden[::OVERFLOWING].float()

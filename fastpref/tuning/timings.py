@@ -50,7 +50,9 @@ def time(
     normal = functools.partial(torch.randn, generator=generator, device=setting.device, dtype=dtype)
     hidden = normal(ROWS, width).requires_grad_(needs_hidden)
     weight = normal(vocab, width).mul_(width**-0.5).requires_grad_(needs_weight)
-    target = torch.randint(vocab, (ROWS,), generator=generator, device=setting.device)
+    target = torch.randint(
+        vocab, (ROWS,), generator=generator, device=setting.device, dtype=torch.int64
+    )
     upstream = torch.ones(ROWS, device=setting.device, dtype=torch.float32)
 
     def step(tier: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 import fastpref
 from fastpref.cli import env
+from fastpref.scoring import products
 from fastpref.scoring.backends import unavailable_reason
 
 
@@ -110,6 +111,15 @@ def test_an_exception_fails_the_self_check(
     monkeypatch.setattr(fastpref, "linear_logprob", fail)
     assert run() == 1
     assert "self-check: FAILED, RuntimeError: no scores today" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason", [None, "this processor has no bfloat16 instructions"])
+def test_how_16_bit_products_run(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    monkeypatch.setattr(products, "_slow_on_this_processor", lambda dtype: reason)
+    report = env._cpu()
+    for name in ("bfloat16", "float16"):
+        expected = f"in float32 blocks: {reason}" if reason else f"in {name}"
+        assert report[f"{name} products"] == expected
 
 
 def test_environment_lists_values(monkeypatch: pytest.MonkeyPatch) -> None:

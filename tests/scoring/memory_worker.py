@@ -30,9 +30,10 @@ def status(name):
 
 
 def leaves(call, rows, columns):
-    hidden = torch.randn(rows, call["hidden"]).requires_grad_("hidden" in call["needs"])
-    weight = torch.randn(columns, call["hidden"]).requires_grad_("weight" in call["needs"])
-    return hidden, weight
+    dtype = getattr(torch, call["dtype"])
+    hidden, weight = (torch.randn(n, call["hidden"]).to(dtype) for n in (rows, columns))
+    hidden.requires_grad_("hidden" in call["needs"])
+    return hidden, weight.requires_grad_("weight" in call["needs"])
 
 
 def score(call, rows, columns):
@@ -75,7 +76,7 @@ def prefer(call, rows, columns):
 
 def diverge(call, rows, columns):
     hidden, weight = leaves(call, rows, columns)
-    teacher = torch.randn(rows, call["hidden"]), torch.randn(columns, call["hidden"])
+    teacher = [torch.randn(n, call["hidden"]).to(hidden.dtype) for n in (rows, columns)]
     options = ScoringOptions(**call["options"])
     plan = explain_divergence(hidden, weight, *teacher, options=options)
 

@@ -32,11 +32,13 @@ def call(
     zero=0.0,
     rows=N,
     objective="dpo",
+    dtype="float32",
     **options,
 ):
     return {
         "what": what,
         "objective": objective,
+        "dtype": dtype,
         "rows": rows,
         "hidden": H,
         "vocab": V,
@@ -58,6 +60,10 @@ CALLS = {
     "entropy, kept": {"outputs": ENTROPY, "schedule": "keep", "memory_budget": 2 * LOGITS},
     "kept, half without gradient": {"memory_budget": 2 * LOGITS, "zero": 0.5},
     "twice the rows": {"schedule": "recompute", "rows": 2 * N},
+    # On a processor without such instructions with blocks in float32.
+    "recomputed in 16 bits": {"schedule": "recompute", "dtype": "bfloat16"},
+    "kept in 16 bits": {"schedule": "keep", "memory_budget": 2 * LOGITS, "dtype": "bfloat16"},
+    "direct in 16 bits": {"needs": ("hidden",), "dtype": "bfloat16"},
 }
 
 
@@ -159,6 +165,11 @@ TWO_MODELS = {
     "divergence, kept": {"what": "divergence", "memory_budget": 2 * LOGITS},
     "divergence, kept in part": {"what": "divergence", "memory_budget": HALF},
     "divergence, frozen": {"what": "divergence", "memory_budget": HALF, "needs": ("hidden",)},
+    "divergence, in 16 bits": {
+        "what": "divergence",
+        "memory_budget": HALF,
+        "dtype": "bfloat16",
+    },
     "divergence, no gradient": {"what": "divergence", "memory_budget": HALF, "needs": ()},
 }
 

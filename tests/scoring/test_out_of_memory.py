@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
-from fastpref.scoring import autograd, backward, operators, retry, workspace
+from fastpref.scoring import autograd, operators, products, retry, workspace
 from fastpref.scoring import plan as schedule
 from fastpref.scoring.api import ask
 from fastpref.scoring.backends.column_sums import FEW_ROWS
@@ -175,7 +175,7 @@ class Largest(TorchDispatchMode):
 def test_gradients_of_the_weight_add_up_in_little(budget, weight_dtype, monkeypatch):
     """Of a budget in MiB that holds some or all exponentials. What adds up in float32 is a slab, or
     the gradient itself; what is rounded before it does, a part of a product."""
-    monkeypatch.setattr(backward, "PRODUCT_BYTES", 1 << 18)
+    monkeypatch.setattr(products, "PRODUCT_BYTES", 1 << 18)
     rows, hidden_size, vocab = 300, 512, 8192
     hidden = torch.randn(rows, hidden_size, dtype=torch.bfloat16, device="cpu").requires_grad_()
     weight = torch.randn(vocab, hidden_size, dtype=weight_dtype, device="cpu") / 16
@@ -343,11 +343,11 @@ def test_exponentials_are_gone_before_backward_tries_again(monkeypatch):
     workspace.release()
     logp = kept_call(leaves, target)
     held = int((target >= 0).sum()) * V * 4
-    assert not any(one.numel() >= held for one in workspace._idle)
+    assert not any(one.nbytes >= held for one in workspace._idle)
     release, released = workspace.release, []
 
     def released_by():
-        released.extend(one.numel() for one in workspace._idle)
+        released.extend(one.nbytes for one in workspace._idle)
         release()
 
     monkeypatch.setattr(workspace, "release", released_by)

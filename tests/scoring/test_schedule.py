@@ -7,6 +7,7 @@ import torch
 from fastpref import ScoringOptions
 from fastpref.scoring import plan as schedule
 from fastpref.scoring.backends import column_sums
+from fastpref.scoring.memory import total_memory
 from fastpref.scoring.plan import Problem, choose
 
 N, H, V = 4096, 1024, 32768
@@ -98,8 +99,8 @@ def test_default_budget_is_a_share_of_total_memory():
 
 
 def test_total_memory_of_the_cpu():
-    total = schedule.total_memory(torch.device("cpu"))
-    assert total == schedule.total_memory(torch.device("cpu"))
+    total = total_memory(torch.device("cpu"))
+    assert total == total_memory(torch.device("cpu"))
     assert GIB // 2 < total < 1 << 50
 
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+import fastpref
 from fastpref.scoring import workspace
 from fastpref.scoring.workspace import lease
 
@@ -53,7 +54,7 @@ def test_a_view_or_a_detached_tensor_holds_the_buffer():
     while others:
         assert address(lease((1000,), torch.float32, CPU)) != first
         others.pop()
-    assert first in {buffer.data_ptr() for buffer in workspace._idle}
+    assert first in {buffer.memory.data_ptr() for buffer in workspace._idle}
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -66,7 +67,7 @@ def test_memory_given_back_is_gone_for_every_holder(device):
     if device == "cpu":
         assert not workspace._idle
         del view
-        assert [one.numel() for one in workspace._idle] == [3 * 2051 * 2]
+        assert [one.nbytes for one in workspace._idle] == [3 * 2051 * 2]
 
 
 def test_the_smallest_that_fits():
@@ -77,13 +78,112 @@ def test_the_smallest_that_fits():
     assert address(lease((99,), torch.float32, CPU)) == addresses[0]
 
 
-def test_the_pool_is_small_and_keeps_the_largest():
-    leases = [lease((size,), torch.float32, CPU) for size in (10, 1000, 30, 500)]
-    del leases
-    sizes = [buffer.numel() for buffer in workspace._idle]
-    assert sizes == [2000, 4000]
-    workspace.release()
-    assert not workspace._idle
+def idle():
+    return sorted(buffer.nbytes for buffer in workspace._idle)
+
+
+def passes(*sizes, count=1):
+    """Forward passes that work in buffers of so many bytes, one after the other."""
+    for _ in range(count):
+        workspace.begin_pass()
+        for size in sizes:
+            lease((size,), torch.uint8, CPU)
+
+
+def test_what_recent_passes_do_not_need_goes():
+    passes(1000)
+    assert idle() == [1000]
+    passes(count=workspace.RECENT_PASSES - 1)
+    assert idle() == [1000]
+    passes()
+    assert idle() == []
+
+
+def test_one_large_step_is_forgotten_by_small_ones():
+    """Though they work in its buffer at first."""
+    passes(1000)
+    passes(10, count=workspace.RECENT_PASSES - 1)
+    assert idle() == [1000]
+    passes(10, count=2)
+    assert idle() == [10]
+
+
+def test_a_buffer_that_comes_back_late_goes():
+    tensor = lease((1000,), torch.uint8, CPU)
+    passes(count=workspace.RECENT_PASSES)
+    del tensor
+    assert idle() == []
+
+
+def test_nothing_is_made_anew_in_steady_state(monkeypatch):
+    """Training, whose exponentials stay until backward, and evaluation between."""
+    made = []
+    make = workspace._Buffer
+    monkeypatch.setattr(
+        workspace, "_Buffer", lambda memory, needed: made.append(memory) or make(memory, needed)
+    )
+
+    def train():
+        workspace.begin_pass()
+        kept = [lease((size,), torch.uint8, CPU) for size in (1000, 700)]
+        for size in (16, 300, 16, 31, 16):
+            lease((size,), torch.uint8, CPU)
+        del kept
+
+    def steps():
+        for _ in range(3):
+            train()
+        passes(90, 16, count=workspace.RECENT_PASSES // 2)
+
+    steps()
+    made.clear()
+    for _ in range(4):
+        steps()
+    assert not made
+
+
+def test_all_together_are_never_more_than_was_lent_at_once():
+    generator = torch.Generator().manual_seed(0)
+    most, held = 0, []
+    for size in torch.randint(1, 1000, (300,), generator=generator).tolist():
+        workspace.begin_pass()
+        held.append(lease((size,), torch.uint8, CPU))
+        lent = sum(one.untyped_storage().nbytes() for one in held)
+        most = max(most, lent)
+        assert lent + sum(idle()) <= most
+        del held[:-2]
+    held.clear()
+    assert sum(idle()) <= most
+
+
+def test_release():
+    buffers = [lease((size,), torch.float32, CPU) for size in (10, 1000)]
+    del buffers[0]
+    fastpref.release_workspace()
+    assert idle() == []
+    # What is lent is not touched, and comes back.
+    buffers[0].fill_(1)
+    buffers.clear()
+    assert idle() == [4000]
+
+
+def test_calls_leave_what_they_need_and_no_more():
+    def step(rows):
+        hidden = torch.randn(rows, 8, requires_grad=True)
+        weight = torch.randn(1000, 8, requires_grad=True)
+        scores = fastpref.linear_logprob(hidden, weight, torch.arange(rows))
+        scores.logp.sum().backward()
+
+    step(200)
+    gc.collect()
+    large = sum(idle())
+    assert large >= 200 * 1000 * 4
+    for _ in range(workspace.RECENT_PASSES + 1):
+        step(10)
+    gc.collect()
+    assert 10 * 1000 * 4 <= sum(idle()) < large // 4
+    fastpref.release_workspace()
+    assert idle() == []
 
 
 def test_a_buffer_made_in_inference_mode_serves_outside():

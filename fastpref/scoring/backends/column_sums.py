@@ -75,7 +75,11 @@ def _serves(matrix: Tensor, weights: Tensor | None) -> bool:
 
     def check() -> str:
         # Whole numbers: their sums are exact.
-        given = torch.arange(70 * cols, device=matrix.device).fmod(7).to(matrix.dtype)
+        given = (
+            torch.arange(70 * cols, device=matrix.device, dtype=torch.int64)
+            .fmod(7)
+            .to(matrix.dtype)
+        )
         given = given.view(70, cols)
         some = None if weights is None else given[:, 1].to(weights.dtype).contiguous()
         totals = given.new_zeros((2, cols), dtype=torch.float64)

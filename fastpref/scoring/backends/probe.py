@@ -196,7 +196,9 @@ class _Example:
             return torch.randint(-1, 2, shape, generator=generator, dtype=torch.int64, device="cpu")
 
         states, weights = whole(ROWS, width), whole(columns, width)
-        target = torch.randint(columns, (ROWS,), generator=generator, device="cpu")
+        target = torch.randint(
+            columns, (ROWS,), generator=generator, device="cpu", dtype=torch.int64
+        )
         # As far below the largest as such products go: the anchor will not do.
         weights[target[1]] = -states[1]
         weights[(target[1] + 1) % columns] = states[1]
@@ -275,7 +277,9 @@ def _check_settle(
     exact = statistics_dtype(dtype)
     at = torch.arange(ROWS, dtype=exact, device=device)
     raw = at / 2 - 1
-    own = TargetLogits(torch.arange(ROWS, device=device) - 1, raw, map.logit(raw))
+    own = TargetLogits(
+        torch.arange(ROWS, device=device, dtype=torch.int64) - 1, raw, map.logit(raw)
+    )
     anchor = torch.where(at < 3, own.logit, own.logit + 7)
     best = None if without_best else anchor + 1
     sums = RowSums(anchor, (at + 1) / 3, at / 8, best)
@@ -299,7 +303,9 @@ def _check_scale(
     out_dtype: torch.dtype,
     factor_dtype: torch.dtype,
 ) -> str:
-    rows = torch.arange(3 * 1040, device=device).view(3, 1040).fmod(251).to(dtype)
+    rows = (
+        torch.arange(3 * 1040, device=device, dtype=torch.int64).view(3, 1040).fmod(251).to(dtype)
+    )
     factor = torch.tensor([0.75, 0.0, -2.5], dtype=factor_dtype, device=device)
     found = (
         {"rows": one.scale_rows(rows, factor, torch.empty_like(rows, dtype=out_dtype))}

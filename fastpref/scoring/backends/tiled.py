@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..halves import clip_targets, lost_products
+from ..products import multiply
 from ..slab import Products, Projection
 from ..statistics import RowSums
 from ..workspace import lease
@@ -37,10 +38,10 @@ class TileKernels(RowKernels, Protocol):
 
 
 class Tiled:
-    """A RowBackend of such kernels."""
+    """A RowBackend of such kernels; ``room`` is that of products.py."""
 
-    def __init__(self, kernels: TileKernels) -> None:
-        self.kernels = kernels
+    def __init__(self, kernels: TileKernels, room: int = 0) -> None:
+        self.kernels, self.room = kernels, room
         self.temporary_bytes, self.settle = kernels.temporary_bytes, kernels.settle
         self.target_logits, self.scale_rows = kernels.target_logits, kernels.scale_rows
 
@@ -52,7 +53,7 @@ class Tiled:
     ) -> RowSums:
         hidden, slab, tile, target = projection
         if tile is not None:
-            torch.mm(hidden, slab.weight.t(), out=tile)
+            multiply(hidden, slab.weight.t(), tile, self.room)
             return self.exp_rows(projection, anchor, write, statistics)
         # Planned for a backend that needs none and could not serve after all.
         shape = min(SPARE_ROWS, hidden.shape[0]), slab.weight.shape[0]
@@ -61,14 +62,15 @@ class Tiled:
         for start in range(0, max(1, hidden.shape[0]), SPARE_ROWS):
             rows = slice(start, min(hidden.shape[0], start + SPARE_ROWS))
             part = room[: rows.stop - start]
-            torch.mm(hidden[rows], slab.weight.t(), out=part)
+            multiply(hidden[rows], slab.weight.t(), part, self.room)
             at = slab.products(part), target[rows], anchor[rows]
             parts.append(self._exp_rows(*at, False, statistics))
         columns = zip(*parts, strict=True)
         return RowSums._make(None if one[0] is None else torch.cat(one) for one in columns)
 
     def project_gradient(self, projection: Projection, upstream: UpstreamGradient) -> None:
-        torch.mm(projection.hidden, projection.slab.weight.t(), out=projection.tile)
+        tile = projection.products.tile
+        multiply(projection.hidden, projection.slab.weight.t(), tile, self.room)
         self.logit_grad(projection, upstream)
 
     def exp_rows(

@@ -38,6 +38,7 @@ class Heads(NamedTuple):
     # Of the first, where mean logits are asked for without a cap: no rule makes them then, nor
     # their gradient.
     mean: MeanRow | None = None
+    room: int = 0  # of products, see products.py
 
     def second(self) -> Heads:
         """The second model's alone."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..backends.divergences import divergence_rows
+from ..products import multiply
 from ..vocab_parallel import Columns
 from ..workspace import tile_of
 from . import Again, Found, Heads, Numbers, Part, Upstream
@@ -72,7 +72,7 @@ class Divergence:
 def project(heads: Heads, rows: Sequence[Tensor], tiles: Sequence[Tensor]) -> None:
     """Raw products of some rows of both models into their tiles."""
     for own, tile, projector in zip(rows, tiles, heads.projectors, strict=True):
-        torch.mm(own, projector.weight.t(), out=tile)
+        multiply(own, projector.weight.t(), tile, heads.room)
 
 
 def two_tiles(workspace: Tensor, rows: int, columns: slice) -> list[Tensor]:

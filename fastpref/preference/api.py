@@ -82,7 +82,9 @@ def preference_loss(
         ref_weight, ref_bias, ref_lora: its head; by default ``weight`` and ``bias``, not updated
             by ``lora``.
         token_weights: like ``target``, a factor of each token in the sums of policy and reference.
-            Differentiable.
+            Differentiable. A token of weight 0 contributes nothing, whatever its score, to loss,
+            metrics and gradients, and is not even scored unless the weights need a gradient;
+            lengths count it.
         extras: what else the objective takes, by name. Lengths and the like are filled in.
         outputs: further metrics: "entropy", "mean_logits", "accuracy" (share of tokens that the
             policy finds likeliest).
@@ -130,7 +132,7 @@ def _traced(task: Task) -> PreferenceOutput:
     """Two passes, whose operators choose their schedules when they run."""
     if task.main.request.options.schedule == "batches":
         raise ValueError("schedule='batches' is not traced by torch.compile; use schedule='auto'")
-    target, reference = task.batch.target, None
+    target, reference = task.batch.to_score, None
     if task.reference is not None:
         with torch.no_grad():
             reference = run_traced(task.reference, target)

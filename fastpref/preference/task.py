@@ -59,7 +59,9 @@ def make_task(given: Arguments) -> Task:
     check_kinds(given)
     objective = configure(given.objective, given.dp_group, given.hyperparameters)
     check_rows(given, objective)
-    batch = Batch(given.target, given.ignore_index, given.cu_seqlens, given.seq_group)
+    batch = Batch(
+        given.target, given.ignore_index, given.cu_seqlens, given.seq_group, given.token_weights
+    )
     arrangement = arrange(given.layout, given.group_size, batch.rows, objective)
     check_reference(given, objective, batch)
     filled = to_be_filled(objective, given.extras)

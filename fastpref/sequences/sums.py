@@ -4,6 +4,8 @@
     sum:   s[b] = sum over the scored tokens t of b of  token_weights[t] * logp[t]
     mean:  s[b] / number of scored tokens of b, and 0 for a sequence without any
 
+A weight of exactly 0 takes its token out of the sum, a score of NaN or -inf too.
+
 Accumulation is in fp64 and rounded once, so the layouts agree with each other and a long response
 costs no precision. Nothing here uses atomics, and on CUDA nothing reads a value back to the host.
 
@@ -55,7 +57,9 @@ def sequence_logp(
         sequence_ids: ``(N,)`` integer, the sequence of each packed token in any order; negative =
             not scored. Needs ``num_sequences``.
         num_sequences: B, for ``sequence_ids`` only.
-        token_weights: shaped like ``logp``; differentiable.
+        token_weights: shaped like ``logp``; differentiable. A token of weight 0 contributes nothing
+            to sum and gradients, whatever its score, and counts as scored in a mean; the gradient
+            of its weight is its score where that is finite, else 0.
         reduction: "sum", or "mean" = weighted sum over the number of scored tokens.
 
     Returns:
@@ -93,7 +97,8 @@ def _torch_sums(logp: Tensor, token_weights: Tensor | None, layout: _Layout, mea
     scored = layout.scored()
     values = _keep(logp, scored)
     if token_weights is not None:
-        values = values * _keep(token_weights, scored)
+        weights = _keep(token_weights, scored)
+        values = _finite_at_zero(values, weights) * weights
     sums = _total(values, layout)
     if mean:
         ones = torch.ones_like(values, requires_grad=False)
@@ -104,6 +109,12 @@ def _torch_sums(logp: Tensor, token_weights: Tensor | None, layout: _Layout, mea
 def _keep(values: Tensor, scored: Tensor | None) -> Tensor:
     """``values`` in fp64, 0 where not scored; a product with 0 would let NaN through."""
     return (values if scored is None else torch.where(scored, values, 0)).double()
+
+
+def _finite_at_zero(values: Tensor, weights: Tensor) -> Tensor:
+    """``values``; where the weight is 0 a constant, 0 for NaN and infinities."""
+    constant = torch.nan_to_num(values.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.where(weights == 0, constant, values)
 
 
 def _total(values: Tensor, layout: _Layout) -> Tensor:
@@ -167,7 +178,7 @@ class _OperatorSums(torch.autograd.Function):
         needs_logp, needs_weights, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             logp if needs_weights else None,
-            token_weights if needs_logp else None,
+            token_weights if needs_logp or needs_weights else None,
             counts if mean else None,
             *layout[:3],
         )
@@ -183,14 +194,18 @@ class _OperatorSums(torch.autograd.Function):
         if counts is not None:
             per_sequence = per_sequence / counts.clamp(min=1)
         per_token = _at_tokens(per_sequence, layout, ctx.shape)
-        scored = layout.scored()
-        gradients: list[Tensor | None] = []
-        for needed, factor, dtype in zip(
-            ctx.needs_input_grad[:2], (token_weights, logp), ctx.dtypes, strict=True
-        ):
-            product = per_token if factor is None else per_token * _keep(factor, scored)
-            gradients.append(_keep(product, scored).to(dtype) if needed else None)
-        return (*gradients, None, None)
+        (needs_logp, needs_weights, *_), scored = ctx.needs_input_grad, layout.scored()
+        weights = None if token_weights is None else _keep(token_weights, scored)
+        d_logp = d_weights = None
+        if needs_logp:
+            d_logp = per_token
+            if weights is not None:
+                d_logp = _keep(per_token * weights, weights != 0)
+            d_logp = _keep(d_logp, scored).to(ctx.dtypes[0])
+        if needs_weights and weights is not None:
+            factor = _finite_at_zero(_keep(logp, scored), weights)
+            d_weights = _keep(per_token * factor, scored).to(ctx.dtypes[1])
+        return d_logp, d_weights, None, None
 
 
 def _at_tokens(per_sequence: Tensor, layout: _Layout, shape: torch.Size) -> Tensor:

@@ -98,7 +98,8 @@ def preference_loss(
         hyperparameters: of the objective.
 
     Returns:
-        PreferenceOutput. No host sync on CUDA beyond that of ``linear_logprob``.
+        PreferenceOutput. No rows give loss 0, still connected to the graph. No host sync on CUDA
+        beyond that of ``linear_logprob``.
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.

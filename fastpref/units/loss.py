@@ -13,7 +13,7 @@ from ..objectives import Objective
 from .evaluation import evaluate
 from .filling import filled_extras
 from .layouts import Arrangement
-from .numbers import Numbers
+from .numbers import Numbers, mean
 from .output import PreferenceOutput
 
 LossReduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -60,7 +60,7 @@ def _reduced(
     losses: Tensor, reduction: LossReduction, denominator: float | Tensor | None
 ) -> Tensor:
     if reduction == "mean" and denominator is None:
-        return losses.mean()
+        return mean(losses)
     loss = losses if reduction == "none" else losses.sum()
     return loss if denominator is None else loss / denominator
 

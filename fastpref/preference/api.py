@@ -22,11 +22,12 @@ from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
 from ..scoring.api import ask, run_traced
 from ..scoring.head import Lora, opened
 from ..scoring.request import plan_target
+from ..scoring.transforms import needs_operators
 from ..units import PreferenceOutput
 from ..units.layouts import LayoutName
 from ..units.loss import LossReduction
 from .arguments import Arguments
-from .plan import PreferencePlan, plan_task
+from .plan import PreferencePlan, in_two_passes, plan_task
 from .result import result_of
 from .task import Task, make_task
 
@@ -109,7 +110,7 @@ def preference_loss(
 
 
 def _run(task: Task) -> PreferenceOutput:
-    if torch.compiler.is_compiling():
+    if needs_operators(task.given.hidden):
         return _traced(task)
     call = plan_task(task)
     reference = None
@@ -131,13 +132,13 @@ def _run(task: Task) -> PreferenceOutput:
 
 def _traced(task: Task) -> PreferenceOutput:
     """Two passes, whose operators choose their schedules when they run."""
-    if task.main.request.options.schedule == "batches":
+    if torch.compiler.is_compiling() and task.main.request.options.schedule == "batches":
         raise ValueError("schedule='batches' is not traced by torch.compile; use schedule='auto'")
     target, reference = task.batch.to_score, None
     if task.reference is not None:
         with torch.no_grad():
-            reference = run_traced(task.reference, target)
-    return result_of(task, run_traced(task.main, target), reference)
+            reference = run_traced(in_two_passes(task.reference), target)
+    return result_of(task, run_traced(in_two_passes(task.main), target), reference)
 
 
 @overload

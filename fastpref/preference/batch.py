@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..parallel.sequence_parts import sum_of_sequence_parts
+from ..scoring.transforms import requires_grad
 from ..sequences import sequence_logp
 
 
@@ -51,7 +52,7 @@ class Batch:
         """Like target, the weighed tokens alone; all where the weights need a gradient, which at a
         weight of 0 is the token's score."""
         weights = self.token_weights
-        if weights is None or (weights.requires_grad and torch.is_grad_enabled()):
+        if weights is None or (requires_grad(weights) and torch.is_grad_enabled()):
             return self.target
         return self.target.long().masked_fill(~self.weighed, self.ignore_index)
 

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import autograd
-from .api import Asked, run_traced
+from .api import Asked, run
 from .backends.divergences import DIVERGENCES, unavailable_reason
 from .head import Lora
 from .plan import Plan
@@ -86,14 +85,11 @@ def linear_divergence(
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
-        RuntimeError: on a second derivative.
+        RuntimeError: on a second derivative, and on one in forward mode.
         torch.OutOfMemoryError: where 64 rows at a time do not fit.
     """
     asked, target = _ask(**locals())  # here the arguments alone, by name
-    if torch.compiler.is_compiling():
-        (value,) = run_traced(asked, target)
-    else:
-        (value,) = autograd.run(plan_target(*asked, target), asked.models)
+    (value,) = run(asked, target)
     if value is None:
         raise RuntimeError("no divergence was asked for")
     return value

@@ -17,8 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._extension import cuda_operators_serve
+from ..objectives.reading import readable
 
 # Of the operator; others it is given in float64.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -129,9 +131,20 @@ def _sum_segments(values: Tensor, boundaries: Tensor) -> Tensor:
     if values.numel() == 0 or boundaries.numel() == 1:
         # Nothing to launch on a GPU; the sum of nothing keeps the graph connected.
         return values.new_zeros(boundaries.numel() - 1) + values.sum()
+    if values.device.type == "cpu" and _is_transformed():
+        # To torch.func and forward mode, which know little of segment_reduce.
+        tokens = torch.arange(values.shape[0], dtype=torch.int64, device=values.device)
+        place = torch.searchsorted(boundaries, tokens, right=True)
+        return values.new_zeros(boundaries.numel() + 1).index_add(0, place, values)[1:-1]
     # unsafe=True: the checks torch would make read the offsets back to the host.
     sums: Tensor = torch.segment_reduce(values, "sum", offsets=boundaries, unsafe=True)
     return sums
+
+
+def _is_transformed() -> bool:
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def _sum_by_id(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
@@ -217,7 +230,8 @@ def _at_tokens(per_sequence: Tensor, layout: _Layout, shape: torch.Size) -> Tens
         place = layout.ids.clamp(-1, layout.num_sequences) + 1
     else:
         return per_sequence[:, None].expand(shape)
-    return torch.nn.functional.pad(per_sequence, (1, 1))[place]
+    # Not by indexing, of which is_grads_batched knows no derivative.
+    return torch.nn.functional.pad(per_sequence, (1, 1)).index_select(0, place)
 
 
 def _contiguous_rows(values: Tensor) -> Tensor:
@@ -310,7 +324,7 @@ def _check_boundaries(
             f"cu_seqlens is on {cu_seqlens.device} and logp on {logp.device}; move it there once, "
             "when the batch is made"
         )
-    if _readable(cu_seqlens):
+    if readable(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != logp.numel() or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
@@ -337,7 +351,7 @@ def _check_ids(
     if num_sequences < 0:
         raise ValueError(f"num_sequences must be >= 0, got {num_sequences}")
     _check_integer("sequence_ids", sequence_ids)
-    if _readable(sequence_ids) and bool((sequence_ids >= num_sequences).any()):
+    if readable(sequence_ids) and bool((sequence_ids >= num_sequences).any()):
         raise ValueError(
             f"sequence_ids must be below num_sequences = {num_sequences}, "
             f"got {int(sequence_ids.max())}"
@@ -348,8 +362,3 @@ def _check_ids(
 def _check_integer(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether reading values costs nothing: not on a device, and not while being traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective
+from ..objectives.reading import readable
 from .evaluation import evaluate
 from .filling import filled_extras
 from .layouts import Arrangement
@@ -77,8 +78,7 @@ def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
                 "denominator must be a number or a 0-dim tensor of one, got "
                 f"{tuple(denominator.shape)} of {denominator.dtype}"
             )
-        # Elsewhere reading it would wait for the device.
-        if denominator.device.type != "cpu" or torch.compiler.is_compiling():
+        if not readable(denominator):
             return
     elif isinstance(denominator, bool) or not isinstance(denominator, int | float | None):
         raise TypeError(f"denominator must be a number, got {type(denominator).__name__}")

@@ -66,10 +66,10 @@ def preference_loss(
     """The preference loss of a batch, from the hidden states that its head would take.
 
     Args:
-        hidden: (B, T, H), or packed (N, H) with ``cu_seqlens``.
+        hidden: (B, T, H), or packed (N, H) or (1, N, H) with ``cu_seqlens``.
         weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, options: as
             in ``linear_logprob``.
-        target: (B, T) or (N,) int64, already shifted.
+        target: (B, T), or packed (N,) or (1, N); int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there
             again in two passes, with the random state of before.

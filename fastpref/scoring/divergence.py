@@ -139,8 +139,8 @@ def _ask(
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"
     check_two_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, mask)
-    shape, device = student_hidden.shape[:-1], student_hidden.device
-    target = torch.full(shape, SCORED, dtype=torch.int64, device=device)
+    shape = student_hidden.shape[:-1]
+    target = student_hidden.new_full(shape, SCORED, dtype=torch.int64)
     if mask is not None:
         target = target.masked_fill(~mask, IGNORED)
     columns, others = student_weight.shape[0], teacher_weight.shape[0]

@@ -52,12 +52,12 @@ def sequence_logp(
     """Reduce per-token log-probabilities to one number per sequence.
 
     Args:
-        logp: ``(B, T)`` padded, or ``(N,)`` packed; any floating dtype.
+        logp: ``(B, T)`` padded, or packed ``(N,)`` or ``(1, N)``; any floating dtype.
         mask: ``(B, T)``, bool or integer, nonzero = scored. Padded only; a padded mean needs it.
         cu_seqlens: ``(B + 1,)`` integer boundaries of packed sequences, from 0 to N: sequence b is
             ``logp[cu_seqlens[b]:cu_seqlens[b + 1]]``, every token of it scored.
-        sequence_ids: ``(N,)`` integer, the sequence of each packed token in any order; negative =
-            not scored. Needs ``num_sequences``.
+        sequence_ids: like ``logp``, integer, the sequence of each packed token in any order;
+            negative = not scored. Needs ``num_sequences``.
         num_sequences: B, for ``sequence_ids`` only.
         token_weights: shaped like ``logp``; differentiable. A token of weight 0 contributes nothing
             to sum and gradients, whatever its score, and counts as scored in a mean; the gradient
@@ -77,6 +77,11 @@ def sequence_logp(
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     _check_kinds(logp, mask, cu_seqlens, sequence_ids, token_weights, num_sequences)
     _check_per_token(logp, mask, sequence_ids, token_weights)
+    packed = cu_seqlens is not None or sequence_ids is not None
+    if packed and logp.dim() == 2 and logp.shape[0] == 1:
+        logp = logp[0]
+        sequence_ids = None if sequence_ids is None else sequence_ids[0]
+        token_weights = None if token_weights is None else token_weights[0]
     if logp.dim() == 2:
         _check_padded(mask, cu_seqlens, sequence_ids, num_sequences, reduction)
         layout = _Layout(mask=None if mask is None else mask.bool())
@@ -274,7 +279,7 @@ def _check_per_token(
         raise TypeError(f"logp must be floating point, got {logp.dtype}")
     if logp.dim() not in (1, 2):
         raise ValueError(
-            f"logp must be (B, T) padded or (N,) packed, got shape {tuple(logp.shape)}"
+            f"logp must be (B, T) padded, or packed (N,) or (1, N), got shape {tuple(logp.shape)}"
         )
     per_token = {"mask": mask, "sequence_ids": sequence_ids, "token_weights": token_weights}
     for name, tensor in per_token.items():

@@ -324,3 +324,22 @@ def test_a_weight_of_0_takes_its_token_out(layout, reduction, score):
     assert d_weights[out][0] == pytest.approx(float(scale) * expected)
     (d_logp,) = torch.autograd.grad(sums, given, torch.full_like(sums, torch.nan))
     assert not d_logp[out].any()
+
+
+def test_packed_rows_with_a_leading_dimension_of_one():
+    """As the collators of FlashAttention give them."""
+    _, (packed, cu_seqlens, ids, weights) = case()
+    given = packed[None].requires_grad_()
+    for layout in (
+        {"cu_seqlens": cu_seqlens.int()},
+        {"sequence_ids": ids, "num_sequences": B},
+    ):
+        wide = {key: one[None] if key == "sequence_ids" else one for key, one in layout.items()}
+        for reduction in ("sum", "mean"):
+            own = sequence_logp(given, token_weights=weights[None], reduction=reduction, **wide)
+            flat = sequence_logp(packed, token_weights=weights, reduction=reduction, **layout)
+            assert torch.equal(own, flat)
+    (gradient,) = torch.autograd.grad(sequence_logp(given, cu_seqlens=cu_seqlens).sum(), given)
+    assert torch.equal(gradient, torch.ones(1, N, dtype=torch.float64))
+    with pytest.raises(ValueError, match="describe packed logp"):
+        sequence_logp(torch.zeros(2, N), cu_seqlens=cu_seqlens)

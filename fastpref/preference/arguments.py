@@ -84,7 +84,7 @@ def flattened(given: Arguments) -> Arguments:
     if given.cu_seqlens is None:
         return given
     tokens = {"target": 2, "token_weights": 2, "ref_logps": 2, "hidden": 3, "ref_hidden": 3}
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, dims in tokens.items():
         value = getattr(given, name)
         if isinstance(value, Tensor) and value.dim() == dims and value.shape[0] == 1:

@@ -279,7 +279,7 @@ def _check_per_token(
         raise TypeError(f"logp must be floating point, got {logp.dtype}")
     if logp.dim() not in (1, 2):
         raise ValueError(
-            f"logp must be (B, T) padded, or packed (N,) or (1, N), got shape {tuple(logp.shape)}"
+            f"logp must be (B, T) padded or (N,) packed, or (1, N), got shape {tuple(logp.shape)}"
         )
     per_token = {"mask": mask, "sequence_ids": sequence_ids, "token_weights": token_weights}
     for name, tensor in per_token.items():

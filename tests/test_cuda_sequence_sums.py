@@ -290,6 +290,34 @@ def test_operator_and_torch_agree(
 
 
 @layouts
+@pytest.mark.parametrize("score", [torch.nan, -torch.inf, -3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_weight_of_0_takes_its_token_out(
+    operator: Callable[[bool], None], name: str, dtype: torch.dtype, score: float
+) -> None:
+    """As plain torch has it, whose own test is in tests/sequences."""
+    shape, layout = make_layout(name)
+    absent = unscored(layout, shape)
+    logp, weights = leaves(absent, dtype, dtype)
+    out = ~absent & (torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5)
+    assert out.any()
+    logp, weights = (
+        one.detach().masked_fill(out, value).requires_grad_()
+        for one, value in ((logp, score), (weights, -0.0))
+    )
+    results = []
+    for serves in (True, False):
+        operator(serves)
+        sums = sequence_logp(logp, token_weights=weights, **layout)
+        upstream = torch.ones_like(sums)
+        upstream[0] = torch.nan
+        results.append((sums, *torch.autograd.grad(sums, (logp, weights), upstream)))
+    assert results[0][0].isfinite().all() and not results[0][1][out].any()
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@layouts
 @reductions
 def test_gradients_are_differentiable_again(
     operator: Callable[[bool], None], name: str, reduction: Any
@@ -399,7 +427,8 @@ def test_only_what_a_gradient_needs_is_kept(
 
     assert kept(logp, None) == set()
     assert kept(logp, weights.detach()) == {weights.data_ptr()}
-    assert kept(logp.detach(), weights) == {logp.data_ptr()}
+    # Which of them are 0 decides what a score that is not finite counts for.
+    assert kept(logp.detach(), weights) == {logp.data_ptr(), weights.data_ptr()}
     assert kept(logp, weights) == {logp.data_ptr(), weights.data_ptr()}
 
 

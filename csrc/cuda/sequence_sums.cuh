@@ -34,7 +34,10 @@ __global__ void __launch_bounds__(kThreads, 2) sequence_sums_kernel(SequenceSums
     // Chosen from below: a load that waits for the mask would come after it.
     const bool scored = call.scored == nullptr || call.scored[b * call.scored_stride + token];
     double term = load(values[token]);
-    if (call.weights != nullptr) term *= load(weights[token]);
+    if (call.weights != nullptr) {
+      const A weight = load(weights[token]);
+      term = weight == 0 ? 0 : term * weight;  // whatever the value
+    }
     const bool counts = there && scored;
     sum += counts ? term : 0;
     count += counts ? 1 : 0;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The launcher of the sums over sequences: pointers of the current device, no synchronisation.
 //     sums[b] = sum over the scored tokens t of b of  weights[t] * values[t],  over their number for a mean
+// A weight of 0 makes 0 of any value, NaN too.
 #pragma once
 
 #include <cuda_runtime_api.h>

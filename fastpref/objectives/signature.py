@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .reading import readable
+
 Unit: TypeAlias = Literal["pair", "unit", "list", "token"]
 
 # Leading positional parameters of each family: of the policy, and in all.
@@ -57,7 +59,7 @@ class Domain:
     def check_values(self, label: str, values: Tensor) -> None:
         """Raise ValueError unless the domain holds all ``values``; on CPU only, elsewhere reading
         them would wait for the device."""
-        if values.device.type != "cpu" or torch.compiler.is_compiling():
+        if not readable(values):
             return
         outside = values.detach()[~self.holds(values.detach())]
         if outside.numel():
@@ -133,7 +135,7 @@ class ExtraFacts:
         if allowed and not any(shape.admits(value, logps) for shape in allowed):
             wanted = " or ".join(shape.text(logps) for shape in allowed)
             raise ValueError(f"{label} must be {wanted}, got {tuple(value.shape)}")
-        if mask is not None and mask.shape == value.shape and value.device.type == "cpu":
+        if mask is not None and mask.shape == value.shape and readable(value):
             value = value[mask != 0]
         if self.domain is not None:
             self.domain.check_values(label, value)

@@ -22,11 +22,12 @@ from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
 from ..scoring.api import ask, run_traced
 from ..scoring.head import Lora, opened
 from ..scoring.request import plan_target
+from ..scoring.transforms import needs_operators
 from ..units import PreferenceOutput
 from ..units.layouts import LayoutName
 from ..units.loss import LossReduction
 from .arguments import Arguments
-from .plan import PreferencePlan, plan_task
+from .plan import PreferencePlan, in_two_passes, plan_task
 from .result import result_of
 from .task import Task, make_task
 
@@ -65,10 +66,10 @@ def preference_loss(
     """The preference loss of a batch, from the hidden states that its head would take.
 
     Args:
-        hidden: (B, T, H), or packed (N, H) with ``cu_seqlens``.
+        hidden: (B, T, H), or packed (N, H) or (1, N, H) with ``cu_seqlens``.
         weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, options: as
             in ``linear_logprob``.
-        target: (B, T) or (N,) int64, already shifted.
+        target: (B, T), or packed (N,) or (1, N); int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there
             again in two passes, with the random state of before.
@@ -82,7 +83,9 @@ def preference_loss(
         ref_weight, ref_bias, ref_lora: its head; by default ``weight`` and ``bias``, not updated
             by ``lora``.
         token_weights: like ``target``, a factor of each token in the sums of policy and reference.
-            Differentiable.
+            Differentiable. A token of weight 0 contributes nothing, whatever its score, to loss,
+            metrics and gradients, and is not even scored unless the weights need a gradient;
+            lengths count it.
         extras: what else the objective takes, by name. Lengths and the like are filled in.
         outputs: further metrics: "entropy", "mean_logits", "accuracy" (share of tokens that the
             policy finds likeliest).
@@ -96,7 +99,8 @@ def preference_loss(
         hyperparameters: of the objective.
 
     Returns:
-        PreferenceOutput. No host sync on CUDA beyond that of ``linear_logprob``.
+        PreferenceOutput. No rows give loss 0, still connected to the graph. No host sync on CUDA
+        beyond that of ``linear_logprob``.
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
@@ -106,7 +110,7 @@ def preference_loss(
 
 
 def _run(task: Task) -> PreferenceOutput:
-    if torch.compiler.is_compiling():
+    if needs_operators(task.given.hidden):
         return _traced(task)
     call = plan_task(task)
     reference = None
@@ -128,13 +132,13 @@ def _run(task: Task) -> PreferenceOutput:
 
 def _traced(task: Task) -> PreferenceOutput:
     """Two passes, whose operators choose their schedules when they run."""
-    if task.main.request.options.schedule == "batches":
+    if torch.compiler.is_compiling() and task.main.request.options.schedule == "batches":
         raise ValueError("schedule='batches' is not traced by torch.compile; use schedule='auto'")
-    target, reference = task.batch.target, None
+    target, reference = task.batch.to_score, None
     if task.reference is not None:
         with torch.no_grad():
-            reference = run_traced(task.reference, target)
-    return result_of(task, run_traced(task.main, target), reference)
+            reference = run_traced(in_two_passes(task.reference), target)
+    return result_of(task, run_traced(in_two_passes(task.main), target), reference)
 
 
 @overload

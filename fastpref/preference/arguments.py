@@ -7,7 +7,7 @@ Every error names the argument, what came, what was expected, and the remedy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -79,6 +79,19 @@ class Arguments:
         return self.ref_logps is not None and self.ref_logps.shape == (batch.rows,)
 
 
+def flattened(given: Arguments) -> Arguments:
+    """Packed rows of shape (1, N), as collators give them, as (N,)."""
+    if given.cu_seqlens is None:
+        return given
+    tokens = {"target": 2, "token_weights": 2, "ref_logps": 2, "hidden": 3, "ref_hidden": 3}
+    flat: dict[str, Any] = {}
+    for name, dims in tokens.items():
+        value = getattr(given, name)
+        if isinstance(value, Tensor) and value.dim() == dims and value.shape[0] == 1:
+            flat[name] = value[0]
+    return replace(given, **flat)
+
+
 def check_kinds(given: Arguments) -> None:
     """What can be said without the objective."""
     for name in _TENSORS:
@@ -104,7 +117,7 @@ def check_rows(given: Arguments, objective: Objective) -> None:
     wanted = 2 if cu_seqlens is None else 1
     if target.dim() != wanted:
         raise ValueError(
-            "target must be (B, T), or (N,) with cu_seqlens, got "
+            "target must be (B, T), or (N,) or (1, N) with cu_seqlens, got "
             f"{tuple(target.shape)} {'without' if cu_seqlens is None else 'with'} cu_seqlens"
         )
     if objective.unit == "token" and (cu_seqlens is not None or given.seq_group is not None):

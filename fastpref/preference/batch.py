@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..parallel.sequence_parts import sum_of_sequence_parts
+from ..scoring.transforms import requires_grad
 from ..sequences import sequence_logp
 
 
@@ -21,33 +22,67 @@ class Batch:
     ignore_index: int
     cu_seqlens: Tensor | None  # (B + 1,)
     seq_group: dist.ProcessGroup | None  # over which each row's tokens are spread
+    token_weights: Tensor | None = None  # like target
 
     # Not functools.cached_property: torch.compile cannot trace its lock.
     def __post_init__(self) -> None:
         self.scored = self.target != self.ignore_index  # like target
+        weights = self.token_weights
+        # Scored, and not taken out by a weight of 0.
+        self.weighed = self.scored if weights is None else self.scored & (weights != 0)
         self._lengths: Tensor | None = None
+        self._counts: Tensor | None = None
 
     def lengths(self) -> Tensor:
-        """(B,) int64, the number of scored tokens of each row."""
+        """(B,) int64, the number of scored tokens of each row, whatever their weights."""
         if self._lengths is None:
-            self._lengths = self.sums(self.scored.double()).long()
+            self._lengths = self._row_sums(self.scored.double(), self.scored).long()
         return self._lengths
+
+    def counts(self) -> Tensor:
+        """(B,) int64, the number of weighed tokens of each row."""
+        if self.token_weights is None:
+            return self.lengths()
+        if self._counts is None:
+            self._counts = self._row_sums(self.weighed.double(), self.weighed).long()
+        return self._counts
+
+    @property
+    def to_score(self) -> Tensor:
+        """Like target, the weighed tokens alone; all where the weights need a gradient, which at a
+        weight of 0 is the token's score."""
+        weights = self.token_weights
+        if weights is None or (requires_grad(weights) and torch.is_grad_enabled()):
+            return self.target
+        return self.target.long().masked_fill(~self.weighed, self.ignore_index)
 
     @property
     def rows(self) -> int:
         """B."""
         return self.target.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
-    def sums(self, per_token: Tensor, token_weights: Tensor | None = None) -> Tensor:
-        """Per-token values, 0 where not scored -> (B,)."""
-        if self.cu_seqlens is None:
-            own = sequence_logp(per_token, mask=self.scored, token_weights=token_weights)
-        else:
-            if token_weights is not None:
-                token_weights = torch.where(self.scored, token_weights, 0)
-            own = sequence_logp(per_token, cu_seqlens=self.cu_seqlens, token_weights=token_weights)
-        return sum_of_sequence_parts(own, self.seq_group)
+    def sums(self, per_token: Tensor) -> Tensor:
+        """Sums of per-token values over the weighed tokens of each row -> (B,)."""
+        return self._row_sums(per_token, self.weighed)
+
+    def weighted_sums(self, per_token: Tensor) -> Tensor:
+        """Sums of per-token values, each times its token's weight, over the scored tokens of each
+        row -> (B,)."""
+        return self._row_sums(per_token, self.scored, self.token_weights)
 
     def means(self, per_token: Tensor) -> Tensor:
-        """Means over each row's scored tokens, 0 for a row without any -> (B,)."""
-        return self.sums(per_token) / self.lengths().clamp(min=1)
+        """Means over each row's weighed tokens, 0 for a row without any -> (B,)."""
+        return self.sums(per_token) / self.counts().clamp(min=1)
+
+    def _row_sums(
+        self, per_token: Tensor, taken: Tensor, token_weights: Tensor | None = None
+    ) -> Tensor:
+        """Of the tokens ``taken``; others are not read."""
+        if self.cu_seqlens is None:
+            own = sequence_logp(per_token, mask=taken, token_weights=token_weights)
+        else:
+            per_token = per_token.masked_fill(~taken, 0)
+            if token_weights is not None:
+                token_weights = token_weights.masked_fill(~taken, 0)
+            own = sequence_logp(per_token, cu_seqlens=self.cu_seqlens, token_weights=token_weights)
+        return sum_of_sequence_parts(own, self.seq_group)

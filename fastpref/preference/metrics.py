@@ -29,19 +29,19 @@ def check_outputs(outputs: tuple[str, ...]) -> None:
 def further_metrics(
     outputs: tuple[str, ...], policy: TokenScores, batch: Batch, arrangement: Arrangement
 ) -> dict[str, Tensor]:
-    """Means over all scored tokens; of pairs, logits by side and accuracy on the chosen one, as
-    TRL has them."""
+    """Means over all scored tokens that no weight of 0 takes out; of pairs, logits by side and
+    accuracy on the chosen one, as TRL has them."""
     split, metrics = arrangement.split, {}
     if "entropy" in outputs and policy.entropy is not None:
-        metrics["entropy"] = _mean(batch.sums(policy.entropy.detach()), batch.lengths())
+        metrics["entropy"] = _mean(batch.sums(policy.entropy.detach()), batch.counts())
     if "mean_logits" in outputs and policy.mean_logits is not None:
-        sides = zip(split(batch.sums(policy.mean_logits)), split(batch.lengths()), strict=True)
+        sides = zip(split(batch.sums(policy.mean_logits)), split(batch.counts()), strict=True)
         means = [_mean(sums, lengths) for sums, lengths in sides]
         names = ("logits/chosen", "logits/rejected") if len(means) == 2 else ("logits/mean",)
         metrics |= dict(zip(names, means, strict=True))
     if "accuracy" in outputs and policy.is_top1 is not None:
         hits = batch.sums(policy.is_top1.float())
-        metrics["mean_token_accuracy"] = _mean(split(hits)[0], split(batch.lengths())[0])
+        metrics["mean_token_accuracy"] = _mean(split(hits)[0], split(batch.counts())[0])
     return metrics
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..scoring.api import Asked
 from ..scoring.autograd import Outputs
 from ..scoring.batches import BatchedPlan, choose_for_groups
-from ..scoring.packing import Packing, pack
+from ..scoring.packing import Packing
 from ..scoring.plan import MEBIBYTE, Plan
-from ..scoring.request import Call, plan_target
+from ..scoring.request import Call, pack_for, plan_target
 from ..units.layouts import Indexed
 from .result import result_of
 from .task import Task
@@ -77,10 +77,10 @@ class PreferencePlan:
 
 
 def plan_task(task: Task) -> PreferenceCall:
-    request, target = task.main.request, task.batch.target.to(torch.int64)
+    request, target = task.main.request, task.batch.to_score.to(torch.int64)
     groups = _groups(task)
     count = None if isinstance(groups, str) else sum(groups.lengths)
-    packing = pack(target, request.ignore_index, request.options.max_scored, count)
+    packing = pack_for(request, target, count)
     main = _planned(task.main, target, packing, _active(task))
     reference = None if task.reference is None else _planned(task.reference, target, packing)
     sizes = groups if isinstance(groups, str) else groups.sizes
@@ -98,7 +98,7 @@ class Groups:
     """Rows that an objective compares with each other, and no others."""
 
     rows: list[list[int]]  # of each group
-    lengths: list[int]  # scored tokens of each row
+    lengths: list[int]  # tokens of each row that are scored
 
     @property
     def sizes(self) -> list[int]:
@@ -126,8 +126,8 @@ def _groups(task: Task) -> Groups | str:
     bounded = batch.cu_seqlens is not None or options.max_scored is not None
     if batch.target.is_cuda and (bounded or torch.cuda.is_current_stream_capturing()):
         return "the host would wait for the GPU to learn the lengths of the rows"
-    lengths: list[int] = batch.lengths().tolist()
-    if batch.cu_seqlens is not None and sum(lengths) != int(batch.scored.sum()):
+    lengths: list[int] = batch.counts().tolist()
+    if batch.cu_seqlens is not None and sum(lengths) != int(batch.weighed.sum()):
         return "some scored tokens are in no row"
     rows = torch.arange(batch.rows, dtype=torch.int64, device="cpu")
     compared = torch.stack(task.arrangement.split(rows), -1).flatten(1)
@@ -152,6 +152,8 @@ def _connected(compared: list[list[int]], rows: int) -> list[list[int]]:
 
 def _why_no_groups(task: Task) -> str | None:
     request, objective = task.main.request, task.objective
+    if request.whole:
+        return "the lengths of the rows are not known"
     if not request.needs_grad:
         return "nothing needs a gradient"
     if objective.scope not in ("unit", "pair", "list"):
@@ -187,17 +189,25 @@ def _trains_more(task: Task) -> bool:
 
 
 def _active(task: Task) -> float:
-    """The share of the scored tokens that the objective gives a gradient."""
+    """The share of the weighed tokens that the objective gives a gradient."""
     registration = task.objective.registration
     on_cpu = task.batch.target.device.type == "cpu"
     if registration is None or registration.trains_rejected or not on_cpu:
         return 1.0
-    chosen, _ = task.arrangement.split(task.batch.lengths())
-    return int(chosen.sum()) / max(1, int(task.batch.scored.sum()))
+    if task.main.request.whole:
+        return 1.0
+    chosen, _ = task.arrangement.split(task.batch.counts())
+    return int(chosen.sum()) / max(1, int(task.batch.weighed.sum()))
+
+
+def in_two_passes(asked: Asked) -> Asked:
+    """With a schedule that does so, where batches are asked for."""
+    options = asked.request.options
+    if options.schedule != "batches":
+        return asked
+    options = replace(options, schedule="auto")
+    return asked._replace(request=replace(asked.request, options=options))
 
 
 def _planned(asked: Asked, target: Tensor, packing: Packing, active: float = 1.0) -> Call:
-    request, rule, models = asked
-    if request.options.schedule == "batches":
-        request = replace(request, options=replace(request.options, schedule="auto"))
-    return plan_target(request, rule, models, target, packing, active=active)
+    return plan_target(*in_two_passes(asked), target, packing, active=active)

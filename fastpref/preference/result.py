@@ -40,13 +40,13 @@ def result_of(
         if not given.are_sums(task.batch):
             ref_scores = TokenScores(logp=ref_sums)
     if ref_scores is not None:
-        ref_sums = task.batch.sums(_present(ref_scores.logp), given.token_weights)
+        ref_sums = task.batch.weighted_sums(_present(ref_scores.logp))
     tokens = None
     if task.objective.unit == "token":
         ref_logp = None if ref_scores is None else ref_scores.logp
         tokens = TokenNumbers(logp, ref_logp, task.batch.scored)
     numbers = Numbers(
-        logps=task.batch.sums(logp, given.token_weights),
+        logps=task.batch.weighted_sums(logp),
         ref_logps=ref_sums,
         lengths=task.batch.lengths,
         tokens=tokens,
@@ -102,8 +102,8 @@ def _ref_entropy(task: Task, reference: TokenScores | None) -> tuple[Tensor]:
         )
     split = task.arrangement.split
     chosen, rejected = split(task.batch.sums(reference.entropy))
-    chosen_lengths, rejected_lengths = split(task.batch.lengths())
-    tokens = (chosen_lengths + rejected_lengths).clamp(min=1)
+    chosen_tokens, rejected_tokens = split(task.batch.counts())
+    tokens = (chosen_tokens + rejected_tokens).clamp(min=1)
     share = (chosen + rejected) / tokens / math.log(task.vocabulary_size)
     edge = torch.finfo(share.dtype).eps
     return (share.clamp(edge, 1 - edge),)
@@ -111,14 +111,13 @@ def _ref_entropy(task: Task, reference: TokenScores | None) -> tuple[Tensor]:
 
 def _kl(task: Task, both: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
     """Sums of KL(reference, policy) over each row's tokens."""
-    sums = task.batch.sums(_made("kl", task, both), task.given.token_weights)
-    return task.arrangement.split(sums)
+    return task.arrangement.split(task.batch.weighted_sums(_made("kl", task, both)))
 
 
 def _margins(task: Task, both: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
     """Gaps of the log-probs under mixed logits."""
     mixed = [_made(name, task, both) for name in ("plus", "minus")]
-    sums = [task.batch.sums(one, task.given.token_weights) for one in mixed]
+    sums = [task.batch.weighted_sums(one) for one in mixed]
     sides = [task.arrangement.split(one) for one in sums]
     return tuple(chosen - rejected for chosen, rejected in sides)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from .request import Request, make_model, make_request, plan_target
 from .rules import Rule
 from .rules.scores import Scores
 from .statistics import DIFFERENTIABLE, TokenScores
+from .transforms import needs_operators
 from .types import ScoringOptions
 from .validation import check_outputs
 
@@ -88,15 +88,13 @@ def linear_logprob(
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
-        RuntimeError: on a second derivative.
+        RuntimeError: on a second derivative, and on one in forward mode. torch.func's grad, vjp,
+            jacrev and vmap are served, and batches of upstream gradients, one at a time.
         torch.OutOfMemoryError: where even the least tile does not fit.
     """
     arguments = locals()  # here those alone, by name
     with opened(weight_context, weight, bias):
-        asked = ask(**arguments)
-        if torch.compiler.is_compiling():
-            return TokenScores._make(run_traced(asked, target))
-        return TokenScores._make(autograd.run(plan_target(*asked, target), asked.models))
+        return TokenScores._make(run(ask(**arguments), target))
 
 
 class Asked(NamedTuple):
@@ -128,6 +126,13 @@ def ask(
     outputs = check_outputs(outputs)
     rule = Scores(outputs, tuple(name for name in differentiable if name in outputs))
     return Asked(make_request([model], ignore_index=ignore_index, options=options), rule, [model])
+
+
+def run(asked: Asked, target: Tensor) -> Outputs:
+    """The outputs of the rule that is asked for."""
+    if needs_operators(asked.models[0].hidden):
+        return run_traced(asked, target)
+    return autograd.run(plan_target(*asked, target), asked.models)
 
 
 def run_traced(asked: Asked, target: Tensor) -> Outputs:

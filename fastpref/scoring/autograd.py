@@ -21,12 +21,8 @@ from .reductions import full_precision_reductions
 from .request import Call
 from .retry import with_less
 from .rules import Heads, Upstream
+from .transforms import SECOND_DERIVATIVE, Differentiable, for_each
 from .types import statistics_dtype
-
-SECOND_DERIVATIVE = (
-    "fastpref's fused head has no second derivative; where one is needed, score with plain torch: "
-    "(hidden @ weight.T).log_softmax(-1)"
-)
 
 Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 
@@ -38,7 +34,7 @@ def run(call: Call, models: Sequence[Model]) -> Outputs:
     return outputs
 
 
-class Engine(torch.autograd.Function):
+class Engine(Differentiable):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Outputs:
         # An output nobody differentiates must not cost a gradient of zeros.
@@ -73,8 +69,13 @@ class Engine(torch.autograd.Function):
         # The matrices are without rows where an earlier backward has given them back.
         matrices, direct = held[: ctx.matrices], held[ctx.matrices :]
         kept = replace(ctx.kept, matrices=matrices, direct=direct)
+        models, heads = models_of(tensors, call), ctx.heads
+
+        def of_upstream(*upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            return run_backward(call, models, kept, upstream, heads)
+
         with torch.no_grad():
-            gradients = run_backward(call, models_of(tensors, call), kept, upstream, ctx.heads)
+            gradients = for_each(of_upstream, *upstream)
         once = once_differentiable(gradients, (*tensors[:TENSORS], *upstream))
         return (None, *once, *[None] * (every - TENSORS))
 
@@ -184,9 +185,15 @@ def once_differentiable(
 class _OnceDifferentiable(torch.autograd.Function):
     """A gradient whose own derivative, by any of ``depends_on``, raises."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
+    def forward(gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:

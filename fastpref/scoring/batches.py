@@ -27,6 +27,7 @@ from .plan import MEBIBYTE, Plan, choose, in_float32, less, rows_to_keep, tile_b
 from .request import Call
 from .retry import nothing_less, random_state, with_less
 from .rules import Heads
+from .transforms import Differentiable, for_each
 from .types import ScoringOptions, statistics_dtype
 
 # Rows of a product that take as long as adding a product onto (V, H) float32 totals: measured on
@@ -183,7 +184,7 @@ def score_with_loss(
     return with_less(attempt, planned, two_passes, device, call.group)
 
 
-class BatchedLoss(torch.autograd.Function):
+class BatchedLoss(Differentiable):
     @staticmethod
     def forward(
         ctx: Any,
@@ -217,14 +218,14 @@ class BatchedLoss(torch.autograd.Function):
         models = models_of(tensors, call)
         hidden, head = models[0]
 
-        def scaled(plan: BatchedPlan) -> list[Tensor | None]:
-            if d_loss is None:
-                return [None] * TENSORS
-            rows = None if d_rows is None else _spread(d_rows * d_loss, positions, hidden)
-            pairs = zip(d_head, head.tensors, strict=True)
-            return [rows, *(_scaled(one, d_loss, own) for one, own in pairs)]
+        def of_upstream(d_loss: Tensor | None, *d_outputs: Tensor | None) -> Outputs:
+            def scaled(plan: BatchedPlan) -> list[Tensor | None]:
+                if d_loss is None:
+                    return [None] * TENSORS
+                rows = None if d_rows is None else _spread(d_rows * d_loss, positions, hidden)
+                pairs = zip(d_head, head.tensors, strict=True)
+                return [rows, *(_scaled(one, d_loss, own) for one, own in pairs)]
 
-        with torch.no_grad():
             gradients = with_less(scaled, ctx.plan, nothing_less, hidden.device, call.group)
             if any(one is not None for one in d_outputs):
                 _, kept, heads, plan = autograd.run_forward(call, models)
@@ -236,6 +237,10 @@ class BatchedLoss(torch.autograd.Function):
                     return [_added(a, b) for a, b in zip(gradients, more, strict=True)]
 
                 gradients = with_less(added, call.plan, nothing_less, hidden.device, call.group)
+            return tuple(gradients)
+
+        with torch.no_grad():
+            gradients = for_each(of_upstream, d_loss, *d_outputs)
         depends_on = (*tensors[:TENSORS], d_loss, *d_outputs)
         once = once_differentiable(gradients, depends_on)
         return (None, None, None, None, *once, *[None] * (count - TENSORS))

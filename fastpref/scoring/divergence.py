@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import autograd
-from .api import Asked, run_traced
+from .api import Asked, run
 from .backends.divergences import DIVERGENCES, unavailable_reason
 from .head import Lora
 from .plan import Plan
@@ -92,14 +91,11 @@ def linear_divergence(
 
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
-        RuntimeError: on a second derivative.
+        RuntimeError: on a second derivative, and on one in forward mode.
         torch.OutOfMemoryError: where 64 rows at a time do not fit.
     """
     asked, target = _ask(**locals())  # here the arguments alone, by name
-    if torch.compiler.is_compiling():
-        (value,) = run_traced(asked, target)
-    else:
-        (value,) = autograd.run(plan_target(*asked, target), asked.models)
+    (value,) = run(asked, target)
     if value is None:
         raise RuntimeError("no divergence was asked for")
     return value
@@ -150,8 +146,8 @@ def _ask(
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"
     check_two_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, mask)
-    shape, device = student_hidden.shape[:-1], student_hidden.device
-    target = torch.full(shape, SCORED, dtype=torch.int64, device=device)
+    shape = student_hidden.shape[:-1]
+    target = student_hidden.new_full(shape, SCORED, dtype=torch.int64)
     if mask is not None:
         target = target.masked_fill(~mask, IGNORED)
     columns, others = student_weight.shape[0], teacher_weight.shape[0]
@@ -167,7 +163,9 @@ def _ask(
         held = min(columns, others)
         if vocab_range is not None:
             check_vocab_range(vocab_range, held)
-        common = _ids_below(vocab_size, vocab_range, held, shared["tp_group"], device)
+        common = _ids_below(
+            vocab_size, vocab_range, held, shared["tp_group"], student_hidden.device
+        )
     models, recording = [], torch.is_grad_enabled()
     for prefix, hidden, weight, bias, lora in (
         ("student_", student_hidden, student_weight, student_bias, student_lora),

@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .autograd import SECOND_DERIVATIVE, Outputs, run_backward, run_forward
+from .autograd import Outputs, run_backward, run_forward
 from .forward import Kept
 from .head import TENSORS, Form, Model
 from .request import Call, Request, plan_target
@@ -24,6 +24,7 @@ from .rules.compared import WithDivergence, WithMixture
 from .rules.divergence import Divergence
 from .rules.scores import Scores
 from .settings import Settings
+from .transforms import SECOND_DERIVATIVE, Transformed, active, for_each
 from .types import statistics_dtype
 
 R = TypeVar("R", bound=Rule)
@@ -85,18 +86,22 @@ class Operators(Generic[R]):
         )
 
     def _register(self, forward: str, backward: str) -> None:
-        own = torch.library.custom_op(self.name, self._forward, mutates_args=(), schema=forward)
+        own = torch.library.custom_op(self.name, self.forward, mutates_args=(), schema=forward)
         own.register_fake(self._forward_fake)
         name = self.name + "_backward"
         other = torch.library.custom_op(name, self._backward, mutates_args=(), schema=backward)
         other.register_fake(self._backward_fake)
-        torch.library.register_autograd(self.name, self._differentiate, setup_context=self._save)
+        torch.library.register_autograd(self.name, self._differentiate, setup_context=self.save)
         torch.library.register_autograd(name, _refuse)
         self.operator = getattr(torch.ops.fastpref, self.name.split("::")[1])
         self.backward_operator = getattr(torch.ops.fastpref, name.split("::")[1])
 
     def run(self, request: Request, rule: R, models: Sequence[Model], target: Tensor) -> Outputs:
-        found = self.operator(*self.arguments(request, rule, models, target))
+        arguments = self.arguments(request, rule, models, target)
+        if active():
+            found = Transformed.apply(self, *arguments)  # type: ignore[no-untyped-call]
+        else:
+            found = self.operator(*arguments)
         return tuple(found[: len(rule.output_names)])
 
     def arguments(
@@ -108,8 +113,8 @@ class Operators(Generic[R]):
         for form, model in zip(self.forms, models, strict=True):
             if model.head.form.context is not None:
                 raise ValueError(
-                    "weight_context is not traced by torch.compile; leave it None, or call outside "
-                    "of compiled code"
+                    "weight_context is known to neither torch.compile, torch.func nor fake tensors;"
+                    " leave it None, or call without them"
                 )
             settings += form.put(model.head.form)
         return (*tensors, target, *settings)
@@ -128,7 +133,7 @@ class Operators(Generic[R]):
         ]
         return _Given(request, rule, models, tensors[self.inputs - 1])
 
-    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         given = self._given(arguments[: self.inputs], arguments[self.inputs :])
         hidden, call = given.models[0].hidden, given.call()
         outputs, kept, _, plan = run_forward(call, given.models)
@@ -146,10 +151,8 @@ class Operators(Generic[R]):
 
     def _forward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         given = self._given(arguments[: self.inputs], arguments[self.inputs :])
-        context, rule, head = torch.library.get_ctx(), given.rule, given.models[0].head
-        # Only as many as there are results of.
-        scored = context.new_dynamic_size() if rule.numbers else 0
-        kept, direct = (context.new_dynamic_size() if rule.matrices else 0 for _ in range(2))
+        rule, head = given.rule, given.models[0].head
+        scored, kept, direct = self._held_rows(given)
         dtype, none = given.request.dtype, given.models[0].hidden.new_empty
         exact = statistics_dtype(dtype)
         outputs = [
@@ -166,6 +169,18 @@ class Operators(Generic[R]):
         inner = head.sizes(dtype).inner
         directs = [none((direct, inner), dtype=dtype) for _ in range(rule.matrices)]
         return (*outputs, *numbers, *matrices, *directs)
+
+    def _held_rows(self, given: _Given) -> tuple[Any, Any, Any]:
+        """Of numbers, of matrices and of their products, where there are any."""
+        rule = given.rule
+        if given.request.whole:
+            plan = given.call().plan
+            return plan.scored, plan.kept_rows, plan.scored if plan.schedule == "direct" else 0
+        context = torch.library.get_ctx()
+        # Only as many as there are results of.
+        scored = context.new_dynamic_size() if rule.numbers else 0
+        kept, direct = (context.new_dynamic_size() if rule.matrices else 0 for _ in range(2))
+        return scored, kept, direct
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         held_at, at = self.inputs, self.inputs + self.held
@@ -200,7 +215,7 @@ class Operators(Generic[R]):
             ]
         )
 
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         names, ctx.settings = self.kind.output_names, inputs[self.inputs :]
         differentiable = self._given(inputs, ctx.settings).rule.differentiable
@@ -211,12 +226,28 @@ class Operators(Generic[R]):
         ]
         ctx.mark_non_differentiable(*plain, *held)
 
+    def differentiate(self, ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        """For ``Transformed``."""
+        settings = ctx.settings
+
+        def backward(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            return self._backward(*tensors, *settings)
+
+        return self._gradients(ctx, for_each(backward, *self._tensors(ctx, upstream)))
+
     def _differentiate(self, ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        saved, names = ctx.saved_tensors, self.kind.output_names
-        gradients = self.backward_operator(*saved, *upstream[: len(names)], *ctx.settings)
-        needed = self._given(saved[: self.inputs], ctx.settings).needed
-        found = [one if need else None for one, need in zip(gradients, needed, strict=True)]
-        return (*found, *[None] * (self.inputs - TENSORS + len(ctx.settings)))
+        found = self.backward_operator(*self._tensors(ctx, upstream), *ctx.settings)
+        return self._gradients(ctx, found)
+
+    def _tensors(self, ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Of the backward operator's arguments."""
+        return *ctx.saved_tensors, *upstream[: len(self.kind.output_names)]
+
+    def _gradients(self, ctx: Any, found: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """At the forward operator's arguments."""
+        needed = self._given(ctx.saved_tensors[: self.inputs], ctx.settings).needed
+        own = [one if need else None for one, need in zip(found, needed, strict=True)]
+        return (*own, *[None] * (self.inputs - TENSORS + len(ctx.settings)))
 
 
 def _tensors(number: int) -> str:

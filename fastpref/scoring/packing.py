@@ -83,6 +83,13 @@ def pack(
     return Packing(total, bound, index, index < total, scored.sum() > bound)
 
 
+def pack_whole(target: Tensor, ignore_index: int) -> Packing:
+    """All positions of ``target`` (...) are rows."""
+    scored = target.reshape(-1) != ignore_index
+    total = int(scored.shape[0])
+    return Packing(total, total, None, scored, None)
+
+
 def _exact(scored: Tensor, total: int, max_scored: int | None) -> Packing:
     index = scored.nonzero()[:, 0]
     count = index.shape[0]

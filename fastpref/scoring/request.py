@@ -21,10 +21,11 @@ from .backends.tiled import Tiled
 from .head import Form, Head, Lora, Model, Shard, Sizes, WeightContext
 from .mean_logit import MeanRow
 from .memory import total_memory
-from .packing import Packing, pack
+from .packing import Packing, pack, pack_whole
 from .plan import Plan, Problem, choose
 from .products import slow_reason
 from .rules import Heads, Rule
+from .transforms import requires_grad, without_values
 from .types import ScoringOptions
 from .validation import (
     check_map,
@@ -43,6 +44,8 @@ class Request:
     needs_weight: bool  # or the update's B
     needs_bias: bool
     options: ScoringOptions
+    # All positions are rows, unscored ones dead: the values of the target decide no shape.
+    whole: bool = False
 
     @property
     def needs_grad(self) -> bool:
@@ -148,7 +151,7 @@ def make_request(
     hidden, head = models[0]
 
     def needs(*tensors: Tensor | None) -> bool:
-        return recording and any(one is not None and one.requires_grad for one in tensors)
+        return recording and any(one is not None and requires_grad(one) for one in tensors)
 
     return Request(
         dtype=dtype,
@@ -157,7 +160,17 @@ def make_request(
         needs_weight=needs(head.weight, head.lora_b),
         needs_bias=needs(head.bias),
         options=options,
+        whole=without_values(hidden),
     )
+
+
+def pack_for(
+    request: Request, target: Tensor, count: int | None = None, bounded: bool = False
+) -> Packing:
+    """As ``pack``."""
+    if request.whole:
+        return pack_whole(target, request.ignore_index)
+    return pack(target, request.ignore_index, request.options.max_scored, count, bounded)
 
 
 def plan_target(
@@ -173,7 +186,7 @@ def plan_target(
     of which a share ``active`` has a gradient; ``traced`` keeps it from asking a GPU for them."""
     target = target.to(torch.int64)
     if packing is None:
-        packing = pack(target, request.ignore_index, request.options.max_scored, bounded=traced)
+        packing = pack_for(request, target, bounded=traced)
     device = target.device
     forms = tuple(model.head.form for model in models)
     shards = tuple(

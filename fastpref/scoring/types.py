@@ -36,7 +36,7 @@ class ScoringOptions:
     - ``schedule``: "direct" forms d logp / d hidden in the forward pass; "keep" keeps exponentials
       of as many rows as the budget holds and recomputes the rest; "recompute" keeps none;
       "batches", of ``preference_loss`` only, takes the loss's gradient batch by batch in the
-      forward pass; or "auto".
+      forward pass, or under torch.func in two passes; or "auto".
     - ``chunk_rows``: rows of one product at most. None: as many as the schedule finds best.
     - ``max_scored``: upper bound on the number of scored tokens. On CUDA it saves the one host read
       that packing scored rows otherwise needs. More scored tokens than this raise ValueError on CPU

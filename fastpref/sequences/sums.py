@@ -4,6 +4,8 @@
     sum:   s[b] = sum over the scored tokens t of b of  token_weights[t] * logp[t]
     mean:  s[b] / number of scored tokens of b, and 0 for a sequence without any
 
+A weight of exactly 0 takes its token out of the sum, a score of NaN or -inf too.
+
 Accumulation is in fp64 and rounded once, so the layouts agree with each other and a long response
 costs no precision. Nothing here uses atomics, and on CUDA nothing reads a value back to the host.
 
@@ -15,8 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._extension import cuda_operators_serve
+from ..objectives.reading import readable
 
 # Of the operator; others it is given in float64.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -48,14 +52,16 @@ def sequence_logp(
     """Reduce per-token log-probabilities to one number per sequence.
 
     Args:
-        logp: ``(B, T)`` padded, or ``(N,)`` packed; any floating dtype.
+        logp: ``(B, T)`` padded, or packed ``(N,)`` or ``(1, N)``; any floating dtype.
         mask: ``(B, T)``, bool or integer, nonzero = scored. Padded only; a padded mean needs it.
         cu_seqlens: ``(B + 1,)`` integer boundaries of packed sequences, from 0 to N: sequence b is
             ``logp[cu_seqlens[b]:cu_seqlens[b + 1]]``, every token of it scored.
-        sequence_ids: ``(N,)`` integer, the sequence of each packed token in any order; negative =
-            not scored. Needs ``num_sequences``.
+        sequence_ids: like ``logp``, integer, the sequence of each packed token in any order;
+            negative = not scored. Needs ``num_sequences``.
         num_sequences: B, for ``sequence_ids`` only.
-        token_weights: shaped like ``logp``; differentiable.
+        token_weights: shaped like ``logp``; differentiable. A token of weight 0 contributes nothing
+            to sum and gradients, whatever its score, and counts as scored in a mean; the gradient
+            of its weight is its score where that is finite, else 0.
         reduction: "sum", or "mean" = weighted sum over the number of scored tokens.
 
     Returns:
@@ -71,6 +77,11 @@ def sequence_logp(
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     _check_kinds(logp, mask, cu_seqlens, sequence_ids, token_weights, num_sequences)
     _check_per_token(logp, mask, sequence_ids, token_weights)
+    packed = cu_seqlens is not None or sequence_ids is not None
+    if packed and logp.dim() == 2 and logp.shape[0] == 1:
+        logp = logp[0]
+        sequence_ids = None if sequence_ids is None else sequence_ids[0]
+        token_weights = None if token_weights is None else token_weights[0]
     if logp.dim() == 2:
         _check_padded(mask, cu_seqlens, sequence_ids, num_sequences, reduction)
         layout = _Layout(mask=None if mask is None else mask.bool())
@@ -93,7 +104,8 @@ def _torch_sums(logp: Tensor, token_weights: Tensor | None, layout: _Layout, mea
     scored = layout.scored()
     values = _keep(logp, scored)
     if token_weights is not None:
-        values = values * _keep(token_weights, scored)
+        weights = _keep(token_weights, scored)
+        values = _finite_at_zero(values, weights) * weights
     sums = _total(values, layout)
     if mean:
         ones = torch.ones_like(values, requires_grad=False)
@@ -104,6 +116,12 @@ def _torch_sums(logp: Tensor, token_weights: Tensor | None, layout: _Layout, mea
 def _keep(values: Tensor, scored: Tensor | None) -> Tensor:
     """``values`` in fp64, 0 where not scored; a product with 0 would let NaN through."""
     return (values if scored is None else torch.where(scored, values, 0)).double()
+
+
+def _finite_at_zero(values: Tensor, weights: Tensor) -> Tensor:
+    """``values``; where the weight is 0 a constant, 0 for NaN and infinities."""
+    constant = torch.nan_to_num(values.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.where(weights == 0, constant, values)
 
 
 def _total(values: Tensor, layout: _Layout) -> Tensor:
@@ -118,9 +136,20 @@ def _sum_segments(values: Tensor, boundaries: Tensor) -> Tensor:
     if values.numel() == 0 or boundaries.numel() == 1:
         # Nothing to launch on a GPU; the sum of nothing keeps the graph connected.
         return values.new_zeros(boundaries.numel() - 1) + values.sum()
+    if values.device.type == "cpu" and _is_transformed():
+        # To torch.func and forward mode, which know little of segment_reduce.
+        tokens = torch.arange(values.shape[0], dtype=torch.int64, device=values.device)
+        place = torch.searchsorted(boundaries, tokens, right=True)
+        return values.new_zeros(boundaries.numel() + 1).index_add(0, place, values)[1:-1]
     # unsafe=True: the checks torch would make read the offsets back to the host.
     sums: Tensor = torch.segment_reduce(values, "sum", offsets=boundaries, unsafe=True)
     return sums
+
+
+def _is_transformed() -> bool:
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def _sum_by_id(values: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
@@ -167,7 +196,7 @@ class _OperatorSums(torch.autograd.Function):
         needs_logp, needs_weights, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             logp if needs_weights else None,
-            token_weights if needs_logp else None,
+            token_weights if needs_logp or needs_weights else None,
             counts if mean else None,
             *layout[:3],
         )
@@ -183,14 +212,18 @@ class _OperatorSums(torch.autograd.Function):
         if counts is not None:
             per_sequence = per_sequence / counts.clamp(min=1)
         per_token = _at_tokens(per_sequence, layout, ctx.shape)
-        scored = layout.scored()
-        gradients: list[Tensor | None] = []
-        for needed, factor, dtype in zip(
-            ctx.needs_input_grad[:2], (token_weights, logp), ctx.dtypes, strict=True
-        ):
-            product = per_token if factor is None else per_token * _keep(factor, scored)
-            gradients.append(_keep(product, scored).to(dtype) if needed else None)
-        return (*gradients, None, None)
+        (needs_logp, needs_weights, *_), scored = ctx.needs_input_grad, layout.scored()
+        weights = None if token_weights is None else _keep(token_weights, scored)
+        d_logp = d_weights = None
+        if needs_logp:
+            d_logp = per_token
+            if weights is not None:
+                d_logp = _keep(per_token * weights, weights != 0)
+            d_logp = _keep(d_logp, scored).to(ctx.dtypes[0])
+        if needs_weights and weights is not None:
+            factor = _finite_at_zero(_keep(logp, scored), weights)
+            d_weights = _keep(per_token * factor, scored).to(ctx.dtypes[1])
+        return d_logp, d_weights, None, None
 
 
 def _at_tokens(per_sequence: Tensor, layout: _Layout, shape: torch.Size) -> Tensor:
@@ -202,7 +235,8 @@ def _at_tokens(per_sequence: Tensor, layout: _Layout, shape: torch.Size) -> Tens
         place = layout.ids.clamp(-1, layout.num_sequences) + 1
     else:
         return per_sequence[:, None].expand(shape)
-    return torch.nn.functional.pad(per_sequence, (1, 1))[place]
+    # Not by indexing, of which is_grads_batched knows no derivative.
+    return torch.nn.functional.pad(per_sequence, (1, 1)).index_select(0, place)
 
 
 def _contiguous_rows(values: Tensor) -> Tensor:
@@ -245,7 +279,7 @@ def _check_per_token(
         raise TypeError(f"logp must be floating point, got {logp.dtype}")
     if logp.dim() not in (1, 2):
         raise ValueError(
-            f"logp must be (B, T) padded or (N,) packed, got shape {tuple(logp.shape)}"
+            f"logp must be (B, T) padded or (N,) packed, or (1, N), got shape {tuple(logp.shape)}"
         )
     per_token = {"mask": mask, "sequence_ids": sequence_ids, "token_weights": token_weights}
     for name, tensor in per_token.items():
@@ -295,7 +329,7 @@ def _check_boundaries(
             f"cu_seqlens is on {cu_seqlens.device} and logp on {logp.device}; move it there once, "
             "when the batch is made"
         )
-    if _readable(cu_seqlens):
+    if readable(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != logp.numel() or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
@@ -322,7 +356,7 @@ def _check_ids(
     if num_sequences < 0:
         raise ValueError(f"num_sequences must be >= 0, got {num_sequences}")
     _check_integer("sequence_ids", sequence_ids)
-    if _readable(sequence_ids) and bool((sequence_ids >= num_sequences).any()):
+    if readable(sequence_ids) and bool((sequence_ids >= num_sequences).any()):
         raise ValueError(
             f"sequence_ids must be below num_sequences = {num_sequences}, "
             f"got {int(sequence_ids.max())}"
@@ -333,8 +367,3 @@ def _check_ids(
 def _check_integer(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether reading values costs nothing: not on a device, and not while being traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.reading import readable
+
 
 def length_desensitized_weights(mask: Tensor, partner_lengths: Tensor, *, alpha: float) -> Tensor:
     """LD-DPO: what a response has beyond the length of the other one of its pair counts less.
@@ -127,11 +129,11 @@ def step_weights(step_ids: Tensor, step_values: Tensor, mask: Tensor) -> Tensor:
             f"step_values must be (B, S) with B = {mask.shape[0]}, got {tuple(step_values.shape)}"
         )
     num_steps = step_values.shape[1]
-    if _readable(step_ids) and bool((step_ids >= num_steps).any()):
+    if readable(step_ids) and bool((step_ids >= num_steps).any()):
         raise ValueError(
             f"step_ids must be below S = {num_steps} of step_values, got {int(step_ids.max())}"
         )
-    if _readable(step_values) and not bool((step_values >= 0).all()):
+    if readable(step_values) and not bool((step_values >= 0).all()):
         raise ValueError(f"step_values must be >= 0, got {step_values.min().item():g}")
     values = step_values.detach().double()
     # Tokens of no step are counted in a column of their own, the last one.
@@ -192,11 +194,6 @@ def token_credit(logp: Tensor, ref_logp: Tensor, *, beta: float) -> Tensor:
 def _places(scored: Tensor) -> Tensor:
     """0, 1, ... at the scored tokens of each row."""
     return scored.cumsum(-1) - 1
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether reading values costs nothing: not on a device, and not while being traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _scored(mask: Tensor) -> Tensor:

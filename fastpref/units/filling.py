@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ..objectives import Objective
+from ..objectives.reading import readable
 from ..objectives.signature import ExtraFacts
 from .layouts import Arrangement
 from .numbers import Numbers
@@ -75,9 +75,7 @@ def _check_lengths(
 ) -> None:
     """Lengths are numbers of scored tokens; where there are none any number will do."""
     checked = [name for name in (*_LENGTHS, "lengths") if name in given and name in filled]
-    # Elsewhere than on the CPU reading them would wait for the device.
-    readable = numbers.logps.device.type == "cpu" and not torch.compiler.is_compiling()
-    if numbers.lengths is None or not checked or not readable:
+    if numbers.lengths is None or not checked or not readable(numbers.logps):
         return
     sides = arrangement.split(numbers.lengths())
     for name in checked:

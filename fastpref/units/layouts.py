@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective
+from ..objectives.reading import readable
 
 LayoutName: TypeAlias = Literal["halves", "interleaved", "groups", "units"]
 LAYOUTS: tuple[LayoutName, ...] = ("halves", "interleaved", "groups", "units")
@@ -147,9 +148,7 @@ def _checked_pairs(pairs: Tensor, rows: int) -> Tensor:
         raise ValueError(f"layout as a tensor must be (P, 2), got {tuple(pairs.shape)}")
     if pairs.is_floating_point() or pairs.dtype == torch.bool:
         raise TypeError(f"layout as a tensor must hold integers, got {pairs.dtype}")
-    # Elsewhere reading them would wait for the device.
-    readable = pairs.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and pairs.numel() and (int(pairs.min()) < 0 or int(pairs.max()) >= rows):
+    if readable(pairs) and pairs.numel() and (int(pairs.min()) < 0 or int(pairs.max()) >= rows):
         raise ValueError(
             f"layout must name rows from 0 to {rows - 1}, got {int(pairs.min())} to "
             f"{int(pairs.max())}"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective
+from ..objectives.reading import readable
 from .evaluation import evaluate
 from .filling import filled_extras
 from .layouts import Arrangement
-from .numbers import Numbers
+from .numbers import Numbers, mean
 from .output import PreferenceOutput
 
 LossReduction: TypeAlias = Literal["mean", "sum", "none"]
@@ -60,7 +61,7 @@ def _reduced(
     losses: Tensor, reduction: LossReduction, denominator: float | Tensor | None
 ) -> Tensor:
     if reduction == "mean" and denominator is None:
-        return losses.mean()
+        return mean(losses)
     loss = losses if reduction == "none" else losses.sum()
     return loss if denominator is None else loss / denominator
 
@@ -77,8 +78,7 @@ def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
                 "denominator must be a number or a 0-dim tensor of one, got "
                 f"{tuple(denominator.shape)} of {denominator.dtype}"
             )
-        # Elsewhere reading it would wait for the device.
-        if denominator.device.type != "cpu" or torch.compiler.is_compiling():
+        if not readable(denominator):
             return
     elif isinstance(denominator, bool) or not isinstance(denominator, int | float | None):
         raise TypeError(f"denominator must be a number, got {type(denominator).__name__}")

@@ -10,6 +10,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def mean(values: Tensor) -> Tensor:
+    """Of all; 0 of none, still connected to the graph."""
+    return values.mean() if values.numel() else values.sum()
+
+
 class TokenNumbers(NamedTuple):
     """Of padded rows, for objectives of tokens; 0 where not scored."""
 

@@ -18,6 +18,7 @@ from .. import objectives
 from .._extension import cuda_operators_serve
 from ..objectives import Objective
 from ..objectives.registry import Composite, upcast
+from .numbers import mean
 
 LOGISTIC, SQUARE, HINGE = 0, 1, 2  # in the order of csrc/cuda/pair_head.h
 
@@ -103,16 +104,17 @@ def pair_head(
         PairResult, float32 (float64 for float64 log-probs). Only ``losses`` carries a gradient.
         The metrics, means over the pairs under the names that TRL logs: rewards of the chosen and
         of the rejected responses, their margin, the share of pairs whose chosen response has the
-        larger reward, and the policy's log-probs. No host sync.
+        larger reward, and the policy's log-probs; 0 of no pairs. No host sync.
 
     Raises:
         TypeError, ValueError: as the objective does.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    call = _kernel_call(objective, logps, extras)
+    # The kernel's means of no pairs are NaN.
+    call = _kernel_call(objective, logps, extras) if policy_chosen_logps.numel() else None
     if call is None:
         losses, chosen, rejected = objective(*logps, **extras)  # type: ignore[misc]
-        means = torch.stack([one.mean() for one in _measured(chosen, rejected, *logps[:2])])
+        means = torch.stack([mean(one) for one in _measured(chosen, rejected, *logps[:2])])
     else:
         losses, (chosen, rejected), (_, *means) = _PairHead.apply(*call, objective)  # type: ignore[no-untyped-call]
     return PairResult(losses, chosen, rejected, dict(zip(METRICS, means, strict=True)))

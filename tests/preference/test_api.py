@@ -90,6 +90,31 @@ def test_reference_log_probs_by_token_are_those_of_a_live_reference() -> None:
         preference_loss(*arguments, ref_logps=ref.sum(1), token_weights=data.token_weights)
 
 
+@pytest.mark.parametrize("reference", ["hidden", "by token", "sums"])
+def test_packed_rows_with_a_leading_dimension_of_one(reference: str) -> None:
+    """As the collators of FlashAttention give them."""
+    data = Data()
+    hidden, target = data.hidden.flatten(0, 1), data.target.flatten()
+    given = {"token_weights": data.token_weights.detach().flatten()}
+    if reference == "hidden":
+        given |= {"ref_hidden": data.ref_hidden.flatten(0, 1), "ref_weight": data.ref_weight}
+    elif reference == "by token":
+        given["ref_logps"] = -torch.rand(B * T).double()
+    else:
+        given = {"ref_logps": -torch.rand(B).double()}
+    boundaries = torch.arange(0, B * T + 1, T, dtype=torch.int32)
+    found = []
+    for wide in (True, False):
+        changes = {
+            key: one[None] if wide and len(one) == B * T else one for key, one in given.items()
+        }
+        rows, own = (one[None] if wide else one for one in (hidden, target))
+        output = preference_loss(rows, data.weight, own, "dpo", cu_seqlens=boundaries, **changes)
+        gradients = torch.autograd.grad(output.loss, (data.hidden, data.weight), retain_graph=True)
+        found.append((output.loss, output.logps, *gradients))
+    assert all(map(torch.equal, *found))
+
+
 def test_reductions_and_denominator() -> None:
     objective, data = objectives.get("ipo"), Data()
     each = run(objective, data, reduction="none").loss

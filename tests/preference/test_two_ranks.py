@@ -19,6 +19,7 @@ BATCHES = ScoringOptions(schedule="batches", memory_budget=V * 8 * T * 2)
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tokens": ("seq_group", "dpo", {}),
     "tokens, lengths": ("seq_group", "simpo", {}),
+    "tokens, weights of 0": ("seq_group", "simpo", {"weighted": True}),
     "tokens, no memory": ("seq_group", "dpo", {"options": ScoringOptions(memory_budget=1)}),
     "vocabulary": ("tp_group", "dpo", {}),
     "vocabulary, batches": ("tp_group", "dpo", {"options": BATCHES}),
@@ -54,6 +55,7 @@ def batch() -> dict[str, Tensor]:
         "ref_bias": draw(V),
         "a": draw(RANK, H),
         "b": draw(V, RANK),
+        "token_weights": draw(B, T).relu(),  # half of them 0
     }
 
 
@@ -75,6 +77,8 @@ def loss_and_gradients(given: dict[str, Tensor], name: str, **changes: Any) -> d
     _, objective, settings = CASES[name]
     given, settings = dict(given), dict(settings)
     updated = settings.pop("updated", False)
+    if not settings.pop("weighted", False):
+        del given["token_weights"]
     wanted = ["hidden", "bias", *(("a", "b") if updated else ("weight",))]
     leaves = [given[one].requires_grad_() for one in wanted]
     a, b = given.pop("a"), given.pop("b")

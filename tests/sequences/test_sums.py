@@ -291,3 +291,55 @@ def test_compiles_without_a_graph_break(layout):
         kwargs = {"sequence_ids": ids, "num_sequences": B}
     compiled = torch.compile(sequence_logp, fullgraph=True, backend="eager")
     assert torch.equal(compiled(packed, **kwargs), sequence_logp(packed, **kwargs))
+
+
+@pytest.mark.parametrize("score", [np.nan, -np.inf, np.inf, -3.0])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("layout", ["mask", "cu_seqlens", "sequence_ids"])
+def test_a_weight_of_0_takes_its_token_out(layout, reduction, score):
+    """Of value and gradients, but counts as scored; and another token's NaN does not come to it."""
+    (padded, mask, weights), (packed, cu_seqlens, ids, packed_weights) = case()
+    logp, weights = (padded, weights) if layout == "mask" else (packed, packed_weights)
+    kwargs = {
+        "mask": {"mask": mask},
+        "cu_seqlens": {"cu_seqlens": cu_seqlens},
+        "sequence_ids": {"sequence_ids": ids, "num_sequences": B},
+    }[layout]
+    out = torch.zeros_like(logp, dtype=torch.bool)
+    places = mask.nonzero() if layout == "mask" else torch.arange(N)[:, None]
+    out[places[[1, 5]].unbind(1)] = True
+    weights = weights.masked_fill(out, 0.0).requires_grad_()
+    given = logp.masked_fill(out, score).requires_grad_()
+    sums = sequence_logp(given, token_weights=weights, reduction=reduction, **kwargs)
+    want = sequence_logp(
+        logp.masked_fill(out, 0.0), token_weights=weights, reduction=reduction, **kwargs
+    )
+    assert torch.equal(sums, want)
+    d_logp, d_weights = torch.autograd.grad(sums.sum(), (given, weights), retain_graph=True)
+    (factors,) = torch.autograd.grad(want.sum(), weights)
+    assert not d_logp[out].any() and d_logp.isfinite().all()
+    assert torch.equal(d_weights[~out], factors[~out])
+    scale = d_logp.detach()[~out][0] / weights.detach()[~out][0]  # of the first sequence
+    expected = score if np.isfinite(score) else 0.0
+    assert d_weights[out][0] == pytest.approx(float(scale) * expected)
+    (d_logp,) = torch.autograd.grad(sums, given, torch.full_like(sums, torch.nan))
+    assert not d_logp[out].any()
+
+
+def test_packed_rows_with_a_leading_dimension_of_one():
+    """As the collators of FlashAttention give them."""
+    _, (packed, cu_seqlens, ids, weights) = case()
+    given = packed[None].requires_grad_()
+    for layout in (
+        {"cu_seqlens": cu_seqlens.int()},
+        {"sequence_ids": ids, "num_sequences": B},
+    ):
+        wide = {key: one[None] if key == "sequence_ids" else one for key, one in layout.items()}
+        for reduction in ("sum", "mean"):
+            own = sequence_logp(given, token_weights=weights[None], reduction=reduction, **wide)
+            flat = sequence_logp(packed, token_weights=weights, reduction=reduction, **layout)
+            assert torch.equal(own, flat)
+    (gradient,) = torch.autograd.grad(sequence_logp(given, cu_seqlens=cu_seqlens).sum(), given)
+    assert torch.equal(gradient, torch.ones(1, N, dtype=torch.float64))
+    with pytest.raises(ValueError, match="describe packed logp"):
+        sequence_logp(torch.zeros(2, N), cu_seqlens=cu_seqlens)

@@ -152,11 +152,11 @@ def test_metrics_have_the_names_of_trl(either: None) -> None:
         assert metrics[name].item() == pytest.approx(value, rel=1e-6), name
 
 
-def test_no_pairs_have_no_means(either: None) -> None:
+def test_means_of_no_pairs_are_0(either: None) -> None:
     empty = torch.zeros(0, requires_grad=True)
     result = pair_head.pair_head(objectives.get("dpo"), empty, empty, empty, empty)
     assert result.losses.shape == (0,)
-    assert all(one.isnan() for one in result.metrics.values())
+    assert not any(result.metrics.values())
     assert torch.autograd.grad(result.losses.sum(), empty)[0].shape == (0,)
 
 

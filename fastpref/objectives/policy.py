@@ -16,6 +16,10 @@ In the formulas r = policy / old of a token, A its advantage, el and eh the epsi
 d = log(reference / policy), k3 = exp(d) - d - 1; mean_t and sum_t run over the scored tokens of a
 response, N is their number in the whole batch. Above 60 the exponential of a log-ratio is continued
 by its tangent.
+
+With ``dp_group`` the B responses and N tokens are those of all its ranks, each with any number of
+them, none too; losses are this rank's, and where every rank takes their sum, losses and gradients
+add up to those of one process. Every rank must call the objective.
 """
 
 from typing import Annotated, TypeAlias
@@ -90,9 +94,9 @@ def bnpo(
 
         loss = (B / N) sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3]
 
-    What TRL calls bnpo, on the surrogate of arXiv:2402.03300; a batch of one is GRPO's loss. Over
-    the tokens of all processes it is ``dapo``. Not beta normalization policy optimization
-    (arXiv:2506.02864), which is another way to make advantages.
+    What TRL calls bnpo, on the surrogate of arXiv:2402.03300; a batch of one is GRPO's loss. There
+    is no group of ranks to it: over the tokens of all processes it is ``dapo``. Not beta
+    normalization policy optimization (arXiv:2506.02864), which is another way to make advantages.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
@@ -152,8 +156,9 @@ def dapo(
         loss = (B / N) sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3]
 
     Yu et al. 2025, arXiv:2503.14476, whose clip range is the default. B and N are those of all
-    ranks of ``dp_group``. Dynamic sampling and the penalty on overlong responses are matters of the
-    sampler and of the reward. Not direct advantage policy optimization (arXiv:2412.18279).
+    ranks of ``dp_group``, however many each holds, and the ranks' summed losses are those of one
+    process. Dynamic sampling and the penalty on overlong responses are matters of the sampler and
+    of the reward. Not direct advantage policy optimization (arXiv:2412.18279).
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
@@ -206,8 +211,9 @@ def cispo(
         loss = (B / N) sum_t [-sg[min(r, eh)] A log policy + beta k3]
 
     MiniMax 2025 (MiniMax-M1), arXiv:2506.13585, without a lower bound as there. B and N are those
-    of all ranks of ``dp_group``. ``epsilon_high`` bounds r itself, not its distance from 1, as in
-    ScaleRL (arXiv:2510.13786), whose value is the default.
+    of all ranks of ``dp_group``, however many each holds, and the ranks' summed losses are those of
+    one process. ``epsilon_high`` bounds r itself, not its distance from 1, as in ScaleRL
+    (arXiv:2510.13786), whose value is the default.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
@@ -301,7 +307,8 @@ def vespo(
     arXiv:2602.10693 (2026); k and lambda are the positive ones where A >= 0, and the defaults those
     of TRL. ``sampler_ratio`` is old / sampler of a response or of each token, where the sampler's
     likelihoods differ from the old policy's; its product multiplies w. The result's ``ratio`` is r
-    of each token, and nothing is clipped. B and N are those of all ranks of ``dp_group``.
+    of each token, and nothing is clipped. B and N are those of all ranks of ``dp_group``, however
+    many each holds, and the ranks' summed losses are those of one process.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)

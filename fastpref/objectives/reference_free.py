@@ -11,7 +11,7 @@ rejected response, and nll = ``chosen_nll``, by default -sbar_w, which carries a
 import torch
 from torch import Tensor
 
-from .batch import gather
+from .batch import mean_and_std
 from .registry import objective
 from .results import PairLosses
 from .signature import (
@@ -26,7 +26,6 @@ from .signature import (
 from .terms import (
     bradley_terry_nll,
     log1mexp,
-    mean_and_std,
     mean_nll,
     per_token,
     saturating_expm1,
@@ -256,11 +255,13 @@ def amapo(
 
     Deng et al. 2025, arXiv:2511.09385, with sg a stopped gradient; the default beta lies between
     the authors' 2 and 3. sd is a sample's; where it is 0, as of a single pair, so is the margin.
+    The ranks of ``dp_group`` hold any number of pairs each, none too, and their summed losses are
+    those of one process.
     """
     chosen = per_token(policy_chosen_logps, chosen_lengths)
     rejected = per_token(policy_rejected_logps, rejected_lengths)
     gap = chosen - rejected
-    mean, spread = mean_and_std(gather(gap.detach(), dp_group))
+    mean, spread = mean_and_std(gap.detach(), dp_group)
     below = (mean - gap.detach()).clamp(min=0)
     exponent = mean * below / spread
     # Cut at e^60, against overflow in fp32: the loss there is a line, whatever the margin.

@@ -75,11 +75,3 @@ def saturating_exp(x: Tensor) -> Tensor:
 def mallows_dispersion(ref_entropy: Tensor, phi: float) -> Tensor:
     """How sharply a prompt is answered, -phi log(entropy over log V): the weight of its margin."""
     return -phi * torch.log(ref_entropy)
-
-
-def mean_and_std(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a batch (n,); the deviation is a sample's (n - 1), and 0 of one value or of equal ones."""
-    mean = values.mean()
-    mean = mean + (values - mean).mean()  # or rounding would give equal values a spread
-    variance = (values - mean).square().sum() / max(len(values) - 1, 1)
-    return mean, variance.sqrt()

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .batch import gather
+from .batch import count_and_sum
 from .results import TokenLosses
 from .signature import Group
 from .terms import per_token, saturating_exp, saturating_expm1
@@ -32,8 +32,8 @@ class Tokens(NamedTuple):
 
     def batch_mean(self, values: Tensor, group: Group = None) -> Tensor:
         """(B,) shares of the mean over all scored tokens: it is their mean, over all ranks."""
-        lengths = gather(self.scored.sum(-1), group)
-        return values.sum(-1) * lengths.numel() / lengths.sum().clamp(min=1)
+        rows, tokens = count_and_sum(self.scored.sum(-1), group)
+        return values.sum(-1) * rows / tokens.clamp(min=1)
 
     def penalty(self, beta: float) -> Tensor | float:
         if self.kl is not None:

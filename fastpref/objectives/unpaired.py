@@ -10,7 +10,7 @@ for desirable responses.
 import torch
 from torch import Tensor
 
-from .batch import gather
+from . import batch
 from .registry import objective
 from .results import UnitLosses
 from .signature import Extra, Filled, Finite, Group, Labels, Positive, PositivePerResponse, State
@@ -38,10 +38,12 @@ def kto(
     responses, as max(0, their mean x): pass that for the published loss (it is used as it is); by
     default the batch's own responses serve. The authors' advice for unequal labels: desirable
     weight times number of desirable responses, 1 to 3/2 times that product of the undesirable.
+    The batch is that of all ranks of ``dp_group``, which hold any number of responses each, none
+    too; their summed losses are those of one process.
     """
     ratios = log_ratio(policy_logps, ref_logps)
     if kl is None:
-        kl = gather(ratios.detach(), dp_group).mean().clamp(min=0)
+        kl = batch.mean(ratios.detach(), dp_group).clamp(min=0)
     margins = beta * (ratios - kl)
     losses = torch.where(
         labels.bool(),
@@ -70,11 +72,12 @@ def bco(
     Jung et al. 2024, arXiv:2404.04656. There ``delta`` is a running mean of the rewards, half of it
     from each label: pass that for the published loss. ``sample_weights`` w are the density ratios
     that the paper puts on undesirable responses when the prompts of the two labels differ; here
-    they multiply whatever row they are given for.
+    they multiply whatever row they are given for. The batch is that of all ranks of ``dp_group``,
+    which hold any number of responses each, none too; their summed losses are those of one process.
     """
     rewards = beta * log_ratio(policy_logps, ref_logps)
     if delta is None:
-        delta = gather(rewards.detach(), dp_group).mean()
+        delta = batch.mean(rewards.detach(), dp_group)
     margins = rewards - delta
     losses = softplus(torch.where(labels.bool(), -margins, margins))
     if sample_weights is not None:

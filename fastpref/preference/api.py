@@ -92,7 +92,13 @@ def preference_loss(
             divide by the batch's scored tokens (``bnpo``, ``dapo``, ``cispo``, ``vespo``) take
             B N / n, with B rows and n tokens in this batch and N tokens in all.
         seq_group: process group over which the tokens of each row are spread.
-        dp_group: process group of batch-wide statistics.
+        dp_group: process group of batch-wide statistics. Its ranks hold any number of rows each,
+            none too, and every one of them must make the call, and run backward. With
+            ``reduction="sum"`` the ranks' losses add up to that of one process with the whole
+            batch, and so do the gradients; where gradients are averaged over W ranks, as by DDP,
+            ``denominator`` P / W, of P units in all, makes it the mean. Objectives that sort or
+            compare all pairs (``aot``, ``aot_unpaired``, ``relative_po``, ``disco``) wait on the
+            host for the number of units of each rank; no others do.
         hyperparameters: of the objective.
 
     Returns:

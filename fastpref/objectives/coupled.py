@@ -22,18 +22,29 @@ from .batch import count_and_sum, log_mean_exp, rows_of
 from .registry import objective
 from .results import PairLosses
 from .signature import (
+    Beta,
     Domain,
     Embeddings,
     Extra,
     Filled,
     Finite,
     Group,
-    LabelSmoothing,
     NotNegative,
     Positive,
+    SharedLabelSmoothing,
+    SharedPositive,
     State,
 )
-from .terms import bradley_terry_nll, log_ratio, per_token, softplus
+from .terms import (
+    bradley_terry_nll,
+    by_row,
+    clamp,
+    divisor,
+    log_ratio,
+    per_token,
+    softplus,
+    weighed,
+)
 
 Perturbation: TypeAlias = Annotated[
     float, Domain(0.0, 1.0, includes=(0.0,), meaning="beta / (1 - epsilon) must stay positive")
@@ -48,7 +59,7 @@ def bco_pair(
     ref_rejected_logps: Tensor | None = None,
     *,
     delta: State | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> PairLosses:
     """Binary classifier optimization: each reward against a running mean of all rewards.
 
@@ -71,8 +82,8 @@ def aot(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.01,
-    label_smoothing: LabelSmoothing = 0.0,
+    beta: SharedPositive = 0.01,
+    label_smoothing: SharedLabelSmoothing = 0.0,
     dp_group: Group = None,
 ) -> PairLosses:
     """Alignment via optimal transport: policy margins shall dominate reference margins in order.
@@ -83,7 +94,8 @@ def aot(
     Melnyk et al. 2024, arXiv:2406.05882, paired. Losses are in sorted order: one belongs to no pair
     of the input. The default beta is TRL's recommendation. The ranks of ``dp_group`` sort all their
     pairs together, however many each holds, and their summed losses are those of one process; the
-    host waits for the numbers of pairs.
+    host waits for the numbers of pairs. ``beta`` and ``label_smoothing`` are numbers only: sorted
+    losses belong to no pair that could have its own.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
@@ -105,8 +117,8 @@ def aot_unpaired(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.01,
-    label_smoothing: LabelSmoothing = 0.0,
+    beta: SharedPositive = 0.01,
+    label_smoothing: SharedLabelSmoothing = 0.0,
     dp_group: Group = None,
 ) -> PairLosses:
     """Alignment via optimal transport: chosen log-ratios shall dominate rejected ones in order.
@@ -116,7 +128,8 @@ def aot_unpaired(
 
     Melnyk et al. 2024, arXiv:2406.05882, unpaired: chosen and rejected responses need not be to the
     same prompts. Losses are in sorted order. The default beta is TRL's recommendation. The ranks of
-    ``dp_group`` sort all their pairs together, as in ``aot``.
+    ``dp_group`` sort all their pairs together, and ``beta`` and ``label_smoothing`` are numbers
+    only, as in ``aot``.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
@@ -140,8 +153,8 @@ def dr_dpo(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
-    tau: Positive = 1.0,
+    beta: Beta = 0.1,
+    tau: SharedPositive = 1.0,
     dp_group: Group = None,
 ) -> PairLosses:
     """Distributionally robust DPO: pairs with a large loss, perhaps mislabelled, count less.
@@ -151,7 +164,7 @@ def dr_dpo(
     Wu et al. 2024, arXiv:2407.07880 (beta' is tau; the default is the authors'). One value for the
     batch, repeated. As tau grows it becomes ``dpo``. Not direct reward optimization, DRO. The mean
     is over the pairs of all ranks of ``dp_group``, however many each holds, and the ranks' summed
-    losses are those of one process.
+    losses are those of one process. ``tau`` takes numbers only, the whole batch shares it.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
@@ -169,7 +182,7 @@ def beta_dpo(
     *,
     running_mean: State,
     keep: Extra | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     alpha: NotNegative = 0.6,
     beta_min: Positive = 0.001,
     dp_group: Group = None,
@@ -194,8 +207,8 @@ def beta_dpo(
     pairs, sums = count_and_sum(torch.stack([kept, kept * gap.detach()], dim=1), dp_group)
     count, total = sums
     count = count.clamp(min=1)
-    batch_beta = (beta * (1 + alpha * (total / count - running_mean))).clamp(min=beta_min)
-    losses = pairs / count * kept * softplus(-batch_beta * gap)
+    batch_beta = clamp(beta * (1 + alpha * (total / count - running_mean)), beta_min, None)
+    losses = pairs / count * kept * softplus(-weighed(batch_beta, beta) * gap)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
@@ -210,7 +223,7 @@ def alpha_dpo(
     running_std: State,
     chosen_lengths: Filled,
     rejected_lengths: Filled,
-    beta: Positive = 2.5,
+    beta: Beta = 2.5,
     gamma: Finite = 1.0,
     alpha: NotNegative = 0.1,
 ) -> PairLosses:
@@ -228,11 +241,11 @@ def alpha_dpo(
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
     excess = per_token(chosen, chosen_lengths) - per_token(rejected, rejected_lengths)
     spread = torch.where(running_std > 0, running_std, torch.inf)
-    target = gamma / beta + alpha * (excess.detach() - running_mean) / spread
+    target = gamma / divisor(beta) + alpha * (excess.detach() - running_mean) / spread
     gap = per_token(policy_chosen_logps, chosen_lengths) - per_token(
         policy_rejected_logps, rejected_lengths
     )
-    losses = softplus(-beta * (gap - target))
+    losses = softplus(-beta * (gap - target.detach()))
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
@@ -245,7 +258,7 @@ def epsilon_dpo(
     *,
     margin_plus: Filled,
     margin_minus: Filled,
-    beta: Positive = 0.01,
+    beta: Beta = 0.01,
     epsilon: Perturbation = 0.01,
 ) -> PairLosses:
     """DPO with a beta for each pair, moved by how its margin answers to a change of beta.
@@ -256,7 +269,8 @@ def epsilon_dpo(
     Lee et al. 2025, arXiv:2502.13177. ``margin_plus`` and ``margin_minus`` are s_w - s_l under
     logits (1 +- epsilon) policy -+ epsilon reference, that is under a slightly smaller and a
     slightly larger beta. Defaults are the authors'. After every optimizer step they set beta to
-    ``epsilon_dpo_beta``; rewards have the given one.
+    ``epsilon_dpo_beta``; rewards have the given one. ``epsilon`` takes numbers only: one mixture of
+    the logits serves the whole batch.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
@@ -302,7 +316,7 @@ def relative_po(
     ref_rejected_logps: Tensor | None = None,
     *,
     prompt_embeddings: Embeddings,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     tau: Positive = 0.5,
     dp_group: Group = None,
 ) -> PairLosses:
@@ -322,8 +336,8 @@ def relative_po(
     directions = F.normalize(prompt_embeddings, dim=1)
     rows = rows_of(rejected, dp_group)
     rivals = rows.gather(torch.cat([directions, rejected[:, None]], dim=1))
-    weights = torch.softmax(directions @ rivals[:, :-1].T / tau, dim=1)
-    margins = beta * (chosen[:, None] - rivals[:, -1])
+    weights = torch.softmax(directions @ rivals[:, :-1].T / by_row(tau), dim=1)
+    margins = by_row(beta) * (chosen[:, None] - rivals[:, -1])
     losses = (weights * softplus(-margins)).sum(dim=1)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
@@ -337,7 +351,7 @@ def ofs_dpo(
     *,
     other_chosen_logps: Extra,
     other_rejected_logps: Extra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     alpha: NotNegative = 0.1,
     role: Literal["fast", "slow"] = "fast",
 ) -> PairLosses:

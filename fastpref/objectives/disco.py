@@ -15,7 +15,15 @@ from torch import Tensor
 from .batch import rows_of
 from .registry import objective
 from .results import TokenLosses
-from .signature import Domain, Extra, Group, Identifiers, NotNegative, Outcomes, Positive
+from .signature import (
+    Domain,
+    Extra,
+    Group,
+    Identifiers,
+    Outcomes,
+    SharedNotNegative,
+    SharedPositive,
+)
 from .terms import per_token, saturating_exp, saturating_expm1
 
 Temperature: TypeAlias = Annotated[float, Domain(0.0, math.inf, includes=(math.inf,))]
@@ -74,8 +82,8 @@ def disco(
     group_ids: Identifiers,
     score: Literal["log_likelihood", "likelihood_ratio"] = "log_likelihood",
     tau: Temperature | None = None,
-    delta: NotNegative = 0.0001,
-    kl_weight: Positive = 1000.0,
+    delta: SharedNotNegative = 0.0001,
+    kl_weight: SharedPositive = 1000.0,
     kl_estimator: Literal["low_var", "kl"] = "low_var",
     dp_group: Group = None,
 ) -> TokenLosses:
@@ -96,6 +104,7 @@ def disco(
     divergence from the old policy; nothing is clipped. The batch is that of all ranks of
     ``dp_group``, over which prompts may be spread; each holds any number of responses, none too,
     and their summed losses are those of one process. The host waits for the numbers of responses.
+    ``tau``, ``delta`` and ``kl_weight`` take numbers only, the whole batch shares them.
     """
     scored = mask != 0
     logp = torch.where(scored, policy_token_logp, 0)

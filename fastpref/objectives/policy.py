@@ -29,16 +29,8 @@ from torch import Tensor
 
 from .registry import objective
 from .results import TokenLosses
-from .signature import (
-    Domain,
-    Extra,
-    ExtraFacts,
-    Group,
-    NotNegative,
-    PerResponseOrToken,
-    Positive,
-)
-from .terms import saturating_exp, saturating_expm1
+from .signature import Domain, Extra, ExtraFacts, Group, NotNegative, PerResponseOrToken, Positive
+from .terms import by_row, clamp, saturating_exp, saturating_expm1
 from .tokens import RatioLevel, Switch, clipped, read
 
 SamplerRatio: TypeAlias = Annotated[
@@ -217,9 +209,10 @@ def cispo(
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
-    weights = tokens.ratio.detach().clamp(max=epsilon_high)
+    bound = by_row(epsilon_high)
+    weights = clamp(tokens.ratio, None, bound).detach()
     values = -weights * tokens.advantages * tokens.logp
-    is_clipped = (tokens.ratio > epsilon_high) & (tokens.advantages > 0)
+    is_clipped = (tokens.ratio > bound) & (tokens.advantages > 0)
     return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group), is_clipped)
 
 
@@ -247,7 +240,7 @@ def sapo(
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
     positive = tokens.advantages > 0
-    tau = torch.full_like(tokens.logp, tau_negative).masked_fill(positive, tau_positive)
+    tau = tokens.either(positive, tau_positive, tau_negative)
     gate = torch.sigmoid(tau * saturating_expm1(tokens.log_ratio)) * (4 / tau)
     losses = tokens.mean(-tokens.advantages * gate + tokens.penalty(beta))
     return tokens.result(losses)
@@ -319,10 +312,10 @@ def vespo(
             correction = torch.where(tokens.scored, correction, 0).sum(-1)
         log_weight = log_weight + correction[:, None]
     positive = tokens.advantages >= 0
-    power = torch.full_like(tokens.logp, k_negative).masked_fill(positive, k_positive)
-    rate = torch.full_like(tokens.logp, lambda_negative).masked_fill(positive, lambda_positive)
+    power = tokens.either(positive, k_positive, k_negative)
+    rate = tokens.either(positive, lambda_positive, lambda_negative)
     weights = saturating_exp(power * log_weight - rate * saturating_expm1(log_weight))
-    values = -weights * tokens.advantages * tokens.logp
+    values = -weights.detach() * tokens.advantages * tokens.logp
     return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group))
 
 
@@ -348,10 +341,11 @@ def gmpo(
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps)
-    is_clipped = ((tokens.log_ratio > epsilon_high) & (tokens.advantages > 0)) | (
-        (tokens.log_ratio < -epsilon_low) & (tokens.advantages < 0)
+    low, high = -by_row(epsilon_low), by_row(epsilon_high)
+    is_clipped = ((tokens.log_ratio > high) & (tokens.advantages > 0)) | (
+        (tokens.log_ratio < low) & (tokens.advantages < 0)
     )
-    bounded = tokens.log_ratio.clamp(-epsilon_low, epsilon_high)
+    bounded = clamp(tokens.log_ratio, low, high)
     mean_log_ratio = tokens.mean(torch.where(is_clipped, bounded, tokens.log_ratio))
     ratio = saturating_exp(mean_log_ratio)
     losses = tokens.mean(-tokens.advantages * ratio[:, None] + tokens.penalty(beta))

@@ -13,8 +13,8 @@ from torch import Tensor
 from . import batch
 from .registry import objective
 from .results import UnitLosses
-from .signature import Extra, Filled, Finite, Group, Labels, Positive, PositivePerResponse, State
-from .terms import log_ratio, per_token, softplus
+from .signature import Beta, Extra, Filled, Finite, Group, Labels, Positive, State
+from .terms import divisor, log_ratio, per_token, softplus, weighed
 
 
 @objective(unit="unit", scope="batch", needs_reference=True, loss_type="kto")
@@ -24,7 +24,7 @@ def kto(
     *,
     labels: Labels,
     kl: State | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     desirable_weight: Positive = 1.0,
     undesirable_weight: Positive = 1.0,
     dp_group: Group = None,
@@ -61,7 +61,7 @@ def bco(
     labels: Labels,
     delta: State | None = None,
     sample_weights: Extra | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     dp_group: Group = None,
 ) -> UnitLosses:
     """Binary classifier optimization: is the reward above or below a shift?
@@ -91,7 +91,7 @@ def apo_zero_unpaired(
     ref_logps: Tensor | None = None,
     *,
     labels: Labels,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     desirable_weight: Positive = 1.0,
     undesirable_weight: Positive = 1.0,
 ) -> UnitLosses:
@@ -116,7 +116,7 @@ def npo(
     policy_logps: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> UnitLosses:
     """Negative preference optimization: unlearn every response of the batch.
 
@@ -125,7 +125,7 @@ def npo(
     Zhang et al. 2024, arXiv:2404.05868. Gradient ascent on the likelihood as beta goes to 0.
     """
     rewards = beta * log_ratio(policy_logps, ref_logps)
-    return UnitLosses((2 / beta) * softplus(rewards), rewards)
+    return UnitLosses(weighed((2 / divisor(beta)) * softplus(rewards), beta), rewards)
 
 
 @objective(unit="unit", scope="unit", needs_reference=False, reduction="mean")
@@ -134,7 +134,7 @@ def simnpo(
     ref_logps: Tensor | None = None,
     *,
     lengths: Filled,
-    beta: Positive = 2.5,
+    beta: Beta = 2.5,
     gamma: Finite = 0.0,
 ) -> UnitLosses:
     """Simple negative preference optimization: NPO on mean log-probabilities, no reference.
@@ -145,7 +145,8 @@ def simnpo(
     response). Defaults are the authors' for TOFU. Rewards are beta s / n.
     """
     rewards = beta * per_token(policy_logps, lengths)
-    return UnitLosses((2 / beta) * softplus(rewards + gamma), rewards)
+    losses = (2 / divisor(beta)) * softplus(rewards + gamma)
+    return UnitLosses(weighed(losses, beta), rewards)
 
 
 @objective(unit="unit", scope="unit", needs_reference=True)
@@ -154,16 +155,16 @@ def ddo(
     ref_logps: Tensor | None = None,
     *,
     labels: Labels,
-    beta: Positive = 0.02,
-    alpha: PositivePerResponse = 1.0,
+    beta: Beta = 0.02,
+    alpha: Positive = 1.0,
 ) -> UnitLosses:
     """Direct discriminative optimization: tell real responses from the reference's own.
 
         loss = softplus(-beta x) if real, alpha softplus(beta x) if generated
 
     Zheng et al. 2025, arXiv:2503.01103; ``labels`` is False where the reference generated the
-    response. ``alpha`` may be one value a response. The paper adds the means over real and over
-    generated responses: twice ``losses.mean()`` where they are equally many.
+    response. The paper adds the means over real and over generated responses: twice
+    ``losses.mean()`` where they are equally many.
     """
     rewards = beta * log_ratio(policy_logps, ref_logps)
     losses = torch.where(labels.bool(), softplus(-rewards), alpha * softplus(rewards))

@@ -99,7 +99,9 @@ def preference_loss(
             ``denominator`` P / W, of P units in all, makes it the mean. Objectives that sort or
             compare all pairs (``aot``, ``aot_unpaired``, ``relative_po``, ``disco``) wait on the
             host for the number of units of each rank; no others do.
-        hyperparameters: of the objective.
+        hyperparameters: of the objective; those that are numbers may be one value a unit, (P,),
+            (B,) or (G,), on the device of ``hidden``, 0 being allowed for ``beta`` (no weight).
+            Differentiable.
 
     Returns:
         PreferenceOutput. No host sync on CUDA beyond that of ``linear_logprob``.

@@ -7,6 +7,10 @@
 ``losses.mean()`` is the published loss; rewards are detached. Losses and gradients are finite for
 log-probabilities from -1e4 to 0. ``get("dpo", beta=0.1)`` is the same as a frozen value that an
 engine can run; ``Objective(function, unit=..., scope=...)`` makes one of your own function.
+
+A hyperparameter that is a number may be a tensor of one value a unit: (P,), (B,), or of lists (G,).
+For ``beta`` 0 is then allowed: no weight. Values are checked on CPU tensors only, and get
+gradients. What a batch sorts by or shares takes numbers only; the docstrings say so.
 """
 
 # In the order of the catalogue.

@@ -4,8 +4,9 @@
 Every function takes ``(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps,
 ref_rejected_logps)``, each ``(P,)`` sums over the scored tokens, and returns ``PairLosses`` whose
 rewards are ``beta`` times the log-ratio, in input order. ``dp_group`` makes the batch that of all
-its ranks, which must hold equal numbers of pairs; then losses are this rank's, and with gradients
-averaged over ranks they are those of one process. Running statistics are kept by the training
+its ranks, each with any number of pairs, none too; losses are this rank's, and where every rank
+takes their sum, losses and gradients add up to those of one process with the whole batch. Every
+rank must call the objective, and run backward. Running statistics are kept by the training
 (``RunningMoments``) and given as 0-dim tensors. In the formulas x = log(policy / reference), w the
 chosen and l the rejected response, and m = beta (x_w - x_l).
 """
@@ -13,25 +14,37 @@ chosen and l the rejected response, and m = beta (x_w - x_l).
 from typing import Annotated, Literal, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import gather, own
+from .batch import count_and_sum, log_mean_exp, rows_of
 from .registry import objective
 from .results import PairLosses
 from .signature import (
+    Beta,
     Domain,
     Embeddings,
     Extra,
     Filled,
     Finite,
     Group,
-    LabelSmoothing,
     NotNegative,
     Positive,
+    SharedLabelSmoothing,
+    SharedPositive,
     State,
 )
-from .terms import bradley_terry_nll, log_ratio, per_token, softplus
+from .terms import (
+    bradley_terry_nll,
+    by_row,
+    clamp,
+    divisor,
+    log_ratio,
+    per_token,
+    softplus,
+    weighed,
+)
 
 Perturbation: TypeAlias = Annotated[
     float, Domain(0.0, 1.0, includes=(0.0,), meaning="beta / (1 - epsilon) must stay positive")
@@ -46,7 +59,7 @@ def bco_pair(
     ref_rejected_logps: Tensor | None = None,
     *,
     delta: State | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> PairLosses:
     """Binary classifier optimization: each reward against a running mean of all rewards.
 
@@ -69,8 +82,8 @@ def aot(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.01,
-    label_smoothing: LabelSmoothing = 0.0,
+    beta: SharedPositive = 0.01,
+    label_smoothing: SharedLabelSmoothing = 0.0,
     dp_group: Group = None,
 ) -> PairLosses:
     """Alignment via optimal transport: policy margins shall dominate reference margins in order.
@@ -79,12 +92,18 @@ def aot(
         loss = softplus(-m) + eps m
 
     Melnyk et al. 2024, arXiv:2406.05882, paired. Losses are in sorted order: one belongs to no pair
-    of the input. The default beta is TRL's recommendation.
+    of the input. The default beta is TRL's recommendation. The ranks of ``dp_group`` sort all their
+    pairs together, however many each holds, and their summed losses are those of one process; the
+    host waits for the numbers of pairs. ``beta`` and ``label_smoothing`` are numbers only: sorted
+    losses belong to no pair that could have its own.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
-    policy = _sorted(log_ratio(policy_chosen_logps, policy_rejected_logps), dp_group)
-    reference = _sorted(log_ratio(cast(Tensor, ref_chosen_logps), ref_rejected_logps), dp_group)
+    policy, reference = _sorted(
+        log_ratio(policy_chosen_logps, policy_rejected_logps),
+        log_ratio(cast(Tensor, ref_chosen_logps), ref_rejected_logps),
+        dp_group,
+    )
     losses = bradley_terry_nll(beta * (policy - reference), label_smoothing)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
@@ -98,8 +117,8 @@ def aot_unpaired(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.01,
-    label_smoothing: LabelSmoothing = 0.0,
+    beta: SharedPositive = 0.01,
+    label_smoothing: SharedLabelSmoothing = 0.0,
     dp_group: Group = None,
 ) -> PairLosses:
     """Alignment via optimal transport: chosen log-ratios shall dominate rejected ones in order.
@@ -108,18 +127,23 @@ def aot_unpaired(
         loss = softplus(-m) + eps m
 
     Melnyk et al. 2024, arXiv:2406.05882, unpaired: chosen and rejected responses need not be to the
-    same prompts. Losses are in sorted order. The default beta is TRL's recommendation.
+    same prompts. Losses are in sorted order. The default beta is TRL's recommendation. The ranks of
+    ``dp_group`` sort all their pairs together, and ``beta`` and ``label_smoothing`` are numbers
+    only, as in ``aot``.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
-    margin = beta * (_sorted(chosen, dp_group) - _sorted(rejected, dp_group))
-    losses = bradley_terry_nll(margin, label_smoothing)
+    better, worse = _sorted(chosen, rejected, dp_group)
+    losses = bradley_terry_nll(beta * (better - worse), label_smoothing)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-def _sorted(values: Tensor, group: Group) -> Tensor:
-    """This rank's part of the values of all ranks in ascending order; equal ones in input order."""
-    return own(torch.sort(gather(values, group), stable=True).values, group)
+def _sorted(first: Tensor, second: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Each in ascending order over all ranks, of which this rank keeps its share."""
+    rows = rows_of(first, group)
+    both = rows.gather(torch.stack([first, second], dim=1))
+    smaller, larger = rows.own(torch.sort(both, dim=0, stable=True).values).unbind(1)
+    return smaller, larger
 
 
 @objective(unit="pair", scope="batch", needs_reference=True, loss_per_unit=False)
@@ -129,8 +153,8 @@ def dr_dpo(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
-    tau: Positive = 1.0,
+    beta: Beta = 0.1,
+    tau: SharedPositive = 1.0,
     dp_group: Group = None,
 ) -> PairLosses:
     """Distributionally robust DPO: pairs with a large loss, perhaps mislabelled, count less.
@@ -138,13 +162,14 @@ def dr_dpo(
         loss = -tau log mean exp(-softplus(-m) / tau)
 
     Wu et al. 2024, arXiv:2407.07880 (beta' is tau; the default is the authors'). One value for the
-    batch, repeated. As tau grows it becomes ``dpo``. Not direct reward optimization, DRO.
+    batch, repeated. As tau grows it becomes ``dpo``. Not direct reward optimization, DRO. The mean
+    is over the pairs of all ranks of ``dp_group``, however many each holds, and the ranks' summed
+    losses are those of one process. ``tau`` takes numbers only, the whole batch shares it.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
-    scaled = gather(-softplus(-beta * (chosen - rejected)) / tau, dp_group)
-    count = torch.logsumexp(torch.zeros_like(scaled), dim=0)
-    loss = -tau * (torch.logsumexp(scaled, dim=0) - count)
+    scaled = -softplus(-beta * (chosen - rejected)) / tau
+    loss = -tau * log_mean_exp(scaled, dp_group)
     return PairLosses(loss.expand_as(chosen), beta * chosen, beta * rejected)
 
 
@@ -157,7 +182,7 @@ def beta_dpo(
     *,
     running_mean: State,
     keep: Extra | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     alpha: NotNegative = 0.6,
     beta_min: Positive = 0.001,
     dp_group: Group = None,
@@ -171,17 +196,19 @@ def beta_dpo(
     gradient; ``running_mean`` is that of x_w - x_l. ``keep`` (bool, default all) leaves outliers
     out: the authors draw 80 % of the batch without replacement, with weights
     exp(-((gap - running_mean) / running_std)^2 / 2). With none kept the losses are 0. Default alpha
-    is the paper's; rewards have the given beta.
+    is the paper's; rewards have the given beta. Means and numbers of pairs are over all ranks of
+    ``dp_group``, however many pairs each holds, and the ranks' summed losses are those of one
+    process.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
     gap = chosen - rejected
     kept = torch.ones_like(gap) if keep is None else keep.bool().to(gap.dtype)
-    everyone = gather(torch.stack([kept, kept * gap.detach()], dim=1), dp_group)
-    count, total = everyone.sum(dim=0)
+    pairs, sums = count_and_sum(torch.stack([kept, kept * gap.detach()], dim=1), dp_group)
+    count, total = sums
     count = count.clamp(min=1)
-    batch_beta = (beta * (1 + alpha * (total / count - running_mean))).clamp(min=beta_min)
-    losses = len(everyone) / count * kept * softplus(-batch_beta * gap)
+    batch_beta = clamp(beta * (1 + alpha * (total / count - running_mean)), beta_min, None)
+    losses = pairs / count * kept * softplus(-weighed(batch_beta, beta) * gap)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
@@ -196,7 +223,7 @@ def alpha_dpo(
     running_std: State,
     chosen_lengths: Filled,
     rejected_lengths: Filled,
-    beta: Positive = 2.5,
+    beta: Beta = 2.5,
     gamma: Finite = 1.0,
     alpha: NotNegative = 0.1,
 ) -> PairLosses:
@@ -214,11 +241,11 @@ def alpha_dpo(
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
     excess = per_token(chosen, chosen_lengths) - per_token(rejected, rejected_lengths)
     spread = torch.where(running_std > 0, running_std, torch.inf)
-    target = gamma / beta + alpha * (excess.detach() - running_mean) / spread
+    target = gamma / divisor(beta) + alpha * (excess.detach() - running_mean) / spread
     gap = per_token(policy_chosen_logps, chosen_lengths) - per_token(
         policy_rejected_logps, rejected_lengths
     )
-    losses = softplus(-beta * (gap - target))
+    losses = softplus(-beta * (gap - target.detach()))
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
@@ -231,7 +258,7 @@ def epsilon_dpo(
     *,
     margin_plus: Filled,
     margin_minus: Filled,
-    beta: Positive = 0.01,
+    beta: Beta = 0.01,
     epsilon: Perturbation = 0.01,
 ) -> PairLosses:
     """DPO with a beta for each pair, moved by how its margin answers to a change of beta.
@@ -242,7 +269,8 @@ def epsilon_dpo(
     Lee et al. 2025, arXiv:2502.13177. ``margin_plus`` and ``margin_minus`` are s_w - s_l under
     logits (1 +- epsilon) policy -+ epsilon reference, that is under a slightly smaller and a
     slightly larger beta. Defaults are the authors'. After every optimizer step they set beta to
-    ``epsilon_dpo_beta``; rewards have the given one.
+    ``epsilon_dpo_beta``; rewards have the given one. ``epsilon`` takes numbers only: one mixture of
+    the logits serves the whole batch.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
@@ -253,16 +281,25 @@ def epsilon_dpo(
 
 
 def epsilon_dpo_beta(
-    beta: float, margin: Tensor, margin_plus: Tensor, margin_minus: Tensor, epsilon: float
+    beta: float,
+    margin: Tensor,
+    margin_plus: Tensor,
+    margin_minus: Tensor,
+    epsilon: float,
+    *,
+    dp_group: dist.ProcessGroup | None = None,
 ) -> float:
     """The beta of the next optimizer step of ``epsilon_dpo``: beta / (1 + epsilon mean step).
 
-    Margins are those of all pairs of the step, of all ranks and accumulated batches: ``margin`` is
-    the policy's s_w - s_l, the others are the extras of ``epsilon_dpo``. Reads one number from the
-    device.
+    Margins are those of all pairs of the step, of accumulated batches too: ``margin`` is the
+    policy's s_w - s_l, the others are the extras of ``epsilon_dpo``. With ``dp_group`` the mean is
+    over the pairs of all its ranks; each holds any number, none too, and calls this. Reads the mean
+    from the device.
     """
-    steps = _steps(margin, margin_plus, margin_minus)
-    return beta / (1 + epsilon * steps.sum().item() / max(steps.numel(), 1))
+    steps = _steps(margin, margin_plus, margin_minus).flatten()
+    pairs, total = count_and_sum(steps, dp_group)
+    numbers: list[float] = torch.stack([total, pairs.clamp(min=1)]).tolist()
+    return beta / (1 + epsilon * numbers[0] / numbers[1])
 
 
 def _steps(margin: Tensor, margin_plus: Tensor, margin_minus: Tensor) -> Tensor:
@@ -279,7 +316,7 @@ def relative_po(
     ref_rejected_logps: Tensor | None = None,
     *,
     prompt_embeddings: Embeddings,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     tau: Positive = 0.5,
     dp_group: Group = None,
 ) -> PairLosses:
@@ -290,13 +327,17 @@ def relative_po(
 
     Yin et al. 2024, arXiv:2402.10958. The pair's own rejected response is among the j. The authors'
     code has the weight inside softplus and a mean over j; its tau is the default here. As tau falls
-    to 0 it becomes ``dpo`` when prompts differ. Not reward-aware or regularised RPO.
+    to 0 it becomes ``dpo`` when prompts differ. Not reward-aware or regularised RPO. The j run over
+    the pairs of all ranks of ``dp_group``, however many each holds, and the ranks' summed losses
+    are those of one process; the host waits for the numbers of pairs.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
     directions = F.normalize(prompt_embeddings, dim=1)
-    weights = torch.softmax(directions @ gather(directions, dp_group).T / tau, dim=1)
-    margins = beta * (chosen[:, None] - gather(rejected, dp_group))
+    rows = rows_of(rejected, dp_group)
+    rivals = rows.gather(torch.cat([directions, rejected[:, None]], dim=1))
+    weights = torch.softmax(directions @ rivals[:, :-1].T / by_row(tau), dim=1)
+    margins = by_row(beta) * (chosen[:, None] - rivals[:, -1])
     losses = (weights * softplus(-margins)).sum(dim=1)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
@@ -310,7 +351,7 @@ def ofs_dpo(
     *,
     other_chosen_logps: Extra,
     other_rejected_logps: Extra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     alpha: NotNegative = 0.1,
     role: Literal["fast", "slow"] = "fast",
 ) -> PairLosses:

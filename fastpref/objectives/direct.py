@@ -19,21 +19,25 @@ from torch import Tensor
 from .registry import objective
 from .results import PairLosses
 from .signature import (
+    Beta,
     Domain,
     ExtraFacts,
     Filled,
     Finite,
     LabelSmoothing,
     NotNegative,
+    PerUnit,
     Positive,
 )
 from .terms import (
     bradley_terry_nll,
+    divisor,
     log_ratio,
     mallows_dispersion,
     per_token,
     saturating_exp,
     softplus,
+    weighed,
 )
 
 
@@ -44,7 +48,7 @@ def dpo(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     label_smoothing: LabelSmoothing = 0.0,
 ) -> PairLosses:
     """Direct preference optimization; with ``label_smoothing`` > 0, conservative DPO.
@@ -69,7 +73,7 @@ def robust_dpo(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     label_smoothing: LabelSmoothing = 0.1,
 ) -> PairLosses:
     """Robust DPO (rDPO): unbiased when a share eps of the labels is flipped.
@@ -96,7 +100,7 @@ def ipo(
     *,
     chosen_lengths: Filled | None = None,
     rejected_lengths: Filled | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     normalize: Literal["mean", "sum"] = "mean",
 ) -> PairLosses:
     """Identity preference optimization: a regression of the log-ratio gap onto 1 / (2 beta).
@@ -114,7 +118,7 @@ def ipo(
         gap = per_token(chosen, chosen_lengths) - per_token(rejected, rejected_lengths)
     else:
         gap = chosen - rejected
-    losses = (gap - 1 / (2 * beta)).square()
+    losses = weighed((gap - 1 / (2 * divisor(beta))).square(), beta)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
@@ -125,7 +129,7 @@ def hinge(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> PairLosses:
     """Hinge loss on the DPO margin.
 
@@ -141,8 +145,13 @@ def hinge(
 
 
 TargetSmoothing: TypeAlias = Annotated[
-    float,
-    Domain(0.0, 0.5, meaning="the target probability of the rejected; at 0 the loss is infinite"),
+    PerUnit,
+    Domain(
+        0.0,
+        0.5,
+        meaning="the target probability of the rejected; at 0 the loss is infinite",
+        per_unit=True,
+    ),
 ]
 
 
@@ -153,7 +162,7 @@ def exo_pair(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     label_smoothing: TargetSmoothing = 0.001,
 ) -> PairLosses:
     """Efficient exact optimization on pairs: the reverse KL from the policy to the smoothed label.
@@ -167,9 +176,16 @@ def exo_pair(
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
     margin = beta * (chosen - rejected)
-    won = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-label_smoothing))
-    lost = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(label_smoothing))
+    log_won, log_lost = _log_target(label_smoothing)
+    won = torch.sigmoid(margin) * (F.logsigmoid(margin) - log_won)
+    lost = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - log_lost)
     return PairLosses(won + lost, beta * chosen, beta * rejected)
+
+
+def _log_target(label_smoothing: PerUnit) -> tuple[PerUnit, PerUnit]:
+    if isinstance(label_smoothing, Tensor):
+        return torch.log1p(-label_smoothing), torch.log(label_smoothing)
+    return math.log1p(-label_smoothing), math.log(label_smoothing)
 
 
 @objective(unit="pair", scope="pair", needs_reference=True, loss_type="discopop")
@@ -179,7 +195,7 @@ def discopop(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.05,
+    beta: Beta = 0.05,
     tau: Positive = 0.05,
 ) -> PairLosses:
     """DiscoPOP (log-ratio modulated loss): from the logistic to the exponential as m grows.
@@ -211,7 +227,7 @@ def sigmoid_norm(
     *,
     chosen_lengths: Filled,
     rejected_lengths: Filled,
-    beta: Positive = 5.0,
+    beta: Beta = 5.0,
 ) -> PairLosses:
     """Length-normalised DPO: the margin is between log-ratios per token.
 
@@ -243,7 +259,7 @@ def gpo(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     function: Literal[
         "logistic", "hinge", "square", "exponential", "truncated_square", "savage"
     ] = "logistic",
@@ -271,7 +287,7 @@ def focal_po(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     gamma: NotNegative = 0.05,
 ) -> PairLosses:
     """FocalPO: DPO with less weight on pairs that are ranked wrongly.
@@ -298,7 +314,7 @@ def r_dpo(
     *,
     chosen_lengths: Filled,
     rejected_lengths: Filled,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     alpha: NotNegative = 0.01,
 ) -> PairLosses:
     """Length-regularised DPO (R-DPO): length may explain its part of the preference.
@@ -316,7 +332,8 @@ def r_dpo(
 
 
 ReferenceShare: TypeAlias = Annotated[
-    float, Domain(0.0, 1.0, includes=(0.0, 1.0), meaning="the share of the reference")
+    PerUnit,
+    Domain(0.0, 1.0, includes=(0.0, 1.0), meaning="the share of the reference", per_unit=True),
 ]
 NormalisedEntropy: TypeAlias = Annotated[
     Tensor, ExtraFacts(shapes=("logps",), domain=Domain(0.0, 1.0))
@@ -338,7 +355,7 @@ def rainbow_po(
     chosen_lengths: Filled,
     rejected_lengths: Filled,
     ref_entropy: NormalisedEntropy | None = None,
-    beta: Positive = 10.0,
+    beta: Beta = 10.0,
     alpha: ReferenceShare = 0.25,
     gamma: Finite = 0.1,
     phi: Positive = 0.29,

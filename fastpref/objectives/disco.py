@@ -9,19 +9,32 @@ import math
 from typing import Annotated, Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .batch import gather
+from .batch import rows_of
 from .registry import objective
 from .results import TokenLosses
-from .signature import Domain, Extra, Group, Identifiers, NotNegative, Outcomes, Positive
+from .signature import (
+    Domain,
+    Extra,
+    Group,
+    Identifiers,
+    Outcomes,
+    SharedNotNegative,
+    SharedPositive,
+)
 from .terms import per_token, saturating_exp, saturating_expm1
 
 Temperature: TypeAlias = Annotated[float, Domain(0.0, math.inf, includes=(math.inf,))]
 
 
 def group_advantages(
-    rewards: Tensor, group_ids: Tensor, *, normalize: Literal["std", "none"] = "std"
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    normalize: Literal["std", "none"] = "std",
+    dp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Rewards relative to those of the same prompt, (B,), as GRPO and its kin take them.
 
@@ -35,11 +48,20 @@ def group_advantages(
         rewards: ``(B,)``; fp64 keeps its precision, others are taken in fp32.
         group_ids: ``(B,)`` integers, equal for responses to the same prompt.
         normalize: what the differences are divided by.
+        dp_group: process group over which prompts may be spread: responses with equal ids are of
+            one group, wherever they lie. Ranks hold any number of responses, none too; every rank
+            calls this, and the host waits for their sizes.
     """
     _check_groups(rewards, group_ids)
     if normalize not in ("std", "none"):
         raise ValueError(f"normalize must be 'std' or 'none', got {normalize!r}")
     rewards = rewards.detach() if rewards.dtype == torch.float64 else rewards.detach().float()
+    rows = rows_of(rewards, dp_group)
+    all_rewards, all_ids = rows.gather(rewards), rows.gather(group_ids.long())
+    return rows.own(_advantages(all_rewards, all_ids, normalize))
+
+
+def _advantages(rewards: Tensor, group_ids: Tensor, normalize: str) -> Tensor:
     same = group_ids[:, None] == group_ids
     # Differences first: those of equal rewards are exactly 0.
     differences = torch.where(same, rewards[:, None] - rewards, 0)
@@ -60,8 +82,8 @@ def disco(
     group_ids: Identifiers,
     score: Literal["log_likelihood", "likelihood_ratio"] = "log_likelihood",
     tau: Temperature | None = None,
-    delta: NotNegative = 0.0001,
-    kl_weight: Positive = 1000.0,
+    delta: SharedNotNegative = 0.0001,
+    kl_weight: SharedPositive = 1000.0,
     kl_estimator: Literal["low_var", "kl"] = "low_var",
     dp_group: Group = None,
 ) -> TokenLosses:
@@ -79,7 +101,10 @@ def disco(
     response has score 0.
 
     The loss of the batch is repeated; ``ratio`` is r, ``kl`` the estimate at each token, of the
-    divergence from the old policy; nothing is clipped.
+    divergence from the old policy; nothing is clipped. The batch is that of all ranks of
+    ``dp_group``, over which prompts may be spread; each holds any number of responses, none too,
+    and their summed losses are those of one process. The host waits for the numbers of responses.
+    ``tau``, ``delta`` and ``kl_weight`` take numbers only, the whole batch shares them.
     """
     scored = mask != 0
     logp = torch.where(scored, policy_token_logp, 0)
@@ -89,18 +114,18 @@ def disco(
     lengths = scored.sum(-1)
 
     values, default_tau = (logp, 10.0) if score == "log_likelihood" else (ratio, 1.0)
-    gain = _discrimination(
-        gather(per_token(values.sum(-1), lengths), dp_group),
-        gather(rewards, dp_group),
-        gather(group_ids, dp_group),
-        default_tau if tau is None else tau,
-    )
+    scores = per_token(values.sum(-1), lengths)
     if kl_estimator == "low_var":
         kl = saturating_expm1(log_ratio, limit=20.0) - log_ratio  # its square is finite in fp32
     else:
         kl = -log_ratio
-    num_tokens = gather(lengths, dp_group).sum()
-    mean_kl = per_token(gather(kl.sum(-1), dp_group).sum(), num_tokens)
+    rows = rows_of(scores, dp_group)
+    numbers = rows.gather(torch.stack([scores, rewards, kl.sum(-1)], dim=1))
+    integers = rows.gather(torch.stack([group_ids.long(), lengths], dim=1))
+    scores, rewards, kl_sums = numbers.unbind(1)
+    ids, all_lengths = integers.unbind(1)
+    gain = _discrimination(scores, rewards, ids, default_tau if tau is None else tau)
+    mean_kl = per_token(kl_sums.sum(), all_lengths.sum())
     loss = kl_weight / 2 * torch.relu(mean_kl - delta).square() - gain
     return TokenLosses(loss.expand(lengths.shape), ratio, torch.zeros_like(scored), kl)
 

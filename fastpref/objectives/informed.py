@@ -16,25 +16,30 @@ from torch import Tensor
 from .registry import objective
 from .results import PairLosses
 from .signature import (
+    Beta,
     Domain,
     Extra,
     ExtraFacts,
     NotNegative,
     NotNegativeExtra,
+    PerUnit,
     Positive,
     PositiveExtra,
     Probabilities,
 )
-from .terms import bradley_terry_nll, log_ratio, mallows_dispersion, softplus
+from .terms import bradley_terry_nll, divisor, log_ratio, mallows_dispersion, softplus, weighed
 
 NormalisedEntropy: TypeAlias = Annotated[
     Tensor, ExtraFacts(shapes=("logps",), filled=True, domain=Domain(0.0, 1.0))
 ]
 Damping: TypeAlias = Annotated[
-    float, Domain(0.0, 1.0, includes=(1.0,), meaning="easy pairs are damped, not turned around")
+    PerUnit,
+    Domain(
+        0.0, 1.0, includes=(1.0,), meaning="easy pairs are damped, not turned around", per_unit=True
+    ),
 ]
 Amplification: TypeAlias = Annotated[
-    float, Domain(low=1.0, includes=(1.0,), meaning="hard pairs are amplified")
+    PerUnit, Domain(low=1.0, includes=(1.0,), meaning="hard pairs are amplified", per_unit=True)
 ]
 
 
@@ -47,7 +52,7 @@ def sppo(
     *,
     chosen_win_probs: Probabilities,
     rejected_win_probs: Probabilities,
-    beta: Positive = 0.001,
+    beta: Beta = 0.001,
 ) -> PairLosses:
     """Self-play preference optimization: a regression of log-ratios onto win probabilities.
 
@@ -59,9 +64,9 @@ def sppo(
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
-    chosen_error = chosen - (chosen_win_probs - 0.5) / beta
-    rejected_error = rejected - (rejected_win_probs - 0.5) / beta
-    losses = (chosen_error.square() + rejected_error.square()) / 2
+    chosen_error = chosen - (chosen_win_probs - 0.5) / divisor(beta)
+    rejected_error = rejected - (rejected_win_probs - 0.5) / divisor(beta)
+    losses = weighed((chosen_error.square() + rejected_error.square()) / 2, beta)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
@@ -73,7 +78,7 @@ def madpo(
     ref_rejected_logps: Tensor | None = None,
     *,
     reward_margin: Extra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     c_min: Damping = 0.5,
     c_max: Amplification = 2.0,
     slope: Positive = 1.0,
@@ -99,7 +104,7 @@ def madpo(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-def _strength(size: Tensor, c_min: float, c_max: float, slope: float, tau: float) -> Tensor:
+def _strength(size: Tensor, c_min: PerUnit, c_max: PerUnit, slope: PerUnit, tau: PerUnit) -> Tensor:
     """c of MADPO as a mean of c_min and c_max, which needs no division by 1 - c_min."""
     # Beyond 60 the other weight is lost to rounding anyway.
     low = (c_max - 1) * torch.exp((slope * (size - tau)).clamp(-60.0, 60.0))
@@ -115,7 +120,7 @@ def da_dpo(
     ref_rejected_logps: Tensor | None = None,
     *,
     reward_margin: Extra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     alpha: Positive = 1.0,
 ) -> PairLosses:
     """Difficulty-aware DPO: an easy pair gets a larger beta, and so saturates sooner.
@@ -141,7 +146,7 @@ def soft_label_dpo(
     ref_rejected_logps: Tensor | None = None,
     *,
     preference_probs: Probabilities,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> PairLosses:
     """DPO on the probability q that the chosen response is preferred: the loss of DNO.
 
@@ -166,7 +171,7 @@ def odpo(
     ref_rejected_logps: Tensor | None = None,
     *,
     reward_margin: PositiveExtra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     alpha: NotNegative = 1.0,
 ) -> PairLosses:
     """DPO with an offset: the margin must exceed what the scores say.
@@ -191,7 +196,7 @@ def rpo_reward(
     ref_rejected_logps: Tensor | None = None,
     *,
     reward_margin: Extra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     eta: Positive = 1.0,
     distance: Literal["backward_kl", "forward_kl", "square"] = "backward_kl",
 ) -> PairLosses:
@@ -233,7 +238,7 @@ def mallows_po(
     ref_rejected_logps: Tensor | None = None,
     *,
     ref_entropy: NormalisedEntropy,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     phi: Positive = 0.29,
     loss: Literal["dpo", "ipo"] = "dpo",
 ) -> PairLosses:
@@ -249,7 +254,10 @@ def mallows_po(
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
     gap = mallows_dispersion(ref_entropy, phi) * (chosen - rejected)
-    losses = softplus(-beta * gap) if loss == "dpo" else (gap - 1 / (2 * beta)).square()
+    if loss == "dpo":
+        losses = softplus(-beta * gap)
+    else:
+        losses = weighed((gap - 1 / (2 * divisor(beta))).square(), beta)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
@@ -262,7 +270,7 @@ def mcts_dpo(
     *,
     chosen_q_values: NotNegativeExtra,
     rejected_q_values: NotNegativeExtra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     loss: Literal["sigmoid", "ipo"] = "sigmoid",
 ) -> PairLosses:
     """Step-level DPO from tree search: label smoothing by how sure the search was.
@@ -281,5 +289,5 @@ def mcts_dpo(
         doubt = 1 - 1 / (1 + rejected_q_values / chosen_q_values.clamp(min=1))
         losses = bradley_terry_nll(beta * (chosen - rejected), doubt.clamp(max=0.5))
     else:
-        losses = (chosen - rejected - 1 / (2 * beta)).square()
+        losses = weighed((chosen - rejected - 1 / (2 * divisor(beta))).square(), beta)
     return PairLosses(losses, beta * chosen, beta * rejected)

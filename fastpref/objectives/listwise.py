@@ -16,8 +16,8 @@ from torch import Tensor
 from . import lists
 from .registry import objective
 from .results import ListLosses
-from .signature import Extra, NotNegativeExtra, Positive, Ranks
-from .terms import log_ratio, softplus
+from .signature import Beta, Extra, NotNegativeExtra, Positive, Ranks
+from .terms import by_row, log_ratio, softplus
 
 
 @objective(unit="list", scope="list", needs_reference=True)
@@ -28,7 +28,7 @@ def plackett_luce(
     mask: Extra | None = None,
     scores: Extra | None = None,
     ranks: Ranks | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> ListLosses:
     """DPO of a ranking: the Plackett-Luce likelihood of the order, best first.
 
@@ -37,7 +37,7 @@ def plackett_luce(
     Rafailov et al. 2023, arXiv:2305.18290, appendix A.3. DPO for a list of two. Summed over places,
     not averaged.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     order = lists.ranked_before(scores, ranks, lists.compared(mask, rewards))
     return ListLosses(lists.plackett_luce_nll(rewards, order), rewards)
 
@@ -50,7 +50,7 @@ def softmax_dpo(
     mask: Extra | None = None,
     scores: Extra | None = None,
     ranks: Ranks | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> ListLosses:
     """Softmax DPO (S-DPO): the best response against all others at once.
 
@@ -58,7 +58,7 @@ def softmax_dpo(
 
     Chen et al. 2024, arXiv:2406.09215. DPO for a list of two; the order of the others is unused.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     order = lists.ranked_before(scores, ranks, lists.compared(mask, rewards))
     losses = softplus(lists.lse_gap(rewards, order))
     return ListLosses(torch.where(lists.first(order), losses, 0).sum(-1), rewards)
@@ -87,7 +87,7 @@ def adpo(
     rewards are x / tau. Scores are used as given: the paper standardises them in each list. DPO at
     beta 1 / tau for a list of two and a one-hot target.
     """
-    rewards = lists.masked(log_ratio(policy_logps, ref_logps) / tau, mask)
+    rewards = lists.masked(log_ratio(policy_logps, ref_logps), mask) / by_row(tau)
     members = lists.compared(mask, rewards)
     if target_probs is not None and scores is None:
         target = lists.numbers(target_probs, members, rewards)
@@ -97,7 +97,7 @@ def adpo(
         raise ValueError(f"adpo needs exactly one of scores and target_probs, got {given}")
     elif target_kind == "boltzmann":
         values = lists.numbers(scores, members, rewards)
-        target = lists.softmax(values / target_tau, members)
+        target = lists.softmax(values / by_row(target_tau), members)
     else:
         order = lists.ranked_before(scores, None, members)
         if target_kind == "plackett_luce":
@@ -114,7 +114,7 @@ def nca(
     *,
     mask: Extra | None = None,
     scores: Extra,
-    beta: Positive = 0.01,
+    beta: Beta = 0.01,
     alpha: Positive = 0.01,
 ) -> ListLosses:
     """Noise contrastive alignment: the rewards themselves, not only their differences.
@@ -125,9 +125,9 @@ def nca(
     Chen et al. 2024, arXiv:2402.05369. ``alpha`` divides, as in the authors' code, which calls
     it the inverse of the paper's. Its default was not confirmed there: that has 1e-3 and 1e-4.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
-    target = lists.softmax(lists.numbers(scores, members, rewards) / alpha, members)
+    target = lists.softmax(lists.numbers(scores, members, rewards) / by_row(alpha), members)
     attraction = (target * softplus(-rewards)).sum(-1)
     return ListLosses(attraction + lists.mean(softplus(rewards), members), rewards)
 
@@ -139,7 +139,7 @@ def info_nca(
     *,
     mask: Extra | None = None,
     scores: Extra,
-    beta: Positive = 0.01,
+    beta: Beta = 0.01,
     alpha: Positive = 0.01,
 ) -> ListLosses:
     """InfoNCA: cross-entropy of the list's softmax to the softmax of the scores.
@@ -150,9 +150,9 @@ def info_nca(
     it the inverse of the paper's. Its default was not confirmed there: that has 1e-3 and 1e-4. The
     loss of ``adpo`` at tau = 1 / beta and target_tau = alpha; softmax DPO as alpha goes to 0.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
-    target = lists.softmax(lists.numbers(scores, members, rewards) / alpha, members)
+    target = lists.softmax(lists.numbers(scores, members, rewards) / by_row(alpha), members)
     losses = -(target * lists.log_softmax(rewards, members)).sum(-1)
     return ListLosses(losses, rewards)
 
@@ -164,7 +164,7 @@ def exo_listwise(
     *,
     mask: Extra | None = None,
     scores: Extra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     tau: Positive = 0.1,
 ) -> ListLosses:
     """Efficient exact optimization on rewards: reverse KL of the list's softmax to the scores'.
@@ -175,10 +175,10 @@ def exo_listwise(
     Ji et al. 2024, arXiv:2402.00856 (EXO on rewards; beta and tau are their beta_pi and
     beta_r). The default of ``tau`` was not confirmed at the source.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     log_policy = lists.log_softmax(rewards, members)
-    log_target = lists.log_softmax(lists.numbers(scores, members, rewards) / tau, members)
+    log_target = lists.log_softmax(lists.numbers(scores, members, rewards) / by_row(tau), members)
     return ListLosses((log_policy.exp() * (log_policy - log_target)).sum(-1), rewards)
 
 
@@ -190,7 +190,7 @@ def irpo(
     mask: Extra | None = None,
     scores: Extra,
     ranks: Ranks | None = None,
-    beta: Positive = 1.0,
+    beta: Beta = 1.0,
     normalize: Literal[True, False] = True,
 ) -> ListLosses:
     """In-context ranking preference optimization: the items of one response, by their relevance.
@@ -202,7 +202,7 @@ def irpo(
     response, its K entries the summed log-probabilities of N segments; ``ranks`` are their places
     in it, by default in order. log(N - 1) is the authors' code, ``normalize=False`` the paper.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     places = torch.where(members, members.cumsum(-1) if ranks is None else ranks, 1)
     relevance = lists.gains(lists.numbers(scores, members, rewards))

@@ -144,7 +144,8 @@ class Modifier(Composite):
         for part in self.objectives:
             has_others = part.needs_reference or part.unit == "token"
             count = len(part.signature.logps) if has_others else POLICY_LOGPS[part.unit]
-            extras = {name: value for name, value in keywords.items() if name in part.extras}
+            taken = {*part.extras, *part.signature.hyperparameters}
+            extras = {name: value for name, value in keywords.items() if name in taken}
             results.append(part(*ordered[:count], **extras))
         return results
 

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .batch import gather
+from .batch import mean_and_std, rows_of
 from .registry import upcast
-from .terms import mean_and_std
 
 
 class RunningMoments:
@@ -39,11 +38,13 @@ class RunningMoments:
     def update(self, values: Tensor, dp_group: dist.ProcessGroup | None = None) -> None:
         """Take in a batch of any shape: x_w - x_l of its pairs, say.
 
-        With ``dp_group`` the batch is that of all its ranks, which hold equally many values, and
-        all come to the same bits as one process with the whole batch. The standard deviation is
-        that of a sample (n - 1), and 0 of a single value. An empty batch changes nothing.
+        With ``dp_group`` the batch is that of all its ranks, each of which holds any number of
+        values, none too, and calls this. All come to the same bits as one process with the whole
+        batch; the host waits for their sizes. The standard deviation is that of a sample (n - 1),
+        and 0 of a single value. A batch that is empty on all ranks changes nothing.
         """
-        batch = gather(upcast(values).detach().flatten(), dp_group)
+        own = upcast(values).detach().flatten()
+        batch = rows_of(own, dp_group).gather(own)
         if batch.numel() == 0:
             return
         mean, std = mean_and_std(batch)

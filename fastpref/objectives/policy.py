@@ -16,6 +16,10 @@ In the formulas r = policy / old of a token, A its advantage, el and eh the epsi
 d = log(reference / policy), k3 = exp(d) - d - 1; mean_t and sum_t run over the scored tokens of a
 response, N is their number in the whole batch. Above 60 the exponential of a log-ratio is continued
 by its tangent.
+
+With ``dp_group`` the B responses and N tokens are those of all its ranks, each with any number of
+them, none too; losses are this rank's, and where every rank takes their sum, losses and gradients
+add up to those of one process. Every rank must call the objective.
 """
 
 from typing import Annotated, TypeAlias
@@ -25,16 +29,8 @@ from torch import Tensor
 
 from .registry import objective
 from .results import TokenLosses
-from .signature import (
-    Domain,
-    Extra,
-    ExtraFacts,
-    Group,
-    NotNegative,
-    PerResponseOrToken,
-    Positive,
-)
-from .terms import saturating_exp, saturating_expm1
+from .signature import Domain, Extra, ExtraFacts, Group, NotNegative, PerResponseOrToken, Positive
+from .terms import by_row, clamp, saturating_exp, saturating_expm1
 from .tokens import RatioLevel, Switch, clipped, read
 
 SamplerRatio: TypeAlias = Annotated[
@@ -90,9 +86,9 @@ def bnpo(
 
         loss = (B / N) sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3]
 
-    What TRL calls bnpo, on the surrogate of arXiv:2402.03300; a batch of one is GRPO's loss. Over
-    the tokens of all processes it is ``dapo``. Not beta normalization policy optimization
-    (arXiv:2506.02864), which is another way to make advantages.
+    What TRL calls bnpo, on the surrogate of arXiv:2402.03300; a batch of one is GRPO's loss. There
+    is no group of ranks to it: over the tokens of all processes it is ``dapo``. Not beta
+    normalization policy optimization (arXiv:2506.02864), which is another way to make advantages.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
@@ -152,8 +148,9 @@ def dapo(
         loss = (B / N) sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3]
 
     Yu et al. 2025, arXiv:2503.14476, whose clip range is the default. B and N are those of all
-    ranks of ``dp_group``. Dynamic sampling and the penalty on overlong responses are matters of the
-    sampler and of the reward. Not direct advantage policy optimization (arXiv:2412.18279).
+    ranks of ``dp_group``, however many each holds, and the ranks' summed losses are those of one
+    process. Dynamic sampling and the penalty on overlong responses are matters of the sampler and
+    of the reward. Not direct advantage policy optimization (arXiv:2412.18279).
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
@@ -206,14 +203,16 @@ def cispo(
         loss = (B / N) sum_t [-sg[min(r, eh)] A log policy + beta k3]
 
     MiniMax 2025 (MiniMax-M1), arXiv:2506.13585, without a lower bound as there. B and N are those
-    of all ranks of ``dp_group``. ``epsilon_high`` bounds r itself, not its distance from 1, as in
-    ScaleRL (arXiv:2510.13786), whose value is the default.
+    of all ranks of ``dp_group``, however many each holds, and the ranks' summed losses are those of
+    one process. ``epsilon_high`` bounds r itself, not its distance from 1, as in ScaleRL
+    (arXiv:2510.13786), whose value is the default.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
-    weights = tokens.ratio.detach().clamp(max=epsilon_high)
+    bound = by_row(epsilon_high)
+    weights = clamp(tokens.ratio, None, bound).detach()
     values = -weights * tokens.advantages * tokens.logp
-    is_clipped = (tokens.ratio > epsilon_high) & (tokens.advantages > 0)
+    is_clipped = (tokens.ratio > bound) & (tokens.advantages > 0)
     return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group), is_clipped)
 
 
@@ -241,7 +240,7 @@ def sapo(
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
     positive = tokens.advantages > 0
-    tau = torch.full_like(tokens.logp, tau_negative).masked_fill(positive, tau_positive)
+    tau = tokens.either(positive, tau_positive, tau_negative)
     gate = torch.sigmoid(tau * saturating_expm1(tokens.log_ratio)) * (4 / tau)
     losses = tokens.mean(-tokens.advantages * gate + tokens.penalty(beta))
     return tokens.result(losses)
@@ -301,7 +300,8 @@ def vespo(
     arXiv:2602.10693 (2026); k and lambda are the positive ones where A >= 0, and the defaults those
     of TRL. ``sampler_ratio`` is old / sampler of a response or of each token, where the sampler's
     likelihoods differ from the old policy's; its product multiplies w. The result's ``ratio`` is r
-    of each token, and nothing is clipped. B and N are those of all ranks of ``dp_group``.
+    of each token, and nothing is clipped. B and N are those of all ranks of ``dp_group``, however
+    many each holds, and the ranks' summed losses are those of one process.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)
@@ -312,10 +312,10 @@ def vespo(
             correction = torch.where(tokens.scored, correction, 0).sum(-1)
         log_weight = log_weight + correction[:, None]
     positive = tokens.advantages >= 0
-    power = torch.full_like(tokens.logp, k_negative).masked_fill(positive, k_positive)
-    rate = torch.full_like(tokens.logp, lambda_negative).masked_fill(positive, lambda_positive)
+    power = tokens.either(positive, k_positive, k_negative)
+    rate = tokens.either(positive, lambda_positive, lambda_negative)
     weights = saturating_exp(power * log_weight - rate * saturating_expm1(log_weight))
-    values = -weights * tokens.advantages * tokens.logp
+    values = -weights.detach() * tokens.advantages * tokens.logp
     return tokens.result(tokens.batch_mean(values + tokens.penalty(beta), dp_group))
 
 
@@ -341,10 +341,11 @@ def gmpo(
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps)
-    is_clipped = ((tokens.log_ratio > epsilon_high) & (tokens.advantages > 0)) | (
-        (tokens.log_ratio < -epsilon_low) & (tokens.advantages < 0)
+    low, high = -by_row(epsilon_low), by_row(epsilon_high)
+    is_clipped = ((tokens.log_ratio > high) & (tokens.advantages > 0)) | (
+        (tokens.log_ratio < low) & (tokens.advantages < 0)
     )
-    bounded = tokens.log_ratio.clamp(-epsilon_low, epsilon_high)
+    bounded = clamp(tokens.log_ratio, low, high)
     mean_log_ratio = tokens.mean(torch.where(is_clipped, bounded, tokens.log_ratio))
     ratio = saturating_exp(mean_log_ratio)
     losses = tokens.mean(-tokens.advantages * ratio[:, None] + tokens.penalty(beta))

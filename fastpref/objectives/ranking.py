@@ -17,8 +17,8 @@ from torch import Tensor
 from . import lists
 from .registry import objective
 from .results import ListLosses
-from .signature import Extra, Filled, NotNegative, Positive, Ranks
-from .terms import log_ratio, per_token
+from .signature import Beta, Extra, Filled, NotNegative, Positive, Ranks
+from .terms import by_row, log_ratio, per_token
 
 
 @objective(unit="list", scope="list", needs_reference=True)
@@ -28,7 +28,7 @@ def lipo(
     *,
     mask: Extra | None = None,
     scores: Extra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     variant: Literal["lambda", "approx_ndcg"] = "lambda",
     alpha: Positive = 10.0,
 ) -> ListLosses:
@@ -44,14 +44,15 @@ def lipo(
     places of u, without gradient. Equal scores make no pair; a list without gain has loss 0. The
     default of ``alpha`` (for "approx_ndcg") was not confirmed at the source.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     relevance = lists.numbers(scores, members, rewards)
     if variant == "lambda":
         order = lists.ranked_before(rewards.detach(), None, members)
         return ListLosses(lists.lambda_nll(rewards, relevance, order, members), rewards)
-    overtaken = torch.where(lists.pairs(members), torch.sigmoid(-alpha * lists.gaps(rewards)), 0)
-    places = 1 + overtaken.sum(-1)
+    steepness = by_row(by_row(alpha))
+    overtaken = torch.sigmoid(-steepness * lists.gaps(rewards))
+    places = 1 + torch.where(lists.pairs(members), overtaken, 0).sum(-1)
     ideal_places = lists.positions(lists.ranked_before(relevance, None, members))
     gains = lists.gains(relevance)
     ideal = (gains / (1 + ideal_places.to(gains.dtype)).log2()).sum(-1)
@@ -67,7 +68,7 @@ def rank_dpo(
     *,
     mask: Extra | None = None,
     scores: Extra,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> ListLosses:
     """RankDPO: DPO of all pairs, weighed by the true ranking.
 
@@ -78,7 +79,7 @@ def rank_dpo(
     won) and r their ranks: LiPO ranks by the policy instead. Equal scores make no pair. The default
     beta was not confirmed at the source, nor was the logarithm, here the natural one.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     order = lists.ranked_before(scores, None, members)
     relevance = lists.numbers(scores, members, rewards)
@@ -92,7 +93,7 @@ def tpo(
     *,
     mask: Extra | None = None,
     scores: Extra,
-    beta: Positive = 0.5,
+    beta: Beta = 0.5,
 ) -> ListLosses:
     """Tree preference optimization: LambdaRank on the step-weighted rewards of a tree's branches.
 
@@ -104,7 +105,7 @@ def tpo(
     code's. The weights are those of LiPO, r the current places of u: the paper's were not seen, and
     its code leaves them out and, by a sign, drives the ranking loss up.
     """
-    rewards = lists.masked(beta * log_ratio(policy_logps, ref_logps), mask)
+    rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
     order = lists.ranked_before(rewards.detach(), None, members)
     relevance = lists.numbers(scores, members, rewards)
@@ -133,7 +134,7 @@ def pro(
     SFT, so that the default ``sft_weight`` is not confirmed for this form. Ties keep input order.
     """
     means = per_token(lists.masked(policy_logps, mask), lists.masked(lengths, mask))
-    rewards = means / tau
+    rewards = means / by_row(tau)
     order = lists.ranked_before(scores, ranks, lists.compared(mask, rewards))
     nll = torch.where(lists.first(order), -means, 0).sum(-1)
     losses = lists.plackett_luce_nll(rewards, order) + sft_weight * nll

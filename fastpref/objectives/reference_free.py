@@ -11,22 +11,22 @@ rejected response, and nll = ``chosen_nll``, by default -sbar_w, which carries a
 import torch
 from torch import Tensor
 
-from .batch import gather
+from .batch import mean_and_std
 from .registry import objective
 from .results import PairLosses
 from .signature import (
+    Beta,
     Filled,
     FilledWithGrad,
     Finite,
     Group,
     LabelSmoothing,
     NotNegative,
-    Positive,
+    PerUnit,
 )
 from .terms import (
     bradley_terry_nll,
     log1mexp,
-    mean_and_std,
     mean_nll,
     per_token,
     saturating_expm1,
@@ -44,7 +44,7 @@ def simpo(
     *,
     chosen_lengths: Filled,
     rejected_lengths: Filled,
-    beta: Positive = 2.5,
+    beta: Beta = 2.5,
     gamma: Finite = 1.0,
     label_smoothing: LabelSmoothing = 0.0,
 ) -> PairLosses:
@@ -72,7 +72,7 @@ def alpha_po(
     chosen_lengths: Filled,
     rejected_lengths: Filled,
     alpha: Finite = 0.25,
-    beta: Positive = 2.5,
+    beta: Beta = 2.5,
     gamma: Finite = 0.1,
 ) -> PairLosses:
     """SimPO with a reward bent by alpha; alpha = 0 is ``simpo``.
@@ -89,10 +89,16 @@ def alpha_po(
     return PairLosses(losses, chosen, rejected)
 
 
-def _bent(mean: Tensor, alpha: float) -> Tensor:
+def _bent(mean: Tensor, alpha: PerUnit) -> Tensor:
     """(1 - exp(-alpha mean)) / alpha; a line from the exponent 60 on, which fp32 needs."""
-    if abs(alpha) < 1e-20:  # the limit, exact to rounding
-        return mean
+    # At 0 the limit, exact to rounding.
+    if isinstance(alpha, Tensor):
+        straight = alpha.abs() < 1e-20
+        return torch.where(straight, mean, _bent_by(mean, torch.where(straight, 1, alpha)))
+    return mean if abs(alpha) < 1e-20 else _bent_by(mean, alpha)
+
+
+def _bent_by(mean: Tensor, alpha: PerUnit) -> Tensor:
     return -saturating_expm1(-alpha * mean) / alpha
 
 
@@ -105,7 +111,7 @@ def cpo(
     *,
     chosen_lengths: Filled | None = None,
     chosen_nll: FilledWithGrad | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     label_smoothing: LabelSmoothing = 0.0,
     sft_weight: NotNegative = 1.0,
 ) -> PairLosses:
@@ -133,7 +139,7 @@ def orpo(
     chosen_lengths: Filled,
     rejected_lengths: Filled,
     chosen_nll: FilledWithGrad | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     sft_weight: NotNegative = 1.0,
 ) -> PairLosses:
     """Odds ratio preference optimization: SFT and the log odds ratio of the two responses.
@@ -166,7 +172,7 @@ def asft(
     chosen_lengths: Filled,
     rejected_lengths: Filled,
     chosen_nll: FilledWithGrad | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     sft_weight: NotNegative = 1.0,
 ) -> PairLosses:
     """Aligned supervised fine-tuning: the likelihood of each response by itself, up or down.
@@ -244,7 +250,7 @@ def amapo(
     *,
     chosen_lengths: Filled,
     rejected_lengths: Filled,
-    beta: Positive = 2.5,
+    beta: Beta = 2.5,
     label_smoothing: LabelSmoothing = 0.0,
     dp_group: Group = None,
 ) -> PairLosses:
@@ -256,16 +262,18 @@ def amapo(
 
     Deng et al. 2025, arXiv:2511.09385, with sg a stopped gradient; the default beta lies between
     the authors' 2 and 3. sd is a sample's; where it is 0, as of a single pair, so is the margin.
+    The ranks of ``dp_group`` hold any number of pairs each, none too, and their summed losses are
+    those of one process.
     """
     chosen = per_token(policy_chosen_logps, chosen_lengths)
     rejected = per_token(policy_rejected_logps, rejected_lengths)
     gap = chosen - rejected
-    mean, spread = mean_and_std(gather(gap.detach(), dp_group))
+    mean, spread = mean_and_std(gap.detach(), dp_group)
     below = (mean - gap.detach()).clamp(min=0)
     exponent = mean * below / spread
     # Cut at e^60, against overflow in fp32: the loss there is a line, whatever the margin.
     margin = beta * torch.where(below > 0, torch.exp(exponent.clamp(max=60.0)), 0)
-    losses = bradley_terry_nll(beta * gap - margin, label_smoothing)
+    losses = bradley_terry_nll(beta * gap - margin.detach(), label_smoothing)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 

@@ -107,6 +107,19 @@ class Objective:
         _refuse_unknown(self.name, "hyperparameter", [name for name, _ in self.settings], known)
         self._check_hyperparameters(dict(self.settings))
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Objective):
+            return NotImplemented
+        return self._compared() == other._compared()
+
+    def _compared(self) -> tuple[Any, ...]:
+        # A tensor by its identity, as it is hashed: reading it would wait for the device.
+        settings = (
+            (name, id(value) if isinstance(value, Tensor) else value)
+            for name, value in self.settings
+        )
+        return self.function, self.unit, self.scope, self.needs_reference, *settings
+
     @property
     def name(self) -> str:
         """The function's own name."""
@@ -155,8 +168,15 @@ class Objective:
         return changed
 
     def __call__(self, *logps: Tensor | None, **extras: Tensor | None) -> Losses:
-        """Evaluate on the family's log-probabilities; extras by keyword."""
-        keywords = [name for name in extras if name not in self.signature.logps]
+        """Evaluate on the family's log-probabilities; extras by keyword, and hyperparameters of one
+        value a unit in place of those that are set."""
+        known = self.signature.hyperparameters
+        keywords = [
+            name
+            for name, value in extras.items()
+            if name not in self.signature.logps
+            and not (name in known and isinstance(value, Tensor))
+        ]
         _refuse_unknown(self.name, "extra", keywords, self.extras)
         return self.evaluate(logps, dict(self.settings) | extras)
 
@@ -221,8 +241,16 @@ class Objective:
                 facts.check(f"{self.name}: {name}", value, logps, mask)
             elif facts.required:
                 raise TypeError(f"{self.name} needs the extra {name}")
-        chosen = {name: given[name] for name in self.signature.hyperparameters if name in given}
+        known = self.signature.hyperparameters
+        chosen = {name: given[name] for name in known if name in given}
         self._check_hyperparameters(chosen)
+        for name, value in chosen.items():
+            per_unit = isinstance(value, Tensor) and known[name].domain is not None
+            if per_unit and value.shape != logps.shape[:1]:
+                raise ValueError(
+                    f"{self.name}: {name} must be a number or one value a unit, "
+                    f"{tuple(logps.shape[:1])}, got {tuple(value.shape)}"
+                )
 
     def _check_hyperparameters(self, chosen: Mapping[str, Any]) -> None:
         for name, value in chosen.items():
@@ -237,8 +265,12 @@ class Objective:
 
     def _prepared(self, name: str, value: Any, logps: Tensor) -> Any:
         facts = self.extras.get(name)
-        if facts is None or value is None:
-            return upcast(value)
+        if value is None:
+            return None
+        if facts is None:
+            known = self.signature.hyperparameters.get(name)
+            per_unit = isinstance(value, Tensor) and known is not None and known.domain is not None
+            return value.to(upcast(logps).dtype) if per_unit else upcast(value)
         if facts.shapes and not facts.identifies:
             # Numbers of any dtype, in that of the log-probs: an integer has no logarithm, and a
             # float64 column would turn the loss into one.

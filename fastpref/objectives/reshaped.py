@@ -16,8 +16,17 @@ from torch import Tensor
 
 from .registry import objective
 from .results import PairLosses
-from .signature import Domain, FilledWithGrad, NotNegative, Positive
-from .terms import log_ratio, saturating_exp, saturating_expm1, sft_term, softplus
+from .signature import Beta, Domain, FilledWithGrad, NotNegative, PerUnit, Positive
+from .terms import (
+    clamp,
+    divisor,
+    log_ratio,
+    saturating_exp,
+    saturating_expm1,
+    sft_term,
+    softplus,
+    weighed,
+)
 
 
 @objective(unit="pair", scope="pair", needs_reference=True, loss_type="nca_pair")
@@ -27,7 +36,7 @@ def nca_pair(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.01,
+    beta: Beta = 0.01,
 ) -> PairLosses:
     """Noise contrastive alignment of a pair: holds the chosen's likelihood up, not only the gap.
 
@@ -49,7 +58,7 @@ def sppo_hard(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.001,
+    beta: Beta = 0.001,
 ) -> PairLosses:
     """Self-play preference optimization with win probabilities 1 and 0.
 
@@ -60,8 +69,8 @@ def sppo_hard(
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
-    target = 1 / (2 * beta)
-    losses = (chosen - target).square() + (rejected + target).square()
+    target = 1 / (2 * divisor(beta))
+    losses = weighed((chosen - target).square() + (rejected + target).square(), beta)
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
@@ -72,7 +81,7 @@ def apo_zero(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> PairLosses:
     """Anchored preference optimization that raises the chosen and lowers the rejected.
 
@@ -93,7 +102,7 @@ def apo_down(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> PairLosses:
     """Anchored preference optimization that lowers both, the rejected more.
 
@@ -108,11 +117,14 @@ def apo_down(
 
 
 DivergenceOrder: TypeAlias = Annotated[
-    float, Domain(0.0, 1.0, meaning="towards 0 the reverse KL, towards 1 the forward KL")
+    PerUnit,
+    Domain(0.0, 1.0, meaning="towards 0 the reverse KL, towards 1 the forward KL", per_unit=True),
 ]
 
 
-def _alpha_with_its_divergence(*, beta: float, divergence: str, alpha: float | None) -> str | None:
+def _alpha_with_its_divergence(
+    *, beta: PerUnit, divergence: str, alpha: PerUnit | None
+) -> str | None:
     if divergence == "alpha" and alpha is None:
         return "divergence='alpha' needs alpha, its order in (0, 1)"
     if divergence != "alpha" and alpha is not None:
@@ -120,13 +132,13 @@ def _alpha_with_its_divergence(*, beta: float, divergence: str, alpha: float | N
     return None
 
 
-def _divergence_slope(log_ratios: Tensor, divergence: str, alpha: float | None) -> Tensor:
+def _divergence_slope(log_ratios: Tensor, divergence: str, alpha: PerUnit | None) -> Tensor:
     """f'(exp(x)) up to a constant, which a difference does not see."""
     if divergence == "reverse_kl":
         return log_ratios
     if divergence == "js":
         return -softplus(-log_ratios)
-    order = 1.0 if divergence == "forward_kl" else cast(float, alpha)
+    order = 1.0 if divergence == "forward_kl" else cast(PerUnit, alpha)
     return -saturating_expm1(-order * log_ratios) / order
 
 
@@ -137,7 +149,7 @@ def f_dpo(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
     alpha: DivergenceOrder | None = None,
 ) -> PairLosses:
@@ -168,7 +180,7 @@ def chi_po(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     max_reward: Positive | None = None,
 ) -> PairLosses:
     """Chi-squared preference optimization: a link that also holds down what the policy prefers.
@@ -185,7 +197,7 @@ def chi_po(
     growth = saturating_exp(chosen) - saturating_exp(rejected)
     margin = beta * (growth + chosen - rejected)
     if max_reward is not None:
-        margin = margin.clamp(-2 * max_reward, 2 * max_reward)
+        margin = clamp(margin, -2 * max_reward, 2 * max_reward)
     return PairLosses(softplus(-margin), beta * chosen, beta * rejected)
 
 
@@ -197,8 +209,8 @@ def flex_dpo(
     ref_rejected_logps: Tensor | None = None,
     *,
     chosen_nll: FilledWithGrad | None = None,
-    beta_chosen: Positive = 0.1,
-    beta_rejected: Positive = 0.08,
+    beta_chosen: Beta = 0.1,
+    beta_rejected: Beta = 0.08,
     sft_weight: NotNegative = 0.0,
 ) -> PairLosses:
     """Flex-DPO: a beta for each side, and an optional likelihood term.
@@ -212,7 +224,7 @@ def flex_dpo(
     is needed when ``sft_weight`` > 0. Rewards have the beta of their side. ``dpo_shift`` is the
     same margin by another name.
     """
-    if sft_weight > 0 and chosen_nll is None:
+    if chosen_nll is None and (isinstance(sft_weight, Tensor) or sft_weight > 0):
         raise ValueError("flex_dpo: sft_weight > 0 needs the extra chosen_nll")
     chosen = beta_chosen * log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = beta_rejected * log_ratio(policy_rejected_logps, ref_rejected_logps)
@@ -227,7 +239,7 @@ def dpop(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     penalty: NotNegative = 50.0,
 ) -> PairLosses:
     """DPO-Positive: a chosen response less likely than under the reference counts against the pair.
@@ -244,7 +256,10 @@ def dpop(
 
 
 Shift: TypeAlias = Annotated[
-    float, Domain(0.0, 1.0, includes=(1.0,), meaning="the weight of the rejected; 1 is DPO")
+    PerUnit,
+    Domain(
+        0.0, 1.0, includes=(1.0,), meaning="the weight of the rejected; 1 is DPO", per_unit=True
+    ),
 ]
 
 
@@ -255,7 +270,7 @@ def dpo_shift(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     shift: Shift,
 ) -> PairLosses:
     """DPO-Shift: the rejected response weighs less, so that the chosen's likelihood falls less.
@@ -278,7 +293,7 @@ def cal_dpo(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.001,
+    beta: Beta = 0.001,
     calibration_weight: NotNegative = 1.0,
 ) -> PairLosses:
     """Calibrated DPO: log-ratios are also drawn to +-1 / (2 beta), the scale of true rewards.
@@ -291,8 +306,8 @@ def cal_dpo(
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
-    target = 1 / (2 * beta)
-    calibration = (chosen - target).square() + (rejected + target).square()
+    target = 1 / (2 * divisor(beta))
+    calibration = weighed((chosen - target).square() + (rejected + target).square(), beta)
     losses = softplus(rejected - chosen) + calibration_weight * calibration
     return PairLosses(losses, beta * chosen, beta * rejected)
 
@@ -306,7 +321,7 @@ def tdpo(
     *,
     chosen_kl: FilledWithGrad,
     rejected_kl: FilledWithGrad,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     alpha: NotNegative = 0.5,
     version: Literal[1, 2] = 2,
 ) -> PairLosses:

@@ -7,7 +7,8 @@ what it is, the engine what to fill in, and the check what to allow:
     chosen_lengths: Filled          an extra shaped like the log-probs, filled in by the engine
     reward_margin: Extra            an extra shaped like the log-probs, given by the caller
     running_mean: State             a number that the training keeps, 0-dim
-    beta: Positive = 0.1            a hyperparameter and its domain
+    beta: Beta = 0.1                a hyperparameter and its domain: a number, or one value a unit
+    tau: SharedPositive = 1.0       one number for the whole batch
     normalize: Literal["mean", "sum"] = "mean"
     dp_group: Group = None          the process group of batch-wide statistics
 """
@@ -44,7 +45,8 @@ class Domain:
     high: float = math.inf
     includes: tuple[float, ...] = ()  # the ends that belong to it
     meaning: str = ""
-    per_unit: bool = False  # a hyperparameter may also be a tensor, one value a response
+    per_unit: bool = False  # a hyperparameter may also be a tensor, one value a unit
+    zero_per_unit: bool = False  # which may then be 0: no weight
 
     def contains(self, value: Any) -> bool:
         return bool(self.low < value < self.high) or value in self.includes
@@ -55,6 +57,23 @@ class Domain:
         for end in self.includes:
             inside |= values == end
         return inside
+
+    def check_units(self, label: str, values: Tensor) -> None:
+        """Raise TypeError or ValueError unless ``values`` will do for a hyperparameter."""
+        if not self.per_unit:
+            raise TypeError(
+                f"{label} must be a number, got a tensor of shape {tuple(values.shape)}; the whole "
+                "batch shares it"
+            )
+        if values.dtype == torch.bool or values.is_complex():
+            raise TypeError(f"{label} must be numbers, got {values.dtype}")
+        if values.dim() != 1:
+            raise ValueError(
+                f"{label} must be a number or one value a unit, got a tensor of shape "
+                f"{tuple(values.shape)}; take .item(), or .expand(units)"
+            )
+        domain = replace(self, includes=(*self.includes, 0.0)) if self.zero_per_unit else self
+        domain.check_values(label, values)
 
     def check_values(self, label: str, values: Tensor) -> None:
         """Raise ValueError unless the domain holds all ``values``; on CPU only, elsewhere reading
@@ -162,8 +181,8 @@ class Hyperparameter:
                 options = ", ".join(map(repr, self.choices))
                 raise ValueError(f"{label} must be one of {options}, got {value!r}")
         elif self.domain is not None:
-            if self.domain.per_unit and isinstance(value, Tensor):
-                self.domain.check_values(label, value)
+            if isinstance(value, Tensor):
+                self.domain.check_units(label, value)
                 return
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{label} must be a number, got {type(value).__name__}")
@@ -200,14 +219,22 @@ NotNegativeExtra: TypeAlias = Annotated[
 PositiveExtra: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("logps",), domain=Domain(low=0.0))]
 
 Group: TypeAlias = Annotated[dist.ProcessGroup | None, dist.ProcessGroup]
-Finite: TypeAlias = Annotated[float, Domain()]
-Positive: TypeAlias = Annotated[float, Domain(low=0.0)]
-NotNegative: TypeAlias = Annotated[float, Domain(low=0.0, includes=(0.0,))]
-PositivePerResponse: TypeAlias = Annotated[float | Tensor, Domain(low=0.0, per_unit=True)]
-LabelSmoothing: TypeAlias = Annotated[
-    float,
-    Domain(0.0, 0.5, includes=(0.0,), meaning="the share of flipped labels; at 1/2 none informs"),
-]
+# A number, or one value a unit: (P,), (B,), or of lists (G,).
+PerUnit: TypeAlias = float | Tensor
+Finite: TypeAlias = Annotated[PerUnit, Domain(per_unit=True)]
+Positive: TypeAlias = Annotated[PerUnit, Domain(low=0.0, per_unit=True)]
+NotNegative: TypeAlias = Annotated[PerUnit, Domain(low=0.0, includes=(0.0,), per_unit=True)]
+Beta: TypeAlias = Annotated[PerUnit, Domain(low=0.0, per_unit=True, zero_per_unit=True)]
+
+_SMOOTHING = Domain(
+    0.0, 0.5, includes=(0.0,), meaning="the share of flipped labels; at 1/2 none informs"
+)
+LabelSmoothing: TypeAlias = Annotated[PerUnit, replace(_SMOOTHING, per_unit=True)]
+
+# One number for the whole batch.
+SharedPositive: TypeAlias = Annotated[float, Domain(low=0.0)]
+SharedNotNegative: TypeAlias = Annotated[float, Domain(low=0.0, includes=(0.0,))]
+SharedLabelSmoothing: TypeAlias = Annotated[float, _SMOOTHING]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 """The terms the objectives are written in, each in the form that is stable in fp32."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .signature import PerUnit
 
 
 def log_ratio(policy_logps: Tensor, ref_logps: Tensor | None) -> Tensor:
@@ -45,16 +47,16 @@ def log1mexp(x: Tensor) -> Tensor:
     )
 
 
-def bradley_terry_nll(margin: Tensor, label_smoothing: float | Tensor = 0.0) -> Tensor:
+def bradley_terry_nll(margin: Tensor, label_smoothing: PerUnit = 0.0) -> Tensor:
     """-(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin), as softplus(-m) + eps m."""
     return softplus(-margin) + label_smoothing * margin
 
 
 def sft_term(
-    weight: float, nll: Tensor | None, logps: Tensor, lengths: Tensor | None
+    weight: PerUnit, nll: Tensor | None, logps: Tensor, lengths: Tensor | None
 ) -> Tensor | float:
     """``weight`` times ``mean_nll``, which a weight of 0 does not need."""
-    if weight == 0 and nll is None and lengths is None:
+    if nll is None and lengths is None and not isinstance(weight, Tensor) and weight == 0:
         return 0.0
     return weight * mean_nll(nll, logps, lengths)
 
@@ -72,14 +74,38 @@ def saturating_exp(x: Tensor) -> Tensor:
     return torch.exp(x.clamp(max=60.0)) + math.exp(60.0) * torch.relu(x - 60.0)
 
 
-def mallows_dispersion(ref_entropy: Tensor, phi: float) -> Tensor:
+def mallows_dispersion(ref_entropy: Tensor, phi: PerUnit) -> Tensor:
     """How sharply a prompt is answered, -phi log(entropy over log V): the weight of its margin."""
     return -phi * torch.log(ref_entropy)
 
 
-def mean_and_std(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a batch (n,); the deviation is a sample's (n - 1), and 0 of one value or of equal ones."""
-    mean = values.mean()
-    mean = mean + (values - mean).mean()  # or rounding would give equal values a spread
-    variance = (values - mean).square().sum() / max(len(values) - 1, 1)
-    return mean, variance.sqrt()
+def by_row(value: PerUnit) -> PerUnit:
+    """One value a row, (B,), as (B, 1), beside the (B, T) of what the rows hold."""
+    return value.unsqueeze(-1) if isinstance(value, Tensor) else value
+
+
+def filled(value: PerUnit, like: Tensor) -> Tensor:
+    """``value`` at every entry of ``like``."""
+    if isinstance(value, Tensor):
+        return value.expand_as(like)
+    return torch.full_like(like, value)
+
+
+def clamp(values: Tensor, low: PerUnit | None, high: PerUnit | None) -> Tensor:
+    """``values.clamp(low, high)``, where either may be a number beside a tensor."""
+    tensors = isinstance(low, Tensor) or isinstance(high, Tensor)
+    ends: list[Any] = [
+        filled(one, values) if tensors and isinstance(one, int | float) else one
+        for one in (low, high)
+    ]
+    return values.clamp(*ends)
+
+
+def divisor(beta: PerUnit) -> PerUnit:
+    """``beta`` to divide by, 1 where it is 0; what comes of it there goes by ``weighed``."""
+    return torch.where(beta > 0, beta, 1) if isinstance(beta, Tensor) else beta
+
+
+def weighed(losses: Tensor, beta: PerUnit) -> Tensor:
+    """0 where ``beta`` is 0: no weight, where the formula divides by it."""
+    return torch.where(beta > 0, losses, 0) if isinstance(beta, Tensor) else losses

@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .batch import gather
+from .batch import count_and_sum
 from .results import TokenLosses
-from .signature import Group
-from .terms import per_token, saturating_exp, saturating_expm1
+from .signature import Group, PerUnit
+from .terms import by_row, clamp, filled, per_token, saturating_exp, saturating_expm1
 
 RatioLevel: TypeAlias = Literal["token", "sequence"]
 Switch: TypeAlias = Literal[False, True]
@@ -32,15 +32,21 @@ class Tokens(NamedTuple):
 
     def batch_mean(self, values: Tensor, group: Group = None) -> Tensor:
         """(B,) shares of the mean over all scored tokens: it is their mean, over all ranks."""
-        lengths = gather(self.scored.sum(-1), group)
-        return values.sum(-1) * lengths.numel() / lengths.sum().clamp(min=1)
+        rows, tokens = count_and_sum(self.scored.sum(-1), group)
+        return values.sum(-1) * rows / tokens.clamp(min=1)
 
-    def penalty(self, beta: float) -> Tensor | float:
+    def either(self, condition: Tensor, yes: PerUnit, no: PerUnit) -> Tensor:
+        """(B, T): of two numbers, or of one value each a response, by ``condition``."""
+        there, elsewhere = (filled(by_row(one), self.logp) for one in (yes, no))
+        return torch.where(condition, there, elsewhere)
+
+    def penalty(self, beta: PerUnit) -> Tensor | float:
         if self.kl is not None:
-            return beta * self.kl
-        if beta > 0:
+            return by_row(beta) * self.kl
+        if isinstance(beta, Tensor) or beta > 0:
+            value = "" if isinstance(beta, Tensor) else f"={beta:g}"
             raise ValueError(
-                f"beta={beta:g} weighs the divergence from a reference; pass ref_token_logp, got "
+                f"beta{value} weighs the divergence from a reference; pass ref_token_logp, got "
                 "None, or beta=0"
             )
         return 0.0
@@ -84,11 +90,12 @@ def read(
 
 
 def clipped(
-    tokens: Tokens, low: float, high: float, delta: float | None = None
+    tokens: Tokens, low: PerUnit, high: PerUnit, delta: PerUnit | None = None
 ) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clip(ratio) A) of each token, and where the clip took its gradient away."""
     ratio, advantages = tokens.ratio, tokens.advantages
-    capped = ratio if delta is None else ratio.clamp(max=delta)
-    values = -torch.minimum(capped * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    low, high = by_row(low), by_row(high)
+    capped = ratio if delta is None else clamp(ratio, None, by_row(delta))
+    values = -torch.minimum(capped * advantages, clamp(ratio, 1 - low, 1 + high) * advantages)
     is_clipped = ((ratio < 1 - low) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
     return values, is_clipped

@@ -10,11 +10,11 @@ for desirable responses.
 import torch
 from torch import Tensor
 
-from .batch import gather
+from . import batch
 from .registry import objective
 from .results import UnitLosses
-from .signature import Extra, Filled, Finite, Group, Labels, Positive, PositivePerResponse, State
-from .terms import log_ratio, per_token, softplus
+from .signature import Beta, Extra, Filled, Finite, Group, Labels, Positive, State
+from .terms import divisor, log_ratio, per_token, softplus, weighed
 
 
 @objective(unit="unit", scope="batch", needs_reference=True, loss_type="kto")
@@ -24,7 +24,7 @@ def kto(
     *,
     labels: Labels,
     kl: State | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     desirable_weight: Positive = 1.0,
     undesirable_weight: Positive = 1.0,
     dp_group: Group = None,
@@ -38,10 +38,12 @@ def kto(
     responses, as max(0, their mean x): pass that for the published loss (it is used as it is); by
     default the batch's own responses serve. The authors' advice for unequal labels: desirable
     weight times number of desirable responses, 1 to 3/2 times that product of the undesirable.
+    The batch is that of all ranks of ``dp_group``, which hold any number of responses each, none
+    too; their summed losses are those of one process.
     """
     ratios = log_ratio(policy_logps, ref_logps)
     if kl is None:
-        kl = gather(ratios.detach(), dp_group).mean().clamp(min=0)
+        kl = batch.mean(ratios.detach(), dp_group).clamp(min=0)
     margins = beta * (ratios - kl)
     losses = torch.where(
         labels.bool(),
@@ -59,7 +61,7 @@ def bco(
     labels: Labels,
     delta: State | None = None,
     sample_weights: Extra | None = None,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     dp_group: Group = None,
 ) -> UnitLosses:
     """Binary classifier optimization: is the reward above or below a shift?
@@ -70,11 +72,12 @@ def bco(
     Jung et al. 2024, arXiv:2404.04656. There ``delta`` is a running mean of the rewards, half of it
     from each label: pass that for the published loss. ``sample_weights`` w are the density ratios
     that the paper puts on undesirable responses when the prompts of the two labels differ; here
-    they multiply whatever row they are given for.
+    they multiply whatever row they are given for. The batch is that of all ranks of ``dp_group``,
+    which hold any number of responses each, none too; their summed losses are those of one process.
     """
     rewards = beta * log_ratio(policy_logps, ref_logps)
     if delta is None:
-        delta = gather(rewards.detach(), dp_group).mean()
+        delta = batch.mean(rewards.detach(), dp_group)
     margins = rewards - delta
     losses = softplus(torch.where(labels.bool(), -margins, margins))
     if sample_weights is not None:
@@ -88,7 +91,7 @@ def apo_zero_unpaired(
     ref_logps: Tensor | None = None,
     *,
     labels: Labels,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
     desirable_weight: Positive = 1.0,
     undesirable_weight: Positive = 1.0,
 ) -> UnitLosses:
@@ -113,7 +116,7 @@ def npo(
     policy_logps: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    beta: Positive = 0.1,
+    beta: Beta = 0.1,
 ) -> UnitLosses:
     """Negative preference optimization: unlearn every response of the batch.
 
@@ -122,7 +125,7 @@ def npo(
     Zhang et al. 2024, arXiv:2404.05868. Gradient ascent on the likelihood as beta goes to 0.
     """
     rewards = beta * log_ratio(policy_logps, ref_logps)
-    return UnitLosses((2 / beta) * softplus(rewards), rewards)
+    return UnitLosses(weighed((2 / divisor(beta)) * softplus(rewards), beta), rewards)
 
 
 @objective(unit="unit", scope="unit", needs_reference=False, reduction="mean")
@@ -131,7 +134,7 @@ def simnpo(
     ref_logps: Tensor | None = None,
     *,
     lengths: Filled,
-    beta: Positive = 2.5,
+    beta: Beta = 2.5,
     gamma: Finite = 0.0,
 ) -> UnitLosses:
     """Simple negative preference optimization: NPO on mean log-probabilities, no reference.
@@ -142,7 +145,8 @@ def simnpo(
     response). Defaults are the authors' for TOFU. Rewards are beta s / n.
     """
     rewards = beta * per_token(policy_logps, lengths)
-    return UnitLosses((2 / beta) * softplus(rewards + gamma), rewards)
+    losses = (2 / divisor(beta)) * softplus(rewards + gamma)
+    return UnitLosses(weighed(losses, beta), rewards)
 
 
 @objective(unit="unit", scope="unit", needs_reference=True)
@@ -151,16 +155,16 @@ def ddo(
     ref_logps: Tensor | None = None,
     *,
     labels: Labels,
-    beta: Positive = 0.02,
-    alpha: PositivePerResponse = 1.0,
+    beta: Beta = 0.02,
+    alpha: Positive = 1.0,
 ) -> UnitLosses:
     """Direct discriminative optimization: tell real responses from the reference's own.
 
         loss = softplus(-beta x) if real, alpha softplus(beta x) if generated
 
     Zheng et al. 2025, arXiv:2503.01103; ``labels`` is False where the reference generated the
-    response. ``alpha`` may be one value a response. The paper adds the means over real and over
-    generated responses: twice ``losses.mean()`` where they are equally many.
+    response. The paper adds the means over real and over generated responses: twice
+    ``losses.mean()`` where they are equally many.
     """
     rewards = beta * log_ratio(policy_logps, ref_logps)
     losses = torch.where(labels.bool(), softplus(-rewards), alpha * softplus(rewards))

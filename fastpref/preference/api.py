@@ -95,8 +95,16 @@ def preference_loss(
             divide by the batch's scored tokens (``bnpo``, ``dapo``, ``cispo``, ``vespo``) take
             B N / n, with B rows and n tokens in this batch and N tokens in all.
         seq_group: process group over which the tokens of each row are spread.
-        dp_group: process group of batch-wide statistics.
-        hyperparameters: of the objective.
+        dp_group: process group of batch-wide statistics. Its ranks hold any number of rows each,
+            none too, and every one of them must make the call, and run backward. With
+            ``reduction="sum"`` the ranks' losses add up to that of one process with the whole
+            batch, and so do the gradients; where gradients are averaged over W ranks, as by DDP,
+            ``denominator`` P / W, of P units in all, makes it the mean. Objectives that sort or
+            compare all pairs (``aot``, ``aot_unpaired``, ``relative_po``, ``disco``) wait on the
+            host for the number of units of each rank; no others do.
+        hyperparameters: of the objective; those that are numbers may be one value a unit, (P,),
+            (B,) or (G,), on the device of ``hidden``, 0 being allowed for ``beta`` (no weight).
+            Differentiable.
 
     Returns:
         PreferenceOutput. No rows give loss 0, still connected to the graph. No host sync on CUDA

@@ -15,7 +15,7 @@ from ..scoring.request import make_request
 from ..scoring.rules.compared import WithDivergence, WithMixture
 from ..scoring.rules.scores import Scores
 from ..scoring.vocab_parallel import shard_range
-from ..units.configuration import configure
+from ..units.configuration import configure, traced_units
 from ..units.filling import to_be_filled
 from ..units.layouts import Arrangement, arrange
 from .arguments import Arguments, check_kinds, check_reference, check_rows, flattened
@@ -40,8 +40,9 @@ class Task:
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
-        """As given."""
-        return self.given.extras or {}
+        """As given, and traced hyperparameters of one value a unit."""
+        units = traced_units(self.given.hyperparameters)
+        return {**(self.given.extras or {}), **units}
 
     @property
     def vocabulary_size(self) -> int:

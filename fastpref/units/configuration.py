@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..objectives import Objective, as_objective
 
@@ -27,19 +28,30 @@ def configure(
 ) -> Objective:
     """With the hyperparameters set, and the group where it takes one.
 
+    Under torch.compile without those of one value a unit (``traced_units``).
+
     Raises as ``objectives.get`` does.
     """
     if not torch.compiler.is_compiling():
         return _configured(objective, dp_group, hyperparameters)
-    if isinstance(objective, Objective) and dp_group is None and not hyperparameters:
-        return objective
     # The dunder makes a constant of a number that is traced as a symbol; float() does not.
     constants = {
         name: value.__float__() if isinstance(value, float) else value
         for name, value in hyperparameters.items()
+        if not isinstance(value, Tensor)
     }
+    if isinstance(objective, Objective) and dp_group is None and not constants:
+        return objective
     made: Objective = getattr(_kept, _keep(objective, dp_group, constants))
     return made
+
+
+def traced_units(hyperparameters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of one value a unit, where torch.compile traces them: no Objective can be made of them
+    then, and they are given beside its extras."""
+    if not torch.compiler.is_compiling():
+        return {}
+    return {name: one for name, one in hyperparameters.items() if isinstance(one, Tensor)}
 
 
 def _keep(

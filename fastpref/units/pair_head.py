@@ -77,11 +77,14 @@ _LINKS: Mapping[Callable[..., Any], Callable[..., Link]] = {
 
 
 def link_of(objective: Objective) -> Link | None:
-    """What ``objective`` is to the kernel, or None where it is not of the family."""
+    """What ``objective`` is to the kernel, or None where it is not of the family, or has a
+    hyperparameter of one value a pair."""
     if isinstance(objective.function, Composite):
         return None  # torch.compile cannot hash it
-    link = _LINKS.get(objective.function)
-    return None if link is None else link(**objective.hyperparameters)
+    link, values = _LINKS.get(objective.function), objective.hyperparameters
+    if link is None or any(isinstance(one, Tensor) for one in values.values()):
+        return None
+    return link(**values)
 
 
 def pair_head(

@@ -223,8 +223,8 @@ CASES = {
         lambda: objectives.as_objective(shifted),
     ),
     "tensor hyperparameter": (
-        TypeError,
-        "dpo: beta must be a number, got Tensor",
+        ValueError,
+        r"dpo: beta must be a number or one value a unit, got a tensor of shape \(\); take",
         lambda: objectives.dpo(*LOGPS, beta=torch.tensor(0.1)),
     ),
     "paper's condition": (

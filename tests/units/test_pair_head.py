@@ -272,3 +272,11 @@ def test_bad_input_is_named(either: None, change: dict[str, Tensor], message: st
     given = {name: torch.zeros(3) for name in names} | change
     with pytest.raises((TypeError, ValueError), match=message):
         pair_head.pair_head(objectives.get("dpo"), **given)
+
+
+def test_a_value_for_each_pair_is_left_to_the_objective(kernel: PairHeadKernel) -> None:
+    objective = objectives.get("dpo", beta=torch.tensor([0.1, 0.3, 0.2]))
+    logps, _ = make_pairs(objective, 3)
+    assert pair_head.link_of(objective) is None
+    found = pair_head.pair_head(objective, *logps).losses
+    torch.testing.assert_close(found, objective(*differentiable(logps)).losses)

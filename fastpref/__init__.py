@@ -8,7 +8,9 @@ from .scoring import (
     TokenScores,
     explain_divergence,
     linear_divergence,
+    linear_logits,
     linear_logprob,
+    sparse_divergence,
 )
 from .sequences import sequence_logp
 
@@ -21,11 +23,13 @@ __all__ = [
     "explain",
     "explain_divergence",
     "linear_divergence",
+    "linear_logits",
     "linear_logprob",
     "nn",
     "objectives",
     "preference_loss",
     "sequence_logp",
+    "sparse_divergence",
 ]
 
 _extension.load()

@@ -106,11 +106,7 @@ class Operators(Generic[R]):
         tensors = [one for model in models for one in model.tensors]
         settings = [*REQUEST.put(request), *self.rule.put(rule)]
         for form, model in zip(self.forms, models, strict=True):
-            if model.head.form.context is not None:
-                raise ValueError(
-                    "weight_context is not traced by torch.compile; leave it None, or call outside "
-                    "of compiled code"
-                )
+            refuse_context(model.head.form)
             settings += form.put(model.head.form)
         return (*tensors, target, *settings)
 
@@ -217,6 +213,15 @@ class Operators(Generic[R]):
         needed = self._given(saved[: self.inputs], ctx.settings).needed
         found = [one if need else None for one, need in zip(gradients, needed, strict=True)]
         return (*found, *[None] * (self.inputs - TENSORS + len(ctx.settings)))
+
+
+def refuse_context(form: Form) -> None:
+    """A context is none of an operator's arguments."""
+    if form.context is not None:
+        raise ValueError(
+            "weight_context is not traced by torch.compile; leave it None, or call outside of "
+            "compiled code"
+        )
 
 
 def _tensors(number: int) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .plan import split
 from .types import statistics_dtype
@@ -46,7 +47,7 @@ class Chosen:
         """Rows and columns of the index; on a CPU none whose rows are nowhere here."""
         total, most = self.index.shape
         size = max(1, self.tile_bytes // self._row_bytes(matrix))
-        used = _used(self.here) if self.here.device.type == "cpu" else [most] * total
+        used = _used(self.here) if _on_host(self.here) else [most] * total
         for rows in split(0, total, max(1, size // most)):
             for columns in split(0, max(used[rows]), size):
                 yield rows, columns
@@ -120,11 +121,16 @@ def _in_order(index: Tensor, d: Tensor) -> Sequence[Tensor]:
     row = torch.arange(index.shape[0], dtype=torch.int64, device=index.device).repeat_interleave(
         index.shape[1]
     )
-    if d.device.type == "cpu":
+    if _on_host(d):
         kept = factor.nonzero()[:, 0]
         flat, row, factor = flat[kept], row[kept], factor[kept]
     flat, order = flat.sort(stable=True)
     return flat, row[order], factor[order]
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether its values can be read at no cost."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
 def _used(here: Tensor) -> list[int]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 
 import fastpref
 from fastpref import ScoringOptions, linear_logits
@@ -256,6 +257,17 @@ def test_function_transforms():
     close(list(batched), [torch.stack(one) for one in zip(*single, strict=True)])
     mapped = torch.func.vmap(lambda one: linear_logits(one, weight, ids[0], **MAP))(hidden)
     close([mapped], [linear_logits(hidden, weight, ids[0].expand(3, -1, -1), **MAP)])
+
+
+def test_shapes_without_data():
+    with FakeTensorMode():
+        hidden, weight = torch.empty(3, 5, H, requires_grad=True), torch.empty(V, H)
+        weight.requires_grad_()
+        ids = torch.empty(3, 5, K, dtype=torch.int64)
+        got = linear_logits(hidden, weight, ids, **MAP)
+        assert got.shape == ids.shape and got.dtype == torch.float32
+        got.sum().backward()
+        assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
 
 
 def test_a_second_derivative_says_so():

@@ -86,7 +86,8 @@ def sparse_divergence(
 
     Returns:
         (...) float32 (float64 for float64 products), 0 where masked and where all ids are left out;
-        differentiable with respect to hidden, weight, bias and lora.
+        differentiable with respect to hidden, weight, bias and lora. Infinite, with no gradient of
+        that id, where an id has weight on one side and a probability of 0 on the other.
 
     Cost: that of ``linear_logprob`` for ``logp``, one product of 2 N H V flop and one for each of
     hidden and weight that needs a gradient, in the schedule that ``explain(hidden, weight,
@@ -147,11 +148,15 @@ def _largest(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def _terms(divergence: SparseKind, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """What each id adds; nothing where the weight is 0."""
+    """What each id adds: nothing where its weight is 0, and infinity, without gradient, where the
+    other side's probability is."""
     weight, ratio = log_p.exp(), log_p - log_q
     if divergence == "reverse_kl":
         weight, ratio = log_q.exp(), log_q - log_p
-    return weight * ratio.masked_fill(weight == 0, 0)
+    without, infinite = weight == 0, ratio.isinf()
+    # 0 times infinity, in the gradient too, would be NaN.
+    terms = weight * ratio.masked_fill(without | infinite, 0)
+    return terms.masked_fill(infinite & ~without, torch.inf)
 
 
 def _log_tail(log_probs: Tensor, largest: Tensor) -> Tensor:

@@ -93,11 +93,13 @@ def test_an_id_that_the_bias_excludes_is_minus_infinity():
 
 def test_a_row_without_upstream_gradient_reaches_nothing():
     drawn = Drawn()
-    drawn.hidden[1, 1] = torch.nan
+    drawn.hidden[1, 1], drawn.upstream[1, 1] = torch.nan, 0
     leaves = drawn.leaves()
     got = linear_logits(drawn.hidden, drawn.weight, drawn.ids, bias=drawn.bias)
-    drawn.upstream[1, 1] = 0
     assert all(one.isfinite().all() for one in gradients(got, leaves, drawn.upstream))
+    a, b = torch.randn(2, H).double().requires_grad_(), torch.randn(V, 2).double().requires_grad_()
+    got = linear_logits(drawn.hidden, drawn.weight.detach(), drawn.ids, lora=(a, b, 1.0))
+    assert all(one.isfinite().all() for one in gradients(got, (a, b), drawn.upstream))
 
 
 def test_no_tokens():

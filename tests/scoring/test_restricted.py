@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import ScoringOptions, explain, linear_logprob
+from fastpref.scoring import chosen_rows
 from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import DTYPES
 from tests.scoring.chosen_cases import MAP, Drawn, K, V, close
@@ -122,6 +123,22 @@ def test_unscored_rows_are_not_read():
     upstream = drawn.upstream * scored[..., None]
     found = torch.autograd.grad(loss(got, upstream), leaves)
     close(found, torch.autograd.grad(loss(want, upstream), others))
+
+
+def test_no_rows_are_gathered_for_unscored_tokens(monkeypatch):
+    tokens = []
+    gathered = chosen_rows.Chosen.gathered
+
+    def counted(self, matrix, rows, columns):
+        found = gathered(self, matrix, rows, columns)
+        tokens.append(found.shape[0])
+        return found
+
+    monkeypatch.setattr(chosen_rows.Chosen, "gathered", counted)
+    drawn = draw()
+    drawn.target[:, 2:] = -100
+    score(drawn)
+    assert sum(tokens) == 6
 
 
 def test_an_excluded_id_has_no_weight_and_as_a_target_minus_infinity():

@@ -8,8 +8,10 @@ from .scoring import (
     TokenScores,
     explain_divergence,
     linear_divergence,
+    linear_logits,
     linear_logprob,
     release_workspace,
+    sparse_divergence,
 )
 from .sequences import sequence_logp
 
@@ -22,12 +24,14 @@ __all__ = [
     "explain",
     "explain_divergence",
     "linear_divergence",
+    "linear_logits",
     "linear_logprob",
     "nn",
     "objectives",
     "preference_loss",
     "release_workspace",
     "sequence_logp",
+    "sparse_divergence",
 ]
 
 _extension.load()

@@ -184,6 +184,11 @@ def explain(
     bound.apply_defaults()
     if objective is None:
         taken = bound.arguments
+        if taken.pop("restrict_to") is not None:
+            raise ValueError(
+                "restrict_to has no schedule to explain: such a call forms no product and gathers "
+                "K rows of the weight for each token; leave it None"
+            )
         with opened(taken["weight_context"], weight, taken["bias"]):
             return plan_target(*ask(**taken), target).plan
     return plan_task(make_task(Arguments(**bound.arguments))).explanation

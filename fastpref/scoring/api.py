@@ -12,12 +12,13 @@ from . import autograd, operators
 from .autograd import Outputs
 from .head import Lora, Model, WeightContext, opened
 from .request import Request, make_model, make_request, plan_target
+from .restricted import restricted_scores
 from .rules import Rule
 from .rules.scores import Scores
 from .statistics import DIFFERENTIABLE, TokenScores
 from .transforms import needs_operators
 from .types import ScoringOptions
-from .validation import check_outputs
+from .validation import check_ids, check_outputs
 
 
 def linear_logprob(
@@ -36,6 +37,7 @@ def linear_logprob(
     options: ScoringOptions | None = None,
     lora: Lora | None = None,
     weight_context: WeightContext | None = None,
+    restrict_to: Tensor | None = None,
 ) -> TokenScores:
     """Per-token log-probabilities of a linear head, without ever holding the (tokens, vocabulary)
     logits.
@@ -75,6 +77,13 @@ def linear_logprob(
             context within which both hold their data. It is entered around every use of them,
             backward included. The gradient of a trained weight, of the shape it has there, arrives
             after that.
+        restrict_to: (..., K) int64 or int32, for each token the ids that it was drawn from, as by a
+            top-k or top-p sampler. All outputs are those of the softmax over these alone; such a
+            call gathers K rows of the weight for each token, see ``linear_logits``, and forms no
+            product. Negative ids are left out (pad sets of different sizes with -1), repeated ones
+            counted once. A target that is not among them, or an id of V or more, gives NaN without
+            gradient in its row. All outputs but ``log_sum_sq_probs`` and ``is_top1`` are
+            differentiable.
 
     Returns:
         TokenScores, tensors shaped like ``target``, float32 (float64 for float64 products), 0 at
@@ -93,8 +102,14 @@ def linear_logprob(
         torch.OutOfMemoryError: where even the least tile does not fit.
     """
     arguments = locals()  # here those alone, by name
+    del arguments["restrict_to"]
     with opened(weight_context, weight, bias):
-        return TokenScores._make(run(ask(**arguments), target))
+        asked = ask(**arguments)
+        if restrict_to is not None:
+            check_ids(restrict_to, hidden, "restrict_to")
+            model, names = asked.models[0], asked.rule.outputs
+            return restricted_scores(asked.request, model, target, restrict_to, names)
+        return TokenScores._make(run(asked, target))
 
 
 class Asked(NamedTuple):

@@ -111,11 +111,7 @@ class Operators(Generic[R]):
         tensors = [one for model in models for one in model.tensors]
         settings = [*REQUEST.put(request), *self.rule.put(rule)]
         for form, model in zip(self.forms, models, strict=True):
-            if model.head.form.context is not None:
-                raise ValueError(
-                    "weight_context is known to neither torch.compile, torch.func nor fake tensors;"
-                    " leave it None, or call without them"
-                )
+            refuse_context(model.head.form)
             settings += form.put(model.head.form)
         return (*tensors, target, *settings)
 
@@ -248,6 +244,15 @@ class Operators(Generic[R]):
         needed = self._given(ctx.saved_tensors[: self.inputs], ctx.settings).needed
         own = [one if need else None for one, need in zip(found, needed, strict=True)]
         return (*own, *[None] * (self.inputs - TENSORS + len(ctx.settings)))
+
+
+def refuse_context(form: Form) -> None:
+    """A context is none of an operator's arguments."""
+    if form.context is not None:
+        raise ValueError(
+            "weight_context is known to neither torch.compile, torch.func nor fake tensors; leave "
+            "it None, or call without them"
+        )
 
 
 def _tensors(number: int) -> str:

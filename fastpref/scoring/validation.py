@@ -117,6 +117,49 @@ def _check_target(target: Tensor, hidden: Tensor) -> None:
         )
 
 
+def check_ids(ids: Any, hidden: Any, name: str) -> None:
+    """(..., K) vocabulary ids for hidden (..., H), which is checked elsewhere."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"{name} must be int64 (or int32) token ids, got {ids.dtype}; use {name}.long()"
+        )
+    if ids.dim() < 1 or ids.shape[-1] < 1:
+        raise ValueError(
+            f"{name} must be (..., K), at least one id for each hidden state, got "
+            f"{tuple(ids.shape)}; for one id each use {name}[..., None]"
+        )
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a torch.Tensor, got {type(hidden).__name__}")
+    if ids.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} must be (..., K) for hidden (..., H): got {name} {tuple(ids.shape)} and "
+            f"hidden {tuple(hidden.shape)}; for one id each use {name}[..., None]"
+        )
+    if ids.device != hidden.device:
+        raise ValueError(
+            f"{name} must be on {hidden.device}, where hidden is; got {ids.device}. Move it there"
+        )
+
+
+def check_teacher_logps(logps: Any, ids: Tensor) -> None:
+    """Of each id."""
+    if not isinstance(logps, Tensor) or not logps.is_floating_point():
+        got = logps.dtype if isinstance(logps, Tensor) else type(logps).__name__
+        raise TypeError(f"teacher_logps must be a floating-point tensor, got {got}")
+    if logps.shape != ids.shape:
+        raise ValueError(
+            f"teacher_logps must hold one log-probability for each of ids {tuple(ids.shape)}, got "
+            f"{tuple(logps.shape)}"
+        )
+    if logps.device != ids.device:
+        raise ValueError(
+            f"teacher_logps must be on {ids.device}, where ids are; got {logps.device}. "
+            "Move it there"
+        )
+
+
 def check_request(ignore_index: Any, options: Any) -> ScoringOptions:
     """The options, None standing for the defaults."""
     _check_ignore_index(ignore_index)
@@ -203,7 +246,6 @@ def check_two_heads(
         if tensor.dim() < 1 or (name.endswith("weight") and not tensor.numel()):
             wanted = "rows and columns" if name.endswith("weight") else "a last dimension"
             raise ValueError(f"{name} must have {wanted}, got shape {tuple(tensor.shape)}")
-    shape = tuple(student_hidden.shape[:-1])
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             "teacher_hidden must hold the tokens of student_hidden, (..., H'): got "
@@ -214,18 +256,23 @@ def check_two_heads(
             f"teacher_hidden must be on {student_hidden.device}, where student_hidden is; got "
             f"{teacher_hidden.device}. Move it there"
         )
+    check_mask(mask, student_hidden, "student_hidden")
+
+
+def check_mask(mask: Any, hidden: Tensor, hidden_name: str) -> None:
+    """(...) bool or None for hidden (..., H)."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, got {got}; use mask.bool()")
-    if mask.shape != student_hidden.shape[:-1]:
+    if mask.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"mask must have the shape of student_hidden without its last dimension, {shape}, got "
-            f"{tuple(mask.shape)}"
+            f"mask must have the shape of {hidden_name} without its last dimension, "
+            f"{tuple(hidden.shape[:-1])}, got {tuple(mask.shape)}"
         )
-    if mask.device != student_hidden.device:
-        raise ValueError(f"mask must be on {student_hidden.device}, got {mask.device}")
+    if mask.device != hidden.device:
+        raise ValueError(f"mask must be on {hidden.device}, got {mask.device}")
 
 
 def _check_ignore_index(ignore_index: Any) -> None:

@@ -35,14 +35,15 @@ def test_signatures():
         "options",
         "lora",
         "weight_context",
+        "restrict_to",
     ]
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     assert (
         kinds
-        == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3 + [inspect.Parameter.KEYWORD_ONLY] * 11
+        == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3 + [inspect.Parameter.KEYWORD_ONLY] * 12
     )
     defaults = [parameter.default for parameter in signature.parameters.values()][3:]
-    assert defaults == [None, -100, 1.0, 1.0, None, ("logp",), None, None, None, None, None]
+    assert defaults == [None, -100, 1.0, 1.0, None, ("logp",), None, None, None, None, None, None]
     assert fastpref.linear_logprob is linear_logprob
     assert TokenScores._fields == (
         "logp",

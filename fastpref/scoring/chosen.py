@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``linear_logits``: the logits of chosen vocabulary ids."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import chosen_autograd, chosen_operators
+from .chosen_passes import plan_chosen
+from .head import Lora, Model, WeightContext, opened
+from .request import Request, make_model, make_request
+from .types import ScoringOptions
+from .validation import check_ids
+
+_NONE_IGNORED = -100  # no position is left out
+
+
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_range: tuple[int, int] | None = None,
+    options: ScoringOptions | None = None,
+    lora: Lora | None = None,
+    weight_context: WeightContext | None = None,
+) -> Tensor:
+    """The logits of chosen vocabulary ids, K for each hidden state, at the cost of gathering K rows
+    of the weight: no product with the whole of it, and never more gathered rows in memory than the
+    budget holds.
+
+    Logits are those of ``linear_logprob``: with z = hidden @ weight.T + bias, ``softcap *
+    tanh(logit_scale * z / softcap) / temperature``, or ``logit_scale * z / temperature`` without a
+    cap. Differentiable with respect to hidden, weight, bias and lora, for any upstream gradient.
+
+    Args:
+        hidden: (..., H), float64, float32, bfloat16 or float16.
+        weight: (V, H). Where its dtype differs from hidden's, and under autocast, rows are rounded
+            as in ``linear_logprob``; they are multiplied and added up in float32 or wider.
+        ids: (..., K) int64 or int32, K at least 1, in any order, repeated or not. An id outside
+            [0, V), a negative one too, gives NaN, and what arrives there of an upstream gradient
+            goes nowhere.
+        bias: (V,), or None.
+        temperature, logit_scale, softcap, lora, weight_context: as in ``linear_logprob``.
+        tp_group, vocab_range: as there; ids are global and the same on every rank, and so are the
+            logits, since each id has one owner.
+        options: ``memory_budget`` bounds the gathered rows; see ScoringOptions.
+
+    Returns:
+        (..., K) float32 (float64 for float64 products).
+
+    Gradients cost one gather more for hidden, and for the weight a sort of the ids and K rows for
+    each hidden state, which add up in float32 or wider and in the same order in every run.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
+        RuntimeError: on a second derivative.
+        torch.OutOfMemoryError: where one gathered row does not fit.
+    """
+    check_ids(ids, hidden, "ids")
+    with opened(weight_context, weight, bias):
+        model = make_model(
+            hidden,
+            weight,
+            ids[..., 0],
+            bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            lora=lora,
+            tp_group=tp_group,
+            vocab_range=vocab_range,
+            weight_context=weight_context,
+        )
+        request = make_request([model], ignore_index=_NONE_IGNORED, options=options)
+        return chosen_logits(request, model, ids, None)
+
+
+def chosen_logits(request: Request, model: Model, ids: Tensor, target: Tensor | None) -> Tensor:
+    """As ``linear_logits``, of checked arguments, and 0 where ``target`` (...) is the request's
+    ``ignore_index``: such rows of hidden are not read. None: all positions are scored."""
+    # A copy: backward reads them again, and a batch's ids may be overwritten until then.
+    ids = ids.to(torch.int64, copy=True)
+    if torch.compiler.is_compiling():
+        return chosen_operators.run(request, model, ids, target)
+    return chosen_autograd.run(plan_chosen(request, model, target), model, ids)

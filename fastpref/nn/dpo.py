@@ -99,7 +99,7 @@ class FusedLinearDPOLoss(PairedLoss):
 
         Returns:
             loss (0-dim), (chosen_logps (P,), rejected_logps (P,), mean logit of the chosen and of
-            the rejected responses' scored tokens, nll_loss, chosen_rewards (P,),
+            the rejected rows over all positions, scored or not, nll_loss, chosen_rewards (P,),
             rejected_rewards (P,)). Loss, log-probabilities and nll_loss are differentiable.
 
         Raises:

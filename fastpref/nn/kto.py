@@ -81,7 +81,10 @@ class FusedLinearKTOLoss(torch.nn.Module):
         """
         check_head(_input, lin_weight, target)
         if preference_labels is None:
-            raise ValueError("preference_labels must say which rows are desirable, got None")
+            raise ValueError(
+                "preference_labels must be provided for unpaired preference loss: (B,), True where "
+                "the row is desirable, got None"
+            )
         check_rows("preference_labels", preference_labels, (len(target),))
         logps = self._scored(_input, lin_weight, target, bias)
         ref_logps = torch.zeros_like(logps)

@@ -20,14 +20,18 @@ def ours(name):
     return getattr(fastpref.nn, name)
 
 
-def signature(function):
-    """(name, kind, default) of every parameter, in order."""
-    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+def signature(function, unlike):
+    """(name, kind, default) of every parameter, in order; no default of those in ``unlike``."""
+    return [
+        (p.name, p.kind, None if p.name in unlike else p.default)
+        for p in inspect.signature(function).parameters.values()
+    ]
 
 
-def assert_same_signatures(name):
+def assert_same_signatures(name, unlike=()):
     for method in ("__init__", "forward"):
-        assert signature(getattr(ours(name), method)) == signature(getattr(peer_of(name), method))
+        mine, theirs = (getattr(one(name), method) for one in (ours, peer_of))
+        assert signature(mine, unlike) == signature(theirs, unlike)
 
 
 def tensors(dtype=torch.float64, width=H, masked=True):

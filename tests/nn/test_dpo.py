@@ -157,7 +157,11 @@ def test_settings_may_change_later(settings):
 
 
 CASES = {
-    "unknown loss": ({"loss_type": "dpo"}, {}, r"loss_type must be one of sigmoid, .* got 'dpo'"),
+    "unknown loss": (
+        {"loss_type": "dpo"},
+        {},
+        "Unsupported loss_type: loss_type must be one of sigmoid, .* got 'dpo'",
+    ),
     "smoothing of none": (
         {"loss_type": "hinge", "label_smoothing": 0.1},
         {},
@@ -166,12 +170,12 @@ CASES = {
     "too much smoothing": (
         {"loss_type": "robust", "label_smoothing": 0.5},
         {},
-        r"label_smoothing must be in \[0, 0.5\)",
+        r"label_smoothing must lie in \[0\.0, 0\.5\) for loss_type='robust': .* got 0.5",
     ),
     "exo without smoothing": (
         {"loss_type": "exo_pair"},
         {},
-        r"exo_pair: label_smoothing must be in \(0, 0.5\).* got 0.0",
+        r"label_smoothing must be > 0 for loss_type='exo_pair': .* in \(0, 0.5\).* got 0.0",
     ),
     "no reference": ({}, {"ref_input": None}, "pass ref_input, got None, or construct"),
     "odd rows": (

@@ -79,7 +79,10 @@ def test_the_policys_head_serves_the_reference():
 
 
 CASES = {
-    "no labels": ({"preference_labels": None}, "preference_labels must say which .* got None"),
+    "no labels": (
+        {"preference_labels": None},
+        "preference_labels must be provided for unpaired preference loss: .* got None",
+    ),
     "labels of another shape": (
         {"preference_labels": LABELS[:3]},
         r"preference_labels must be \(6,\), got \(3,\)",

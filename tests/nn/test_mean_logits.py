@@ -100,8 +100,10 @@ def test_under_autocast():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "kto"])
 def test_where_no_response_is_compared(name):
-    given = {one: value[:0] if one in ("_input", "target") else value
-             for one, value in batch(name).items()}
+    given = {
+        one: value[:0] if one in ("_input", "target") else value
+        for one, value in batch(name).items()
+    }
     _, returned = MODULES[name](**given)
     assert all(returned[place] == 0 for place in PLACES)
 

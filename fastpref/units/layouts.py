@@ -56,7 +56,8 @@ class Indexed:
     rows: int
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows[self.pairs[:, 0]], rows[self.pairs[:, 1]]
+        pairs = self.pairs.to(rows.device)
+        return rows[pairs[:, 0]], rows[pairs[:, 1]]
 
     def join(self, *parts: Tensor) -> Tensor:
         values = torch.cat(parts)

@@ -14,7 +14,7 @@ from .evaluation import evaluate
 from .filling import filled_extras
 from .layouts import Arrangement
 from .numbers import Numbers
-from .output import PreferenceOutput
+from .output import PreferenceOutput, output_of
 
 LossReduction: TypeAlias = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[LossReduction, ...] = ("mean", "sum", "none")
@@ -45,14 +45,14 @@ def unit_loss(
     """
     complete = filled_extras(objective, extras, numbers, arrangement)
     losses, rewards, metrics = evaluate(objective, numbers, arrangement, complete)
-    return PreferenceOutput(
+    return output_of(
+        arrangement,
         _reduced(losses, reduction, denominator),
         losses.detach(),
         rewards,
         numbers.logps,
         numbers.ref_logps,
         metrics,
-        arrangement,
     )
 
 

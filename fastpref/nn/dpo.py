@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.checks import hint
 from ..objectives.registry import loss_types, registered
 from ..objectives.signature import Hyperparameter
 from .checks import check_reference
 from .paired import PairedLoss, Results, check_pairs
 
 LOSS_TYPES = loss_types("pair")
+_OBJECTIVES = {name: loss_type for loss_type, name in LOSS_TYPES.items()}
 
 _SMOOTHED = {  # what label_smoothing must do, in the words of Liger-Kernel
     "exo_pair": "be > 0",
@@ -71,7 +73,7 @@ class FusedLinearDPOLoss(PairedLoss):
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"Unsupported loss_type: loss_type must be one of {', '.join(LOSS_TYPES)}, got "
-                f"{self.loss_type!r}"
+                f"{self.loss_type!r}{hint(self.loss_type, LOSS_TYPES, _OBJECTIVES)}"
             )
         name, hyperparameters = LOSS_TYPES[self.loss_type], {"beta": self.beta}
         if name == "discopop":

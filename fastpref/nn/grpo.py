@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import objectives
+from ..objectives.checks import hint
 from ..objectives.registry import loss_types, registered
 from ..preference import preference_loss
 from .checks import check_head, check_reference, check_rows
@@ -96,7 +97,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"Unknown loss type: loss_type must be one of {', '.join(LOSS_TYPES)}, got "
-                f"{self.loss_type!r}"
+                f"{self.loss_type!r}{hint(self.loss_type, LOSS_TYPES)}"
             )
         self._check_positive()
         epsilon_high = self.epsilon_high

@@ -83,7 +83,9 @@ def preference_loss(
             by ``lora``.
         token_weights: like ``target``, a factor of each token in the sums of policy and reference.
             Differentiable.
-        extras: what else the objective takes, by name. Lengths and the like are filled in.
+        extras: what else the objective takes, by name. Lengths and the like are filled in. A
+            response without a scored token has log-probability 0, and mean 0 where an objective
+            divides by lengths: it counts, as one that the policy is certain of.
         outputs: further metrics: "entropy", "mean_logits", "accuracy" (share of tokens that the
             policy finds likeliest).
         reduction: of the losses, over units.

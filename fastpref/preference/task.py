@@ -18,7 +18,7 @@ from ..scoring.vocab_parallel import shard_range
 from ..units.configuration import configure
 from ..units.filling import to_be_filled
 from ..units.layouts import Arrangement, arrange
-from .arguments import Arguments, check_kinds, check_reference, check_rows
+from .arguments import Arguments, check_hyperparameters, check_kinds, check_reference, check_rows
 from .batch import Batch
 from .metrics import SCORES
 
@@ -57,6 +57,7 @@ def make_task(given: Arguments) -> Task:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
     check_kinds(given)
+    check_hyperparameters(given)
     objective = configure(given.objective, given.dp_group, given.hyperparameters)
     check_rows(given, objective)
     batch = Batch(given.target, given.ignore_index, given.cu_seqlens, given.seq_group)

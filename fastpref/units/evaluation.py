@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..objectives import ListLosses, Objective, TokenLosses, UnitLosses
 from .layouts import Arrangement
-from .numbers import Numbers
+from .numbers import Numbers, mean
 from .pair_head import pair_head
 
 
@@ -40,7 +40,7 @@ def evaluate(
     if objective.unit == "list":
         metrics = _of_lists(result.rewards, own, extras)
     else:
-        metrics = {"rewards/mean": result.rewards.mean(), "logps/mean": own.mean()}
+        metrics = {"rewards/mean": mean(result.rewards), "logps/mean": mean(own)}
         if "labels" in extras:
             metrics |= _by_label(result.rewards, own, extras["labels"] != 0)
     return Evaluated(result.losses, arrangement.join(result.rewards), metrics)
@@ -97,7 +97,7 @@ def _tokens(objective: Objective, numbers: Numbers, extras: dict[str, Tensor]) -
     logps, ref_logps = numbers.logps.detach(), numbers.ref_logps
     tokens = numbers.lengths().sum().clamp(min=1)
     metrics = {
-        "logps/mean": logps.mean(),
+        "logps/mean": mean(logps),
         "clip_ratio/region_mean": result.is_clipped.to(logps.dtype).sum() / tokens,
     }
     if result.kl is not None:

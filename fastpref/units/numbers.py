@@ -10,6 +10,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def mean(values: Tensor) -> Tensor:
+    """0-dim, 0 of none: a micro-batch may be empty."""
+    return values.mean() if values.numel() else values.new_zeros(())
+
+
 class TokenNumbers(NamedTuple):
     """Of padded rows, for objectives of tokens; 0 where not scored."""
 

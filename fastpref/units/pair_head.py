@@ -9,7 +9,7 @@ response through one of three links, run in one launch that also leaves the loss
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .. import objectives
 from .._extension import cuda_operators_serve
 from ..objectives import Objective
 from ..objectives.registry import Composite, upcast
+from .numbers import mean
 
 LOGISTIC, SQUARE, HINGE = 0, 1, 2  # in the order of csrc/cuda/pair_head.h
 
@@ -103,7 +104,7 @@ def pair_head(
         PairResult, float32 (float64 for float64 log-probs). Only ``losses`` carries a gradient.
         The metrics, means over the pairs under the names that TRL logs: rewards of the chosen and
         of the rejected responses, their margin, the share of pairs whose chosen response has the
-        larger reward, and the policy's log-probs. No host sync.
+        larger reward, and the policy's log-probs; 0 of no pairs. No host sync.
 
     Raises:
         TypeError, ValueError: as the objective does.
@@ -112,7 +113,7 @@ def pair_head(
     call = _kernel_call(objective, logps, extras)
     if call is None:
         losses, chosen, rejected = objective(*logps, **extras)  # type: ignore[misc]
-        means = torch.stack([one.mean() for one in _measured(chosen, rejected, *logps[:2])])
+        means = torch.stack([mean(one) for one in _measured(chosen, rejected, *logps[:2])])
     else:
         losses, (chosen, rejected), (_, *means) = _PairHead.apply(*call, objective)  # type: ignore[no-untyped-call]
     return PairResult(losses, chosen, rejected, dict(zip(METRICS, means, strict=True)))
@@ -148,6 +149,8 @@ def _kernel_call(
     lengths = [extras.get("chosen_lengths"), extras.get("rejected_lengths")]
     if link is None or not cuda_operators_serve(*logps, *lengths):
         return None
+    if not len(cast(Tensor, logps[0])):
+        return None  # nothing to launch
     if any(name not in objective.extras for name in extras):
         return None  # which the objective refuses
     objective.check(logps, dict(objective.settings) | extras)

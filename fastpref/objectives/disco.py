@@ -80,6 +80,8 @@ def disco(
 
     The loss of the batch is repeated; ``ratio`` is r, ``kl`` the estimate at each token, of the
     divergence from the old policy; nothing is clipped.
+
+    A response without scored tokens has mean 0.
     """
     scored = mask != 0
     logp = torch.where(scored, policy_token_logp, 0)

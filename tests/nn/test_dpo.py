@@ -160,7 +160,7 @@ CASES = {
     "unknown loss": (
         {"loss_type": "dpo"},
         {},
-        "Unsupported loss_type: loss_type must be one of sigmoid, .* got 'dpo'",
+        "Unsupported loss_type: loss_type must be one of .* got 'dpo'; did you mean 'sigmoid'",
     ),
     "smoothing of none": (
         {"loss_type": "hinge", "label_smoothing": 0.1},

@@ -212,6 +212,7 @@ CASES = {
         {},
         "Unknown loss type: loss_type must be one of grpo, .* got 'ppo'",
     ),
+    "near loss": ({"loss_type": "dr-grpo"}, {}, "got 'dr-grpo'; did you mean 'dr_grpo'"),
     "unknown level": (
         {"importance_sampling_level": "batch"},
         {},

@@ -5,7 +5,8 @@ Each has their constructor and ``forward``, argument by argument, and returns th
 that only the import changes: ``from fastpref.nn import FusedLinearDPOLoss``.
 
 ``compiled`` and ``chunk_size`` are taken and have no effect. In all of them: what is not scored is
-never computed; a row without scored tokens counts as 0 and never gives NaN; log-probabilities in
+never computed, but for the mean logits (sums in KTO), which like Liger's are over all positions and
+cost no product; a row without scored tokens counts as 0 and never gives NaN; log-probabilities in
 the returned tuple carry their gradient; a setting that the chosen loss has not is refused. Every
 call reads the attributes, so that ``loss.beta = 0.3`` counts from then on.
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..objectives.checks import no_tensor
+
 
 def check_head(
     states: Tensor,
@@ -39,7 +41,7 @@ def check_tokens(model: str, states: Tensor, weight: Tensor, labels: Tensor) -> 
 def _check_kinds(names: tuple[str, str, str], values: tuple[Tensor, Tensor, Tensor]) -> None:
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            raise no_tensor(name, value)
 
 
 def _check_weight(names: tuple[str, str, str], states: Tensor, weight: Tensor) -> None:
@@ -65,7 +67,7 @@ def check_reference(ref_input: Tensor | None, ref_weight: Tensor | None, target:
 def check_rows(name: str, value: Tensor, *shapes: tuple[int, ...]) -> None:
     """Raise unless ``value`` is a tensor of one of ``shapes``."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise no_tensor(name, value)
     if tuple(value.shape) not in shapes:
         wanted = " or ".join(map(str, shapes))
         raise ValueError(f"{name} must be {wanted}, got {tuple(value.shape)}")

@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.checks import hint
 from ..objectives.registry import loss_types, registered
+from ..objectives.signature import Hyperparameter
 from .checks import check_reference
 from .paired import PairedLoss, Results, check_pairs
 
 LOSS_TYPES = loss_types("pair")
+_OBJECTIVES = {name: loss_type for loss_type, name in LOSS_TYPES.items()}
+
+_SMOOTHED = {  # what label_smoothing must do, in the words of Liger-Kernel
+    "exo_pair": "be > 0",
+    "robust": "lie in [0.0, 0.5)",
+}
 
 
 class FusedLinearDPOLoss(PairedLoss):
@@ -64,12 +72,15 @@ class FusedLinearDPOLoss(PairedLoss):
     def configuration(self) -> tuple[str, dict[str, Any]]:
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
-                f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"
+                f"Unsupported loss_type: loss_type must be one of {', '.join(LOSS_TYPES)}, got "
+                f"{self.loss_type!r}{hint(self.loss_type, LOSS_TYPES, _OBJECTIVES)}"
             )
         name, hyperparameters = LOSS_TYPES[self.loss_type], {"beta": self.beta}
         if name == "discopop":
             hyperparameters["tau"] = self.discopop_tau
-        if "label_smoothing" in registered(name).signature.hyperparameters:
+        smoothing = registered(name).signature.hyperparameters.get("label_smoothing")
+        if smoothing is not None:
+            self._check_smoothing(name, smoothing)
             hyperparameters["label_smoothing"] = self.label_smoothing
         elif self.label_smoothing:
             raise ValueError(
@@ -77,6 +88,17 @@ class FusedLinearDPOLoss(PairedLoss):
                 f"{self.label_smoothing!r}; leave it 0"
             )
         return name, hyperparameters
+
+    def _check_smoothing(self, name: str, smoothing: Hyperparameter) -> None:
+        words = _SMOOTHED.get(self.loss_type)
+        if words is None:
+            return  # which the objective checks
+        try:
+            smoothing.check(f"{name}: label_smoothing", self.label_smoothing)
+        except ValueError as error:
+            raise ValueError(
+                f"label_smoothing must {words} for loss_type={self.loss_type!r}: {error}"
+            ) from None
 
     def forward(
         self,
@@ -99,7 +121,7 @@ class FusedLinearDPOLoss(PairedLoss):
 
         Returns:
             loss (0-dim), (chosen_logps (P,), rejected_logps (P,), mean logit of the chosen and of
-            the rejected responses' scored tokens, nll_loss, chosen_rewards (P,),
+            the rejected rows over all positions, scored or not, nll_loss, chosen_rewards (P,),
             rejected_rewards (P,)). Loss, log-probabilities and nll_loss are differentiable.
 
         Raises:

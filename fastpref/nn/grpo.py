@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import objectives
+from ..objectives.checks import hint
 from ..objectives.registry import loss_types, registered
 from ..preference import preference_loss
 from .checks import check_head, check_reference, check_rows
@@ -29,7 +30,9 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         beta: weight of the divergence from the reference.
         compiled, chunk_size: without effect.
         use_ref_model: whether ``forward`` takes a reference; without one the divergence is 0.
-        epsilon_low, epsilon_high: the clip range; ``epsilon_high`` of "cispo" bounds the ratio.
+        epsilon_low, epsilon_high: the clip range, 0.2 by default; ``epsilon_high`` of "cispo"
+            bounds the ratio itself, and is 5.0 by default. Liger-Kernel takes 0.2 there too, which
+            leaves every weight at 0.2 or below.
         loss_type: a key of ``LOSS_TYPES``.
         max_completion_length: what "dr_grpo" divides by, and needs.
         importance_sampling_level: "token", or "sequence" for the losses that clip.
@@ -50,7 +53,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         use_ref_model: bool = True,
         chunk_size: int = 1,
         epsilon_low: float = 0.2,
-        epsilon_high: float = 0.2,
+        epsilon_high: float | None = None,
         loss_type: str = "dapo",
         max_completion_length: int | None = None,
         importance_sampling_level: str = "token",
@@ -93,12 +96,17 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         """
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
-                f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}"
+                f"Unknown loss type: loss_type must be one of {', '.join(LOSS_TYPES)}, got "
+                f"{self.loss_type!r}{hint(self.loss_type, LOSS_TYPES)}"
             )
+        self._check_positive()
+        epsilon_high = self.epsilon_high
+        if epsilon_high is None:
+            epsilon_high = 5.0 if self.loss_type == "cispo" else 0.2
         settings = {
             "beta": self.beta if self.use_ref_model else 0.0,
             "epsilon_low": self.epsilon_low,
-            "epsilon_high": self.epsilon_high,
+            "epsilon_high": epsilon_high,
             "delta": self.delta,
             "max_completion_length": self.max_completion_length,
             "importance_sampling_level": self.importance_sampling_level,
@@ -116,16 +124,24 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             self._check_unclipped()
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(
-                "loss_type='dr_grpo' divides by max_completion_length, got None; pass the longest "
-                "completion that the sampler may return"
+                "max_completion_length must be provided for loss_type 'dr_grpo', which divides by "
+                "max_completion_length, got None; pass the longest completion that the sampler may "
+                "return"
             )
         return name, {key: value for key, value in settings.items() if key in known}
+
+    def _check_positive(self) -> None:
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "delta"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")
 
     def _check_unclipped(self) -> None:
         if self.importance_sampling_level != "token":
             raise ValueError(
-                f"importance_sampling_level must be 'token' for loss_type={self.loss_type!r}, "
-                f"got {self.importance_sampling_level!r}"
+                "Sequence-level importance sampling is not supported for "
+                f"loss_type={self.loss_type!r}: importance_sampling_level must be 'token', got "
+                f"{self.importance_sampling_level!r}"
             )
         if self.delta is not None:
             raise ValueError(

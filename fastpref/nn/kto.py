@@ -13,6 +13,7 @@ from ..objectives import UnitLosses
 from ..scoring import linear_logprob
 from ..sequences import sequence_logp
 from .checks import check_head, check_reference, check_rows
+from .mean_logits import sums_of_mean_logits
 
 
 class FusedLinearKTOLoss(torch.nn.Module):
@@ -72,48 +73,46 @@ class FusedLinearKTOLoss(torch.nn.Module):
 
         Returns:
             loss (0-dim), (sum of the desirable and of the undesirable responses' log-probabilities,
-            sums of their scored tokens' logits over the vocabulary, sums of their rewards). The
-            loss and the log-probabilities are differentiable.
+            sums of their logits over the vocabulary and all positions, scored or not, sums of their
+            rewards). The loss and the log-probabilities are differentiable.
 
         Raises:
             ValueError, TypeError: naming the argument, what came, what was expected, the remedy.
         """
         check_head(_input, lin_weight, target)
         if preference_labels is None:
-            raise ValueError("preference_labels must say which rows are desirable, got None")
+            raise ValueError(
+                "preference_labels must be provided for unpaired preference loss: (B,), True where "
+                "the row is desirable, got None"
+            )
         check_rows("preference_labels", preference_labels, (len(target),))
-        logps, logits = self._scored(_input, lin_weight, target, bias)
+        logps = self._scored(_input, lin_weight, target, bias)
         ref_logps = torch.zeros_like(logps)
         if self.use_ref_model:
             check_reference(ref_input, ref_weight, target)
             head = (lin_weight, bias) if ref_weight is None else (ref_weight, ref_bias)
             with torch.no_grad():
-                ref_logps, _ = self._scored(cast(Tensor, ref_input), head[0], target, head[1])
+                ref_logps = self._scored(cast(Tensor, ref_input), head[0], target, head[1])
         losses, rewards = self._compared(logps, ref_logps, preference_labels, kl)
         desirable = preference_labels != 0
+        logits = sums_of_mean_logits(_input, lin_weight, bias) * lin_weight.shape[0]
         sums = [
             torch.where(rows, values, 0).sum()
-            for values in (logps, logits * lin_weight.shape[0], rewards)
+            for values in (logps, logits, rewards)
             for rows in (desirable, ~desirable)
         ]
         return losses.mean(), tuple(sums)
 
     def _scored(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Of each row, the log-probability and the sum of its tokens' mean logits."""
-        outputs = ("logp", "mean_logits")
-        scores = linear_logprob(
-            hidden, weight, target, bias=bias, ignore_index=self.ignore_index, outputs=outputs
-        )
-        mask = target != self.ignore_index
-        logps = sequence_logp(
+    ) -> Tensor:
+        """(B,), the log-probability of each row."""
+        scores = linear_logprob(hidden, weight, target, bias=bias, ignore_index=self.ignore_index)
+        return sequence_logp(
             cast(Tensor, scores.logp),
-            mask=mask,
+            mask=target != self.ignore_index,
             reduction="mean" if self.average_log_prob else "sum",
         )
-        mean_logits = cast(Tensor, scores.mean_logits).detach()
-        return logps, sequence_logp(mean_logits, mask=mask)
 
     def _compared(
         self, logps: Tensor, ref_logps: Tensor, labels: Tensor, kl: Tensor | None

@@ -18,6 +18,7 @@ from ..objectives.results import Losses
 from ..objectives.signature import ExtraFacts
 from ..preference import PreferenceOutput, preference_loss
 from .checks import check_head
+from .mean_logits import sums_of_mean_logits
 
 # The loss, then: chosen_logps (P,), rejected_logps (P,), mean logit of the chosen and of the
 # rejected responses, the likelihood term, chosen_rewards (P,), rejected_rewards (P,), and what a
@@ -58,6 +59,7 @@ class Pairs(NamedTuple):
     output: PreferenceOutput
     sums: Tensor  # of each row's log-probabilities, differentiable
     lengths: Tensor  # of each row, in scored tokens
+    logits: Tensor  # (2 P,), of each row the mean logit over all its positions
 
     def halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of the chosen and of the rejected responses, (P,) each."""
@@ -73,8 +75,8 @@ class PairedLoss(torch.nn.Module):
     """Base of the losses on chosen rows followed by as many rejected ones.
 
     ``average_log_prob`` turns the sums of log-probabilities that are compared and returned into
-    means over tokens. Mean logits are those of the scored tokens. Attributes may change after
-    construction: every call reads them.
+    means over tokens. Mean logits are over all positions, scored or not. Attributes may change
+    after construction: every call reads them.
     """
 
     def __init__(
@@ -149,19 +151,20 @@ class PairedLoss(torch.nn.Module):
             bias=bias,
             ignore_index=self.ignore_index,
             token_weights=token_weights,
-            outputs=("mean_logits",),
             **keywords,
             **hyperparameters,
         )
         sums = output.logps if token_weights is None else output.logps * lengths
-        return Pairs(output.losses.shape[0], output, sums, lengths)
+        number = output.losses.shape[0]
+        logits = sums_of_mean_logits(hidden[: 2 * number], weight, bias) / max(1, target.shape[1])
+        return Pairs(number, output, sums, lengths, logits)
 
     def results(self, pairs: Pairs, loss: Tensor, nll: Tensor) -> Results:
         """The tuple that is returned."""
         output, shown = pairs.output, pairs.sums
         if self.average_log_prob:
             shown = shown / pairs.lengths.clamp(min=1)
-        logits = output.metrics["logits/chosen"], output.metrics["logits/rejected"]
+        logits = [side.sum() / max(1, pairs.number) for side in pairs.halves(pairs.logits)]
         rewards = output.chosen_rewards, output.rejected_rewards
         return loss, (*pairs.halves(shown), *logits, nll, *rewards)
 

@@ -236,6 +236,8 @@ def alpha_dpo(
     a stopped gradient. The statistics are those of d; where ``running_std`` is 0, z is 0.
     Defaults: beta and gamma as in SimPO, alpha from the paper's range 0.05 to 0.2. ``gamma`` is the
     margin itself, not its ratio to beta. Not ``alpha_po``, nor the alpha-divergence of ``f_dpo``.
+
+    A response without scored tokens has mean 0.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)

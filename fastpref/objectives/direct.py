@@ -111,6 +111,8 @@ def ipo(
     Azar et al. 2023, arXiv:2310.12036, eq. 17 (beta is their tau). The equation has the sum; the
     mean over tokens is what the authors ran and trainers default to. An empty response counts as
     mean 0. Rewards are beta x, not divided by length.
+
+    A response without scored tokens has mean 0.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
@@ -235,6 +237,8 @@ def sigmoid_norm(
 
     Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, and their beta. An empty response counts as 0.
     Rewards are beta x, not divided by length.
+
+    A response without scored tokens has mean 0.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
@@ -370,6 +374,8 @@ def rainbow_po(
     s and r are the log-probs of policy and reference; the second form is "cauchy". Zhao et al.
     2024, arXiv:2410.04203, and the defaults of their code. ``ref_entropy`` is the reference's mean
     entropy over log V. An empty response counts as 0. Rewards are beta x, not divided by length.
+
+    A response without scored tokens has mean 0.
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)

@@ -105,6 +105,8 @@ def disco(
     ``dp_group``, over which prompts may be spread; each holds any number of responses, none too,
     and their summed losses are those of one process. The host waits for the numbers of responses.
     ``tau``, ``delta`` and ``kl_weight`` take numbers only, the whole batch shares them.
+
+    A response without scored tokens has mean 0.
     """
     scored = mask != 0
     logp = torch.where(scored, policy_token_logp, 0)

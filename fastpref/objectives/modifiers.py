@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from .checks import as_python
 from .registry import SCOPES, Composite, Objective, Reduction, Scope, as_objective
 from .results import Losses
 from .signature import POLICY_LOGPS, Domain, ExtraFacts, Hyperparameter, Signature
@@ -95,7 +96,7 @@ def combine(objectives: Sequence[Part], weights: Sequence[float]) -> Objective:
     if len({part.unit for part in parts}) > 1:
         units = ", ".join(f"{part.name} {part.unit!r}" for part in parts)
         raise ValueError(f"objectives must have the same unit, got {units}")
-    return _Combined(parts, tuple(weights)).as_objective()
+    return _Combined(parts, tuple(map(as_python, weights))).as_objective()
 
 
 @dataclass(frozen=True)

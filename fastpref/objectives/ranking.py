@@ -132,6 +132,8 @@ def pro(
     Song et al. 2023, arXiv:2306.17492. Rewards are r. One temperature for all: the authors' code
     multiplies by the gaps of the rewards, and has 0.05 (K - 1)^2 times the summed likelihood for
     SFT, so that the default ``sft_weight`` is not confirmed for this form. Ties keep input order.
+
+    A response without scored tokens has mean 0.
     """
     means = per_token(lists.masked(policy_logps, mask), lists.masked(lengths, mask))
     rewards = means / by_row(tau)
@@ -160,6 +162,8 @@ def rrhf(
     Yuan et al. 2023, arXiv:2304.05302. Rewards are sbar. The likelihood is per token, as in the
     authors' code; the paper's is summed. Ties keep input order and so make a pair, which they do
     not in the paper. The gradient at the kink is 0.
+
+    A response without scored tokens has mean 0.
     """
     rewards = per_token(lists.masked(policy_logps, mask), lists.masked(lengths, mask))
     order = lists.ranked_before(scores, ranks, lists.compared(mask, rewards))

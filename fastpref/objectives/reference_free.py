@@ -55,6 +55,8 @@ def simpo(
 
     Meng et al. 2024, arXiv:2405.14734, eq. 6. Defaults lie in the paper's ranges (beta 2 to 2.5,
     gamma / beta 0.25 to 0.55). ``gamma`` is the margin itself, not its ratio to beta.
+
+    A response without scored tokens has mean 0.
     """
     chosen = beta * per_token(policy_chosen_logps, chosen_lengths)
     rejected = beta * per_token(policy_rejected_logps, rejected_lengths)
@@ -82,6 +84,8 @@ def alpha_po(
 
     Gupta et al. 2025 (AlphaPO), arXiv:2501.03884. ``gamma`` is the margin itself, not its ratio to
     beta. Defaults lie in the paper's ranges. Rewards are r. Not ``alpha_dpo``.
+
+    A response without scored tokens has mean 0.
     """
     chosen = beta * _bent(per_token(policy_chosen_logps, chosen_lengths), alpha)
     rejected = beta * _bent(per_token(policy_rejected_logps, rejected_lengths), alpha)
@@ -122,6 +126,8 @@ def cpo(
 
     Xu et al. 2024, arXiv:2401.08417; defaults are TRL's. There, nll is the mean over all tokens of
     the batch, here the mean over responses of theirs. Neither constrained nor controllable PO.
+
+    A response without scored tokens has mean 0.
     """
     chosen, rejected = beta * policy_chosen_logps, beta * policy_rejected_logps
     losses = bradley_terry_nll(chosen - rejected, label_smoothing)
@@ -149,6 +155,8 @@ def orpo(
 
     Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7 (lambda is beta, default that of the authors'
     code). TRL and the authors take nll over prompt and response: pass that as ``chosen_nll``.
+
+    A response without scored tokens has mean 0.
     """
     chosen = per_token(policy_chosen_logps, chosen_lengths)
     rejected = per_token(policy_rejected_logps, rejected_lengths)
@@ -182,6 +190,8 @@ def asft(
     Wang et al. 2024, arXiv:2409.10571: -log sigmoid(f_w) - log sigmoid(-f_l) of the log odds
     f = sbar - log(1 - e^sbar). The default beta was not confirmed at the source; it is that of
     ``orpo``, whose loss at the same settings is never larger. Not anchored SFT, also called ASFT.
+
+    A response without scored tokens has mean 0.
     """
     chosen = per_token(policy_chosen_logps, chosen_lengths)
     rejected = per_token(policy_rejected_logps, rejected_lengths)
@@ -211,6 +221,8 @@ def simper(
 
     Xiao et al. 2025 (SimPER), arXiv:2502.00883. Rewards are sbar. The exponential of an empty
     response is 1.
+
+    A response without scored tokens has mean 0.
     """
     chosen = per_token(policy_chosen_logps, chosen_lengths)
     rejected = per_token(policy_rejected_logps, rejected_lengths)
@@ -235,6 +247,8 @@ def slic(
 
     Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425; defaults are those of HALOs, whose SFT term is
     summed over tokens. Rewards are s. The hinge on the DPO margin is ``hinge``.
+
+    A response without scored tokens has mean 0.
     """
     losses = torch.relu(delta - policy_chosen_logps + policy_rejected_logps)
     losses = losses + sft_term(sft_weight, chosen_nll, policy_chosen_logps, chosen_lengths)
@@ -263,7 +277,7 @@ def amapo(
     Deng et al. 2025, arXiv:2511.09385, with sg a stopped gradient; the default beta lies between
     the authors' 2 and 3. sd is a sample's; where it is 0, as of a single pair, so is the margin.
     The ranks of ``dp_group`` hold any number of pairs each, none too, and their summed losses are
-    those of one process.
+    those of one process. A response without scored tokens has mean 0.
     """
     chosen = per_token(policy_chosen_logps, chosen_lengths)
     rejected = per_token(policy_rejected_logps, rejected_lengths)
@@ -293,6 +307,8 @@ def sft(
 
     ``chosen_nll`` carries a gradient. The loss compares nothing, so the rewards are the summed
     log-probabilities: accuracy then says which response the policy finds likelier.
+
+    A response without scored tokens has mean 0.
     """
     losses = mean_nll(chosen_nll, policy_chosen_logps, chosen_lengths)
     return PairLosses(losses, policy_chosen_logps, policy_rejected_logps)

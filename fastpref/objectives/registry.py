@@ -8,16 +8,16 @@ else.
 """
 
 import dataclasses
-import difflib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from .checks import as_python, closest, hint
 from .results import Losses, as_result
 from .signature import LOGPS, POLICY_LOGPS, REQUIRED, ExtraFacts, Signature, Unit
 
@@ -88,9 +88,14 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.unit not in LOGPS:
-            raise ValueError(f"unit must be one of {', '.join(LOGPS)}, got {self.unit!r}")
+            raise ValueError(
+                f"unit must be one of {', '.join(LOGPS)}, got {self.unit!r}{hint(self.unit, LOGPS)}"
+            )
         if self.scope not in SCOPES:
-            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+            raise ValueError(
+                f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}"
+                f"{hint(self.scope, SCOPES)}"
+            )
         if isinstance(self.function, Composite):
             signature = self.function.signature
         elif self.registration is not None:
@@ -104,7 +109,7 @@ class Objective:
         if self.needs_reference is None:
             object.__setattr__(self, "needs_reference", takes_reference)
         known = signature.hyperparameters
-        _refuse_unknown(self.name, "hyperparameter", [name for name, _ in self.settings], known)
+        _refuse_unknown(self, "hyperparameter", [name for name, _ in self.settings], known)
         self._check_hyperparameters(dict(self.settings))
 
     def __eq__(self, other: object) -> bool:
@@ -157,10 +162,11 @@ class Objective:
         """The same objective with some hyperparameters changed; checks them all."""
         if isinstance(self.function, Composite):
             known = self.signature.hyperparameters
-            _refuse_unknown(self.name, "hyperparameter", hyperparameters, known)
+            _refuse_unknown(self, "hyperparameter", hyperparameters, known)
             changed = dataclasses.replace(self, function=self.function.replace(**hyperparameters))
         else:
-            settings = dict(self.settings) | hyperparameters
+            given = {name: as_python(value) for name, value in hyperparameters.items()}
+            settings = dict(self.settings) | given
             changed = dataclasses.replace(self, settings=tuple(settings.items()))
         missing = [name for name, value in changed.hyperparameters.items() if value is REQUIRED]
         if missing:
@@ -177,7 +183,7 @@ class Objective:
             if name not in self.signature.logps
             and not (name in known and isinstance(value, Tensor))
         ]
-        _refuse_unknown(self.name, "extra", keywords, self.extras)
+        _refuse_unknown(self, "extra", keywords, self.extras)
         return self.evaluate(logps, dict(self.settings) | extras)
 
     def evaluate(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Losses:
@@ -270,7 +276,8 @@ class Objective:
         if facts is None:
             known = self.signature.hyperparameters.get(name)
             per_unit = isinstance(value, Tensor) and known is not None and known.domain is not None
-            return value.to(upcast(logps).dtype) if per_unit else upcast(value)
+            own = as_python(value)
+            return own.to(upcast(logps).dtype) if per_unit else upcast(own)
         if facts.shapes and not facts.identifies:
             # Numbers of any dtype, in that of the log-probs: an integer has no logarithm, and a
             # float64 column would turn the loss into one.
@@ -345,13 +352,7 @@ def get(name: str, **hyperparameters: Any) -> Objective:
             f"name must be the name of an objective, got {type(name).__name__}; "
             "objectives.names() lists them all"
         )
-    if name not in _REGISTERED:
-        close = difflib.get_close_matches(name, _REGISTERED) or list(_REGISTERED)
-        raise ValueError(
-            f"no objective is called {name!r}; perhaps {', '.join(close)}? "
-            "objectives.names() lists them all"
-        )
-    return registered(name).replace(**hyperparameters)
+    return unset(name).replace(**hyperparameters)
 
 
 def names() -> tuple[str, ...]:
@@ -386,8 +387,19 @@ def as_objective(
     A name or a function of this package is what it is registered as; any other callable is taken as
     pairwise with scope "batch", which is right for every pairwise function.
     """
+    return unset(objective).replace(**hyperparameters)
+
+
+def unset(objective: str | Objective | Callable[..., Any]) -> Objective:
+    """As ``as_objective``, before hyperparameters are set."""
     if isinstance(objective, str):
-        return get(objective, **hyperparameters)
+        if objective not in _REGISTERED:
+            close = closest(objective, _REGISTERED, _called_elsewhere()) or tuple(_REGISTERED)
+            raise ValueError(
+                f"no objective is called {objective!r}; perhaps {', '.join(close)}? "
+                "objectives.names() lists them all"
+            )
+        return registered(objective)
     if not isinstance(objective, Objective):
         if not callable(objective):
             raise TypeError(
@@ -396,17 +408,43 @@ def as_objective(
             )
         found = [one for one in catalogue() if one.function is objective]
         objective = found[0] if found else Objective(objective, unit="pair", scope="batch")
-    return objective.replace(**hyperparameters)
+    return objective
 
 
-def _refuse_unknown(objective: str, kind: str, given: Iterable[str], known: Iterable[str]) -> None:
+def extra_names(objective: Objective) -> tuple[str, ...]:
+    """What an engine is given as extras: log-probs of the policy that sampled among them."""
+    old = objective.signature.logps[1:] if objective.unit == "token" else ()
+    return (*objective.extras, *old)
+
+
+def _called_elsewhere() -> dict[str, str]:
+    """What TRL calls or has called objectives -> their name."""
+    types = {one.loss_type: name for name, one in _REGISTERED.items() if one.loss_type is not None}
+    return types | {"kto_pair": "kto", "aot_pair": "aot"}
+
+
+def _refuse_unknown(
+    objective: Objective, kind: str, given: Iterable[str], known: Collection[str]
+) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
-        valid = ", ".join(known) or "none"
-        hint = ""
+        valid, remedy = ", ".join(known) or "none", _where(objective, unknown[0], known)
         if kind == "extra":
-            hint = "; hyperparameters are set by objectives.get(name, ...) or .replace(...)"
-        raise TypeError(f"{objective} has no {kind} {', '.join(unknown)}; it has: {valid}{hint}")
+            remedy += "; hyperparameters are set by objectives.get(name, ...) or .replace(...)"
+        raise TypeError(
+            f"{objective.name} has no {kind} {', '.join(unknown)}; it has: {valid}{remedy}"
+        )
+
+
+def _where(objective: Objective, name: str, known: Collection[str]) -> str:
+    """Where what is not ``known`` goes, as far as that can be told."""
+    found = closest(name, [*known, *extra_names(objective)])
+    if not found:
+        return ""
+    if found[0] in known:
+        return hint(name, found)
+    meant = f"{found[0]} is" if found[0] == name else f"did you mean {found[0]}? It is"
+    return f"; {meant} an extra: preference_loss(..., extras={{{found[0]!r}: ...}})"
 
 
 def upcast(value: Any) -> Any:

@@ -223,6 +223,8 @@ def flex_dpo(
     ``beta_rejected`` slows the fall of the rejected response. ``chosen_nll`` carries a gradient and
     is needed when ``sft_weight`` > 0. Rewards have the beta of their side. ``dpo_shift`` is the
     same margin by another name.
+
+    A response without scored tokens has mean 0.
     """
     if chosen_nll is None and (isinstance(sft_weight, Tensor) or sft_weight > 0):
         raise ValueError("flex_dpo: sft_weight > 0 needs the extra chosen_nll")

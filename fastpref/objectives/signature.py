@@ -19,13 +19,13 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checks import hint, is_number
 from .reading import readable
 
 Unit: TypeAlias = Literal["pair", "unit", "list", "token"]
@@ -179,12 +179,15 @@ class Hyperparameter:
         if self.choices is not None:
             if value not in self.choices:
                 options = ", ".join(map(repr, self.choices))
-                raise ValueError(f"{label} must be one of {options}, got {value!r}")
+                names = [one for one in self.choices if isinstance(one, str)]
+                raise ValueError(
+                    f"{label} must be one of {options}, got {value!r}{hint(value, names)}"
+                )
         elif self.domain is not None:
             if isinstance(value, Tensor):
                 self.domain.check_units(label, value)
                 return
-            if isinstance(value, bool) or not isinstance(value, Real):
+            if not is_number(value):
                 raise TypeError(f"{label} must be a number, got {type(value).__name__}")
             if not self.domain.contains(value):
                 meaning = f" ({self.domain.meaning})" if self.domain.meaning else ""

@@ -143,6 +143,8 @@ def simnpo(
 
     Fan et al. 2024, arXiv:2410.07163; s the summed log-probability of n tokens (0 for an empty
     response). Defaults are the authors' for TOFU. Rewards are beta s / n.
+
+    A response without scored tokens has mean 0.
     """
     rewards = beta * per_token(policy_logps, lengths)
     losses = (2 / divisor(beta)) * softplus(rewards + gamma)

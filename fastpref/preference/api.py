@@ -86,7 +86,9 @@ def preference_loss(
             Differentiable. A token of weight 0 contributes nothing, whatever its score, to loss,
             metrics and gradients, and is not even scored unless the weights need a gradient;
             lengths count it.
-        extras: what else the objective takes, by name. Lengths and the like are filled in.
+        extras: what else the objective takes, by name. Lengths and the like are filled in. A
+            response without a scored token has log-probability 0, and mean 0 where an objective
+            divides by lengths: it counts, as one that the policy is certain of.
         outputs: further metrics: "entropy", "mean_logits", "accuracy" (share of tokens that the
             policy finds likeliest).
         reduction: of the losses, over units.

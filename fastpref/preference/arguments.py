@@ -7,16 +7,20 @@ Every error names the argument, what came, what was expected, and the remedy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives import Objective
+from ..objectives.checks import closest, no_tensor
+from ..objectives.registry import extra_names, unset
 from ..scoring import ScoringOptions
 from ..scoring.head import Lora
 from ..scoring.validation import check_group
+from ..sequences.sums import check_boundaries
 from ..units.filling import check_extras
 from ..units.layouts import LayoutName
 from ..units.loss import LossReduction, check_reduction
@@ -97,12 +101,8 @@ def check_kinds(given: Arguments) -> None:
     for name in _TENSORS:
         value = getattr(given, name)
         if not isinstance(value, Tensor) and (value is not None or name in ("target", "weight")):
-            raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.tensor()"
-            )
-    cu_seqlens, ref_logps = given.cu_seqlens, given.ref_logps
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or not cu_seqlens.numel()):
-        raise ValueError(f"cu_seqlens must be (B + 1,), got {tuple(cu_seqlens.shape)}")
+            raise no_tensor(name, value, "use torch.tensor()")
+    ref_logps = given.ref_logps
     if ref_logps is not None and not ref_logps.is_floating_point():
         raise TypeError(f"ref_logps must be floating point, got {ref_logps.dtype}")
     check_extras(given.extras)
@@ -110,6 +110,22 @@ def check_kinds(given: Arguments) -> None:
     check_group(given.dp_group, "dp_group")
     check_reduction(given.reduction, given.denominator)
     check_outputs(given.outputs)
+
+
+def check_hyperparameters(given: Arguments) -> None:
+    """Raise TypeError where one is another argument misspelt; the objective refuses the others."""
+    if not given.hyperparameters or torch.compiler.is_compiling():
+        return
+    arguments = {field.name for field in fields(Arguments)} - {"hyperparameters"}
+    objective = unset(given.objective)
+    known = {*objective.signature.hyperparameters, *extra_names(objective)}
+    for name in given.hyperparameters:
+        found = closest(name, [*known, *arguments], {"ref_per_token_logps": "ref_logps"})
+        if found and found[0] not in known:
+            raise TypeError(
+                f"preference_loss has no argument {name!r}, and {objective.name} no such "
+                f"hyperparameter; did you mean {found[0]!r}?"
+            )
 
 
 def check_rows(given: Arguments, objective: Objective) -> None:
@@ -120,6 +136,8 @@ def check_rows(given: Arguments, objective: Objective) -> None:
             "target must be (B, T), or (N,) or (1, N) with cu_seqlens, got "
             f"{tuple(target.shape)} {'without' if cu_seqlens is None else 'with'} cu_seqlens"
         )
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, target.shape[0])
     if objective.unit == "token" and (cu_seqlens is not None or given.seq_group is not None):
         name = "cu_seqlens" if cu_seqlens is not None else "seq_group"
         raise ValueError(
@@ -156,6 +174,11 @@ def check_reference(given: Arguments, objective: Objective, batch: Batch) -> Non
             "ref_lora updates the head that scores ref_hidden, which is None; pass both"
         )
     none = ref_logps is None and ref_hidden is None
+    if not none and "ref_token_logp" in (given.extras or {}):
+        raise ValueError(
+            f"{'ref_hidden' if ref_logps is None else 'ref_logps'} and "
+            "extras={'ref_token_logp': ...} both say what the reference does; pass one"
+        )
     if none and objective.needs_reference:
         raise ValueError(
             f"{objective.name} compares with a reference: pass ref_hidden (and ref_weight), or "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..objectives.checks import closest, hint
 from ..scoring import TokenScores
 from ..units.layouts import Arrangement
 from .batch import Batch
@@ -21,9 +22,14 @@ SCORES: Mapping[str, str] = {
 
 def check_outputs(outputs: tuple[str, ...]) -> None:
     known = tuple(SCORES)
-    if not isinstance(outputs, tuple | list) or any(name not in known for name in outputs):
-        hint = f"; write ({outputs!r},)" if isinstance(outputs, str) else ""
-        raise ValueError(f"outputs must be a tuple of names among {known}, got {outputs!r}{hint}")
+    are_names = isinstance(outputs, tuple | list)
+    unknown = [name for name in outputs if name not in known] if are_names else []
+    if are_names and not unknown:
+        return
+    remedy = "".join(hint(name, known) for name in unknown[:1])
+    if isinstance(outputs, str):
+        remedy = f"; write ({(closest(outputs, known) or (outputs,))[0]!r},)"
+    raise ValueError(f"outputs must be a tuple of names among {known}, got {outputs!r}{remedy}")
 
 
 def further_metrics(

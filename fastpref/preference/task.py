@@ -18,7 +18,14 @@ from ..scoring.vocab_parallel import shard_range
 from ..units.configuration import configure, traced_units
 from ..units.filling import to_be_filled
 from ..units.layouts import Arrangement, arrange
-from .arguments import Arguments, check_kinds, check_reference, check_rows, flattened
+from .arguments import (
+    Arguments,
+    check_hyperparameters,
+    check_kinds,
+    check_reference,
+    check_rows,
+    flattened,
+)
 from .batch import Batch
 from .metrics import SCORES
 
@@ -58,6 +65,7 @@ def make_task(given: Arguments) -> Task:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
     check_kinds(given)
+    check_hyperparameters(given)
     given = flattened(given)
     objective = configure(given.objective, given.dp_group, given.hyperparameters)
     check_rows(given, objective)

@@ -5,13 +5,13 @@ token."""
 from __future__ import annotations
 
 import inspect
-import numbers
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..objectives.checks import hint, is_integer, is_number
 from .api import Asked, run
 from .backends.divergences import DIVERGENCES, unavailable_reason
 from .head import Lora
@@ -141,7 +141,10 @@ def _ask(
 ) -> tuple[Asked, Tensor]:
     """What is asked, checked, and (...) SCORED or IGNORED."""
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
+        raise ValueError(
+            f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}"
+            f"{hint(divergence, DIVERGENCES)}"
+        )
     _check_beta(beta)
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"
@@ -199,7 +202,7 @@ def _ids_below(
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+    if not is_integer(vocab_size):
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}; use int()")
     start, stop, least, most = 0, columns, 1, columns
     if ids is not None:
@@ -222,7 +225,7 @@ def _ids_below(
 
 
 def _check_beta(beta: Any) -> None:
-    if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
+    if not is_number(beta):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}; use float()")
     if not 0 <= float(beta) <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta}")

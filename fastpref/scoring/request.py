@@ -129,8 +129,8 @@ def make_model(
     a, b, scale = (None, None, 0.0) if lora is None else lora
     form = Form(
         map=check_map(temperature, logit_scale, softcap),
-        columns=None if vocab_range is None else vocab_range[1] - vocab_range[0],
-        start=None if vocab_range is None else vocab_range[0],
+        columns=None if vocab_range is None else int(vocab_range[1] - vocab_range[0]),
+        start=None if vocab_range is None else int(vocab_range[0]),
         lora_scale=float(scale),
         group=tp_group,
         context=weight_context,
@@ -155,7 +155,7 @@ def make_request(
 
     return Request(
         dtype=dtype,
-        ignore_index=ignore_index,
+        ignore_index=int(ignore_index),
         needs_hidden=needs(hidden, head.lora_a),
         needs_weight=needs(head.weight, head.lora_b),
         needs_bias=needs(head.bias),

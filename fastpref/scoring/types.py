@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..objectives.checks import hint, is_integer
+
 Backend = Literal["auto", "torch", "cpp", "rows", "triton", "cuda"]
 Schedule = Literal["auto", "direct", "keep", "recompute", "batches"]
 
@@ -51,16 +53,20 @@ class ScoringOptions:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
+            raise ValueError(
+                f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}"
+                f"{hint(self.backend, BACKENDS)}"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}"
+                f"{hint(self.schedule, SCHEDULES)}"
             )
         for name in ("memory_budget", "chunk_rows", "max_scored"):
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not is_integer(value):
                 raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
             least = 0 if name == "max_scored" else 1
             if value < least:
@@ -68,6 +74,8 @@ class ScoringOptions:
                     f"{name} must be {'0 or ' if least == 0 else ''}positive; got {value}. "
                     "Leave it None to let fastpref choose"
                 )
+            if not isinstance(value, int):
+                object.__setattr__(self, name, int(value))  # what operators take
 
 
 DEFAULT_OPTIONS = ScoringOptions()

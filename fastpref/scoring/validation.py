@@ -6,13 +6,13 @@ Every error names the argument, what came, what was expected, and the remedy.
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..objectives.checks import as_python, closest, hint, is_integer, is_number, no_tensor
 from .statistics import OUTPUTS
 from .types import DEFAULT_OPTIONS, DTYPES, LogitMap, ScoringOptions
 
@@ -46,14 +46,14 @@ def _check_tensors(
         if tensor is None and name == bias_name:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            raise no_tensor(name, tensor)
         _check_whole(name, tensor)
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be dense, got {tensor.layout}; use {name}.to_dense()")
         if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
-                "cast it first"
+                f"{_remedy(tensor.dtype, name == weight_name)}"
             )
     _check_target(target, hidden)
     if weight.dim() != 2:
@@ -92,6 +92,14 @@ def _check_tensors(
         )
 
 
+def _remedy(dtype: torch.dtype, is_weight: bool) -> str:
+    """For a tensor in none of the dtypes of scoring."""
+    quantised = dtype.itemsize == 1 if dtype.is_floating_point else is_weight
+    if quantised and not dtype.is_complex and dtype != torch.bool:
+        return "dequantise it first: its values mean nothing without the scales beside them"
+    return "cast it first"
+
+
 def _check_whole(name: str, tensor: Tensor) -> None:
     """A sharded parameter silently gives wrong gradients in a functional call."""
     remedy = (
@@ -110,7 +118,7 @@ def _check_whole(name: str, tensor: Tensor) -> None:
 
 def _check_target(target: Tensor, hidden: Tensor) -> None:
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+        raise no_tensor("target", target)
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"target must be int64 (or int32) token ids, got {target.dtype}; use target.long()"
@@ -178,14 +186,15 @@ def _check_lora(lora: Any, weight: Tensor, prefix: str) -> None:
     a, b, scale = lora
     for name, tensor in (("A", a), ("B", b)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{own}'s {name} must be a torch.Tensor, got {type(tensor).__name__}")
+            raise no_tensor(f"{own}'s {name}", tensor)
         _check_whole(f"{own}'s {name}", tensor)
         if tensor.dtype not in DTYPES or tensor.device != weight.device:
             raise TypeError(
                 f"{own}'s {name} must be floating point on {weight.device}, where {prefix}weight "
                 f"is; got {tensor.dtype} on {tensor.device}"
+                + ("" if tensor.dtype in DTYPES else f"; {_remedy(tensor.dtype, True)}")
             )
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+    if not is_number(scale):
         raise TypeError(f"{own}'s scale must be a number, got {type(scale).__name__}; use float()")
     if not abs(float(scale)) <= _MOST:
         raise ValueError(f"{own}'s scale must be finite, at most {_MOST}, got {scale}")
@@ -211,7 +220,8 @@ def _check_lora(lora: Any, weight: Tensor, prefix: str) -> None:
 def check_outputs(outputs: Any) -> tuple[str, ...]:
     if isinstance(outputs, str):
         raise TypeError(
-            f"outputs must be a tuple of names, got the string {outputs!r}; write ({outputs!r},)"
+            f"outputs must be a tuple of names, got the string {outputs!r}; write "
+            f"({(closest(outputs, OUTPUTS) or (outputs,))[0]!r},)"
         )
     if not isinstance(outputs, (tuple, list)):
         raise TypeError(
@@ -222,6 +232,7 @@ def check_outputs(outputs: Any) -> tuple[str, ...]:
     if unknown:
         raise ValueError(
             f"outputs must be among {', '.join(OUTPUTS)}; got {', '.join(map(repr, unknown))}"
+            f"{hint(unknown[0], OUTPUTS)}"
         )
     return tuple(outputs)
 
@@ -242,7 +253,7 @@ def check_two_heads(
     }
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            raise no_tensor(name, tensor)
         if tensor.dim() < 1 or (name.endswith("weight") and not tensor.numel()):
             wanted = "rows and columns" if name.endswith("weight") else "a last dimension"
             raise ValueError(f"{name} must have {wanted}, got shape {tuple(tensor.shape)}")
@@ -276,7 +287,7 @@ def check_mask(mask: Any, hidden: Tensor, hidden_name: str) -> None:
 
 
 def _check_ignore_index(ignore_index: Any) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if not is_integer(ignore_index):
         raise TypeError(
             f"ignore_index must be an int, got {type(ignore_index).__name__}; "
             "pass a value that is no token id, such as -100, where every position is scored"
@@ -301,12 +312,12 @@ def check_map(temperature: float, logit_scale: float, softcap: float | None) -> 
     ):
         if value is None and name == "softcap":
             continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if not is_number(value):
             raise TypeError(
                 f"{name} must be a number, got {type(value).__name__}; use float({name})"
             )
         # Beyond, float32 logits overflow or the map vanishes; NaN fails the comparison too.
-        if value != 0 and not _LEAST <= abs(value) <= _MOST:
+        if value != 0 and not _LEAST <= abs(as_python(value)) <= _MOST:
             raise ValueError(
                 f"{name} must be finite and its size between {_LEAST} and {_MOST}, got {value}"
             )
@@ -329,7 +340,7 @@ def check_vocab_range(vocab_range: Any, rows: int) -> None:
         raise ValueError(f"vocab_range must be a pair (start, stop), got {tuple(vocab_range)}")
     start, stop = vocab_range
     for bound in (start, stop):
-        if isinstance(bound, bool) or not isinstance(bound, int):
+        if not is_integer(bound):
             raise TypeError(
                 f"vocab_range must hold two ints, got {type(bound).__name__}; use int()"
             )

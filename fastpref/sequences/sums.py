@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._extension import cuda_operators_serve
+from ..objectives.checks import hint, is_integer, no_tensor
 from ..objectives.reading import readable
 
 # Of the operator; others it is given in float64.
@@ -74,7 +75,8 @@ def sequence_logp(
             for the device.
     """
     if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+        known = hint(reduction, ("sum", "mean"))
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}{known}")
     _check_kinds(logp, mask, cu_seqlens, sequence_ids, token_weights, num_sequences)
     _check_per_token(logp, mask, sequence_ids, token_weights)
     packed = cu_seqlens is not None or sequence_ids is not None
@@ -259,14 +261,10 @@ def _check_kinds(
     }
     for name, value in {"logp": logp, **optional}.items():
         if not isinstance(value, Tensor) and (value is not None or name == "logp"):
-            raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.tensor()"
-            )
+            raise no_tensor(name, value, "use torch.tensor()")
         if value is not None and value.is_complex():
             raise TypeError(f"{name} must be real, got {value.dtype}")
-    if num_sequences is not None and (
-        isinstance(num_sequences, bool) or not isinstance(num_sequences, int)
-    ):
+    if num_sequences is not None and not is_integer(num_sequences):
         raise TypeError(
             f"num_sequences must be an int or None, got {type(num_sequences).__name__}; use int()"
         )
@@ -321,22 +319,33 @@ def _check_boundaries(
             "cu_seqlens stands alone: drop mask, sequence_ids and num_sequences; to leave tokens "
             "of packed logp unscored pass sequence_ids, negative there, instead of cu_seqlens"
         )
-    _check_integer("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(f"cu_seqlens must be (B + 1,), got shape {tuple(cu_seqlens.shape)}")
+    check_boundaries(cu_seqlens, logp.numel())
     if cu_seqlens.device != logp.device:
         raise ValueError(
             f"cu_seqlens is on {cu_seqlens.device} and logp on {logp.device}; move it there once, "
             "when the batch is made"
         )
-    if readable(cu_seqlens):
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != logp.numel() or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to N = {logp.numel()}, got {first} to {last}"
-                + (", not rising throughout" if (first, last) == (0, logp.numel()) else "")
-            )
     return cu_seqlens.long().contiguous()
+
+
+def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise TypeError or ValueError unless these are the boundaries of packed sequences; their
+    values are checked on CPU only."""
+    _check_integer("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"cu_seqlens must be (B + 1,), got shape {tuple(cu_seqlens.shape)}")
+    if not readable(cu_seqlens):
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if (first, last) == (0, tokens) and not bool((cu_seqlens.diff() < 0).any()):
+        return
+    end = ", not rising throughout" if (first, last) == (0, tokens) else ""
+    if int(cu_seqlens.sum()) == tokens and not bool((cu_seqlens < 0).any()):
+        end = (
+            ", which look like lengths: they add up to N; make boundaries of them with "
+            "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+        )
+    raise ValueError(f"cu_seqlens must rise from 0 to N = {tokens}, got {first} to {last}{end}")
 
 
 def _check_ids(
@@ -361,7 +370,7 @@ def _check_ids(
             f"sequence_ids must be below num_sequences = {num_sequences}, "
             f"got {int(sequence_ids.max())}"
         )
-    return sequence_ids.long(), num_sequences
+    return sequence_ids.long(), int(num_sequences)
 
 
 def _check_integer(name: str, tensor: Tensor) -> None:

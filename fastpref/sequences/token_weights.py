@@ -7,12 +7,12 @@ take the same weights. Nothing here reads a value back from a device.
 """
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..objectives.checks import is_number
 from ..objectives.reading import readable
 
 
@@ -237,7 +237,7 @@ def _check_lengths(name: str, value: Any, mask: Tensor) -> None:
 def _check_number(
     name: str, value: Any, *, low: float, high: float, includes: tuple[float, ...]
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (low < float(value) < high or value in includes):
         left, right = "[" if low in includes else "(", "]" if high in includes else ")"

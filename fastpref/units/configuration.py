@@ -81,5 +81,10 @@ def _configured(
 ) -> Objective:
     configured = as_objective(objective, **hyperparameters)
     if dp_group is not None and "dp_group" in configured.signature.hyperparameters:
+        own = configured.hyperparameters["dp_group"]
+        if own is not None and own is not dp_group:
+            raise ValueError(
+                f"dp_group is given twice: {configured.name} has another one of its own; pass one"
+            )
         configured = configured.replace(dp_group=dp_group)
     return configured

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective
+from ..objectives.checks import hint, is_integer
 from ..objectives.reading import readable
 
 LayoutName: TypeAlias = Literal["halves", "interleaved", "groups", "units"]
@@ -57,7 +58,8 @@ class Indexed:
     rows: int
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows[self.pairs[:, 0]], rows[self.pairs[:, 1]]
+        pairs = self.pairs.to(rows.device)
+        return rows[pairs[:, 0]], rows[pairs[:, 1]]
 
     def join(self, *parts: Tensor) -> Tensor:
         values = torch.cat(parts)
@@ -69,7 +71,7 @@ class Lists:
     size: int
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return (rows.unflatten(0, (-1, self.size)),)
+        return (rows.unflatten(0, (len(rows) // self.size, self.size)),)
 
     def join(self, *parts: Tensor) -> Tensor:
         return parts[0].flatten()
@@ -116,7 +118,7 @@ def _check_layout(layout: LayoutName | Tensor, group_size: int | None) -> None:
     if not isinstance(layout, Tensor) and layout not in LAYOUTS:
         raise ValueError(
             f"layout must be {', '.join(map(repr, LAYOUTS))} or a (P, 2) tensor of rows, "
-            f"got {layout!r}"
+            f"got {layout!r}{hint(layout, LAYOUTS)}"
         )
     grouped = not isinstance(layout, Tensor) and layout == "groups"
     if grouped == (group_size is None):
@@ -124,7 +126,7 @@ def _check_layout(layout: LayoutName | Tensor, group_size: int | None) -> None:
             f"group_size and layout='groups' come together, got group_size={group_size!r} and "
             f"layout={'a tensor' if isinstance(layout, Tensor) else repr(layout)}"
         )
-    if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int)):
+    if group_size is not None and not is_integer(group_size):
         raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
@@ -140,7 +142,7 @@ def _lists(
             f"group_size must divide the number of rows, got {group_size} and {rows} rows; fill "
             "short lists up and pass extras={'mask': ...}, False for what is filled in"
         )
-    return Lists(group_size)
+    return Lists(int(group_size))
 
 
 def _checked_pairs(pairs: Tensor, rows: int) -> Tensor:

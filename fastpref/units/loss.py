@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective
+from ..objectives.checks import hint, is_number
 from ..objectives.reading import readable
 from .evaluation import evaluate
 from .filling import filled_extras
 from .layouts import Arrangement
 from .numbers import Numbers, mean
-from .output import PreferenceOutput
+from .output import PreferenceOutput, output_of
 
 LossReduction: TypeAlias = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[LossReduction, ...] = ("mean", "sum", "none")
@@ -46,14 +47,14 @@ def unit_loss(
     """
     complete = filled_extras(objective, extras, numbers, arrangement)
     losses, rewards, metrics = evaluate(objective, numbers, arrangement, complete)
-    return PreferenceOutput(
+    return output_of(
+        arrangement,
         _reduced(losses, reduction, denominator),
         losses.detach(),
         rewards,
         numbers.logps,
         numbers.ref_logps,
         metrics,
-        arrangement,
     )
 
 
@@ -69,7 +70,10 @@ def _reduced(
 def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
     """Raise TypeError or ValueError unless these go together."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise ValueError(
+            f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
+            f"{hint(reduction, REDUCTIONS)}"
+        )
     if denominator is not None and reduction == "none":
         raise ValueError("denominator divides a sum: with reduction='none' leave it None")
     if isinstance(denominator, Tensor):
@@ -80,7 +84,7 @@ def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
             )
         if not readable(denominator):
             return
-    elif isinstance(denominator, bool) or not isinstance(denominator, int | float | None):
+    elif denominator is not None and not is_number(denominator):
         raise TypeError(f"denominator must be a number, got {type(denominator).__name__}")
     if denominator is not None and not denominator > 0:
         raise ValueError(f"denominator must be positive, got {float(denominator)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def mean(values: Tensor) -> Tensor:
-    """Of all; 0 of none, still connected to the graph."""
+    """Of all; 0 of none, a micro-batch may be empty, still connected to the graph."""
     return values.mean() if values.numel() else values.sum()
 
 

@@ -9,7 +9,7 @@ response through one of three links, run in one launch that also leaves the loss
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -153,6 +153,8 @@ def _kernel_call(
     lengths = [extras.get("chosen_lengths"), extras.get("rejected_lengths")]
     if link is None or not cuda_operators_serve(*logps, *lengths):
         return None
+    if not len(cast(Tensor, logps[0])):
+        return None  # nothing to launch
     if any(name not in objective.extras for name in extras):
         return None  # which the objective refuses
     objective.check(logps, dict(objective.settings) | extras)

@@ -20,14 +20,18 @@ def ours(name):
     return getattr(fastpref.nn, name)
 
 
-def signature(function):
-    """(name, kind, default) of every parameter, in order."""
-    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+def signature(function, unlike):
+    """(name, kind, default) of every parameter, in order; no default of those in ``unlike``."""
+    return [
+        (p.name, p.kind, None if p.name in unlike else p.default)
+        for p in inspect.signature(function).parameters.values()
+    ]
 
 
-def assert_same_signatures(name):
+def assert_same_signatures(name, unlike=()):
     for method in ("__init__", "forward"):
-        assert signature(getattr(ours(name), method)) == signature(getattr(peer_of(name), method))
+        mine, theirs = (getattr(one(name), method) for one in (ours, peer_of))
+        assert signature(mine, unlike) == signature(theirs, unlike)
 
 
 def tensors(dtype=torch.float64, width=H, masked=True):
@@ -77,16 +81,15 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
-def compare(name, given, settings, unlike=()):
-    """Values, returned tuple and gradients; ``unlike`` are places of the tuple that differ."""
+def compare(name, given, settings):
+    """Values, returned tuple and gradients."""
     mine, theirs = leaves(given), leaves(given)
     loss, returned = ours(name)(compiled=False, **settings)(**mine)
     their_loss, their_returned = peer_of(name)(compiled=False, **settings)(**theirs)
     close(loss, their_loss)
     assert len(returned) == len(their_returned)
-    for place, (got, want) in enumerate(zip(returned, their_returned, strict=True)):
-        if place not in unlike:
-            close(got, want)
+    for got, want in zip(returned, their_returned, strict=True):
+        close(got, want)
     for got, want in zip(gradients(loss, mine), gradients(their_loss, theirs), strict=True):
         close(got, want)
     return loss, returned

@@ -31,11 +31,7 @@ def test_signatures():
     ],
 )
 def test_as_liger(settings, average):
-    compare(NAME, batch(), settings | {"average_log_prob": average}, unlike=(2, 3))
-
-
-def test_logits_where_all_is_scored():
-    compare(NAME, batch(masked=False), {})
+    compare(NAME, batch(), settings | {"average_log_prob": average})
 
 
 def test_a_batch_without_chosen_tokens_has_no_likelihood():

@@ -42,7 +42,22 @@ def settings_of(loss_type, **more):
 
 
 def test_signatures():
-    assert_same_signatures(NAME)
+    assert_same_signatures(NAME, unlike={"epsilon_high"})
+
+
+def test_the_bound_of_cispo_is_of_the_ratio():
+    """5 where none is given, and 0.2 for the others; what is given counts, 0.2 too."""
+    given = batch()
+    for loss_type in LOSS_TYPES:
+        settings = {k: v for k, v in settings_of(loss_type).items() if k != "epsilon_high"}
+        bound = 5.0 if loss_type == "cispo" else 0.2
+        module = FusedLinearGRPOLoss(**settings)
+        loss = module(**given)[0]
+        assert torch.equal(loss, FusedLinearGRPOLoss(**settings, epsilon_high=bound)(**given)[0])
+    compare(NAME, given, {"loss_type": "cispo", "epsilon_high": 0.2})
+    module = FusedLinearGRPOLoss(**SETTINGS["dr_grpo"])
+    module.loss_type = "cispo"
+    assert torch.equal(module(**given)[0], FusedLinearGRPOLoss(loss_type="cispo")(**given)[0])
 
 
 def unpadded(loss_type, **how):
@@ -192,7 +207,12 @@ def test_settings_may_change_later():
 
 
 CASES = {
-    "unknown loss": ({"loss_type": "ppo"}, {}, "loss_type must be one of grpo, .* got 'ppo'"),
+    "unknown loss": (
+        {"loss_type": "ppo"},
+        {},
+        "Unknown loss type: loss_type must be one of grpo, .* got 'ppo'",
+    ),
+    "near loss": ({"loss_type": "dr-grpo"}, {}, "got 'dr-grpo'; did you mean 'dr_grpo'"),
     "unknown level": (
         {"importance_sampling_level": "batch"},
         {},
@@ -201,14 +221,19 @@ CASES = {
     "one ratio of cispo": (
         {"loss_type": "cispo", "importance_sampling_level": "sequence"},
         {},
-        "importance_sampling_level must be 'token' for loss_type='cispo', got 'sequence'",
+        "Sequence-level importance sampling is not supported .*'cispo': .* got 'sequence'",
     ),
     "delta of sapo": ({"loss_type": "sapo", "delta": 2.0}, {}, "delta is no part of .* got 2.0"),
-    "no length": ({"loss_type": "dr_grpo"}, {}, "divides by max_completion_length, got None"),
+    "no length": (
+        {"loss_type": "dr_grpo"},
+        {},
+        "max_completion_length must be provided for loss_type 'dr_grpo', .* got None",
+    ),
+    "negative delta": ({"delta": -1.0}, {}, r"delta must be positive, got -1\.0"),
     "no temperature": (
         {"loss_type": "sapo", "sapo_temperature_neg": 0.0},
         {},
-        "sapo: tau_negative must be > 0, got 0.0",
+        r"sapo_temperature_neg must be positive, got 0\.0",
     ),
     "no reference": ({}, {"ref_per_token_logps": None}, "pass ref_per_token_logps or ref_input"),
     "mask of another shape": (

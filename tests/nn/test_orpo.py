@@ -35,11 +35,7 @@ def test_signatures():
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.7}, {"compute_nll_loss": False}])
 def test_as_liger(settings):
-    compare(NAME, batch(), settings, unlike=(2, 3))
-
-
-def test_logits_where_all_is_scored():
-    compare(NAME, batch(masked=False), {})
+    compare(NAME, batch(), settings)
 
 
 @pytest.mark.parametrize("which", ["both", "other", "half"])
@@ -48,7 +44,7 @@ def test_another_target_of_the_likelihood(which, settings):
     given = batch()
     given["target"][0, 0] = -100
     given["nll_target"] = nll_targets(given["target"])[which]
-    compare(NAME, given, settings, unlike=(2, 3))
+    compare(NAME, given, settings)
 
 
 def test_tokens_in_both_targets_are_scored_once(monkeypatch):

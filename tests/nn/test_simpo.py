@@ -31,11 +31,7 @@ def test_signatures():
     ],
 )
 def test_as_liger(settings):
-    compare(NAME, batch(), settings, unlike=(2, 3))
-
-
-def test_logits_where_all_is_scored():
-    compare(NAME, batch(masked=False), {})
+    compare(NAME, batch(), settings)
 
 
 def test_a_row_without_scored_tokens_has_mean_zero():

@@ -273,3 +273,10 @@ def test_nothing_at_all(declared):
     losses = objective(*logps, **extras).losses
     assert losses.shape == (0,)
     (losses.sum() + sum(one.sum() for one in logps)).backward()
+
+
+def test_what_divides_by_lengths_says_what_an_empty_response_is():
+    for one in registry.catalogue():
+        # r_dpo takes their difference.
+        if one.name != "r_dpo" and any(name.endswith("lengths") for name in one.extras):
+            assert "without scored tokens" in one.function.__doc__, one.name

@@ -260,6 +260,9 @@ WRONG = {
     "both references": ({"ref_logps": torch.zeros(8)}, ValueError, "both say what the reference"),
     "cu_seqlens": ({"cu_seqlens": torch.tensor([0, 8])}, ValueError, r"target must be \(B, T\)"),
     "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+    "a near reduction": ({"reduction": "means"}, ValueError, r"'means'; did you mean 'mean'\?"),
+    "a near layout": ({"layout": "half"}, ValueError, r"got 'half'; did you mean 'halves'\?"),
+    "a near output": ({"outputs": ["mean logits"]}, ValueError, "did you mean 'mean_logits'"),
     "denominator": ({"denominator": "3"}, TypeError, "denominator must be a number, got str"),
     "negative denominator": (
         {"denominator": torch.tensor(-3)},

@@ -334,6 +334,7 @@ def test_signature() -> None:
 
 BAD = {
     "divergence": ({"divergence": "kl"}, ValueError, "divergence must be one of"),
+    "near divergence": ({"divergence": "forward-kl"}, ValueError, "did you mean 'forward_kl'"),
     "beta": ({"beta": 1.5}, ValueError, r"beta must be in \[0, 1\], got 1.5"),
     "beta type": ({"beta": "1"}, TypeError, "beta must be a number"),
     "mask dtype": ({"mask": torch.ones(N)}, TypeError, "mask must be a bool tensor"),

@@ -30,7 +30,22 @@ TABLE = [
     ("hidden", torch.zeros(()), V, r"hidden.*\(\)"),
     ("hidden", torch.zeros(2, 4), V, r"target.*\(2, 3\).*\(2, 4\).*shift"),
     ("weight", "lm_head", T, "weight.*torch.Tensor.*str"),
-    ("weight", torch.zeros(11, 4, dtype=torch.int8), T, "weight.*float64.*int8"),
+    ("weight", torch.zeros(11, 4, dtype=torch.int8), T, "weight.*float64.*int8; dequantise"),
+    ("weight", torch.zeros(22, 1, dtype=torch.uint8), T, "weight.*float64.*uint8; dequantise"),
+    ("weight", torch.zeros(11, 1, dtype=torch.int32), T, "weight.*float64.*int32; dequantise"),
+    ("weight", torch.zeros(11, 4).to(torch.float8_e4m3fn), T, "weight.*e4m3fn; dequantise"),
+    ("hidden", torch.zeros(2, 3, 4).to(torch.float8_e5m2), T, "hidden.*e5m2; dequantise"),
+    ("weight", torch.zeros(11, 4, dtype=torch.bool), T, "weight.*float64.*bool; cast"),
+    (
+        "weight",
+        torch.nn.Linear(4, 11),
+        T,
+        r"weight must be .*Tensor, got Linear; pass its \.weight",
+    ),
+    ("bias", torch.nn.Linear(4, 11), T, r"bias must be .*Tensor, got Linear; pass its \.bias"),
+    ("lora", (torch.nn.Linear(4, 2), torch.zeros(11, 2), 1), T, r"lora's A.*Linear;.* \.weight"),
+    ("lora", (torch.zeros(2, 4, dtype=torch.int8), torch.zeros(11, 2), 1), T, "A.*; dequantise"),
+    ("lora", (torch.zeros(2, 4), torch.zeros(11, 2), True), T, "scale must be a number, got bool"),
     ("weight", torch.zeros(4, 11), V, r"hidden.*\(4, 11\).*\(out, in\)"),
     ("weight", torch.zeros(11), V, r"weight.*\(V, H\).*\(11,\)"),
     ("weight", torch.zeros(1, 11, 4), V, r"weight.*\(V, H\).*\(1, 11, 4\)"),
@@ -70,7 +85,11 @@ TABLE = [
     ("softcap", "30", T, "softcap.*number.*str"),
     ("outputs", "logp", T, r"outputs.*tuple.*'logp'.*\('logp',\)"),
     ("outputs", ("logp", "logps"), V, "outputs.*logp, entropy.*'logps'"),
+    ("outputs", ("logp", "logps"), V, "got 'logps'; did you mean 'logp'?"),
+    ("outputs", "mean-logits", T, r"write \('mean_logits',\)"),
     ("outputs", (1,), V, "outputs.*logp, entropy.*1"),
+    ("ignore_index", np.bool_(True), T, "ignore_index.*int.*bool"),
+    ("temperature", np.bool_(True), T, "temperature.*number.*bool"),
     ("outputs", None, T, "outputs.*tuple.*NoneType"),
     ("tp_group", "tp", T, "tp_group.*ProcessGroup.*str"),
     ("vocab_range", (3, 3), V, r"vocab_range.*start < stop.*\(3, 3\)"),
@@ -104,16 +123,43 @@ def test_tensors_without_data():
 
 
 def test_numbers_of_other_libraries():
-    arguments = good()
-    plain = linear_logprob(**arguments, temperature=0.5).logp
-    assert torch.equal(linear_logprob(**arguments, temperature=np.float32(0.5)).logp, plain)
+    arguments = good(target=torch.tensor([[0, 1, 2], [3, 3, 5]]))
+    lora = torch.randn(2, 4), torch.randn(11, 2)
+    plain = {
+        "ignore_index": 3,
+        "temperature": 0.5,
+        "logit_scale": 0.25,
+        "softcap": 8.0,
+        "vocab_range": (0, 10),
+        "lora": (*lora, 2.0),
+        "options": ScoringOptions(memory_budget=4096, chunk_rows=2, max_scored=5),
+    }
+    expected = linear_logprob(**arguments, **plain).logp
+    of_numpy = plain | {
+        "ignore_index": np.int64(3),
+        "vocab_range": (np.int32(0), np.int64(10)),
+        "options": ScoringOptions(
+            memory_budget=np.int64(4096), chunk_rows=np.int32(2), max_scored=np.uint8(5)
+        ),
+    }
+    assert of_numpy["options"] == plain["options"]
+    assert type(of_numpy["options"].memory_budget) is int
+    for number in (np.float64, np.float32, np.float16):
+        numbers = {name: number(plain[name]) for name in ("temperature", "logit_scale", "softcap")}
+        given = arguments | of_numpy | numbers | {"lora": (*lora, number(2.0))}
+        given["weight"].requires_grad_(False)
+        assert torch.equal(linear_logprob(**given).logp, expected)
+        explain(**given)
 
 
 @pytest.mark.parametrize(
     "option, value, error, message",
     [
         ("backend", "numpy", V, "backend.*torch.*cpp.*triton.*cuda.*'numpy'"),
+        ("backend", "tritn", V, r"got 'tritn'; did you mean 'triton'\?"),
         ("backend", None, V, "backend.*None"),
+        ("schedule", "Keep", V, r"got 'Keep'; did you mean 'keep'\?"),
+        ("chunk_rows", np.bool_(True), T, "chunk_rows.*int.*bool"),
         ("schedule", "fast", V, "schedule.*direct.*keep.*recompute.*'fast'"),
         ("memory_budget", 0, V, "memory_budget.*positive.*0.*None"),
         ("memory_budget", -1, V, "memory_budget.*positive.*-1.*None"),

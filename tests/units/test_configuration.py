@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastpref import objectives
 from fastpref.units import configuration
@@ -46,3 +47,11 @@ def test_the_room_there_is() -> None:
     assert configuration.MOST_KEPT == 64
     made = objectives.get("dpo", beta=0.3)
     assert configure(made, None, {}) == made and not vars(configuration._kept)
+
+
+def test_two_groups_are_refused() -> None:
+    one, other = dist.ProcessGroup(0, 1), dist.ProcessGroup(0, 1)
+    objective = objectives.get("kto", dp_group=one)
+    assert configure(objective, one, {}) == configure("kto", one, {}) == objective
+    with pytest.raises(ValueError, match="dp_group is given twice: kto has another one"):
+        configure(objective, other, {})

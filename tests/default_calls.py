@@ -36,6 +36,7 @@ HIDDEN, WEIGHT, BIAS = draw(N, H), draw(V, H, seed=1), draw(V, seed=2)
 TEACHER = draw(N, H + 3, seed=3), draw(V, H + 3, seed=4)
 TARGET = torch.arange(N, dtype=torch.int64) * 37 % V
 TARGET[::5] = -100
+CHOSEN = torch.stack([TARGET.clamp(min=0), (TARGET + 101) % V], dim=-1)
 LORA = draw(3, H, seed=5), draw(V, 3, seed=6), 0.5
 MASK = torch.arange(T, dtype=torch.int64) < torch.tensor([[5], [0], [3], [4]])
 LENGTHS, IDS = torch.tensor([2, 4, 0, 5]), torch.arange(T, dtype=torch.int64).expand(4, T)
@@ -69,6 +70,19 @@ def scoring_calls() -> dict[str, Call]:
     calls["linear_logprob updated"] = lambda: with_gradients(
         lambda hidden: fastpref.linear_logprob(hidden, WEIGHT, TARGET, lora=LORA), HIDDEN
     )
+    chosen = functools.partial(with_gradients, fastpref.linear_logits)
+    calls["linear_logits"] = lambda: chosen(HIDDEN, WEIGHT, CHOSEN, softcap=4.0)
+    calls["linear_logits least"] = lambda: chosen(HIDDEN, WEIGHT, CHOSEN, options=LEAST)
+    calls["linear_logprob restricted"] = lambda: score(
+        HIDDEN, WEIGHT, TARGET, restrict_to=CHOSEN, outputs=OUTPUTS
+    )
+    sparse = functools.partial(with_gradients, fastpref.sparse_divergence, HIDDEN, WEIGHT, CHOSEN)
+    teacher = -1 - draw(N, 2, seed=8).abs()
+    for kind in ("forward_kl", "reverse_kl"):
+        for tail in ("ignore", "bucket"):
+            calls[f"sparse_divergence {kind} {tail}"] = functools.partial(
+                sparse, teacher, TARGET >= 0, divergence=kind, tail=tail
+            )
     calls["release_workspace"] = fastpref.release_workspace
     calls["explain"] = lambda: str(fastpref.explain(HIDDEN, WEIGHT, TARGET))
     calls["explain_divergence"] = lambda: str(fastpref.explain_divergence(*two))

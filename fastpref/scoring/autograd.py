@@ -95,13 +95,19 @@ def models_of(tensors: Sequence[Tensor | None], call: Call) -> list[Model]:
     return [Model.of(part, form) for part, form in zip(parts, call.forms, strict=False)]
 
 
+def _under(plan: Plan, call: Call) -> Call:
+    """``call``, run by ``plan``."""
+    return call if plan is call.plan else replace(call, plan=plan)
+
+
 def run_forward(call: Call, models: Sequence[Model]) -> Finished:
     """Outputs, and what backward needs; with less than planned where memory runs out."""
     hidden = models[0].hidden
 
     def attempt(plan: Plan) -> Finished:
-        heads = call.heads(models)
-        rows = [call.rows(model) for model in models]
+        own = _under(plan, call)
+        heads = own.heads(models)
+        rows = [own.rows(model) for model in models]
         target = call.packing.gather(call.target.reshape(-1))
         outputs, kept = forward(Run(call.rule, heads, plan), rows, target)
         if call.tuned:
@@ -129,10 +135,13 @@ def run_backward(
     model, held = models[0], kept
 
     def attempt(plan: Plan) -> tuple[Tensor | None, ...]:
-        rows = [call.rows(one) for one in models]
-        own = Run(call.rule, heads or call.heads(models, held.mean), plan)
+        own = _under(plan, call)
+        rows = [own.rows(one) for one in models]
+        run = Run(
+            call.rule, own.heads(models, held.mean) if heads is None else own.fitted(heads), plan
+        )
         onto = model.head.trained_weight.dtype
-        gradients = backward(own, rows, held, _packed(upstream, call), onto)
+        gradients = backward(run, rows, held, _packed(upstream, call), onto)
         d_hidden = d_a = None
         if gradients.hidden is not None:
             d_rows, d_a = row_gradients(call, gradients.hidden, rows[0], model)

@@ -74,7 +74,10 @@ def clip_targets(products: Products, target: Tensor, logit: Tensor) -> Clipped:
     """The products of targets whose ``logit`` is finite, into range, in the tile."""
     tile = products.tile
     here = (target >= 0) & (target < tile.shape[1])
-    place = torch.arange(tile.shape[0], device=tile.device), target.clamp(0, tile.shape[1] - 1)
+    place = (
+        torch.arange(tile.shape[0], dtype=torch.int64, device=tile.device),
+        target.clamp(0, tile.shape[1] - 1),
+    )
     own = tile[place]
     rows = here & own.isinf() & logit.isfinite()
     tile.index_put_(place, torch.where(rows, own.clamp(-LARGEST, LARGEST), own))

@@ -23,7 +23,7 @@ from .workspace import lease
 
 PRODUCT_BYTES = 1 << 27  # at most, of what a product is before it adds up in a wider dtype
 MOST_ROOM = 1 << 24  # larger blocks are no faster
-LEAST_ROOM = 1 << 20
+LEAST_ROOM = 1 << 16
 # A product of about a millisecond where it is fast; the second operand is read as in d hidden,
 # which torch is slowest at.
 TIMED = 64, 256, 1024

@@ -86,11 +86,15 @@ class Call:
         )
         if mean is None and "mean_logits" in self.rule.outputs and own[0].map.cap == 0:
             mean = MeanRow.of(own[0], self.group)
-        name, room = self.plan.backend, self.plan.product_room
-        backend = backends.load(name)
-        if isinstance(backend, Tiled) and room:
+        name = self.plan.backend
+        return self.fitted(Heads(own, backends.load(name), name, self.group, mean))
+
+    def fitted(self, heads: Heads) -> Heads:
+        """``heads`` with the room that products have in the call's plan."""
+        backend, room = heads.backend, self.plan.product_room
+        if isinstance(backend, Tiled) and backend.room != room:
             backend = Tiled(backend.kernels, room)
-        return Heads(own, backend, name, self.group, mean, room)
+        return heads._replace(backend=backend, room=room)
 
     def rows(self, model: Model) -> Tensor:
         """The scored rows of ``model`` in the products' dtype, widened by an update."""

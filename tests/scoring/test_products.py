@@ -44,7 +44,6 @@ both_ways = pytest.mark.parametrize("way", ["float32", "16 bits"], indirect=True
 
 def force(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
     """Whatever this machine has; blocks are small enough for there to be several."""
-    monkeypatch.setattr(products, "LEAST_ROOM", 1 << 16)
 
     def reason(dtype: torch.dtype, device: torch.device) -> str | None:
         return "forced" if slow and dtype in LOW and device.type == "cpu" else None

@@ -11,8 +11,7 @@ import triton.language as tl
 
 from .logit_map import map_logits
 
-ROWS, WIDTH = 16, 128  # of one program's block
-REGISTERS = 128  # of a thread at most; see tiles.py
+ROWS, WIDTH = 16, 64  # of one program's block
 
 
 # A batch's targets may be a part of a longer vector: of any alignment.

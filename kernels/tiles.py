@@ -59,14 +59,12 @@ def _tiles(
     width: int,
     slices: int | tuple[int, int],
     warps: tuple[int, int] = (8, 8),
-    stages: tuple[int, int] = (3, 3),
     registers: tuple[int | None, int | None] = (None, None),
 ) -> Tiles:
     """Pairs: of the ordinary tile, of the flagged one."""
     pair = slices if isinstance(slices, tuple) else (slices, slices)
     ordinary, flagged = (
-        TileShape(rows[i], cols, width, warps[i], stages[i], pair[i], registers[i])
-        for i in range(2)
+        TileShape(rows[i], cols, width, warps[i], 3, pair[i], registers[i]) for i in range(2)
     )
     return Tiles(ordinary, flagged)
 
@@ -76,20 +74,14 @@ CHIPS = {
         # 8.6 and 8.9 have the least of their kind, 8.0 has 163 KiB.
         shared_memory=99 << 10,
         descriptors=False,
-        plain={
-            2: _tiles((128, 64), 128, 32, 2),
-            4: _tiles((64, 64), 128, 32, 1, stages=(3, 2)),
-        },
-        heavy={
-            2: _tiles((128, 64), 128, 32, 4),
-            4: _tiles((64, 64), 64, 32, 1, (8, 4), registers=(168, None)),
-        },
+        plain={2: _tiles((128, 64), 128, 32, 2), 4: _tiles((64, 64), 128, 16, 1)},
+        heavy={2: _tiles((128, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 16, 1, (8, 4))},
     ),
     90: Chip(
         shared_memory=227 << 10,
         descriptors=True,
-        plain={2: _tiles((128, 64), 256, 64, (4, 1)), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
-        heavy={2: _tiles((128, 64), 128, 64, 4), 4: _tiles((64, 64), 64, 32, 1, (8, 4))},
+        plain={2: _tiles((128, 64), 256, 64, (4, 1)), 4: _tiles((64, 64), 64, 16, 1, (8, 4))},
+        heavy={2: _tiles((128, 64), 128, 64, 4), 4: _tiles((64, 64), 64, 16, 1, (8, 4))},
         flattenable=True,
     ),
     100: Chip(
@@ -97,13 +89,10 @@ CHIPS = {
         descriptors=True,
         # In slices the accumulators leave tensor memory twice: that spills, or does not compile.
         # Flattened, 56 to 136 bytes are spilled.
-        plain={
-            2: _tiles((128, 64), 256, 64, 1),
-            4: _tiles((64, 64), 64, 32, 1, registers=(168, None)),
-        },
+        plain={2: _tiles((128, 64), 256, 64, 1), 4: _tiles((64, 64), 64, 16, 1, (8, 4))},
         heavy={
             2: _tiles((128, 64), 64, 64, 1, registers=(None, 168)),
-            4: _tiles((64, 64), 64, 32, 1, (8, 4), registers=(168, None)),
+            4: _tiles((64, 64), 64, 16, 1, (8, 4)),
         },
     ),
     # Blackwell without tensor memory and with 99 KiB: its matrix units are those of 8.0.
@@ -112,12 +101,9 @@ CHIPS = {
         descriptors=False,
         plain={
             2: _tiles((128, 64), 128, 32, 2, registers=(None, 168)),
-            4: _tiles((64, 64), 128, 32, 1, stages=(3, 2)),
+            4: _tiles((64, 64), 128, 16, 1),
         },
-        heavy={
-            2: _tiles((64, 64), 128, 32, 4),
-            4: _tiles((64, 64), 64, 32, 1, (8, 4), registers=(168, None)),
-        },
+        heavy={2: _tiles((64, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 16, 1, (8, 4))},
     ),
 }
 
@@ -141,6 +127,13 @@ def chip_of(capability: tuple[int, int]) -> Chip | None:
     these kernels for: what a newer one takes is not known from an older."""
     known = _OF_MAJOR.get(capability[0])
     return None if known is None else CHIPS[known]
+
+
+def in_tf32(pair: Tiles) -> Tiles:
+    """Tiles of float32 whose products run on the matrix units, which take longer steps along H; in
+    steps as long, exact products spill."""
+    ordinary = replace(pair.ordinary, width=32, registers=168)
+    return Tiles(ordinary, replace(pair.flagged, width=32))
 
 
 def flattenable(chip: Chip, itemsize: int) -> bool:

@@ -69,7 +69,7 @@ def products(chip: tiles.Chip, element: str) -> Iterator[Variant]:
     for capped, bias, ragged, precision in _ways(element):
         given = {"bias": bias, "ragged": ragged, "capped": capped}
         for statistics, store in itertools.product(_ON_OFF, _ON_OFF):
-            shape = _tiles(chip, element, statistics or capped).ordinary
+            shape = _tiles(chip, element, statistics or capped, precision).ordinary
             yield Variant(
                 linear_exp.linear_exp_kernel,
                 _label("linear_exp", store=store, statistics=statistics, **given)
@@ -83,7 +83,7 @@ def products(chip: tiles.Chip, element: str) -> Iterator[Variant]:
                 shape.stages,
                 registers=shape.registers,
             )
-        shape = _tiles(chip, element, True).ordinary
+        shape = _tiles(chip, element, True, precision).ordinary
         for entropy, lse in itertools.product(_ON_OFF, _ON_OFF):
             yield Variant(
                 linear_grad.linear_grad_kernel,
@@ -105,7 +105,7 @@ def _flagged(chip: tiles.Chip, element: str) -> Iterator[Variant]:
     for capped, bias, ragged, precision in _ways(element):
         given = {"bias": bias, "ragged": ragged, "capped": capped}
         for statistics, store in itertools.product(_ON_OFF, _ON_OFF):
-            shape = _tiles(chip, element, statistics or capped).flagged
+            shape = _tiles(chip, element, statistics or capped, precision).flagged
             yield Variant(
                 reanchor.reanchor_kernel,
                 _label("reanchor", store=store, statistics=statistics, **given)
@@ -121,7 +121,7 @@ def _flagged(chip: tiles.Chip, element: str) -> Iterator[Variant]:
                 registers=shape.registers,
             )
     for capped, bias, heavy, precision in _ways(element):  # with a cap all are heavy
-        shape = _tiles(chip, element, heavy).flagged
+        shape = _tiles(chip, element, heavy, precision).flagged
         yield Variant(
             reanchor.largest_logit_kernel,
             _label("largest_logit", heavy=heavy, bias=bias, capped=capped)
@@ -155,8 +155,9 @@ def _absent(**given: bool) -> dict[str, None]:
     return {name: None for name, here in given.items() if not here}
 
 
-def _tiles(chip: tiles.Chip, element: str, heavy: bool) -> tiles.Tiles:
-    return (chip.heavy if heavy else chip.plain)[ELEMENTS[element]]
+def _tiles(chip: tiles.Chip, element: str, heavy: bool, precision: str) -> tiles.Tiles:
+    pair = (chip.heavy if heavy else chip.plain)[ELEMENTS[element]]
+    return tiles.in_tf32(pair) if precision == "tf32" else pair
 
 
 def _blocks(shape: tiles.TileShape, capped: bool, precision: str) -> dict[str, Any]:
@@ -210,7 +211,6 @@ def _glue(element: str) -> Iterator[Variant]:
             {},
             element,
             unaligned=unaligned,
-            registers=target_logits.REGISTERS,
         )
     for statistics, store, capped in itertools.product(_ON_OFF, _ON_OFF, _ON_OFF):
         constants = {"BLOCK_ROWS": row_scores.ROWS, "CAPPED": capped}

@@ -40,6 +40,10 @@ LAUNCHES = {
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch):
     monkeypatch.setattr(probe, "_reasons", {})
+    # A backend holds the functions that it was loaded with.
+    backends.load.cache_clear()
+    yield
+    backends.load.cache_clear()
 
 
 def fail(*_, **__):

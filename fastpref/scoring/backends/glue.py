@@ -62,7 +62,6 @@ def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
             BLOCK_ROWS=targets.ROWS,
             BLOCK_WIDTH=targets.WIDTH,
             CAPPED=map.cap != 0,
-            maxnreg=targets.REGISTERS,
         )
     return found
 

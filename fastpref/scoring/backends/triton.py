@@ -302,8 +302,10 @@ def _machine(hidden: Tensor, heavy: bool) -> _Machine:
     """What serves this input. ``heavy``: with statistics, a cap or gradients in the epilogue."""
     chip = _chip(hidden.device)
     processors = 2 if INTERPRETED else _properties(hidden.device).multi_processor_count
-    table = chip.heavy if heavy else chip.plain
-    return _Machine(table[hidden.dtype.itemsize], chip.descriptors, processors)
+    pair = (chip.heavy if heavy else chip.plain)[hidden.dtype.itemsize]
+    if _exact(hidden) and _tf32_allowed():
+        pair = tiles.in_tf32(pair)
+    return _Machine(pair, chip.descriptors, processors)
 
 
 def _chip(device: torch.device | None) -> tiles.Chip:

@@ -64,7 +64,13 @@ def command(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        pytest.param(False, id="foreground", marks=pytest.mark.slow),
+        pytest.param(True, id="background"),
+    ],
+)
 def test_what_was_cut_short_keeps_what_it_had(
     command: list[str], tmp_path: Path, ignored: bool
 ) -> None:

@@ -14,10 +14,10 @@ DTYPES = {
     "rows": (torch.float32, torch.float16),
     "triton": (torch.float32, torch.float16),
 }
+AVAILABLE = [name for name in DTYPES if unavailable_reason(name, "cpu") is None]
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.heavy if name in ("rows", "triton") else [])
-    for name in DTYPES
-    if unavailable_reason(name, "cpu") is None
+    for name in AVAILABLE
 ]
 INF = float("inf")
 

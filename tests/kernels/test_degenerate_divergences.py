@@ -2,13 +2,16 @@
 """Divergences of degenerate rows: finite where mathematics is, and alike on every backend."""
 
 import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastpref import ScoringOptions, linear_divergence
-from tests.kernels.degenerate import BACKENDS, DTYPES, INF, only, tolerance, whole
+from tests.kernels.degenerate import AVAILABLE, DTYPES, INF, only, tolerance, whole
 from tests.scoring.divergences import DIVERGENCES
 
 BETA = 0.25
@@ -156,9 +159,17 @@ def found(name: str, kind: str, backend: str, dtype: torch.dtype, **options) -> 
     return {"value": value.detach(), **dict(named)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("name", CASES)
+def sampled() -> Iterator[Any]:
+    """Of interpreted backends, which share a kernel and take a second a case, a third of one."""
+    for (i, name), (j, kind) in itertools.product(enumerate(CASES), enumerate(DIVERGENCES)):
+        for backend in AVAILABLE:
+            interpreted = backend in ("rows", "triton")
+            slow = backend == "triton" or (interpreted and (i + j) % 3 != 0)
+            marks = [pytest.mark.heavy] * interpreted + [pytest.mark.slow] * slow
+            yield pytest.param(name, kind, backend, marks=marks)
+
+
+@pytest.mark.parametrize("name, kind, backend", sampled())
 def test_as_in_float64(name, kind, backend):
     problems, scale = [], CASES[name].get("logit_scale", 1.0)
     for dtype in DTYPES[backend]:

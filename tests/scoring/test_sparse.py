@@ -259,7 +259,15 @@ def test_one_product_and_one_for_each_gradient(needs, products):
 
 
 @pytest.mark.heavy
-@cases
+@pytest.mark.parametrize(
+    ("divergence", "tail"),
+    [
+        ("forward_kl", "bucket"),
+        pytest.param("reverse_kl", "bucket", marks=pytest.mark.slow),
+        pytest.param("forward_kl", "ignore", marks=pytest.mark.slow),
+        pytest.param("reverse_kl", "ignore", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled(divergence, tail):
     torch._dynamo.reset()
 

@@ -9,6 +9,7 @@ states and head needs a gradient, and group sizes that the host knows.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing
 from ..scoring.plan import MEBIBYTE, Plan
 from ..scoring.request import Call, pack_for, plan_target
-from ..units.layouts import Indexed
+from ..units.layouts import Arrangement, Indexed
 from .result import result_of
 from .task import Task
 
@@ -97,10 +98,16 @@ def plan_task(task: Task) -> PreferenceCall:
 class Groups:
     """Rows that an objective compares with each other, and no others."""
 
-    rows: list[list[int]]  # of each group
+    arrangement: Arrangement
     lengths: list[int]  # tokens of each row that are scored
 
-    @property
+    @functools.cached_property
+    def rows(self) -> list[list[int]]:
+        """Of each group."""
+        every = torch.arange(len(self.lengths), dtype=torch.int64, device="cpu")
+        compared = torch.stack(self.arrangement.split(every), -1).flatten(1)
+        return _connected(compared.tolist(), len(self.lengths))
+
     def sizes(self) -> list[int]:
         """Scored tokens of each group."""
         return [sum(self.lengths[row] for row in group) for group in self.rows]
@@ -129,9 +136,7 @@ def _groups(task: Task) -> Groups | str:
     lengths: list[int] = batch.counts().tolist()
     if batch.cu_seqlens is not None and sum(lengths) != int(batch.weighed.sum()):
         return "some scored tokens are in no row"
-    rows = torch.arange(batch.rows, dtype=torch.int64, device="cpu")
-    compared = torch.stack(task.arrangement.split(rows), -1).flatten(1)
-    return Groups(_connected(compared.tolist(), batch.rows), lengths)
+    return Groups(task.arrangement, lengths)
 
 
 def _connected(compared: list[list[int]], rows: int) -> list[list[int]]:

@@ -105,12 +105,13 @@ class BatchedPlan:
 
 
 def choose_for_groups(
-    plan: Plan, options: ScoringOptions, groups: Sequence[int] | str
+    plan: Plan, options: ScoringOptions, groups: Callable[[], Sequence[int]] | str
 ) -> Plan | BatchedPlan:
     """Batches where they cost less than ``plan``, the best for two passes.
 
     Args:
-        groups: scored rows of each group, in the order of the batches; or why there are none.
+        groups: scored rows of each group, in the order of the batches, asked for only where batches
+            may be better; or why there are none.
 
     Raises:
         ValueError: batches were asked for and cannot be.
@@ -127,7 +128,7 @@ def choose_for_groups(
     best = plan.kept_rows == plan.scored or (plan.schedule == "direct" and plan.matrices == 1)
     if not forced and (options.schedule != "auto" or best):
         return plan
-    batched = BatchedPlan(plans=tuple(_plans(plan, options, groups)))
+    batched = BatchedPlan(plans=tuple(_plans(plan, options, groups())))
     return batched if forced or batched.units < plan.units else plan
 
 

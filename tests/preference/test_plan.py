@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastpref import ScoringOptions, explain, linear_logprob, objectives, preference_loss
 from fastpref.objectives import registry
+from fastpref.preference import plan as planning
 from fastpref.scoring import batches
 from tests.preference.cases import (
     LAYOUTS,
@@ -82,6 +83,15 @@ def test_rows_that_several_pairs_share(name) -> None:
     groups = [scored[[0, 1, 4]], scored[[2, 6]], scored[[3, 7]]]
     plans = plan_of(data, layout=SHARED, options=TINY).policy.plans
     assert [one.scored for one in plans] == [int(group.sum()) for group in groups]
+
+
+def test_rows_are_not_connected_where_all_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    connected = planning._connected
+    monkeypatch.setattr(planning, "_connected", lambda *a: asked.append(1) or connected(*a))
+    data = frozen_weights(Data())
+    assert plan_of(data, options=None).schedule == "keep" and not asked
+    assert plan_of(data).schedule == "batches" and len(asked) == 1
 
 
 def plan_of(data: Data, objective="dpo", **changes):

@@ -169,6 +169,8 @@ def score(dtype: torch.dtype, options: ScoringOptions, rank: int = 0) -> None:
     given = {"outputs": OUTPUTS, "lora": lora, "options": options}
     found = linear_logprob(hidden, weight, torch.arange(70), **given)
     (found.logp.sum() + found.entropy.sum()).backward()
+    capped = linear_logprob(hidden, weight, torch.arange(70), softcap=5.0, **given)
+    (capped.logp.sum() + capped.mean_logits.sum()).backward()
     linear_logprob(hidden, weight.detach(), torch.arange(70), options=options).logp.sum().backward()
     with torch.no_grad():
         linear_logprob(hidden, weight, torch.arange(70), options=options)

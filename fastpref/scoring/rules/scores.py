@@ -20,6 +20,7 @@ from .. import vocab_parallel
 from ..backends import UpstreamGradient
 from ..halves import without_lost_rows
 from ..mean_logit import add_capped_gradient
+from ..products import multiply
 from ..rows import RowScores, TargetLogits, exponential_scale, row_scores, write_target
 from ..slab import Projection
 from ..statistics import (
@@ -103,7 +104,7 @@ class Scores:
             if mean is None:
                 heads.backend.project_gradient(at, gradient)
             else:
-                torch.mm(hidden, at.slab.weight.t(), out=out)
+                multiply(hidden, at.slab.weight.t(), out, heads.room)
                 add_capped_gradient(heads.backend, at, gradient, mean)
             return out
 

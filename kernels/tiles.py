@@ -92,7 +92,7 @@ CHIPS = {
         plain={2: _tiles((128, 64), 256, 64, 1), 4: _tiles((64, 64), 64, 16, 1, (8, 4))},
         heavy={
             2: _tiles((128, 64), 64, 64, 1, registers=(None, 168)),
-            4: _tiles((64, 64), 64, 16, 1, (8, 4)),
+            4: _tiles((64, 64), 64, 16, 1, (8, 4), (168, None)),
         },
     ),
     # Blackwell without tensor memory and with 99 KiB: its matrix units are those of 8.0.

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from . import autograd, operators
 from .autograd import Outputs
-from .head import Lora, Model, WeightContext, opened
+from .head import Form, Head, Lora, Model, WeightContext, opened
 from .request import Request, make_model, make_request, plan_target
 from .restricted import restricted_scores
 from .rules import Rule
 from .rules.scores import Scores
+from .signature import Kept, signature_of
 from .statistics import DIFFERENTIABLE, TokenScores
 from .transforms import needs_operators
 from .types import ScoringOptions
@@ -112,6 +113,17 @@ def linear_logprob(
         return TokenScores._make(run(asked, target))
 
 
+class _Checked(NamedTuple):
+    """What follows from a call's signature."""
+
+    request: Request
+    rule: Rule
+    form: Form
+
+
+_KEPT: Kept[_Checked] = Kept()
+
+
 class Asked(NamedTuple):
     """What is asked of which models, checked."""
 
@@ -137,10 +149,30 @@ def ask(
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
-    model = make_model(hidden, weight, target, **head)
-    outputs = check_outputs(outputs)
-    rule = Scores(outputs, tuple(name for name in differentiable if name in outputs))
-    return Asked(make_request([model], ignore_index=ignore_index, options=options), rule, [model])
+
+    def checked() -> _Checked:
+        model = make_model(hidden, weight, target, **head)
+        names = check_outputs(outputs)
+        rule = Scores(names, tuple(name for name in differentiable if name in names))
+        request = make_request([model], ignore_index=ignore_index, options=options)
+        return _Checked(request, rule, model.head.form)
+
+    signature = signature_of(
+        {
+            "hidden": hidden,
+            "weight": weight,
+            "target": target,
+            "ignore_index": ignore_index,
+            "outputs": outputs,
+            "differentiable": differentiable,
+            "options": options,
+            **head,
+        }
+    )
+    request, rule, form = _KEPT.of(signature, checked)
+    lora_a, lora_b, _ = head.get("lora") or (None, None, None)
+    model = Model(hidden, Head(weight, head.get("bias"), lora_a, lora_b, form))
+    return Asked(request, rule, [model])
 
 
 def run(asked: Asked, target: Tensor) -> Outputs:

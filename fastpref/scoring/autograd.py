@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,9 @@ from .types import statistics_dtype
 
 Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 
+# To enter and leave a context takes as long as a small product; where it changes nothing, this one.
+_AS_IT_IS = contextlib.nullcontext()
+
 
 def run(call: Call, models: Sequence[Model]) -> Outputs:
     """The outputs of ``call.rule``."""
@@ -39,14 +41,14 @@ class Engine(Differentiable):
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Outputs:
         # An output nobody differentiates must not cost a gradient of zeros.
         ctx.set_materialize_grads(False)
-        models = [model.detached() for model in models_of(tensors, call)]
+        models = models_of(tensors, call)
         outputs, kept, heads, plan = run_forward(call, models)
         if call.request.needs_grad:
             ctx.models = 1 if kept.direct else call.rule.formed_again
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
             needed = tensors[: TENSORS * ctx.models]
             ctx.save_for_backward(*needed, *kept.matrices, *kept.direct)
-            ctx.kept, ctx.call = replace(kept, matrices=(), direct=()), replace(call, plan=plan)
+            ctx.kept, ctx.call = kept._replace(matrices=(), direct=()), call._replace(plan=plan)
             ctx.matrices = len(kept.matrices)
             # A copy of a single weight stays.
             copied = call.plan.copies_weight and call.rule.models == 1
@@ -68,13 +70,13 @@ class Engine(Differentiable):
         tensors, held = saved[:count], saved[count:]
         # The matrices are without rows where an earlier backward has given them back.
         matrices, direct = held[: ctx.matrices], held[ctx.matrices :]
-        kept = replace(ctx.kept, matrices=matrices, direct=direct)
+        kept = ctx.kept._replace(matrices=matrices, direct=direct)
         models, heads = models_of(tensors, call), ctx.heads
 
         def of_upstream(*upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             return run_backward(call, models, kept, upstream, heads)
 
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
             gradients = for_each(of_upstream, *upstream)
         once = once_differentiable(gradients, (*tensors[:TENSORS], *upstream))
         return (None, *once, *[None] * (every - TENSORS))
@@ -97,7 +99,7 @@ def models_of(tensors: Sequence[Tensor | None], call: Call) -> list[Model]:
 
 def _under(plan: Plan, call: Call) -> Call:
     """``call``, run by ``plan``."""
-    return call if plan is call.plan else replace(call, plan=plan)
+    return call if plan is call.plan else call._replace(plan=plan)
 
 
 def run_forward(call: Call, models: Sequence[Model]) -> Finished:
@@ -213,10 +215,15 @@ def on_cuda(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
-@contextlib.contextmanager
-def products_of(tensor: Tensor) -> Iterator[None]:
+def products_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """On the device of ``tensor``, where Triton launches, in the dtypes given, with sums that are
     not rounded on the way."""
+    changes = on_cuda(tensor) or torch.is_autocast_enabled(tensor.device.type)
+    return _products_of(tensor) if changes else _AS_IT_IS
+
+
+@contextlib.contextmanager
+def _products_of(tensor: Tensor) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if on_cuda(tensor):
             stack.enter_context(torch.cuda.device(tensor.device))
@@ -232,7 +239,7 @@ def _unpacked(values: Tensor, call: Call) -> Tensor:
         return spread  # made just now
     # A copy: the caller may change it, and backward reads the original; autograd refuses in-place
     # changes of a view among several outputs.
-    return values.new_empty(shape).copy_(spread.view(shape))
+    return spread.view(shape).clone()
 
 
 def _packed(upstream: Upstream, call: Call) -> Upstream:

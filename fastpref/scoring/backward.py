@@ -21,7 +21,7 @@ from torch import Tensor
 from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
 from .plan import Tile
-from .products import add_product, split
+from .products import add_product, cut, split
 from .rules import Part, Upstream
 from .scaled import add_scaled, scaled
 from .types import statistics_dtype
@@ -146,11 +146,12 @@ def _row_groups(
         tile = plan.backward_room(
             max(gathered, total - inside), vocab, kept.rows, beside=0 < inside < total
         )
-    trained = rows[0][:, run.heads.projectors[0].trained :]
+    first_trained = run.heads.projectors[0].trained
+    trained = rows[0][:, first_trained:] if first_trained else rows[0]
     groups = []
 
     def add(at: slice, source: Callable[[slice, Tensor], Tensor], factor: Tensor | None) -> None:
-        own = trained[at]
+        own = cut(trained, at)
         if plan.needs_weight and factor is not None:
             own = run.heads.backend.scale_rows(own, factor, torch.empty_like(own))
         groups.append(RowGroup(at, source, own, factor))
@@ -158,10 +159,13 @@ def _row_groups(
     def chosen(at: slice) -> slice | Tensor:
         return at if active is None else active[at]
 
+    def of_rows(one: Tensor, where: slice | Tensor) -> Tensor:
+        return cut(one, where) if isinstance(where, slice) else one[where]
+
     for at in split(0, inside, inside if in_place else tile.rows):
         if factors is not None:
             where = chosen(at)
-            add(at, *_kept_tile(kept.matrices, where, [one[where] for one in factors]))
+            add(at, *_kept_tile(kept.matrices, where, [of_rows(one, where) for one in factors]))
     for at in split(inside, total, tile.rows):
         where = chosen(at)
         numbers, given = (
@@ -183,7 +187,7 @@ def _kept_tile(
 
     def of(one: Tensor, columns: slice, room: Tensor | None) -> Tensor:
         if isinstance(chosen, slice):
-            return one[chosen, columns]
+            return cut(one, chosen, columns)
         return torch.index_select(one[:, columns], 0, chosen, out=room)
 
     def tile(columns: slice, workspace: Tensor) -> Tensor:
@@ -236,7 +240,7 @@ def _products(
         # 16-bit products of several groups add up in float32.
         slab = None
         if d_weight is not None:
-            slab = d_weight[columns]
+            slab = cut(d_weight, columns)
             if len(groups) > 1 and slab.dtype != exact:
                 slab = torch.empty_like(slab, dtype=exact)
         for group in groups:
@@ -245,8 +249,8 @@ def _products(
                 first = not isinstance(onto, Gradients) and group is groups[0]
                 add_product(slab, matrix.t(), group.hidden, first, run.heads.room)
             if d_hidden is not None:
-                own, begins = d_hidden[group.rows], columns is slabs[0]
-                add_product(own, matrix, weight[columns], begins, run.heads.room)
+                own, begins = cut(d_hidden, group.rows), columns is slabs[0]
+                add_product(own, matrix, cut(weight, columns), begins, run.heads.room)
             if d_bias is not None:
                 add_column_sums(d_bias[columns], matrix, group.factor)
         if slab is not None and d_weight is not None and slab.dtype != d_weight.dtype:
@@ -254,7 +258,7 @@ def _products(
     if d_hidden is not None:
         for group in groups:
             if group.factor is not None:
-                own = d_hidden[group.rows]
+                own = cut(d_hidden, group.rows)
                 run.heads.backend.scale_rows(own, group.factor, own)
         d_hidden = d_hidden.to(dtype)
     return Gradients(d_hidden, d_weight, d_bias)

@@ -171,7 +171,7 @@ def score_with_loss(
     def attempt(plan: BatchedPlan | Plan) -> tuple[Tensor, Outputs]:
         as_before()
         if isinstance(plan, Plan):
-            found = autograd.run(replace(call, plan=plan), models)
+            found = autograd.run(call._replace(plan=plan), models)
             return loss(found), found
         tensors = [one for model in models for one in model.tensors]
         value, *outputs = BatchedLoss.apply(call, plan, positions, loss, *tensors)  # type: ignore[no-untyped-call]
@@ -230,7 +230,7 @@ class BatchedLoss(Differentiable):
             gradients = with_less(scaled, ctx.plan, nothing_less, hidden.device, call.group)
             if any(one is not None for one in d_outputs):
                 _, kept, heads, plan = autograd.run_forward(call, models)
-                again = replace(call, plan=plan)
+                again = call._replace(plan=plan)
                 needed = models[: 1 if kept.direct else call.rule.formed_again]
                 more = autograd.run_backward(again, needed, kept, d_outputs, heads)
 

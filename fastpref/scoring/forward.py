@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import workspace
 from .mean_logit import MeanRow
 from .plan import Plan
-from .products import multiply
+from .products import cut, multiply
 from .rules import Heads, Part, Rule
 from .workspace import lease
 
@@ -26,8 +25,7 @@ class Run(NamedTuple):
     plan: Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(NamedTuple):
     """What lives from forward to backward, beside hidden states and heads."""
 
     target: Tensor  # (N,)
@@ -45,7 +43,7 @@ class Kept:
         """Without the matrices, and their memory free; backward then forms them again."""
         for matrix in self.matrices:
             workspace.give_back(matrix)
-        return replace(self, matrices=())
+        return self._replace(matrices=())
 
 
 def forward(
@@ -53,27 +51,32 @@ def forward(
 ) -> tuple[tuple[Tensor | None, ...], Kept]:
     """The rule's outputs, (N,) each, of ``rows`` (N, H) of each model in the products' dtype, and
     what backward needs."""
-    rule, heads, plan = run.rule, run.heads, run.plan
-    weight, hidden = heads.projectors[0].weight, rows[0]
+    rule, heads, plan = run
+    hidden = rows[0]
     workspace.begin_pass()
     kept: list[Tensor] = []
     if plan.kept_rows:
-        shape = plan.kept_rows, weight.shape[0]
+        shape = plan.kept_rows, heads.projectors[0].weight.shape[0]
         kept = [lease(shape, hidden.dtype, hidden.device) for _ in range(rule.matrices)]
-    direct = []
+    direct: list[Tensor] = []
     if plan.schedule == "direct":
         direct = [torch.empty_like(hidden) for _ in range(rule.matrices)]
     room = _room(run, hidden, len(kept))
     parts = []
     for chunk in plan.chunks:
-        keeps = bool(kept) and chunk.stop <= plan.kept_rows
-        tiles = [one[chunk] for one in kept] if keeps else []
+        tiles = []
+        if kept and chunk.stop <= plan.kept_rows:
+            tiles = [cut(one, chunk) for one in kept]
+        write = bool(tiles or direct)
         tiles += [one[: chunk.stop - chunk.start] for one in room[len(tiles) :] if one is not None]
-        part = Part([one[chunk] for one in rows], target[chunk])
-        parts.append(rule.forward(heads, part, tiles, keeps or bool(direct)))
+        part = Part([cut(one, chunk) for one in rows], cut(target, chunk))
+        parts.append(rule.forward(heads, part, tiles, write))
         for matrix, out in zip(tiles, direct, strict=False):
-            multiply(matrix, weight, out[chunk], heads.room)
-    outputs, numbers = (_joined(one) for one in zip(*parts, strict=True))
+            multiply(matrix, heads.projectors[0].weight, out[chunk], heads.room)
+    if len(parts) == 1:
+        outputs, numbers = parts[0]
+    else:
+        outputs, numbers = (_joined(one) for one in zip(*parts, strict=True))
     if heads.mean is not None:
         at = rule.output_names.index("mean_logits")
         outputs = (*outputs[:at], heads.mean.logits(hidden), *outputs[at + 1 :])
@@ -88,6 +91,8 @@ def _room(run: Run, hidden: Tensor, matrices: int) -> list[Tensor | None]:
         return []
     left = plan.scored - plan.kept_rows
     first = 0 if left or not plan.scored else matrices
+    if first == run.rule.models:
+        return []
     models, width = run.rule.models, run.heads.projectors[0].weight.shape[0]
     rows = plan.forward_tile.rows if models > 1 else min(plan.forward_tile.rows, left)
     shape = rows, min(plan.forward_tile.cols, width)
@@ -103,6 +108,4 @@ def _joined(parts: Sequence[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, 
 
 def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
-    if len(present) == 1:
-        return present[0]
     return torch.cat(present) if present else None

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .products import product
+from .products import cut, product
 from .slab import Slab
 from .types import LogitMap, statistics_dtype
 
@@ -102,8 +102,8 @@ class Head(NamedTuple):
 
     def in_dtype(self, dtype: torch.dtype, shard: Shard) -> Projector:
         """What multiplies rows in ``dtype``."""
-        form, used = self.form, slice(self.form.columns)
-        weight, bias, trained = self.weight[used].to(dtype), self.bias, 0
+        form, used = self.form, slice(0, self.columns)
+        weight, bias, trained = cut(self.weight, used).to(dtype), self.bias, 0
         if self.lora_b is not None:
             trained = weight.shape[1]
             weight = torch.cat([weight, self.lora_b[used].to(dtype)], dim=1)
@@ -151,9 +151,11 @@ class Projector(NamedTuple):
     vocab_size: int = 0  # columns held by all ranks together
     trained: int = 0  # first inner column with a weight gradient, where the weight has one
 
-    def slab(self, columns: slice = slice(None)) -> Slab:
+    def slab(self, columns: slice | None = None) -> Slab:
+        if columns is None:
+            return Slab(self.weight, self.bias, self.map)
         bias = None if self.bias is None else self.bias[columns]
-        return Slab(self.weight[columns], bias, self.map)
+        return Slab(cut(self.weight, columns), bias, self.map)
 
 
 class Model(NamedTuple):

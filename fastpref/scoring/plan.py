@@ -17,6 +17,7 @@ are formed, and formed again.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
@@ -134,7 +135,7 @@ class Plan(Problem):
         """What depends on the budget."""
         return self.kept_rows, self.forward_tile, self.backward_tile
 
-    @property
+    @functools.cached_property
     def chunks(self) -> tuple[slice, ...]:
         """Rows of the forward pass. Kept ones in one chunk, so that their product is one, unless
         there is a second model, whose tile lies beside them; no rows still make one chunk, empty,
@@ -247,7 +248,7 @@ class Plan(Problem):
             products.append(tile.cols * self.trained_size * self.itemsize)
         return sums + min(max(products), PRODUCT_BYTES)
 
-    @property
+    @functools.cached_property
     def product_room(self) -> int:
         """Bytes in which products are formed in float32; 0 where they run in their own dtype."""
         return room_bytes(self.memory_budget) if self.widens else 0

@@ -111,6 +111,15 @@ def block(sizes: tuple[int, int, int], elements: int) -> tuple[int, int, int]:
     return m, k, n
 
 
+def cut(matrix: Tensor, rows: slice, columns: slice | None = None) -> Tensor:
+    """``matrix[rows, columns]``, without a view of what is all of it."""
+    if rows.start != 0 or rows.stop != matrix.shape[0]:
+        matrix = matrix[rows]
+    if columns is None or (columns.start == 0 and columns.stop == matrix.shape[1]):
+        return matrix
+    return matrix[:, columns]
+
+
 def split(start: int, stop: int, size: int) -> list[slice]:
     return [slice(at, min(stop, at + size)) for at in range(start, stop, max(1, size))]
 

@@ -136,6 +136,7 @@ def choose(name: str, device: Device, size: Size) -> str:
     return name
 
 
+@functools.cache
 def _module(name: str) -> Any:
     """Imported only where it is used: Triton is not everywhere, nor is the compiled library."""
     return importlib.import_module(f"{__name__}.{name}")

@@ -89,7 +89,8 @@ class Scores:
         return (torch.where(g == 0, 0.0, -heads.projectors[0].map.scale * g * scale),)
 
     def active(self, upstream: Upstream) -> Tensor:
-        return torch.stack([one != 0 for one in upstream if one is not None]).any(0)
+        found = [one != 0 for one in upstream if one is not None]
+        return found[0] if len(found) == 1 else torch.stack(found).any(0)
 
     def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         head, hidden = heads.projectors[0], part.rows[0]
@@ -146,7 +147,9 @@ def _scored(
     parts = []
     for start in range(0, vocab, cols):
         columns = slice(start, min(vocab, start + cols))
-        room = None if tile is None else tile[:, : columns.stop - start]
+        room = tile
+        if tile is not None and columns.stop - start < cols:
+            room = tile[:, : columns.stop - start]
         column = own.column - start if start else own.column
         at = Projection(hidden, head.slab(columns), room, column)
         sums = reduce(at, own.logit, write, statistics)

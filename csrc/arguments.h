@@ -54,9 +54,10 @@ inline const void* checked_per_row(const Tensor& tile, const std::optional<Tenso
 }
 
 inline cpu::LogitMap checked_map(const Tensor& tile, const std::optional<Tensor>& bias, double scale, double cap,
-                                 const char* name = "bias") {
+                                 const std::optional<Tensor>& factor, const char* name = "bias") {
   const auto type = statistics_type(tile);
-  return {bias.has_value() ? checked_vector(tile, *bias, name, tile.size(1), type) : nullptr, scale, cap};
+  return {bias.has_value() ? checked_vector(tile, *bias, name, tile.size(1), type) : nullptr, scale, cap,
+          checked_per_row(tile, factor, "factor")};
 }
 
 inline cpu::Tile checked_tile(const Tensor& tile, const Tensor& target) {
@@ -69,10 +70,11 @@ inline cpu::Tile checked_tile(const Tensor& tile, const Tensor& target) {
 
 // The call but for its outputs.
 inline cpu::ExpRows exp_rows_call(const Tensor& tile, const Tensor& target, const Tensor& anchor,
-                                  const std::optional<Tensor>& bias, double scale, double cap, bool write) {
+                                  const std::optional<Tensor>& bias, double scale, double cap,
+                                  const std::optional<Tensor>& factor, bool write) {
   cpu::ExpRows call{};
   call.tile = checked_tile(tile, target);
-  call.map = checked_map(tile, bias, scale, cap);
+  call.map = checked_map(tile, bias, scale, cap, factor);
   call.anchor = checked_per_row(tile, anchor, "anchor");
   call.write = write;
   return call;
@@ -94,11 +96,11 @@ inline cpu::LogitGrad logit_grad_call(const Tensor& tile, const Tensor& target, 
                                       const Tensor& norm, const Tensor& logp, const Tensor& grad_logp,
                                       const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_entropy,
                                       const std::optional<Tensor>& entropy, const std::optional<Tensor>& bias,
-                                      double scale, double cap) {
+                                      double scale, double cap, const std::optional<Tensor>& factor) {
   STD_TORCH_CHECK(entropy.has_value() || !grad_entropy.has_value(), "entropy must come with grad_entropy, got None");
   cpu::LogitGrad call{};
   call.tile = checked_tile(tile, target);
-  call.map = checked_map(tile, bias, scale, cap);
+  call.map = checked_map(tile, bias, scale, cap, factor);
   call.anchor = checked_per_row(tile, anchor, "anchor");
   call.norm = checked_per_row(tile, norm, "norm");
   call.logp = checked_per_row(tile, logp, "logp");
@@ -202,8 +204,9 @@ inline cpu::ScaleRows scale_rows_call(const Tensor& out, const Tensor& input, co
 inline std::tuple<cpu::DivergenceRows, Tensor> divergence_rows_call(const Tensor& student, const Tensor& teacher,
                                                                     const std::optional<Tensor>& student_bias,
                                                                     const std::optional<Tensor>& teacher_bias,
-                                                                    double scale, double cap, int64_t kind, double beta,
-                                                                    bool write) {
+                                                                    double scale, double cap,
+                                                                    const std::optional<Tensor>& factor, int64_t kind,
+                                                                    double beta, bool write) {
   STD_TORCH_CHECK(student.dim() == 2, "student must have shape (rows, cols), got ", student.dim(), " dimensions");
   check_matrix(student, "student", student);
   check_matrix(teacher, "teacher", student);
@@ -222,8 +225,8 @@ inline std::tuple<cpu::DivergenceRows, Tensor> divergence_rows_call(const Tensor
   call.cols = student.size(1);
   call.student_stride = student.stride(0);
   call.teacher_stride = teacher.stride(0);
-  call.student_map = checked_map(student, student_bias, scale, cap, "student_bias");
-  call.teacher_map = checked_map(teacher, teacher_bias, scale, cap, "teacher_bias");
+  call.student_map = checked_map(student, student_bias, scale, cap, factor, "student_bias");
+  call.teacher_map = checked_map(teacher, teacher_bias, scale, cap, factor, "teacher_bias");
   call.beta = beta;
   call.write = write;
   Tensor out = torch::stable::new_empty(student, {call.rows}, statistics_type(student));

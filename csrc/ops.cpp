@@ -41,9 +41,9 @@ void run(void (*kernel)(const Call&, int64_t, int64_t), const Call& call, int64_
 }
 
 std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, std::optional<Tensor> bias, double scale,
-                                    double cap, bool write, bool statistics) {
+                                    double cap, std::optional<Tensor> factor, bool write, bool statistics) {
   const auto kernel = row_kernels().exp_rows[static_cast<int>(fastpref::element_of(tile, "tile"))];
-  auto call = fastpref::exp_rows_call(tile, target, anchor, bias, scale, cap, write);
+  auto call = fastpref::exp_rows_call(tile, target, anchor, bias, scale, cap, factor, write);
   auto outputs = fastpref::exp_rows_outputs(call, target, anchor, statistics);
   run(kernel, call, call.tile.rows, call.tile.cols);
   return outputs;
@@ -51,10 +51,10 @@ std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, s
 
 void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp,
                 std::optional<Tensor> grad_lse, std::optional<Tensor> grad_entropy, std::optional<Tensor> entropy,
-                std::optional<Tensor> bias, double scale, double cap) {
+                std::optional<Tensor> bias, double scale, double cap, std::optional<Tensor> factor) {
   const auto kernel = row_kernels().logit_grad[static_cast<int>(fastpref::element_of(tile, "tile"))];
   const auto call = fastpref::logit_grad_call(tile, target, anchor, norm, logp, grad_logp, grad_lse, grad_entropy,
-                                              entropy, bias, scale, cap);
+                                              entropy, bias, scale, cap, factor);
   run(kernel, call, call.tile.rows, call.tile.cols);
 }
 
@@ -85,11 +85,11 @@ void scale_rows(Tensor out, Tensor input, Tensor factor) {
 }
 
 Tensor divergence_rows(Tensor student, Tensor teacher, std::optional<Tensor> student_bias,
-                       std::optional<Tensor> teacher_bias, double scale, double cap, int64_t kind, double beta,
-                       bool write) {
+                       std::optional<Tensor> teacher_bias, double scale, double cap, std::optional<Tensor> factor,
+                       int64_t kind, double beta, bool write) {
   const auto kernel = row_kernels().divergence_rows[static_cast<int>(fastpref::element_of(student, "student"))];
-  const auto [call, out] =
-      fastpref::divergence_rows_call(student, teacher, student_bias, teacher_bias, scale, cap, kind, beta, write);
+  const auto [call, out] = fastpref::divergence_rows_call(student, teacher, student_bias, teacher_bias, scale, cap,
+                                                          factor, kind, beta, write);
   run(kernel, call, call.rows, call.cols);
   return out;
 }
@@ -100,12 +100,12 @@ int64_t capability() { return static_cast<int64_t>(fastpref::cpu_capability()); 
 
 STABLE_TORCH_LIBRARY(fastpref, m) {
   m.def(
-      "exp_rows_(Tensor(a!) tile, Tensor target, Tensor anchor, Tensor? bias, float scale, float cap, bool write, "
-      "bool statistics) -> (Tensor, Tensor)");
+      "exp_rows_(Tensor(a!) tile, Tensor target, Tensor anchor, Tensor? bias, float scale, float cap, Tensor? "
+      "factor, bool write, bool statistics) -> (Tensor, Tensor)");
   m.def(
       "logit_grad_(Tensor(a!) tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp, Tensor? "
       "grad_lse, "
-      "Tensor? grad_entropy, Tensor? entropy, Tensor? bias, float scale, float cap) -> ()");
+      "Tensor? grad_entropy, Tensor? entropy, Tensor? bias, float scale, float cap, Tensor? factor) -> ()");
   m.def(
       "target_logits(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float cap) -> (Tensor, "
       "Tensor, Tensor)");
@@ -115,7 +115,7 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
   m.def("scale_rows_(Tensor(a!) out, Tensor input, Tensor factor) -> ()");
   m.def(
       "divergence_rows_(Tensor(a!) student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float scale, "
-      "float cap, int kind, float beta, bool write) -> Tensor");
+      "float cap, Tensor? factor, int kind, float beta, bool write) -> Tensor");
   m.def(
       "sequence_sums(Tensor logp, Tensor? token_weights, Tensor? mask, Tensor? order, Tensor? boundaries, "
       "bool mean) -> (Tensor, Tensor)");

@@ -110,7 +110,7 @@ def _launch_failure(device: int) -> str | None:
     tile = torch.zeros(1, 1, device=f"cuda:{device}", dtype=torch.float32)
     target = torch.zeros(1, dtype=torch.int64, device=tile.device)
     try:
-        torch.ops.fastpref.exp_rows_(tile, target, tile[0], None, 1.0, 0.0, False, False)
+        torch.ops.fastpref.exp_rows_(tile, target, tile[0], None, 1.0, 0.0, None, False, False)
     except RuntimeError as error:
         return str(error)
     return None

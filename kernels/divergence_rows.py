@@ -24,7 +24,7 @@ student's written once.
 import triton
 import triton.language as tl
 
-from .logit_map import exp_difference, load_logits, store_gradient
+from .logit_map import exp_difference, load_logits, map_of_row, store_gradient
 
 COLS, WARPS = 1024, 8  # of one step, of one program
 REGISTERS = 128  # of a thread at most; see tiles.py
@@ -222,7 +222,7 @@ def divergence_rows_kernel(
     columns,
     student_stride,
     teacher_stride,
-    scale,
+    scale,  # a number or with BY_ROW (N,) float32, and so the next two
     inner,
     cap,
     student_weight,  # 1 - beta
@@ -231,6 +231,7 @@ def divergence_rows_kernel(
     WRITE: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     CAPPED: tl.constexpr,
+    BY_ROW: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     # Else whether there are any is looked at before each loop, by a predicate that is spilled.
@@ -238,6 +239,7 @@ def divergence_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
+    scale, inner, cap = map_of_row(scale, inner, cap, row, BY_ROW)
     lanes = tl.arange(0, BLOCK_COLS)
     a = -INF
     b = -INF

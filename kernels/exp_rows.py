@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .exponentials import INF, anchored
-from .logit_map import LN2, LOG2E, map_logits
+from .logit_map import LN2, LOG2E, map_logits, map_of_row
 from .statistics import (
     BEST,
     WEIGHTED,
@@ -50,14 +50,6 @@ GUARD = tl.constexpr(30.0)
 LOWEST_ANCHOR = tl.constexpr(-1e30)
 # Its exponential is 0, and so is its product with that: of -inf it would be NaN.
 LOWEST = tl.constexpr(-1e4)
-
-
-@triton.jit
-def map_of_row(scale, inner, cap, row, BY_ROW: tl.constexpr):
-    """Numbers, or where each row has its own, those of ``row``."""
-    if BY_ROW:
-        scale, inner, cap = tl.load(scale + row), tl.load(inner + row), tl.load(cap + row)
-    return scale, inner, cap
 
 
 @triton.jit

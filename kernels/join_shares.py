@@ -23,8 +23,9 @@ and with neither term there is nothing to scale: the offset is 0. Bytes: none of
 import triton
 import triton.language as tl
 
-from .exp_rows import load_step, map_of_row, row_start, share_bounds, step_columns, store_step
+from .exp_rows import load_step, row_start, share_bounds, step_columns, store_step
 from .exponentials import INF, anchored
+from .logit_map import map_of_row
 from .statistics import BEST, WEIGHTED, fold_terms, load_terms, move_terms, store_terms
 
 MOST_SHARES = 64

@@ -12,7 +12,6 @@ import triton.language as tl
 from .exp_rows import (
     LOWEST,
     load_step,
-    map_of_row,
     row_start,
     share_bounds,
     step_columns,
@@ -20,7 +19,7 @@ from .exp_rows import (
 )
 from .exponentials import anchored
 from .linear_grad import one_minus_exp
-from .logit_map import LN2
+from .logit_map import LN2, map_of_row
 
 
 @triton.jit

@@ -32,6 +32,14 @@ def tanh_and_slope(x):
 
 
 @triton.jit
+def map_of_row(scale, inner, cap, row, BY_ROW: tl.constexpr):
+    """Numbers, or where each row has its own, those of ``row``."""
+    if BY_ROW:
+        scale, inner, cap = tl.load(scale + row), tl.load(inner + row), tl.load(cap + row)
+    return scale, inner, cap
+
+
+@triton.jit
 def map_logits(z, scale, inner, cap, CAPPED: tl.constexpr):
     """Logits and slopes of raw products ``z``."""
     if CAPPED:

@@ -60,7 +60,8 @@ _FLOATS = (
 )
 _MATRICES = ("hidden", "weight", "exps", "grads", "matrix", "student", "teacher", "tile")
 _ROWS = (exp_rows.exp_rows_kernel, join_shares.join_shares_kernel)
-_NUMBERS = ("scale", "inner", "cap", "student_weight", "teacher_weight")
+_MAP = ("scale", "inner", "cap")
+_NUMBERS = (*_MAP, "student_weight", "teacher_weight")
 
 
 def _type(variant: Variant, argument: str) -> str:
@@ -81,6 +82,8 @@ def _type(variant: Variant, argument: str) -> str:
         return "*fp64"
     if argument == "out":  # of sums in float32, or a matrix
         return "*fp32" if variant.kernel in _ROWS else f"*{variant.element}"
+    if argument in _MAP and variant.constants.get("BY_ROW"):
+        return "*fp32"
     return "fp32" if argument in _NUMBERS else "i32"
 
 

@@ -251,15 +251,15 @@ def _columns(element: str) -> Iterator[Variant]:
 def rows_in_place(element: str) -> Iterator[Variant]:
     """The passes over rows of torch's own products, which begin at multiples of 16 bytes and are
     padded to such."""
-    for bias, capped, statistics in itertools.product(_ON_OFF, repeat=3):
+    for by_row, bias, capped, statistics in itertools.product(_ON_OFF, repeat=4):
         step: dict[str, Any] = {
             "PIECES": exp_rows.CAPPED_PIECES if capped else exp_rows.PIECES,
             "VECTOR": 16 // ELEMENTS[element],
             "WHOLE": True,
         }
-        flags: dict[str, Any] = {"CAPPED": capped, "BY_ROW": False, "ALIGNED": True}
+        flags: dict[str, Any] = {"CAPPED": capped, "BY_ROW": by_row, "ALIGNED": True}
         absent = _absent(bias=bias)
-        given = {"bias": bias, "capped": capped}
+        given = {"bias": bias, "capped": capped, "by_row": by_row}
         of_sums = flags | {"STATISTICS": statistics} | _absent(best_index=statistics)
         for write in (False,) if element == "fp16" else _ON_OFF:
             label = _label("exp_rows", write=write, statistics=statistics, **given)
@@ -317,11 +317,12 @@ def _divergences(element: str) -> Iterator[Variant]:
     names = ("forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya")
     for capped in _ON_OFF:
         blocks = {"BLOCK_COLS": divergence_rows.COLS, "CAPPED": capped, "WRITE": True}
-        for kind, name in enumerate(names):
+        # With maps by row the first alone, which objectives take.
+        for by_row, (kind, name) in [(True, (0, names[0])), *((False, one) for one in enumerate(names))]:
             yield Variant(
                 divergence_rows.divergence_rows_kernel,
-                _label(name, capped=capped),
-                blocks | {"KIND": kind, "EXACT": element == "fp32"},
+                _label(name, capped=capped, by_row=by_row),
+                blocks | {"KIND": kind, "BY_ROW": by_row, "EXACT": element == "fp32"},
                 {},
                 element,
                 divergence_rows.WARPS,

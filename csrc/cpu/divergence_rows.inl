@@ -213,8 +213,10 @@ class DivergenceRow {
 template <class T, Divergence kKind>
 void divergence_rows_range(const DivergenceRows& call, int64_t begin, int64_t end) {
   using A = typename AccumulateType<T>::type;
-  const Map<A> student_map(call.student_map), teacher_map(call.teacher_map);
+  const Map<A> student_shared(call.student_map), teacher_shared(call.teacher_map);
   for (int64_t i = begin; i < end; ++i) {
+    const Map<A> student_map = student_shared.of_row(call.student_map.factor, i);
+    const Map<A> teacher_map = teacher_shared.of_row(call.teacher_map.factor, i);
     T* student = static_cast<T*>(call.student) + i * call.student_stride;
     const T* teacher = static_cast<const T*>(call.teacher) + i * call.teacher_stride;
     DivergenceRow<T, kKind> row(student, teacher, call.cols, student_map, teacher_map, call.beta);

@@ -2,7 +2,8 @@
 // What the row kernels take, and the table of them that each instruction set fills in.
 //
 // A tile is (rows, cols) of raw products z = hidden . weight, one contiguous row at a time. The logit of a product is
-//     t = scale * (z + bias),  or with a cap  t = cap * tanh(scale * (z + bias) / cap).
+//     t = scale * (z + bias),  or with a cap  t = cap * tanh(scale * (z + bias) / cap),
+// times the row's factor where there is one.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,8 @@ constexpr int kElements = 4;
 struct LogitMap {
   const void* bias;  // (cols,) or null
   double scale;
-  double cap;  // 0: none
+  double cap;                    // 0: none
+  const void* factor = nullptr;  // (rows,), the statistics' type, or null: 1
 };
 
 struct Tile {

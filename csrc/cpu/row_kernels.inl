@@ -50,6 +50,15 @@ struct Map {
         inner(map.cap == 0 ? A(0) : static_cast<A>(map.scale / map.cap)),
         cap(static_cast<A>(map.cap)) {}
 
+  Map of_row(const void* factor, int64_t row) const {
+    Map own = *this;
+    if (factor == nullptr) return own;
+    const A of_row = static_cast<const A*>(factor)[row];
+    own.scale *= of_row;
+    own.cap *= of_row;
+    return own;
+  }
+
   // logits[i] and, under a cap, slopes[i] = 1 - tanh^2 of columns [begin, begin + n)
   template <class T>
   __attribute__((noinline)) void apply(const T* row, int64_t begin, int64_t n, A* logits, A* slopes) const {
@@ -288,8 +297,9 @@ template <class T, bool kStatistics>
 void exp_rows_range(const ExpRows& call, int64_t begin, int64_t end) {
   using A = typename AccumulateType<T>::type;
   const Tile& tile = call.tile;
-  const Map<A> map(call.map);
+  const Map<A> shared(call.map);
   for (int64_t row = begin; row < end; ++row) {
+    const Map<A> map = shared.of_row(call.map.factor, row);
     T* data = static_cast<T*>(tile.data) + row * tile.row_stride;
     const A anchor = static_cast<const A*>(call.anchor)[row];
     ExpRow<T, kStatistics> one(data, tile.cols, tile.target[row], anchor, map, call.write);
@@ -350,8 +360,9 @@ void logit_grad_row(T* row, const LogitGrad& call, const Map<typename Accumulate
 
 template <class T>
 void logit_grad(const LogitGrad& call, int64_t begin, int64_t end) {
-  const Map<typename AccumulateType<T>::type> map(call.map);
+  const Map<typename AccumulateType<T>::type> shared(call.map);
   for (int64_t row = begin; row < end; ++row) {
+    const auto map = shared.of_row(call.map.factor, row);
     logit_grad_row(static_cast<T*>(call.tile.data) + row * call.tile.row_stride, call, map, row);
   }
 }

@@ -132,12 +132,22 @@ struct Map {
   const A* bias;
   A scale, inner, cap;  // inner = scale / cap
 
-  // Of the columns from `first` on.
-  __device__ explicit Map(const cpu::LogitMap& map, int first = 0)
-      : bias(map.bias == nullptr ? nullptr : static_cast<const A*>(map.bias) + first),
+  // Of all rows: without their factors.
+  __device__ explicit Map(const cpu::LogitMap& map)
+      : bias(static_cast<const A*>(map.bias)),
         scale(static_cast<A>(map.scale)),
         inner(map.cap == 0 ? A(0) : static_cast<A>(map.scale / map.cap)),
         cap(static_cast<A>(map.cap)) {}
+
+  // Of a row, and of the columns from `first` on.
+  __device__ Map(const cpu::LogitMap& map, int64_t row, int first) : Map(map) {
+    if (bias != nullptr) bias += first;
+    if (map.factor != nullptr) {
+      const A factor = static_cast<const A*>(map.factor)[row];
+      scale *= factor;
+      cap *= factor;
+    }
+  }
 
   template <class T, int n>
   __device__ __forceinline__ Logits<A, n> apply(const Piece<T, n>& products, int column) const {

@@ -74,7 +74,7 @@ struct ExpRow {
         row(row),
         cols(columns.count),
         target(target_among(call.tile.target[i], columns)),
-        map(call.map, columns.first),
+        map(call.map, i, columns.first),
         write(call.write && !kHalf),
         anchor(static_cast<const A*>(call.anchor)[i]) {}
 
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) logit_grad_kerne
   if (k != 0 && own_p > 0) own_value -= k * own_p * (logp + entropy);
   const int cols = static_cast<int>(call.tile.cols);
   const int target = target_among(call.tile.target[i], {0, cols});
-  const Map<A> map(call.map);
+  const Map<A> map(call.map, i, 0);
   for_each_piece(row_of<T>(call.tile, i), cols, [&](auto& piece, int column) {
     constexpr int n = std::decay_t<decltype(piece)>::kSize;
     const auto logits = map.apply(piece, column);

@@ -19,9 +19,9 @@ using fastpref::cuda::on_device_of;
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, std::optional<Tensor> bias, double scale,
-                                    double cap, bool write, bool statistics) {
+                                    double cap, std::optional<Tensor> factor, bool write, bool statistics) {
   const auto element = fastpref::element_of(tile, "tile");
-  auto call = fastpref::exp_rows_call(tile, target, anchor, bias, scale, cap, write);
+  auto call = fastpref::exp_rows_call(tile, target, anchor, bias, scale, cap, factor, write);
   auto outputs = fastpref::exp_rows_outputs(call, target, anchor, statistics);
   on_device_of(tile, [&](cudaStream_t stream) { return fastpref::cuda::launch_exp_rows(element, call, stream); });
   return outputs;
@@ -29,10 +29,10 @@ std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, s
 
 void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp,
                 std::optional<Tensor> grad_lse, std::optional<Tensor> grad_entropy, std::optional<Tensor> entropy,
-                std::optional<Tensor> bias, double scale, double cap) {
+                std::optional<Tensor> bias, double scale, double cap, std::optional<Tensor> factor) {
   const auto element = fastpref::element_of(tile, "tile");
   const auto call = fastpref::logit_grad_call(tile, target, anchor, norm, logp, grad_logp, grad_lse, grad_entropy,
-                                              entropy, bias, scale, cap);
+                                              entropy, bias, scale, cap, factor);
   on_device_of(tile, [&](cudaStream_t stream) { return fastpref::cuda::launch_logit_grad(element, call, stream); });
 }
 

@@ -21,7 +21,6 @@ from ..objectives import Objective
 from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
 from ..scoring.api import ask, run_traced
 from ..scoring.head import Lora, opened
-from ..scoring.request import plan_target
 from ..scoring.transforms import needs_operators
 from ..units import PreferenceOutput
 from ..units.layouts import LayoutName
@@ -43,7 +42,7 @@ def preference_loss(
     cu_seqlens: Tensor | None = None,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ref_logps: Tensor | None = None,
@@ -68,7 +67,7 @@ def preference_loss(
     Args:
         hidden: (B, T, H), or packed (N, H) or (1, N, H) with ``cu_seqlens``.
         weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, options: as
-            in ``linear_logprob``.
+            in ``linear_logprob``. The reference is scored at the same temperature.
         target: (B, T), or packed (N,) or (1, N); int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there
@@ -192,5 +191,5 @@ def explain(
                 "K rows of the weight for each token; leave it None"
             )
         with opened(taken["weight_context"], weight, taken["bias"]):
-            return plan_target(*ask(**taken), target).plan
+            return ask(**taken).planned(target).plan
     return plan_task(make_task(Arguments(**bound.arguments))).explanation

@@ -52,7 +52,7 @@ class Arguments:
     cu_seqlens: Tensor | None
     bias: Tensor | None
     ignore_index: int
-    temperature: float
+    temperature: float | Tensor
     logit_scale: float
     softcap: float | None
     ref_logps: Tensor | None
@@ -87,7 +87,8 @@ def flattened(given: Arguments) -> Arguments:
     """Packed rows of shape (1, N), as collators give them, as (N,)."""
     if given.cu_seqlens is None:
         return given
-    tokens = {"target": 2, "token_weights": 2, "ref_logps": 2, "hidden": 3, "ref_hidden": 3}
+    tokens = {"target": 2, "token_weights": 2, "ref_logps": 2, "temperature": 2}
+    tokens |= {"hidden": 3, "ref_hidden": 3}
     flat: dict[str, Any] = {}
     for name, dims in tokens.items():
         value = getattr(given, name)

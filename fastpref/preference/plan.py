@@ -21,7 +21,7 @@ from ..scoring.autograd import Outputs
 from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing
 from ..scoring.plan import MEBIBYTE, Plan
-from ..scoring.request import Call, pack_for, plan_target
+from ..scoring.request import Call, pack_for
 from ..units.layouts import Arrangement, Indexed
 from .result import result_of
 from .task import Task
@@ -215,4 +215,4 @@ def in_two_passes(asked: Asked) -> Asked:
 
 
 def _planned(asked: Asked, target: Tensor, packing: Packing, active: float = 1.0) -> Call:
-    return plan_target(*in_two_passes(asked), target, packing, active=active)
+    return in_two_passes(asked).planned(target, packing, active)

@@ -140,4 +140,4 @@ def _compared(
     models = [policy.models[0], reference.models[0].detached()]
     asked = policy.request
     request = make_request(models, ignore_index=asked.ignore_index, options=asked.options)
-    return Asked(request, rule, models)
+    return Asked(request, rule, models, policy.temperature)

@@ -11,12 +11,14 @@ from torch import Tensor
 from . import autograd, operators
 from .autograd import Outputs
 from .head import Form, Head, Lora, Model, WeightContext, opened
-from .request import Request, make_model, make_request, plan_target
+from .packing import Packing
+from .request import Call, Request, make_model, make_request, plan_target
 from .restricted import restricted_scores
 from .rules import Rule
 from .rules.scores import Scores
 from .signature import Kept, signature_of
 from .statistics import DIFFERENTIABLE, TokenScores
+from .temperature import check_temperature
 from .transforms import needs_operators
 from .types import ScoringOptions
 from .validation import check_ids, check_outputs
@@ -29,7 +31,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     outputs: tuple[str, ...] = ("logp",),
@@ -58,7 +60,11 @@ def linear_logprob(
         bias: (V,), or None. -inf takes an entry out of the vocabulary; under a softcap, which maps
             it to -softcap, it does not.
         ignore_index: target of a position that is not scored.
-        temperature: greater than 0.
+        temperature: greater than 0; a number, or a floating-point tensor that broadcasts to
+            ``target``, such as (B, 1) for one a row: what each token was sampled at. It is not
+            read where a position is not scored. On CPU values are checked, elsewhere one that is
+            not greater than 0 gives NaN in its row. A tensor gets no gradient, and
+            backend="triton" then hands over to "rows", as ``explain`` shows.
         logit_scale: multiplies z before the cap.
         softcap: greater than 0, or None.
         outputs: fields of TokenScores to compute. ``logp``, ``entropy``, ``mean_logits`` and
@@ -109,7 +115,8 @@ def linear_logprob(
         if restrict_to is not None:
             check_ids(restrict_to, hidden, "restrict_to")
             model, names = asked.models[0], asked.rule.outputs
-            return restricted_scores(asked.request, model, target, restrict_to, names)
+            own = asked.temperature
+            return restricted_scores(asked.request, model, target, restrict_to, names, own)
         return TokenScores._make(run(asked, target))
 
 
@@ -130,6 +137,11 @@ class Asked(NamedTuple):
     request: Request
     rule: Rule
     models: list[Model]
+    temperature: Tensor | None = None  # like the target, where positions have their own
+
+    def planned(self, target: Tensor, packing: Packing | None = None, active: float = 1.0) -> Call:
+        """As ``plan_target``."""
+        return plan_target(*self[:3], target, packing, active=active, temperature=self.temperature)
 
 
 def ask(
@@ -141,6 +153,7 @@ def ask(
     outputs: tuple[str, ...] = ("logp",),
     differentiable: tuple[str, ...] = DIFFERENTIABLE,
     options: ScoringOptions | None = None,
+    temperature: float | Tensor = 1.0,
     **head: Any,
 ) -> Asked:
     """The arguments of ``linear_logprob``, checked, those in ``head`` by ``make_model``;
@@ -149,9 +162,11 @@ def ask(
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
+    by_row = temperature if isinstance(temperature, Tensor) else None
+    number = 1.0 if isinstance(temperature, Tensor) else temperature
 
     def checked() -> _Checked:
-        model = make_model(hidden, weight, target, **head)
+        model = make_model(hidden, weight, target, temperature=number, **head)
         names = check_outputs(outputs)
         rule = Scores(names, tuple(name for name in differentiable if name in names))
         request = make_request([model], ignore_index=ignore_index, options=options)
@@ -166,24 +181,26 @@ def ask(
             "outputs": outputs,
             "differentiable": differentiable,
             "options": options,
+            "temperature": number,
             **head,
         }
     )
     request, rule, form = _KEPT.of(signature, checked)
+    own = None if by_row is None else check_temperature(by_row, target)
     lora_a, lora_b, _ = head.get("lora") or (None, None, None)
     model = Model(hidden, Head(weight, head.get("bias"), lora_a, lora_b, form))
-    return Asked(request, rule, [model])
+    return Asked(request, rule, [model], own)
 
 
 def run(asked: Asked, target: Tensor) -> Outputs:
     """The outputs of the rule that is asked for."""
     if needs_operators(asked.models[0].hidden):
         return run_traced(asked, target)
-    return autograd.run(plan_target(*asked, target), asked.models)
+    return autograd.run(asked.planned(target), asked.models)
 
 
 def run_traced(asked: Asked, target: Tensor) -> Outputs:
     """As an operator, which chooses its schedule when it runs."""
-    found = operators.OF_RULE[type(asked.rule)].run(*asked, target)
+    found = operators.OF_RULE[type(asked.rule)].run(*asked[:3], target, asked.temperature)
     names = zip(asked.rule.output_names, found, strict=True)
     return tuple(one if name in asked.rule.outputs else None for name, one in names)

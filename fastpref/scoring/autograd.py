@@ -111,7 +111,7 @@ def run_forward(call: Call, models: Sequence[Model]) -> Finished:
         heads = own.heads(models)
         rows = [own.rows(model) for model in models]
         target = call.packing.gather(call.target.reshape(-1))
-        outputs, kept = forward(Run(call.rule, heads, plan), rows, target)
+        outputs, kept = forward(Run(call.rule, heads, plan), rows, target, call.row_factor())
         if call.tuned:
             canary.watch(call, heads, rows[0], target, outputs)
         spread = tuple(None if one is None else _unpacked(one, call) for one in outputs)

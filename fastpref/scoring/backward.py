@@ -57,6 +57,7 @@ def backward(
     the dtype ``onto``, or those of weight and bias added ``onto`` totals in the statistics' dtype
     (bias: float64)."""
     hidden, apart = rows[0], None
+    run = run._replace(heads=run.heads.with_factor(kept.factor))
     if run.heads.mean is not None:
         at = run.rule.output_names.index("mean_logits")
         apart, upstream = upstream[at], [*upstream[:at], None, *upstream[at + 1 :]]
@@ -66,6 +67,8 @@ def backward(
         gradients = _nothing(run, hidden, onto)
     if apart is not None and run.heads.mean is not None:
         head = run.heads.projectors[0]
+        if kept.factor is not None:
+            apart = torch.where(apart == 0, 0, apart * kept.factor)
         run.heads.mean.add_gradients(apart, hidden[:, head.trained :], head.bias, *gradients)
     return gradients
 
@@ -173,7 +176,7 @@ def _row_groups(
             for some in (kept.numbers, upstream)
         )
         part = Part([one[at] for one in rows], kept.target[where])
-        add(at, *run.rule.again(run.heads, part, numbers, given))
+        add(at, *run.rule.again(run.heads.of_rows(where), part, numbers, given))
     return _Groups(groups, tile)
 
 

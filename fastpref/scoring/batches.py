@@ -282,8 +282,10 @@ class _OnePass:
 
         A function of its own, so that what is kept is gone before that of the next batch.
         """
-        own = self.call.target.view(-1).index_select(0, at)
-        found, kept = forward(run, rows, own)
+        own, factor = self.call.target.view(-1).index_select(0, at), self.call.factor
+        if factor is not None:
+            factor = factor.view(-1).index_select(0, at)
+        found, kept = forward(run, rows, own, factor)
         if self.call.tuned:
             canary.watch(self.call, run.heads, rows[0], own, found)
         for total, part in zip(outputs, found, strict=True):

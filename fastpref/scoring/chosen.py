@@ -11,7 +11,8 @@ from . import chosen_autograd, chosen_operators
 from .chosen_passes import plan_chosen
 from .head import Lora, Model, WeightContext, opened
 from .request import Request, make_model, make_request
-from .types import ScoringOptions
+from .temperature import check_temperature, factor_of
+from .types import ScoringOptions, statistics_dtype
 from .validation import check_ids
 
 _NONE_IGNORED = -100  # no position is left out
@@ -23,7 +24,7 @@ def linear_logits(
     ids: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -48,7 +49,9 @@ def linear_logits(
             [0, V), a negative one too, gives NaN, and what arrives there of an upstream gradient
             goes nowhere.
         bias: (V,), or None.
-        temperature, logit_scale, softcap, lora, weight_context: as in ``linear_logprob``.
+        temperature: greater than 0; a number, or a tensor that broadcasts to ids' shape without
+            its last dimension, as in ``linear_logprob``.
+        logit_scale, softcap, lora, weight_context: as there.
         tp_group, vocab_range: as there; ids are global and the same on every rank, and so are the
             logits, since each id has one owner.
         options: ``memory_budget`` bounds the gathered rows; see ScoringOptions.
@@ -65,13 +68,15 @@ def linear_logits(
         torch.OutOfMemoryError: where one gathered row does not fit.
     """
     check_ids(ids, hidden, "ids")
+    by_row = temperature if isinstance(temperature, Tensor) else None
+    number = 1.0 if isinstance(temperature, Tensor) else temperature
     with opened(weight_context, weight, bias):
         model = make_model(
             hidden,
             weight,
             ids[..., 0],
             bias=bias,
-            temperature=temperature,
+            temperature=number,
             logit_scale=logit_scale,
             softcap=softcap,
             lora=lora,
@@ -80,14 +85,30 @@ def linear_logits(
             weight_context=weight_context,
         )
         request = make_request([model], ignore_index=_NONE_IGNORED, options=options)
-        return chosen_logits(request, model, ids, None)
+        own = None
+        if by_row is not None:
+            own = check_temperature(by_row, ids[..., 0], "ids without its last dimension")
+        return chosen_logits(request, model, ids, None, own)
 
 
-def chosen_logits(request: Request, model: Model, ids: Tensor, target: Tensor | None) -> Tensor:
+def chosen_logits(
+    request: Request,
+    model: Model,
+    ids: Tensor,
+    target: Tensor | None,
+    temperature: Tensor | None = None,
+) -> Tensor:
     """As ``linear_logits``, of checked arguments, and 0 where ``target`` (...) is the request's
-    ``ignore_index``: such rows of hidden are not read. None: all positions are scored."""
+    ``ignore_index``: such rows of hidden are not read. None: all positions are scored.
+    ``temperature`` (...), where positions have their own, divides what the model's map gives."""
+    factor = None
+    if temperature is not None:
+        scored = None if target is None else target != request.ignore_index
+        factor = factor_of(temperature, scored, statistics_dtype(request.dtype))
     # A copy: backward reads them again, and a batch's ids may be overwritten until then.
     ids = ids.to(torch.int64, copy=True)
     if torch.compiler.is_compiling():
-        return chosen_operators.run(request, model, ids, target)
-    return chosen_autograd.run(plan_chosen(request, model, target), model, ids)
+        logits = chosen_operators.run(request, model, ids, target)
+    else:
+        logits = chosen_autograd.run(plan_chosen(request, model, target), model, ids)
+    return logits if factor is None else logits * factor[..., None]

@@ -16,7 +16,7 @@ from .api import Asked, run
 from .backends.divergences import DIVERGENCES, unavailable_reason
 from .head import Lora
 from .plan import Plan
-from .request import make_model, make_request, plan_target
+from .request import make_model, make_request
 from .rules.divergence import Divergence
 from .types import ScoringOptions
 from .validation import check_two_heads, check_vocab_range
@@ -72,7 +72,8 @@ def linear_divergence(
             everywhere.
         beta: in [0, 1], of "jsd".
         student_bias, teacher_bias: (V,) and (V',), or None.
-        temperature, softcap, logit_scale: of both heads, as in ``linear_logprob``.
+        temperature, softcap, logit_scale: of both heads, as in ``linear_logprob``; temperature is
+            a number.
         student_lora, teacher_lora: low-rank updates of the weights, as there.
         vocab_size: the ids below it take part, of both heads: of padded ones the tokenizer's
             length. None: those that both have. An id that both biases exclude with -inf takes part
@@ -118,7 +119,7 @@ def explain_divergence(
     bound = inspect.signature(linear_divergence).bind(*given, **arguments)
     bound.apply_defaults()
     asked, target = _ask(**bound.arguments)
-    return plan_target(*asked, target).plan
+    return asked.planned(target).plan
 
 
 def _ask(

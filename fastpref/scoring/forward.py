@@ -33,6 +33,7 @@ class Kept(NamedTuple):
     matrices: tuple[Tensor, ...] = ()  # of the rule, (kept rows, V) each
     direct: tuple[Tensor, ...] = ()  # these times the weight, (N, H) each
     mean: MeanRow | None = None  # of ``Heads``, so that the weight is read once
+    factor: Tensor | None = None  # (N,), of the maps of ``Heads``
 
     @property
     def rows(self) -> int:
@@ -47,11 +48,11 @@ class Kept(NamedTuple):
 
 
 def forward(
-    run: Run, rows: Sequence[Tensor], target: Tensor
+    run: Run, rows: Sequence[Tensor], target: Tensor, factor: Tensor | None
 ) -> tuple[tuple[Tensor | None, ...], Kept]:
     """The rule's outputs, (N,) each, of ``rows`` (N, H) of each model in the products' dtype, and
-    what backward needs."""
-    rule, heads, plan = run
+    what backward needs; ``factor`` (N,) is that of the logit maps."""
+    rule, heads, plan = run.rule, run.heads.with_factor(factor), run.plan
     hidden = rows[0]
     workspace.begin_pass()
     kept: list[Tensor] = []
@@ -70,7 +71,7 @@ def forward(
         write = bool(tiles or direct)
         tiles += [one[: chunk.stop - chunk.start] for one in room[len(tiles) :] if one is not None]
         part = Part([cut(one, chunk) for one in rows], cut(target, chunk))
-        parts.append(rule.forward(heads, part, tiles, write))
+        parts.append(rule.forward(heads.of_rows(chunk), part, tiles, write))
         for matrix, out in zip(tiles, direct, strict=False):
             multiply(matrix, heads.projectors[0].weight, out[chunk], heads.room)
     if len(parts) == 1:
@@ -79,8 +80,10 @@ def forward(
         outputs, numbers = (_joined(one) for one in zip(*parts, strict=True))
     if heads.mean is not None:
         at = rule.output_names.index("mean_logits")
-        outputs = (*outputs[:at], heads.mean.logits(hidden), *outputs[at + 1 :])
-    return outputs, Kept(target, numbers, tuple(kept), tuple(direct), heads.mean)
+        means = heads.mean.logits(hidden)
+        means = means if factor is None else means * factor
+        outputs = (*outputs[:at], means, *outputs[at + 1 :])
+    return outputs, Kept(target, numbers, tuple(kept), tuple(direct), heads.mean, factor)
 
 
 def _room(run: Run, hidden: Tensor, matrices: int) -> list[Tensor | None]:

@@ -58,16 +58,20 @@ class Clipped(NamedTuple):
         )
 
 
-def _is_wide(map: LogitMap) -> bool:
-    return LARGEST * abs(map.scale) >= _WIDE
+def _range(map: LogitMap, like: Tensor) -> float | Tensor:
+    """How far, in nats, the logits of products in range reach: of all rows, or (rows,) as ``like``
+    is."""
+    rate = map.rate(like)
+    return LARGEST * (rate.abs() if isinstance(rate, Tensor) else abs(rate))
 
 
 def lost_products(products: Products) -> Tensor | None:
     """(rows,) bool, rows with any; None where the normaliser will tell. Targets are in range."""
-    if products.map.cap != 0 or _is_wide(products.map):
+    narrow = _range(products.map, products.tile[:, 0]) < _WIDE
+    if products.map.cap != 0 or narrow is False:
         return None
     low, high = products.tile.aminmax(dim=1)
-    return low.isinf() | high.isinf()
+    return (low.isinf() | high.isinf()) & narrow
 
 
 def clip_targets(products: Products, target: Tensor, logit: Tensor) -> Clipped:
@@ -89,15 +93,19 @@ def without_lost_rows(
 ) -> tuple[RowScores, Tensor]:
     """Scores and the scale of exponentials, NaN where products may have passed -65504 that weigh:
     where all columns there would show beside the row's normaliser."""
-    if head.map.cap != 0 or not _is_wide(head.map):
+    reach = _range(head.map, rows.logp)
+    wide = reach >= _WIDE
+    if head.map.cap != 0 or wide is False:
         return rows, scale
     bias = rows.logp.new_zeros(1) if head.bias is None else head.bias * head.map.scale
     # A bias of -inf excludes, whatever the product.
     top = torch.where(bias.isinf(), -torch.inf, bias).amax()
     if group is not None:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    limit = top - LARGEST * abs(head.map.scale) + (math.log(head.vocab_size) + _UNSEEN)
-    lost = rows.anchor + rows.log_norm < limit
+    if head.map.factor is not None:
+        top = top * head.map.factor
+    limit = top - reach + (math.log(head.vocab_size) + _UNSEEN)
+    lost = (rows.anchor + rows.log_norm < limit) & wide
     logp, norm, log_norm, scale = (
         torch.where(lost, torch.nan, one) for one in (rows.logp, rows.norm, rows.log_norm, scale)
     )

@@ -46,9 +46,11 @@ class _Given(NamedTuple):
     rule: Rule
     models: list[Model]
     target: Tensor
+    temperature: Tensor | None
 
     def call(self) -> Call:
-        return plan_target(self.request, self.rule, self.models, self.target, traced=True)
+        given = self.request, self.rule, self.models, self.target
+        return plan_target(*given, traced=True, temperature=self.temperature)
 
     @property
     def needed(self) -> tuple[bool, ...]:
@@ -71,9 +73,9 @@ class Operators(Generic[R]):
         self.name, self.kind = f"fastpref::{name}", rule
         self.rule = Settings(rule)
         self.forms = [Settings(Form, prefix) for prefix in prefixes]
-        self.inputs = TENSORS * rule.models + 1  # models and target
+        self.inputs = TENSORS * rule.models + 2  # models, target and temperature
         tensors = [one.format(prefix) for prefix in prefixes for one in _MODEL]
-        given = ", ".join([*tensors, "Tensor target"])
+        given = ", ".join([*tensors, "Tensor target", "Tensor? temperature"])
         settings = [REQUEST.schema, self.rule.schema, *(form.schema for form in self.forms)]
         numbers = [f"kept_{one}" for one in rule.number_names]
         matrices = [f"{one}_{i}" for one in ("matrix", "direct") for i in range(rule.matrices)]
@@ -96,8 +98,15 @@ class Operators(Generic[R]):
         self.operator = getattr(torch.ops.fastpref, self.name.split("::")[1])
         self.backward_operator = getattr(torch.ops.fastpref, name.split("::")[1])
 
-    def run(self, request: Request, rule: R, models: Sequence[Model], target: Tensor) -> Outputs:
-        arguments = self.arguments(request, rule, models, target)
+    def run(
+        self,
+        request: Request,
+        rule: R,
+        models: Sequence[Model],
+        target: Tensor,
+        temperature: Tensor | None = None,
+    ) -> Outputs:
+        arguments = self.arguments(request, rule, models, target, temperature)
         if active():
             found = Transformed.apply(self, *arguments)  # type: ignore[no-untyped-call]
         else:
@@ -105,7 +114,12 @@ class Operators(Generic[R]):
         return tuple(found[: len(rule.output_names)])
 
     def arguments(
-        self, request: Request, rule: R, models: Sequence[Model], target: Tensor
+        self,
+        request: Request,
+        rule: R,
+        models: Sequence[Model],
+        target: Tensor,
+        temperature: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Of the forward operator."""
         tensors = [one for model in models for one in model.tensors]
@@ -113,10 +127,10 @@ class Operators(Generic[R]):
         for form, model in zip(self.forms, models, strict=True):
             refuse_context(model.head.form)
             settings += form.put(model.head.form)
-        return (*tensors, target, *settings)
+        return (*tensors, target, temperature, *settings)
 
     def _given(self, tensors: Sequence[Any], settings: Sequence[Any]) -> _Given:
-        """From the tensors of models and target, and all settings."""
+        """From the tensors of models, target and temperature, and all settings."""
         left = list(settings)
 
         def taken(one: Settings[Any]) -> Any:
@@ -127,7 +141,7 @@ class Operators(Generic[R]):
         models = [
             Model.of(tensors[i * TENSORS : (i + 1) * TENSORS], form) for i, form in enumerate(forms)
         ]
-        return _Given(request, rule, models, tensors[self.inputs - 1])
+        return _Given(request, rule, models, *tensors[self.inputs - 2 : self.inputs])
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         given = self._given(arguments[: self.inputs], arguments[self.inputs :])
@@ -195,6 +209,7 @@ class Operators(Generic[R]):
             # Not this function's to give back.
             tuple(one.detach() for one in matrices if one.shape[0]),
             tuple(one for one in direct if one.shape[0]),
+            factor=call.row_factor(),
         )
         models = given.models[: 1 if kept.direct else given.rule.formed_again]
         return given.gradients(run_backward(call, models, kept, arguments[at:upstream_to]))

@@ -26,8 +26,9 @@ from .packing import Packing, pack, pack_whole
 from .plan import Plan, Problem, choose
 from .products import slow_reason
 from .rules import Heads, Rule
+from .temperature import factor_of
 from .transforms import requires_grad, without_values
-from .types import ScoringOptions
+from .types import ScoringOptions, statistics_dtype
 from .validation import (
     check_map,
     check_model,
@@ -72,6 +73,8 @@ class Call(NamedTuple):
     target: Tensor  # like hidden without its last dimension
     packing: Packing
     plan: Plan
+    # Like target, statistics dtype: 1 / temperature where each position has its own.
+    factor: Tensor | None = None
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -101,6 +104,13 @@ class Call(NamedTuple):
         hidden = model.hidden
         rows = self.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(self.plan.dtype)
         return model.head.widened(rows, self.plan.product_room)
+
+    def row_factor(self) -> Tensor | None:
+        """That of each row, (N,)."""
+        if self.factor is None:
+            return None
+        own, valid = self.packing.gather(self.factor.reshape(-1)), self.packing.valid
+        return own if valid is None else own.masked_fill(~valid, 1)
 
     @property
     def tuned(self) -> bool:
@@ -185,10 +195,16 @@ def plan_target(
     packing: Packing | None = None,
     traced: bool = False,
     active: float = 1.0,
+    temperature: Tensor | None = None,
 ) -> Call:
     """How ``rule`` runs on the scored positions of ``target``, or on those that ``packing`` names,
-    of which a share ``active`` has a gradient; ``traced`` keeps it from asking a GPU for them."""
+    of which a share ``active`` has a gradient; ``traced`` keeps it from asking a GPU for them.
+    ``temperature`` is like ``target``, where positions have their own."""
     target = target.to(torch.int64)
+    factor = None
+    if temperature is not None:
+        scored = target != request.ignore_index
+        factor = factor_of(temperature, scored, statistics_dtype(request.dtype))
     if packing is None:
         packing = pack_for(request, target, bounded=traced)
     device = target.device
@@ -208,13 +224,16 @@ def plan_target(
     static = len(models) > 1 or sharded
     size = Size(request.dtype, packing.scored, sizes[0].inner, widest, heavy, static)
     backend = backends.choose(request.options.backend, device, size)
+    if factor is not None and backend == "triton":
+        # Its fused kernels take one map for all rows.
+        backend, _ = backends.next_tier(backend, device.type)
     widens = slow_reason(request.dtype, device) is not None
     capped = forms[0].map.cap != 0
     problem = sizes, packing.scored, widest, sharded, capped, active
     plan = _plan(request, rule, *problem, backend, device, widens)
     # A copy: backward reads it again, and a batch's labels may be overwritten until then.
     own = target.clone(memory_format=torch.contiguous_format)
-    return Call(request, rule, forms, shards, own, packing, plan)
+    return Call(request, rule, forms, shards, own, packing, plan, factor)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,17 +14,24 @@ from .statistics import TokenScores
 
 
 def restricted_scores(
-    request: Request, model: Model, target: Tensor, ids: Tensor, outputs: tuple[str, ...]
+    request: Request,
+    model: Model,
+    target: Tensor,
+    ids: Tensor,
+    outputs: tuple[str, ...],
+    temperature: Tensor | None,
 ) -> TokenScores:
     """``outputs`` within the sets ``ids`` (..., K), negative ids left out and each other one
-    counted once; NaN (False) where the target is not in its set, 0 where it is not scored."""
+    counted once, at ``temperature`` (...) where positions have their own; NaN (False) where the
+    target is not in its set, 0 where it is not scored."""
     scored = target != request.ignore_index
     # What is left out comes last, where no row of the weight is gathered for it.
     ids = ids.sort(-1, descending=True).values
     repeated = torch.zeros_like(ids, dtype=torch.bool)
     repeated[..., 1:] = ids[..., 1:] == ids[..., :-1]
     member = (ids >= 0) & ~repeated
-    logits = chosen_logits(request, model, ids.masked_fill(~member, -1), target)
+    some = ids.masked_fill(~member, -1)
+    logits = chosen_logits(request, model, some, target, temperature)
     logits = logits.masked_fill(~member, -torch.inf)
     own = member & (ids == target[..., None])
     top = logits.detach().amax(-1)

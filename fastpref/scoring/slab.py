@@ -17,6 +17,9 @@ class Slab(NamedTuple):
     bias: Tensor | None  # (cols,), statistics dtype
     map: LogitMap
 
+    def of_rows(self, rows: slice) -> Slab:
+        return self._replace(map=self.map.of_rows(rows))
+
     def products(self, tile: Tensor) -> Products:
         return Products(tile, self.bias, self.map)
 
@@ -31,7 +34,7 @@ class Projection(NamedTuple):
 
     def of_rows(self, rows: slice) -> Projection:
         tile = None if self.tile is None else self.tile[rows]
-        return Projection(self.hidden[rows], self.slab, tile, self.target[rows])
+        return Projection(self.hidden[rows], self.slab.of_rows(rows), tile, self.target[rows])
 
     @property
     def products(self) -> Products:
@@ -49,4 +52,4 @@ class Products(NamedTuple):
     map: LogitMap
 
     def of_rows(self, rows: slice) -> Products:
-        return self._replace(tile=self.tile[rows])
+        return self._replace(tile=self.tile[rows], map=self.map.of_rows(rows))

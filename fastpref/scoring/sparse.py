@@ -80,7 +80,8 @@ def sparse_divergence(
         mask: (...) bool, True where the divergence is wanted; elsewhere hidden, ids and
             teacher_logps are not read. None: everywhere.
         bias, temperature, logit_scale, softcap, lora, weight_context: the student's, as in
-            ``linear_logprob``; ``teacher_logps`` must have been taken at the same temperature.
+            ``linear_logprob``; ``teacher_logps`` must have been taken at the same temperature, a
+            number.
         tp_group, vocab_range: as there; ids are global and the same on every rank.
         options: see ScoringOptions.
 

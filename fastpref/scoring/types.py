@@ -82,18 +82,40 @@ DEFAULT_OPTIONS = ScoringOptions()
 
 
 class LogitMap(NamedTuple):
-    """t = scale z, with a cap t = cap tanh(scale z / cap), of a raw logit z = product + bias."""
+    """t = scale z, with a cap t = cap tanh(scale z / cap), of a raw logit z = product + bias; times
+    the factor of its row where there is one."""
 
     scale: float  # logit_scale / temperature
     cap: float  # softcap / temperature, 0 for none
+    # (rows,), statistics dtype: 1 / temperature where each row has its own, which the two numbers
+    # are without then.
+    factor: Tensor | None = None
+
+    def of_rows(self, rows: slice | Tensor) -> LogitMap:
+        return self if self.factor is None else self._replace(factor=self.factor[rows])
+
+    @property
+    def of_all_rows(self) -> LogitMap:
+        """Without their factors."""
+        return self._replace(factor=None)
+
+    def rate(self, like: Tensor) -> float | Tensor:
+        """What dt/dz is a multiple of, to multiply ``like`` (rows, ...) by."""
+        if self.factor is None:
+            return self.scale
+        return self._factor(like) * self.scale
+
+    def _factor(self, like: Tensor) -> float | Tensor:
+        return 1.0 if self.factor is None else self.factor.view(-1, *[1] * (like.dim() - 1))
 
     def logit(self, raw: Tensor) -> Tensor:
         if self.cap == 0:
-            return raw * self.scale
-        return torch.tanh(raw * (self.scale / self.cap)) * self.cap
+            return raw * self.rate(raw)
+        capped = torch.tanh(raw * (self.scale / self.cap)) * self.cap
+        return capped if self.factor is None else capped * self._factor(raw)
 
     def slope(self, raw: Tensor) -> Tensor:
-        """dt/dz over ``scale``: 1 - tanh^2 = 1 / cosh^2 under a cap, else 1."""
+        """dt/dz over ``rate``: 1 - tanh^2 = 1 / cosh^2 under a cap, else 1."""
         if self.cap == 0:
             return torch.ones_like(raw)
         return torch.cosh(raw * (self.scale / self.cap)).square().reciprocal()

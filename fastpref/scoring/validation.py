@@ -16,7 +16,7 @@ from ..objectives.checks import as_python, closest, hint, is_integer, is_number,
 from .statistics import OUTPUTS
 from .types import DEFAULT_OPTIONS, DTYPES, LogitMap, ScoringOptions
 
-_LEAST, _MOST = 1e-15, 1e15
+LEAST, MOST = 1e-15, 1e15
 
 
 def check_model(
@@ -196,8 +196,8 @@ def _check_lora(lora: Any, weight: Tensor, prefix: str) -> None:
             )
     if not is_number(scale):
         raise TypeError(f"{own}'s scale must be a number, got {type(scale).__name__}; use float()")
-    if not abs(float(scale)) <= _MOST:
-        raise ValueError(f"{own}'s scale must be finite, at most {_MOST}, got {scale}")
+    if not abs(float(scale)) <= MOST:
+        raise ValueError(f"{own}'s scale must be finite, at most {MOST}, got {scale}")
     vocab, width = weight.shape
     if (
         a.dim() != 2
@@ -312,14 +312,19 @@ def check_map(temperature: float, logit_scale: float, softcap: float | None) -> 
     ):
         if value is None and name == "softcap":
             continue
+        if name == "temperature" and isinstance(value, Tensor):
+            raise TypeError(
+                "temperature must be a number, got Tensor; use float(temperature). One for each "
+                "token is known to linear_logprob, linear_logits and preference_loss alone"
+            )
         if not is_number(value):
             raise TypeError(
                 f"{name} must be a number, got {type(value).__name__}; use float({name})"
             )
         # Beyond, float32 logits overflow or the map vanishes; NaN fails the comparison too.
-        if value != 0 and not _LEAST <= abs(as_python(value)) <= _MOST:
+        if value != 0 and not LEAST <= abs(as_python(value)) <= MOST:
             raise ValueError(
-                f"{name} must be finite and its size between {_LEAST} and {_MOST}, got {value}"
+                f"{name} must be finite and its size between {LEAST} and {MOST}, got {value}"
             )
     if temperature <= 0:
         raise ValueError(

@@ -50,14 +50,14 @@ def target_logits(hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
     # Weights that lie transposed are rare; the operator wants contiguous rows.
     if hidden.stride(1) != 1 or weight.stride(1) != 1:
         return torch_backend.target_logits(hidden, slab, target)
-    return TargetLogits(*torch.ops.fastpref.target_logits(hidden, weight, target, bias, *map))
+    return TargetLogits(*torch.ops.fastpref.target_logits(hidden, weight, target, bias, *map[:2]))
 
 
 def settle(
     sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
 ) -> tuple[RowScores, Tensor]:
     *scores, scale = torch.ops.fastpref.settle_rows_(
-        exps, sums.anchor, sums.sum, sums.offset, sums.best, *own, *map
+        exps, sums.anchor, sums.sum, sums.offset, sums.best, *own, *map[:2]
     )
     return RowScores(*scores), scale
 

@@ -13,6 +13,7 @@ from ..workspace import lease
 from . import divergences, probe
 from .glue import map_arguments
 
+FORWARD_KL = divergences.DIVERGENCES.index("forward_kl")
 COSINE = divergences.DIVERGENCES.index("cosine")  # has a kernel of its own
 
 
@@ -25,6 +26,9 @@ def serves(
 ) -> bool:
     """Whether the kernel has been seen right on this device."""
     tile, map = student.tile, student.map
+    by_row = map.factor is not None
+    if by_row and kind != FORWARD_KL:
+        return False  # only that is asked for
     biases = student.bias is not None, teacher.bias is not None
 
     def check() -> str:
@@ -37,9 +41,11 @@ def serves(
         vectors = torch.randn(2, cols, generator=generator, dtype=torch.float32, device="cpu")
         vectors = vectors.to(tile.device)
         given = [one if there else None for one, there in zip(vectors, biases, strict=True)]
+        factor = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float32, device=tile.device)
+        of_rows = map._replace(factor=factor if by_row else None)
 
         def pair(both: Tensor) -> tuple[Products, Products]:
-            return Products(both[:3], given[0], map), Products(both[3:], given[1], map)
+            return Products(both[:3], given[0], of_rows), Products(both[3:], given[1], of_rows)
 
         values = divergence_rows(*pair(own), kind, 0.5, write)
         name = divergences.DIVERGENCES[kind]
@@ -49,7 +55,7 @@ def serves(
         return probe.differences(found, tile.dtype)
 
     even = tile.shape[1] % 16 == 0
-    key = "divergence_rows", tile.dtype, even, biases, map.cap != 0, kind, write
+    key = "divergence_rows", tile.dtype, even, biases, map.cap != 0, by_row, kind, write
     return probe.passes(tier, key, tile.device, check)
 
 
@@ -91,6 +97,7 @@ def divergence_rows(
             1 - beta,
             beta,
             KIND=kind,
+            BY_ROW=student.map.factor is not None,
             EXACT=tile.dtype == torch.float32,
             **flags,
         )

@@ -33,6 +33,7 @@ def _exp_rows(
     bias: Tensor | None,
     scale: float,
     cap: float,
+    factor: Tensor | None,
     write: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +56,7 @@ def _logit_grad(
     bias: Tensor | None,
     scale: float,
     cap: float,
+    factor: Tensor | None,
 ) -> None:
     return None
 
@@ -96,6 +98,7 @@ def _divergence_rows(
     teacher_bias: Tensor | None,
     scale: float,
     cap: float,
+    factor: Tensor | None,
     kind: int,
     beta: float,
     write: bool,

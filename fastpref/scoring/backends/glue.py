@@ -137,6 +137,12 @@ def padded(rows: int) -> int:
     return rows + -rows % 16
 
 
-def map_arguments(map: LogitMap) -> tuple[float, float, float]:
-    """In the order of the kernels' arguments."""
-    return map.scale, map.scale / map.cap if map.cap else 0.0, map.cap
+def map_arguments(map: LogitMap) -> tuple[float | Tensor, ...]:
+    """scale, scale / cap and cap, which each row has of its own where it has a factor."""
+    scale, cap, factor = map
+    inner = scale / cap if cap else 0.0
+    if factor is None:
+        return scale, inner, cap
+    # Of memory of their own: a part of a vector may lie at any address, for which kernels are
+    # compiled anew.
+    return factor * scale, torch.full_like(factor, inner), factor * cap

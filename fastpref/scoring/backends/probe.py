@@ -173,7 +173,7 @@ def _compiled_for(hidden: Tensor, slab: Slab) -> tuple[Hashable, ...]:
     multiples of 16 elements, as those of the example then do."""
     weight, bias, map = slab
     remainders = hidden.shape[1] % 16 == 0, weight.shape[0] % 16 == 0
-    return hidden.dtype, *remainders, bias is None, map.cap != 0
+    return hidden.dtype, *remainders, bias is None, map.cap != 0, map.factor is not None
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,11 @@ class _Example:
         if bias is not None:
             random = torch.randn(columns, generator=generator, dtype=torch.float64, device="cpu")
             bias = random.to(device, statistics_dtype(dtype))
-        slab = Slab(weights.to(device, dtype), bias, slab.map)
+        map = slab.map
+        if map.factor is not None:
+            at = torch.arange(1, ROWS + 1, dtype=map.factor.dtype, device=device)
+            map = map._replace(factor=at / 4)
+        slab = Slab(weights.to(device, dtype), bias, map)
         return cls(states.to(device, dtype), slab, target.to(device))
 
     def tile(self) -> Tensor:

@@ -54,7 +54,7 @@ def temporary_bytes(
 def exp_rows(
     products: Products, target: Tensor, anchor: Tensor, write: bool, statistics: bool
 ) -> RowSums:
-    """As ``TileKernels.exp_rows``; the entries of the map may be (rows,) float32 tensors."""
+    """As ``TileKernels.exp_rows``."""
     tile, bias, map = products
     if tile.dtype not in DTYPES or not tile.numel():
         return torch_backend.exp_rows(products, target, anchor, write, statistics)
@@ -67,7 +67,7 @@ def exp_rows(
     stride = glue.padded(rows)
     sums = anchor.new_empty((kinds, shares, stride), dtype=torch.float32)
     best_index = target.new_empty((shares, stride)) if statistics else None
-    settings = _map_arguments(map, tile)
+    settings = glue.map_arguments(map)
     exponentials.exp_rows_kernel[(rows * shares,)](
         tile,
         tile.stride(0),
@@ -117,7 +117,7 @@ def exp_rows(
 
 
 def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -> None:
-    """As ``TileKernels.logit_grad``; the entries of the map may be (rows,) float32 tensors."""
+    """As ``TileKernels.logit_grad``."""
     tile, bias, map = products
     if tile.dtype not in DTYPES or not tile.numel():
         torch_backend.logit_grad(products, target, upstream)
@@ -132,7 +132,7 @@ def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -
         bias,
         tile.shape[1],
         shares,
-        *_map_arguments(map, tile),
+        *glue.map_arguments(map),
         EXACT=tile.dtype == torch.float32,
         num_warps=WARPS,
         **flags,
@@ -142,13 +142,13 @@ def logit_grad(products: Products, target: Tensor, upstream: UpstreamGradient) -
 def _flags(tile: Tensor, map: LogitMap) -> dict[str, Any]:
     """What all three kernels are compiled for: the map, and how rows of ``tile`` are stepped
     through."""
-    capped = isinstance(map.cap, Tensor) or map.cap != 0
+    capped = map.cap != 0
     vector = 16 // tile.element_size()
     aligned = tile.stride(0) % vector == 0 and tile.data_ptr() % 16 == 0
     pieces = exponentials.CAPPED_PIECES if capped else exponentials.PIECES
     return {
         "CAPPED": capped,
-        "BY_ROW": isinstance(map.scale, Tensor) or isinstance(map.cap, Tensor),
+        "BY_ROW": map.factor is not None,
         "PIECES": INTERPRETED_PIECES if INTERPRETED else pieces,
         "VECTOR": vector,
         "ALIGNED": aligned,
@@ -176,13 +176,3 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _map_arguments(map: LogitMap, tile: Tensor) -> tuple[float | Tensor, ...]:
-    """scale, scale / cap and cap; all three by row where one is."""
-    capped = isinstance(map.cap, Tensor) or map.cap != 0
-    settings = map.scale, map.scale / map.cap if capped else 0.0, map.cap
-    if not any(isinstance(one, Tensor) for one in settings):
-        return settings
-    rows = torch.zeros(tile.shape[0], dtype=torch.float32, device=tile.device)
-    return tuple(rows + one for one in settings)

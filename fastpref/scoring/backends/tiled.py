@@ -63,7 +63,7 @@ class Tiled:
             rows = slice(start, min(hidden.shape[0], start + SPARE_ROWS))
             part = room[: rows.stop - start]
             multiply(hidden[rows], slab.weight.t(), part, self.room)
-            at = slab.products(part), target[rows], anchor[rows]
+            at = slab.of_rows(rows).products(part), target[rows], anchor[rows]
             parts.append(self._exp_rows(*at, False, statistics))
         columns = zip(*parts, strict=True)
         return RowSums._make(None if one[0] is None else torch.cat(one) for one in columns)

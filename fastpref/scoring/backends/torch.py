@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..products import split
 from ..rows import (
     RowScores,
     TargetLogits,
@@ -87,10 +88,13 @@ def logits(products: Products, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def scale_of(products: Products, dtype: torch.dtype | None = None) -> Tensor:
-    """(1, 1), in ``dtype`` (None: the statistics'). A factor with dimensions widens a tile as it is
-    read; a number does not."""
+    """(1, 1) or (rows, 1), in ``dtype`` (None: the statistics'). A factor with dimensions widens a
+    tile as it is read; a number does not."""
     dtype = dtype or statistics_dtype(products.tile.dtype)
-    return torch.full((1, 1), products.map.scale, dtype=dtype, device=products.tile.device)
+    rate = products.map.rate(products.tile)
+    if isinstance(rate, Tensor):
+        return rate.to(dtype)
+    return torch.full((1, 1), rate, dtype=dtype, device=products.tile.device)
 
 
 class _Targets(NamedTuple):
@@ -129,12 +133,11 @@ class _BlockSums(NamedTuple):
 def exp_rows(
     products: Products, target: Tensor, anchor: Tensor, write: bool, statistics: bool
 ) -> RowSums:
-    tile, rows = products.tile, _block_rows(products.tile)
+    total = products.tile.shape[0]
+    # At least one block, which may be of no rows.
     parts = [
-        _exp_block(products._replace(tile=tile_), target_, anchor_, write, statistics)
-        for tile_, target_, anchor_ in zip(
-            tile.split(rows), target.split(rows), anchor.split(rows), strict=True
-        )
+        _exp_block(products.of_rows(rows), target[rows], anchor[rows], write, statistics)
+        for rows in split(0, max(1, total), _block_rows(products.tile))
     ]
     columns = zip(*parts, strict=True)
     sums = _BlockSums._make(None if one[0] is None else torch.cat(one) for one in columns)
@@ -242,7 +245,7 @@ def _logit_grad_block(products: Products, target: Tensor, upstream: UpstreamGrad
     lse = anchor.double() + norm.double().log()
     anchor = lse.to(anchor.dtype)
     rest = anchor.double() - lse
-    scale = rest.exp() * map.scale
+    scale = rest.exp() * map.rate(rest)
     if k is None or entropy is None:
         rows = _shifted(products, anchor).exp_()
         factor = (weight * scale).to(anchor.dtype)[:, None]
@@ -252,7 +255,7 @@ def _logit_grad_block(products: Products, target: Tensor, upstream: UpstreamGrad
         # weight - k (log p + entropy), of log p = shifted + rest
         constant = (weight - k * (entropy + rest)) * scale
         rows, factor = _exp_and_linear(products, anchor, constant, -k * scale)
-    own = own * map.scale
+    own = own * map.rate(own)
     if map.cap != 0:
         at = None if bias is None else bias[targets.place[1]]
         own = own * map.slope(with_bias(Products(tile[targets.place][None], at, map)))[0]
@@ -280,7 +283,8 @@ def _exp_and_linear(
     limit = min(torch.finfo(tile.dtype).max, -_LOWEST)
     tile.clamp_(-limit, limit)
     start = torch.stack([-anchor.double(), constant - slope * anchor.double()], 1)
-    rate = torch.stack([torch.ones_like(slope), slope], 1) * products.map.scale
+    rate = torch.stack([torch.ones_like(slope), slope], 1)
+    rate = rate * products.map.rate(rate)
     both = torch.addcmul(start.to(exact)[:, :, None], tile[:, None], rate.to(exact)[:, :, None])
     return both[:, 0].exp_(), both[:, 1]
 

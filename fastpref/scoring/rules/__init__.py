@@ -21,6 +21,7 @@ from torch import Tensor
 from ..backends import RowBackend
 from ..head import Projector
 from ..mean_logit import MeanRow
+from ..types import LogitMap
 
 # Upstream gradients, one for each output: (N,) in the statistics' dtype; None where none arrived.
 Upstream = Sequence[Tensor | None]
@@ -39,6 +40,21 @@ class Heads(NamedTuple):
     # their gradient.
     mean: MeanRow | None = None
     room: int = 0  # of products, see products.py
+
+    def with_factor(self, factor: Tensor | None) -> Heads:
+        """With maps that have the factor of each row, (rows,)."""
+        if factor is None:
+            return self
+        return self._mapped(lambda map: map._replace(factor=factor))
+
+    def of_rows(self, rows: slice | Tensor) -> Heads:
+        if self.projectors[0].map.factor is None:
+            return self
+        return self._mapped(lambda map: map.of_rows(rows))
+
+    def _mapped(self, change: Callable[[LogitMap], LogitMap]) -> Heads:
+        own = tuple(one._replace(map=change(one.map)) for one in self.projectors)
+        return self._replace(projectors=own)
 
     def second(self) -> Heads:
         """The second model's alone."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.divergences import divergence_rows, logit_blocks
+from ..products import split
 from ..scaled import add_scaled
 from ..slab import Projection
 from ..statistics import OUTPUTS, TokenScores
@@ -191,15 +192,17 @@ def _kl(heads: Heads, tiles: Sequence[Tensor], write: bool) -> Tensor:
     whole = not write or heads.group is not None
     step = max(1, own.shape[0] if whole else BLOCK // max(1, own.shape[1]))
     values = []
-    for part, others in zip(own.split(step), other.split(step), strict=True):
-        # G is written over what it is made of, and E is made of that too.
-        products = policy.products(part.clone() if write else part)
-        teacher = reference.products(others)
+    for rows in split(0, max(1, own.shape[0]), step):
+        products = policy.products(own).of_rows(rows)
+        if write:
+            # G is written over what it is made of, and E is made of that too.
+            products = products._replace(tile=products.tile.clone())
+        teacher = reference.products(other).of_rows(rows)
         name = heads.backend_name
         given = products, teacher, "forward_kl", 0.5, write, name, Columns(heads.group)
         values.append(divergence_rows(*given))
         if write:
-            others.copy_(products.tile)
+            teacher.tile.copy_(products.tile)
     return torch.cat(values)
 
 

@@ -86,7 +86,7 @@ class Scores:
             return None
         g = torch.zeros_like(scale) if given.logp is None else given.logp
         # A row without upstream gradient gets none, whatever it holds.
-        return (torch.where(g == 0, 0.0, -heads.projectors[0].map.scale * g * scale),)
+        return (torch.where(g == 0, 0.0, -heads.projectors[0].map.rate(g) * g * scale),)
 
     def active(self, upstream: Upstream) -> Tensor:
         found = [one != 0 for one in upstream if one is not None]
@@ -97,7 +97,7 @@ class Scores:
         gradient, column = self.gradient(numbers, upstream), part.target - head.start
         mean = TokenScores._make(upstream).mean_logits
         if mean is not None:
-            mean = mean * (head.map.scale / head.vocab_size)
+            mean = mean * (head.map.rate(mean) / head.vocab_size)
 
         def tile(columns: slice, workspace: Tensor) -> Tensor:
             out = tile_of(workspace, hidden.shape[0], columns)
@@ -159,7 +159,7 @@ def _scored(
     sums = merge(parts)
     kept = tile if write else None
     if heads.group is None:
-        rows, scale = backend.settle(sums, own, kept, head.map)
+        rows, scale = backend.settle(sums, own, kept, head.map.of_all_rows)
     else:
         local, sums = sums, vocab_parallel.merge_ranks(sums, heads.group)
         rows = row_scores(sums, own.logit)
@@ -176,9 +176,10 @@ def target_logits(heads: Heads, hidden: Tensor, target: Tensor) -> TargetLogits:
     """By a gather and a dot product in the statistics' dtype; NaN for a target nobody holds."""
     head = heads.projectors[0]
     column = target - head.start if head.start else target
-    own = heads.backend.target_logits(hidden, head.slab(), column)
+    slab, factor = head.slab(), head.map.factor
+    own = heads.backend.target_logits(hidden, slab._replace(map=slab.map.of_all_rows), column)
     if heads.group is None:
-        return own
+        return own if factor is None else own._replace(logit=own.logit * factor)
     # A target has one owner: the sum over ranks is its value, and the count says if there was one.
     here = own.column >= 0
     shared = torch.stack([torch.where(here, own.raw, 0.0), here.to(own.raw.dtype)])

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/row_kernels.h"
 
@@ -182,6 +183,69 @@ inline std::tuple<cpu::SettleRows, Tensor> settle_rows_call(const std::optional<
   Tensor scores = torch::stable::new_empty(anchor, {cpu::kRowScores, rows});
   call.scores = scores.mutable_data_ptr();
   return {call, scores};
+}
+
+// Three calls, each reading what the one before it leaves of a row.
+struct ScoreRows {
+  cpu::TargetLogits target;
+  cpu::ExpRows exp;
+  cpu::SettleRows settle;
+  std::vector<int64_t> column;
+};
+
+// The calls but for their outputs; `target` names columns of `tile` and rows of `weight`.
+inline ScoreRows score_rows_call(const Tensor& tile, const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                                 const std::optional<Tensor>& bias, double scale, double cap, bool write) {
+  ScoreRows calls{};
+  calls.exp.tile = checked_tile(tile, target);
+  calls.exp.map = checked_map(tile, bias, scale, cap, std::nullopt);
+  calls.exp.write = write;
+  const int64_t rows = calls.exp.tile.rows, cols = calls.exp.tile.cols;
+  STD_TORCH_CHECK(hidden.dim() == 2 && hidden.size(0) == rows, "hidden must have shape (", rows, ", H), got ",
+                  hidden.dim(), " dimensions and ", hidden.numel(), " elements");
+  check_matrix(hidden, "hidden", hidden);
+  check_matrix(weight, "weight", hidden);
+  STD_TORCH_CHECK(weight.size(0) == cols, "weight must have the ", cols, " columns of tile as rows, got ",
+                  weight.size(0));
+  STD_TORCH_CHECK(hidden.scalar_type() == tile.scalar_type(), "hidden must have the dtype of tile");
+  STD_TORCH_CHECK(hidden.device() == tile.device(), "hidden must be on the device of tile; move it there first");
+  calls.column.resize(rows);
+  calls.target = {
+      hidden.const_data_ptr(), weight.const_data_ptr(), hidden.stride(0),    weight.stride(0), hidden.size(1), cols,
+      calls.exp.map,           calls.exp.tile.target,   calls.column.data(), nullptr,          nullptr};
+  calls.settle.column = calls.column.data();
+  calls.settle.map = {nullptr, scale, cap, nullptr};
+  calls.settle.rows = rows;
+  if (write) {
+    calls.settle.exps = calls.exp.tile.data;
+    calls.settle.exps_stride = calls.exp.tile.row_stride;
+  }
+  return calls;
+}
+
+// (numbers, best_index), new and uninitialised, for `calls` to fill.
+inline std::tuple<Tensor, Tensor> score_rows_outputs(ScoreRows& calls, const Tensor& tile, const Tensor& target,
+                                                     bool statistics) {
+  const int64_t rows = calls.exp.tile.rows;
+  const int64_t kinds = !statistics ? cpu::kSums : calls.exp.map.cap == 0 ? cpu::kTotal : cpu::kAllSums;
+  Tensor numbers = torch::stable::new_empty(tile, {2 + kinds + cpu::kRowScores, rows}, statistics_type(tile));
+  Tensor best_index = torch::stable::new_empty(target, {statistics ? rows : 0});
+  const int64_t row_bytes = rows * (statistics_type(tile) == ScalarType::Double ? 8 : 4);
+  char* data = static_cast<char*>(numbers.mutable_data_ptr());
+  const auto of = [&](int64_t row) { return static_cast<void*>(data + row * row_bytes); };
+  calls.target.raw = of(0);
+  calls.target.logit = of(1);
+  calls.exp.anchor = calls.target.logit;
+  calls.exp.sums = of(2);
+  calls.exp.best_index = statistics ? static_cast<int64_t*>(best_index.mutable_data_ptr()) : nullptr;
+  calls.settle.anchor = of(2 + cpu::kAnchor);
+  calls.settle.sum = of(2 + cpu::kSum);
+  calls.settle.offset = of(2 + cpu::kOffset);
+  calls.settle.best = statistics ? of(2 + cpu::kBest) : nullptr;
+  calls.settle.raw = calls.target.raw;
+  calls.settle.logit = calls.target.logit;
+  calls.settle.scores = of(2 + kinds);
+  return {numbers, best_index};
 }
 
 inline cpu::ScaleRows scale_rows_call(const Tensor& out, const Tensor& input, const Tensor& factor) {

@@ -78,6 +78,83 @@ Tensor settle_rows(std::optional<Tensor> exps, Tensor anchor, Tensor sum, Tensor
   return scores;
 }
 
+// target_logits, exp_rows and settle_rows, of products whose every column is in the tile. Of each row, one after the
+// other: the target's product and logit, the sums, the scores.
+std::tuple<Tensor, Tensor> score_rows(Tensor tile, Tensor hidden, Tensor weight, Tensor target,
+                                      std::optional<Tensor> bias, double scale, double cap, bool write,
+                                      bool statistics) {
+  fastpref::ScoreRows calls = fastpref::score_rows_call(tile, hidden, weight, target, bias, scale, cap, write);
+  auto outputs = fastpref::score_rows_outputs(calls, tile, target, statistics);
+  const auto element = static_cast<int>(fastpref::element_of(tile, "tile"));
+  const auto& kernels = row_kernels();
+  const int64_t rows = calls.exp.tile.rows, cols = calls.exp.tile.cols;
+  torch::stable::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+    kernels.target_logits[element](calls.target, begin, end);
+    kernels.exp_rows[element](calls.exp, begin, end);
+    kernels.settle_rows[element](calls.settle, begin, end);
+  });
+  return outputs;
+}
+
+// The places of values other than `from`, and how many there are; no places where all values are.
+template <class T>
+std::tuple<Tensor, int64_t> places_other_than(T from, const Tensor& values) {
+  const auto* data = static_cast<const T*>(values.const_data_ptr());
+  const int64_t total = values.size(0);
+  int64_t count = 0;
+  for (int64_t i = 0; i < total; ++i) count += data[i] != from;
+  Tensor places = torch::stable::new_empty(values, {count == total ? 0 : count}, fastpref::ScalarType::Long);
+  if (count < total) {
+    auto* next = static_cast<int64_t*>(places.mutable_data_ptr());
+    for (int64_t i = 0; i < total; ++i) {
+      if (data[i] != from) *next++ = i;
+    }
+  }
+  return {places, count};
+}
+
+void check_vector(const Tensor& values, const char* name) {
+  STD_TORCH_CHECK(values.dim() == 1, name, " must have shape (rows,), got ", values.dim(), " dimensions");
+  fastpref::checked_vector(values, values, name, values.size(0), values.scalar_type());
+}
+
+std::tuple<Tensor, int64_t> scored_places(Tensor target, int64_t ignore_index) {
+  check_vector(target, "target");
+  STD_TORCH_CHECK(target.scalar_type() == fastpref::ScalarType::Long, "target must be int64; cast it first");
+  return places_other_than<int64_t>(ignore_index, target);
+}
+
+std::tuple<Tensor, int64_t> nonzero_places(Tensor gradient) {
+  check_vector(gradient, "gradient");
+  const auto type = gradient.scalar_type();
+  STD_TORCH_CHECK(type == fastpref::ScalarType::Float || type == fastpref::ScalarType::Double,
+                  "gradient must be float32 or float64, got another dtype; cast it first");
+  const bool wide = type == fastpref::ScalarType::Double;
+  return wide ? places_other_than<double>(0, gradient) : places_other_than<float>(0, gradient);
+}
+
+template <class T>
+void fill_gradient_factors(const Tensor& gradient, const Tensor& scale, double rate, Tensor& out) {
+  const T* g = static_cast<const T*>(gradient.const_data_ptr());
+  const T* s = static_cast<const T*>(scale.const_data_ptr());
+  T* factor = static_cast<T*>(out.mutable_data_ptr());
+  // A row without upstream gradient gets none, whatever it holds.
+  for (int64_t i = 0; i < gradient.size(0); ++i) factor[i] = g[i] == 0 ? T(0) : static_cast<T>(-rate) * g[i] * s[i];
+}
+
+// -rate gradient[i] scale[i], 0 where the gradient is 0
+Tensor gradient_factors(Tensor gradient, Tensor scale, double rate) {
+  check_vector(gradient, "gradient");
+  const auto type = gradient.scalar_type();
+  STD_TORCH_CHECK(type == fastpref::ScalarType::Float || type == fastpref::ScalarType::Double,
+                  "gradient must be float32 or float64, got another dtype; cast it first");
+  fastpref::checked_vector(gradient, scale, "scale", gradient.size(0), type);
+  Tensor out = torch::stable::new_empty(gradient, {gradient.size(0)});
+  const bool wide = type == fastpref::ScalarType::Double;
+  (wide ? fill_gradient_factors<double> : fill_gradient_factors<float>)(gradient, scale, rate, out);
+  return out;
+}
+
 void scale_rows(Tensor out, Tensor input, Tensor factor) {
   const auto kernel = row_kernels().scale_rows[static_cast<int>(fastpref::element_of(input, "input"))];
   const auto call = fastpref::scale_rows_call(out, input, factor);
@@ -112,6 +189,12 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
   m.def(
       "settle_rows_(Tensor(a!)? exps, Tensor anchor, Tensor sum, Tensor offset, Tensor? best, Tensor column, Tensor "
       "raw, Tensor logit, float scale, float cap) -> Tensor");
+  m.def(
+      "score_rows_(Tensor(a!) tile, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float cap, "
+      "bool write, bool statistics) -> (Tensor, Tensor)");
+  m.def("gradient_factors(Tensor gradient, Tensor scale, float rate) -> Tensor");
+  m.def("scored_places(Tensor target, int ignore_index) -> (Tensor, int)");
+  m.def("nonzero_places(Tensor gradient) -> (Tensor, int)");
   m.def("scale_rows_(Tensor(a!) out, Tensor input, Tensor factor) -> ()");
   m.def(
       "divergence_rows_(Tensor(a!) student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float scale, "
@@ -131,6 +214,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastpref, CPU, m) {
   m.impl("logit_grad_", TORCH_BOX(&logit_grad));
   m.impl("target_logits", TORCH_BOX(&target_logits));
   m.impl("settle_rows_", TORCH_BOX(&settle_rows));
+  m.impl("score_rows_", TORCH_BOX(&score_rows));
+  m.impl("gradient_factors", TORCH_BOX(&gradient_factors));
+  m.impl("scored_places", TORCH_BOX(&scored_places));
+  m.impl("nonzero_places", TORCH_BOX(&nonzero_places));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows));
   m.impl("divergence_rows_", TORCH_BOX(&divergence_rows));
 }

@@ -72,13 +72,14 @@ def cuda_ops_unavailable_reason() -> str | None:
 def cuda_operators_serve(*tensors: Tensor | None) -> bool:
     """Whether operators that are on CUDA only take these tensors: nothing traces or transforms
     them, and their device runs the kernels."""
+    given = [one for one in tensors if one is not None]
+    if not all(one.is_cuda for one in given):
+        return False
     import torch
     from torch.nn import Parameter
 
-    given = [one for one in tensors if one is not None]
     return (
-        all(one.is_cuda for one in given)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         # Neither fake and distributed tensors nor torch.func's transforms know the operators.
         and all(type(one) in (torch.Tensor, Parameter) for one in given)
         and not torch._C._are_functorch_transforms_active()

@@ -71,6 +71,16 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """What a test replaces must not be hidden by what calls of others left."""
+    from fastpref.scoring import api
+
+    api._KEPT.forget()
+    yield
+    api._KEPT.forget()
+
+
 def _poisoned(allocate):
     """``allocate``, with NaN in what it returns to a module of fastpref."""
 

@@ -94,7 +94,7 @@ def test_buffers_lent_are_where_they_are_asked_for(default: str) -> None:
     assert {one.dtype for one in lent} == {torch.bfloat16}
     lent[0].fill_(1)
     del lent, one
-    assert all(buffer.memory.device == cpu for buffer in workspace._idle)
+    assert all(buffer.memory.device == cpu for buffer in workspace._idle())
 
 
 def test_every_public_function_is_called() -> None:

@@ -94,7 +94,7 @@ def flattened(given: Arguments) -> Arguments:
         value = getattr(given, name)
         if isinstance(value, Tensor) and value.dim() == dims and value.shape[0] == 1:
             flat[name] = value[0]
-    return replace(given, **flat)
+    return replace(given, **flat) if flat else given
 
 
 def check_kinds(given: Arguments) -> None:
@@ -117,10 +117,12 @@ def check_hyperparameters(given: Arguments) -> None:
     """Raise TypeError where one is another argument misspelt; the objective refuses the others."""
     if not given.hyperparameters or torch.compiler.is_compiling():
         return
-    arguments = {field.name for field in fields(Arguments)} - {"hyperparameters"}
     objective = unset(given.objective)
     known = {*objective.signature.hyperparameters, *extra_names(objective)}
     for name in given.hyperparameters:
+        if name in known:
+            continue
+        arguments = {field.name for field in fields(Arguments)} - {"hyperparameters"}
         found = closest(name, [*known, *arguments], {"ref_per_token_logps": "ref_logps"})
         if found and found[0] not in known:
             raise TypeError(

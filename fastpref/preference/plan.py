@@ -23,6 +23,7 @@ from ..scoring.packing import Packing
 from ..scoring.plan import MEBIBYTE, Plan
 from ..scoring.request import Call, pack_for
 from ..units.layouts import Arrangement, Indexed
+from .batch import Batch
 from .result import result_of
 from .task import Task
 
@@ -80,7 +81,8 @@ class PreferencePlan:
 def plan_task(task: Task) -> PreferenceCall:
     request, target = task.main.request, task.batch.to_score.to(torch.int64)
     groups = _groups(task)
-    count = None if isinstance(groups, str) else sum(groups.lengths)
+    # Elsewhere the host knows it as it is.
+    count = sum(groups.lengths) if isinstance(groups, Groups) and target.is_cuda else None
     packing = pack_for(request, target, count)
     main = _planned(task.main, target, packing, _active(task))
     reference = None if task.reference is None else _planned(task.reference, target, packing)
@@ -99,7 +101,13 @@ class Groups:
     """Rows that an objective compares with each other, and no others."""
 
     arrangement: Arrangement
-    lengths: list[int]  # tokens of each row that are scored
+    batch: Batch
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row that are scored."""
+        lengths: list[int] = self.batch.counts().tolist()
+        return lengths
 
     @functools.cached_property
     def rows(self) -> list[list[int]]:
@@ -133,10 +141,10 @@ def _groups(task: Task) -> Groups | str:
     bounded = batch.cu_seqlens is not None or options.max_scored is not None
     if batch.target.is_cuda and (bounded or torch.cuda.is_current_stream_capturing()):
         return "the host would wait for the GPU to learn the lengths of the rows"
-    lengths: list[int] = batch.counts().tolist()
-    if batch.cu_seqlens is not None and sum(lengths) != int(batch.weighed.sum()):
+    groups = Groups(task.arrangement, batch)
+    if batch.cu_seqlens is not None and sum(groups.lengths) != int(batch.weighed.sum()):
         return "some scored tokens are in no row"
-    return Groups(task.arrangement, lengths)
+    return groups
 
 
 def _connected(compared: list[list[int]], rows: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from . import autograd, operators
 from .autograd import Outputs
 from .head import Form, Head, Lora, Model, WeightContext, opened
 from .packing import Packing
-from .request import Call, Request, make_model, make_request, plan_target
+from .request import Call, Planned, Request, make_model, make_request, plan_target
 from .restricted import restricted_scores
 from .rules import Rule
 from .rules.scores import Scores
@@ -126,6 +126,7 @@ class _Checked(NamedTuple):
     request: Request
     rule: Rule
     form: Form
+    plans: Kept[Planned]
 
 
 _KEPT: Kept[_Checked] = Kept()
@@ -138,10 +139,12 @@ class Asked(NamedTuple):
     rule: Rule
     models: list[Model]
     temperature: Tensor | None = None  # like the target, where positions have their own
+    plans: Kept[Planned] | None = None  # of the same request, rule and heads
 
     def planned(self, target: Tensor, packing: Packing | None = None, active: float = 1.0) -> Call:
         """As ``plan_target``."""
-        return plan_target(*self[:3], target, packing, active=active, temperature=self.temperature)
+        request, rule, models, temperature, kept = self
+        return plan_target(request, rule, models, target, packing, False, active, temperature, kept)
 
 
 def ask(
@@ -170,7 +173,7 @@ def ask(
         names = check_outputs(outputs)
         rule = Scores(names, tuple(name for name in differentiable if name in names))
         request = make_request([model], ignore_index=ignore_index, options=options)
-        return _Checked(request, rule, model.head.form)
+        return _Checked(request, rule, model.head.form, Kept())
 
     signature = signature_of(
         {
@@ -185,11 +188,11 @@ def ask(
             **head,
         }
     )
-    request, rule, form = _KEPT.of(signature, checked)
+    request, rule, form, plans = _KEPT.of(signature, checked)
     own = None if by_row is None else check_temperature(by_row, target)
     lora_a, lora_b, _ = head.get("lora") or (None, None, None)
     model = Model(hidden, Head(weight, head.get("bias"), lora_a, lora_b, form))
-    return Asked(request, rule, [model], own)
+    return Asked(request, rule, [model], own, plans)
 
 
 def run(asked: Asked, target: Tensor) -> Outputs:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._extension import ops_unavailable_reason
 from .backends.column_sums import add_column_sums
 from .forward import Kept, Run
 from .plan import Tile
@@ -102,9 +103,9 @@ def _through_logits(
         if factors is None:
             raise RuntimeError("a gradient arrived that no schedule of this kind serves")
         d_hidden = _combined(run, kept.direct, factors)
-        without = ~run.rule.active(upstream)[:, None]
+        without = ~active_rows(upstream)[:, None]
         return Gradients(d_hidden.masked_fill_(without, 0), None, None)
-    active = _active_rows(run, upstream) if hidden.device.type == "cpu" else None
+    active = _indices_of_active(upstream) if hidden.device.type == "cpu" else None
     gradients = _products(run, rows, kept, upstream, active, onto)
     if gradients.hidden is None or active is None:
         return gradients
@@ -112,9 +113,18 @@ def _through_logits(
     return gradients._replace(hidden=d_hidden)
 
 
-def _active_rows(run: Run, upstream: Upstream) -> Tensor | None:
+def active_rows(upstream: Upstream) -> Tensor:
+    """(N,) bool, rows with any gradient."""
+    return torch.stack([one != 0 for one in upstream if one is not None]).any(0)
+
+
+def _indices_of_active(upstream: Upstream) -> Tensor | None:
     """Indices of rows with any gradient; None when all have one."""
-    active = run.rule.active(upstream)
+    some = [one for one in upstream if one is not None]
+    if len(some) == 1 and ops_unavailable_reason() is None:
+        places, count = torch.ops.fastpref.nonzero_places(some[0])
+        return None if count == some[0].shape[0] else places
+    active = active_rows(upstream)
     return None if bool(active.all()) else active.nonzero()[:, 0]
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._extension import ops_unavailable_reason
+
 
 class Packing(NamedTuple):
     total: int  # positions in the batch
@@ -66,10 +68,9 @@ def pack(
     """How to pack the scored rows of ``target`` (...); ``count`` is their number where the host
     knows it, ``bounded`` forbids to ask a GPU for it."""
     flat = target.reshape(-1)
-    scored = flat != ignore_index
-    total = flat.shape[0]
     if not target.is_cuda:
-        return _exact(scored, total, max_scored)
+        return _exact(flat, ignore_index, max_scored)
+    scored, total = flat != ignore_index, flat.shape[0]
     bound = total if max_scored is None else min(max_scored, total)
     packed_already = bounded or target.dim() == 1
     packed_already = packed_already or torch.cuda.is_current_stream_capturing()
@@ -90,9 +91,14 @@ def pack_whole(target: Tensor, ignore_index: int) -> Packing:
     return Packing(total, total, None, scored, None)
 
 
-def _exact(scored: Tensor, total: int, max_scored: int | None) -> Packing:
-    index = scored.nonzero()[:, 0]
-    count = index.shape[0]
+def _exact(flat: Tensor, ignore_index: int, max_scored: int | None) -> Packing:
+    total = flat.shape[0]
+    if flat.device.type == "cpu" and ops_unavailable_reason() is None:
+        own = flat.to(torch.int64).contiguous()
+        index, count = torch.ops.fastpref.scored_places(own, ignore_index)
+    else:
+        index = (flat != ignore_index).nonzero()[:, 0]
+        count = index.shape[0]
     if max_scored is not None and count > max_scored:
         raise ValueError(
             f"max_scored must be at least the number of scored tokens: got max_scored={max_scored} "

@@ -7,7 +7,6 @@ targets: which positions are scored, and by which schedule.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends, scaled, vocab_parallel
+from .backends import RowBackend
 from .backends.choice import Size
 from .backends.tiled import Tiled
 from .head import Form, Head, Lora, Model, Shard, Sizes, WeightContext
@@ -26,6 +26,7 @@ from .packing import Packing, pack, pack_whole
 from .plan import Plan, Problem, choose
 from .products import slow_reason
 from .rules import Heads, Rule
+from .signature import Kept
 from .temperature import factor_of
 from .transforms import requires_grad, without_values
 from .types import ScoringOptions, statistics_dtype
@@ -89,15 +90,13 @@ class Call(NamedTuple):
         )
         if mean is None and "mean_logits" in self.rule.outputs and own[0].map.cap == 0:
             mean = MeanRow.of(own[0], self.group)
-        name = self.plan.backend
-        return self.fitted(Heads(own, backends.load(name), name, self.group, mean))
+        name, room = self.plan.backend, self.plan.product_room
+        return Heads(own, _with_room(backends.load(name), room), name, self.group, mean, room)
 
     def fitted(self, heads: Heads) -> Heads:
         """``heads`` with the room that products have in the call's plan."""
-        backend, room = heads.backend, self.plan.product_room
-        if isinstance(backend, Tiled) and backend.room != room:
-            backend = Tiled(backend.kernels, room)
-        return heads._replace(backend=backend, room=room)
+        room = self.plan.product_room
+        return heads._replace(backend=_with_room(heads.backend, room), room=room)
 
     def rows(self, model: Model) -> Tensor:
         """The scored rows of ``model`` in the products' dtype, widened by an update."""
@@ -116,6 +115,12 @@ class Call(NamedTuple):
     def tuned(self) -> bool:
         """Whether a verdict of ``python -m fastpref tune`` chose the backend."""
         return self.request.options.backend == "auto" and self.plan.backend == "triton"
+
+
+def _with_room(backend: RowBackend, room: int) -> RowBackend:
+    if isinstance(backend, Tiled) and backend.room != room:
+        return Tiled(backend.kernels, room)
+    return backend
 
 
 def make_model(
@@ -196,10 +201,12 @@ def plan_target(
     traced: bool = False,
     active: float = 1.0,
     temperature: Tensor | None = None,
+    kept: Kept[Planned] | None = None,
 ) -> Call:
     """How ``rule`` runs on the scored positions of ``target``, or on those that ``packing`` names,
     of which a share ``active`` has a gradient; ``traced`` keeps it from asking a GPU for them.
-    ``temperature`` is like ``target``, where positions have their own."""
+    ``temperature`` is like ``target``, where positions have their own. ``kept`` has what was found
+    for the same request, rule and heads."""
     target = target.to(torch.int64)
     factor = None
     if temperature is not None:
@@ -207,36 +214,55 @@ def plan_target(
         factor = factor_of(temperature, scored, statistics_dtype(request.dtype))
     if packing is None:
         packing = pack_for(request, target, bounded=traced)
-    device = target.device
+    by_row = factor is not None
+    # Elsewhere the host cannot look for rows without gradient.
+    active = active if target.device.type == "cpu" else 1.0
+
+    def find() -> Planned:
+        return _planned(request, rule, models, packing.scored, active, by_row)
+
+    found = find() if kept is None else kept.of((packing.scored, active, by_row), find)
+    # A copy: backward reads it again, and a batch's labels may be overwritten until then.
+    own = target.clone(memory_format=torch.contiguous_format)
+    return Call(request, rule, found.forms, found.shards, own, packing, found.plan, factor)
+
+
+class Planned(NamedTuple):
+    """What follows from a call's signature and the number of its rows."""
+
+    forms: tuple[Form, ...]
+    shards: tuple[Shard, ...]
+    plan: Plan
+
+
+def _planned(
+    request: Request, rule: Rule, models: Sequence[Model], scored: int, active: float, by_row: bool
+) -> Planned:
+    """``by_row`` says that rows have maps of their own."""
+    device = models[0].hidden.device
     forms = tuple(model.head.form for model in models)
     shards = tuple(
         vocab_parallel.shard_range(form.group, form.columns or model.head.weight.shape[0], device)
         for form, model in zip(forms, models, strict=True)
     )
     sizes = tuple(model.head.sizes(request.dtype) for model in models)
-    # Elsewhere the host cannot look for rows without gradient.
-    active = active if device.type == "cpu" else 1.0
     # Each chunk of rows has its collectives: all ranks must cut their rows alike.
     widest, sharded = shards[0].widest, forms[0].group is not None
     heavy = rule.statistics or forms[0].map.cap != 0
     # Ranks may have been tuned apart, and their plans must agree. What is tuned is the product of
     # one head.
     static = len(models) > 1 or sharded
-    size = Size(request.dtype, packing.scored, sizes[0].inner, widest, heavy, static)
+    size = Size(request.dtype, scored, sizes[0].inner, widest, heavy, static)
     backend = backends.choose(request.options.backend, device, size)
-    if factor is not None and backend == "triton":
+    if by_row and backend == "triton":
         # Its fused kernels take one map for all rows.
         backend, _ = backends.next_tier(backend, device.type)
     widens = slow_reason(request.dtype, device) is not None
     capped = forms[0].map.cap != 0
-    problem = sizes, packing.scored, widest, sharded, capped, active
-    plan = _plan(request, rule, *problem, backend, device, widens)
-    # A copy: backward reads it again, and a batch's labels may be overwritten until then.
-    own = target.clone(memory_format=torch.contiguous_format)
-    return Call(request, rule, forms, shards, own, packing, plan, factor)
+    problem = sizes, scored, widest, sharded, capped, active
+    return Planned(forms, shards, _plan(request, rule, *problem, backend, device, widens))
 
 
-@functools.lru_cache(maxsize=256)
 def _plan(
     request: Request,
     rule: Rule,
@@ -250,7 +276,6 @@ def _plan(
     device: torch.device,
     widens: bool,
 ) -> Plan:
-    """Of a call's signature; kept for the next of the same."""
     dtype, head, serving = request.dtype, heads[0], backends.load(backend)
     partner = heads[1] if len(heads) > 1 else None
     means = "mean_logits" in rule.outputs and "mean_logits" in rule.differentiable

@@ -37,6 +37,15 @@ class RowScores(NamedTuple):
     log_norm: Tensor
 
 
+class Scored(NamedTuple):
+    """Rows whose every column is in one tile, each (rows,)."""
+
+    target_logit: Tensor
+    sums: RowSums
+    rows: RowScores
+    scale: Tensor  # p / e of their exponentials
+
+
 def row_scores(sums: RowSums, target_logit: Tensor) -> RowScores:
     relative = target_logit - sums.anchor
     norm = sums.sum + relative.exp()

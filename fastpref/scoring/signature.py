@@ -59,6 +59,9 @@ class Kept(Generic[T]):
         if found is None:
             found = find()
             if len(self._found) >= MOST_KEPT:
-                self._found.clear()
+                self.forget()
             self._found[signature] = found
         return found
+
+    def forget(self) -> None:
+        self._found.clear()

@@ -69,8 +69,16 @@ class RowSums(NamedTuple):
     @classmethod
     def of(cls, rows: Iterable[Tensor], best_index: Tensor | None) -> RowSums:
         """Of the rows that a kernel returns, as many as it summed."""
+        if best_index is None:
+            return cls(*rows)
         names = (*SUMS, *(one.name for one in STATISTICS))
         return cls(**dict(zip(names, rows, strict=False)), best_index=best_index)
+
+    def moved(self, start: int) -> RowSums:
+        """Of columns that follow ``start`` others."""
+        if self.best_index is None or not start:
+            return self
+        return self._replace(best_index=self.best_index + start)
 
 
 class Parts(NamedTuple):

@@ -2,20 +2,19 @@
 """Large buffers that outlive a call, because a fresh one costs page faults (up to a third of a
 product on CPU).
 
-A leased tensor owns its buffer until the last tensor on its storage goes, that of an autograd
-graph included; then the buffer returns to the pool. Idle buffers are there as long as one of the
-last passes needed at least half of them: what one large step took is given back soon after, and
-steps that alternate with a few of another kind find theirs again. All buffers together are never
-more than what was lent at one time. On other devices torch's caching allocator already does this,
-and a leased tensor is an ordinary one.
+A leased tensor has its buffer until the last tensor on its storage goes, that of an autograd graph
+included; then it is idle. Idle buffers are there as long as one of the last passes needed at least
+half of them: what one large step took is given back soon after, and steps that alternate with a few
+of another kind find theirs again. All buffers together are never more than what was lent at one
+time. On other devices torch's caching allocator already does this, and a leased tensor is an
+ordinary one.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import math
 import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,23 +26,35 @@ RECENT_PASSES = 32
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
-    memory: Tensor  # bytes
+    memory: torch.UntypedStorage
     needed: int  # the last pass that needed at least half of it
 
     @property
     def nbytes(self) -> int:
-        return self.memory.numel()
+        return self.memory.nbytes()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no tensor lies in it."""
+        # Nothing public says so. A finalizer on what was lent, the other way, takes three times as
+        # long as the rest of a lease.
+        count: int = torch._C._storage_Use_Count(self.memory._cdata)
+        return count == 1
 
     @property
     def is_recent(self) -> bool:
         return _passes - self.needed < RECENT_PASSES
 
 
-# Reentrant: the garbage collector may end a lease inside the lists below, in the thread that holds
-# the lock.
+# Reentrant: the garbage collector may run anything inside the lists below.
 _lock = threading.RLock()
-_idle: list[_Buffer] = []
+_buffers: list[_Buffer] = []
 _passes = 0
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def _idle() -> list[_Buffer]:
+    return [one for one in _buffers if one.is_idle]
 
 
 def row_stride(cols: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -55,8 +66,19 @@ def row_stride(cols: int, dtype: torch.dtype, device: torch.device) -> int:
 
 def lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A (rows, cols) or flat buffer, uninitialised."""
-    # No view: its base would hold the memory when ``give_back`` empties it.
-    return _lease(shape, dtype, device).data
+    if device.type != "cpu":
+        *rows, cols = shape
+        stride = row_stride(cols, dtype, device)
+        # No view: its base would hold the memory when ``give_back`` empties it.
+        return torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols].data
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    # A tensor made in inference mode could not be written to outside it.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS, _lock:
+        memory = _take(nbytes).memory
+        empty = torch.empty(0, dtype=dtype, device="cpu")
+        return empty.set_(memory, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]
 
 
 def tile_of(workspace: Tensor, rows: int, columns: slice) -> Tensor:
@@ -66,44 +88,23 @@ def tile_of(workspace: Tensor, rows: int, columns: slice) -> Tensor:
     return workspace[: rows * stride].view(rows, stride)[:, :cols]
 
 
-def _lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        *rows, cols = shape
-        stride = row_stride(cols, dtype, device)
-        return torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols]
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-    buffer = _take(nbytes)
-    # Of a storage of its own: detached tensors and views share that and may outlive any tensor.
-    lent = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.memory.data_ptr())
-    weakref.finalize(lent, _return, buffer).atexit = False
-    # A tensor made in inference mode could not be written to outside it.
-    with torch.inference_mode(False):
-        return torch.frombuffer(lent, dtype=torch.uint8)[:nbytes].view(dtype).view(tuple(shape))
-
-
 def _take(nbytes: int) -> _Buffer:
     """An idle buffer of at least ``nbytes``, the smallest, or a new one."""
-    with _lock:
-        fitting = [buffer for buffer in _idle if buffer.nbytes >= nbytes]
-        if fitting:
-            best = min(fitting, key=lambda buffer: buffer.nbytes)
-            _idle.remove(best)
-            if 2 * nbytes >= best.nbytes:
-                best.needed = _passes
-            return best
-        # Idle buffers beside the new one would break the memory budget.
-        _idle.clear()
-    # A buffer made in inference mode could not be written to outside it.
-    with torch.inference_mode(False):
-        return _Buffer(torch.empty(nbytes, dtype=torch.uint8, device="cpu"), _passes)
+    fitting = [one for one in _idle() if one.nbytes >= nbytes]
+    if fitting:
+        best = min(fitting, key=lambda buffer: buffer.nbytes)
+        if 2 * nbytes >= best.nbytes:
+            best.needed = _passes
+        return best
+    # Idle buffers beside the new one would break the memory budget.
+    _drop_idle()
+    memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+    _buffers.append(_Buffer(memory, _passes))
+    return _buffers[-1]
 
 
-def _return(buffer: _Buffer) -> None:
-    with _lock:
-        if buffer.is_recent:
-            _idle.append(buffer)
+def _drop_idle() -> None:
+    _buffers[:] = [one for one in _buffers if not one.is_idle]
 
 
 def begin_pass() -> None:
@@ -111,7 +112,8 @@ def begin_pass() -> None:
     global _passes
     with _lock:
         _passes += 1
-        _idle[:] = [buffer for buffer in _idle if buffer.is_recent]
+        # Lent ones too, which then go with what lies in them.
+        _buffers[:] = [one for one in _buffers if one.is_recent]
 
 
 def give_back(tensor: Tensor) -> None:
@@ -131,4 +133,4 @@ def release() -> None:
     allocator keeps such memory, see ``torch.cuda.empty_cache``.
     """
     with _lock:
-        _idle.clear()
+        _drop_idle()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -74,12 +75,26 @@ def _keep(
 _keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_PLAIN = frozenset({int, float, bool, str})
+
+
+# Typed: 1 and True are equal.
+@functools.lru_cache(maxsize=256, typed=True)
+def _named(objective: str, names: tuple[str, ...], *values: Any) -> Objective:
+    """Of an objective that is called by its name."""
+    return as_objective(objective, **dict(zip(names, values, strict=True)))
+
+
 def _configured(
     objective: str | Objective | Callable[..., Any],
     dp_group: dist.ProcessGroup | None,
     hyperparameters: Mapping[str, Any],
 ) -> Objective:
-    configured = as_objective(objective, **hyperparameters)
+    values = hyperparameters.values()
+    if isinstance(objective, str) and all(type(one) in _PLAIN for one in values):
+        configured = _named(objective, tuple(hyperparameters), *values)
+    else:
+        configured = as_objective(objective, **hyperparameters)
     if dp_group is not None and "dp_group" in configured.signature.hyperparameters:
         own = configured.hyperparameters["dp_group"]
         if own is not None and own is not dp_group:

@@ -18,7 +18,6 @@ from .. import objectives
 from .._extension import cuda_operators_serve
 from ..objectives import Objective
 from ..objectives.registry import Composite, upcast
-from .numbers import mean
 
 LOGISTIC, SQUARE, HINGE = 0, 1, 2  # in the order of csrc/cuda/pair_head.h
 
@@ -117,7 +116,8 @@ def pair_head(
     call = _kernel_call(objective, logps, extras) if policy_chosen_logps.numel() else None
     if call is None:
         losses, chosen, rejected = objective(*logps, **extras)  # type: ignore[misc]
-        means = torch.stack([mean(one) for one in _measured(chosen, rejected, *logps[:2])])
+        measured = torch.stack(_measured(chosen, rejected, *logps[:2]))
+        means = measured.mean(1) if measured.numel() else measured.sum(1)
     else:
         losses, (chosen, rejected), (_, *means) = _PairHead.apply(*call, objective)  # type: ignore[no-untyped-call]
     return PairResult(losses, chosen, rejected, dict(zip(METRICS, means, strict=True)))

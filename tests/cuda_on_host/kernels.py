@@ -282,3 +282,4 @@ class Kernels(NamedTuple):
         return out
 
     temporary_bytes = staticmethod(torch_backend.temporary_bytes)
+    gradient_factors = staticmethod(torch_backend.gradient_factors)

@@ -142,7 +142,7 @@ def emptied_pool():
 
 def idle_bytes():
     gc.collect()
-    return max((buffer.nbytes for buffer in workspace._idle), default=0)
+    return max((buffer.nbytes for buffer in workspace._idle()), default=0)
 
 
 @backends

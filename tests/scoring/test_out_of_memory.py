@@ -343,11 +343,11 @@ def test_exponentials_are_gone_before_backward_tries_again(monkeypatch):
     workspace.release()
     logp = kept_call(leaves, target)
     held = int((target >= 0).sum()) * V * 4
-    assert not any(one.nbytes >= held for one in workspace._idle)
+    assert not any(one.nbytes >= held for one in workspace._idle())
     release, released = workspace.release, []
 
     def released_by():
-        released.extend(one.nbytes for one in workspace._idle)
+        released.extend(one.nbytes for one in workspace._idle())
         release()
 
     monkeypatch.setattr(workspace, "release", released_by)

@@ -54,7 +54,7 @@ def test_a_view_or_a_detached_tensor_holds_the_buffer():
     while others:
         assert address(lease((1000,), torch.float32, CPU)) != first
         others.pop()
-    assert first in {buffer.memory.data_ptr() for buffer in workspace._idle}
+    assert first in {buffer.memory.data_ptr() for buffer in workspace._idle()}
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -65,9 +65,9 @@ def test_memory_given_back_is_gone_for_every_holder(device):
     workspace.give_back(tensor)
     assert holder[0].shape == (0, 2051) and tensor._base is None
     if device == "cpu":
-        assert not workspace._idle
+        assert not workspace._idle()
         del view
-        assert [one.nbytes for one in workspace._idle] == [3 * 2051 * 2]
+        assert [one.nbytes for one in workspace._idle()] == [3 * 2051 * 2]
 
 
 def test_the_smallest_that_fits():
@@ -79,7 +79,7 @@ def test_the_smallest_that_fits():
 
 
 def idle():
-    return sorted(buffer.nbytes for buffer in workspace._idle)
+    return sorted(buffer.nbytes for buffer in workspace._idle())
 
 
 def passes(*sizes, count=1):
@@ -199,7 +199,7 @@ def test_other_devices_have_their_own_allocator():
     tensor = lease((100,), torch.float32, torch.device("meta"))
     assert tensor.device.type == "meta"
     del tensor
-    assert not workspace._idle
+    assert not workspace._idle()
 
 
 def test_threads():

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import device as Device
 from torch import dtype as Dtype
 
-from ..rows import RowScores, TargetLogits
+from ..rows import RowScores, Scored, TargetLogits
 from ..slab import Projection, Slab
 from ..statistics import RowSums
 from ..types import BACKENDS, LogitMap
@@ -54,6 +54,10 @@ class RowKernels(Protocol):
     def target_logits(self, hidden: Tensor, slab: Slab, target: Tensor) -> TargetLogits:
         """Those of each row's target, in the statistics' dtype."""
 
+    def gradient_factors(self, gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
+        """-rate gradient[i] scale[i], (rows,), 0 where the gradient is 0: what a row of E is
+        multiplied by."""
+
     def settle(
         self, sums: RowSums, own: TargetLogits, exps: Tensor | None, map: LogitMap
     ) -> tuple[RowScores, Tensor]:
@@ -63,6 +67,12 @@ class RowKernels(Protocol):
 
 class RowBackend(RowKernels, Protocol):
     """The primitive that backends differ in."""
+
+    def score(
+        self, projection: Projection, write: bool, statistics: bool, formed: bool
+    ) -> Scored | None:
+        """``target_logits``, ``project`` and ``settle`` at once, where a backend can, of rows whose
+        every column is in the tile; ``formed`` says that it holds the raw products already."""
 
     def project(
         self, projection: Projection, anchor: Tensor, write: bool, statistics: bool

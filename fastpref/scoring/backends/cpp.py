@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ..rows import RowScores, TargetLogits
-from ..slab import Products, Slab
+from ..rows import RowScores, Scored, TargetLogits
+from ..slab import Products, Projection, Slab
 from ..statistics import RowSums
 from ..types import LogitMap
 from . import UpstreamGradient
@@ -60,6 +60,23 @@ def settle(
         exps, sums.anchor, sums.sum, sums.offset, sums.best, *own, *map[:2]
     )
     return RowScores(*scores), scale
+
+
+def score_rows(projection: Projection, write: bool, statistics: bool) -> Scored:
+    """``target_logits``, ``exp_rows`` and ``settle`` by one operator; rows of hidden states and
+    weight lie contiguous, and none has a factor."""
+    hidden, (weight, bias, map), tile, target = projection
+    numbers, best_index = torch.ops.fastpref.score_rows_(
+        tile, hidden, weight, target, bias, *map[:2], write, statistics
+    )
+    _, logit, *sums, logp, anchor, norm, log_norm, scale = numbers.unbind()
+    own = RowSums.of(sums, best_index if statistics else None)
+    return Scored(logit, own, RowScores(logp, anchor, norm, log_norm), scale)
+
+
+def gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
+    factors: Tensor = torch.ops.fastpref.gradient_factors(gradient, scale, rate)
+    return factors
 
 
 def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from .cpp import scale_rows as scale_rows
 from .cpp import settle as settle
 from .cpp import target_logits as target_logits
 from .cpp import temporary_bytes as temporary_bytes
+from .torch import gradient_factors as gradient_factors
 
 
 def unavailable_reason(device_type: str) -> str | None:

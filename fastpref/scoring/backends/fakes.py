@@ -85,6 +85,46 @@ def _settle_rows(
     return anchor.new_empty((len(RowScores._fields) + 1, anchor.shape[0]))
 
 
+@_shapes_of("fastpref::score_rows_")
+def _score_rows(
+    tile: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    cap: float,
+    write: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = tile.shape[0]
+    sums = len(SUMS) + len(summed(statistics, cap != 0))
+    kinds = 2 + sums + len(RowScores._fields) + 1
+    numbers = tile.new_empty((kinds, rows), dtype=statistics_dtype(tile.dtype))
+    return numbers, target.new_empty((rows if statistics else 0,))
+
+
+@_shapes_of("fastpref::gradient_factors")
+def _gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+@_shapes_of("fastpref::scored_places")
+def _scored_places(target: Tensor, ignore_index: int) -> tuple[Tensor, torch.SymInt]:
+    return _some_places(target)
+
+
+@_shapes_of("fastpref::nonzero_places")
+def _nonzero_places(gradient: Tensor) -> tuple[Tensor, torch.SymInt]:
+    return _some_places(gradient)
+
+
+def _some_places(values: Tensor) -> tuple[Tensor, torch.SymInt]:
+    context = torch.library.get_ctx()
+    places = values.new_empty((context.new_dynamic_size(),), dtype=torch.int64)
+    return places, context.new_dynamic_size()
+
+
 @_shapes_of("fastpref::scale_rows_")
 def _scale_rows(out: Tensor, input: Tensor, factor: Tensor) -> None:
     return None

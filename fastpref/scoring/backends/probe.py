@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, TargetLogits
+from ..rows import RowScores, Scored, TargetLogits
 from ..slab import Projection, Slab
 from ..statistics import OUTPUTS, RowSums, token_scores
 from ..types import LogitMap, statistics_dtype
@@ -101,6 +101,14 @@ class Probed:
         if passes(self.tier, kernel, device, lambda: check(self.backend)):
             return self.backend
         return next_tier(self.tier, device.type)[1]
+
+    def score(
+        self, projection: Projection, write: bool, statistics: bool, formed: bool
+    ) -> Scored | None:
+        return None  # each kernel is tried by itself
+
+    def gradient_factors(self, gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
+        return self.backend.gradient_factors(gradient, scale, rate)
 
     def project(
         self, projection: Projection, anchor: Tensor, write: bool, statistics: bool

@@ -22,6 +22,7 @@ from .glue import DTYPES
 from .glue import scale_rows as scale_rows
 from .glue import settle as settle
 from .glue import target_logits as target_logits
+from .torch import gradient_factors as gradient_factors
 
 INTERPRETED = not isinstance(exponentials.exp_rows_kernel, triton.JITFunction)
 # In the interpreter, which runs one program after the other: several steps in small tests.

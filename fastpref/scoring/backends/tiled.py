@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..halves import clip_targets, lost_products
 from ..products import multiply
+from ..rows import Scored
 from ..slab import Products, Projection
 from ..statistics import RowSums
 from ..workspace import lease
@@ -44,9 +46,25 @@ class Tiled:
         self.kernels, self.room = kernels, room
         self.temporary_bytes, self.settle = kernels.temporary_bytes, kernels.settle
         self.target_logits, self.scale_rows = kernels.target_logits, kernels.scale_rows
+        self.gradient_factors = kernels.gradient_factors
+        # Where such a backend has it.
+        self.score_rows: Callable[..., Scored] | None = getattr(kernels, "score_rows", None)
 
     def needs_tile(self, dtype: torch.dtype, write: bool) -> bool:
         return True
+
+    def score(
+        self, projection: Projection, write: bool, statistics: bool, formed: bool
+    ) -> Scored | None:
+        hidden, slab, tile, _ = projection
+        if self.score_rows is None or tile is None or slab.map.factor is not None:
+            return None
+        # Of float16, targets are brought into range between the steps.
+        if tile.dtype == torch.float16 or (hidden.stride(1), slab.weight.stride(1)) != (1, 1):
+            return None
+        if not formed:
+            multiply(hidden, slab.weight.t(), tile, self.room)
+        return self.score_rows(projection, write, statistics)
 
     def project(
         self, projection: Projection, anchor: Tensor, write: bool, statistics: bool

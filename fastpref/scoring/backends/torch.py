@@ -321,5 +321,10 @@ def _gather_dot(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
+    # A row without upstream gradient gets none, whatever it holds.
+    return torch.where(gradient == 0, 0.0, -rate * gradient * scale)
+
+
 def scale_rows(rows: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return out.copy_(rows * factor[:, None])

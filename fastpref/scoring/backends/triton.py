@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...kernels import linear_exp, linear_grad, probabilities, reanchor, row_sums, tiles
+from ..rows import Scored
 from ..slab import Projection, Slab
 from ..statistics import STATISTICS, RowSums, summed
 from ..types import LogitMap
@@ -29,6 +30,7 @@ from . import RowBackend, UpstreamGradient, glue, next_tier, tiled
 from .glue import scale_rows as scale_rows
 from .glue import settle as settle
 from .glue import target_logits as target_logits
+from .torch import gradient_factors as gradient_factors
 
 INTERPRETED = not isinstance(linear_exp.linear_exp_kernel, triton.JITFunction)
 DTYPES = glue.DTYPES
@@ -98,6 +100,10 @@ def _takes(hidden: Tensor, weight: Tensor, tile: Tensor | None) -> bool:
         # Tiles on a GPU lie so.
         and (INTERPRETED or tile is None or _aligned(tile))
     )
+
+
+def score(projection: Projection, write: bool, statistics: bool, formed: bool) -> Scored | None:
+    return None  # the products' kernel wants the targets' logits before
 
 
 def project(projection: Projection, anchor: Tensor, write: bool, statistics: bool) -> RowSums:

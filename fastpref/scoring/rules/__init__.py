@@ -120,8 +120,5 @@ class Rule(Hashable, Protocol):
         """(N,) for each matrix, or for the first ones: D is their sum, each row scaled by its own;
         None where the matrices do not hold what ``upstream`` asks for."""
 
-    def active(self, upstream: Upstream) -> Tensor:
-        """(N,) bool, rows with any gradient."""
-
     def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         """D of rows whose matrices were not kept."""

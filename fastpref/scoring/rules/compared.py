@@ -62,10 +62,6 @@ class _Compared:
         both = dict(zip(self.compared, outputs[2 * len(OUTPUTS) :], strict=True))
         return TokenScores._make(own), TokenScores._make(other), both
 
-    def active(self, upstream: Upstream) -> Tensor:
-        some = [one != 0 for one in upstream if one is not None]
-        return torch.stack(some).any(0)
-
     def _scored(
         self,
         heads: Heads,
@@ -75,14 +71,14 @@ class _Compared:
         compared: tuple[Tensor | None, ...],
     ) -> Found:
         """With ``write`` the policy's tile becomes its exponentials; the reference's was read."""
-        found = self.policy.of_tile(heads, part, tiles[0], write, heads.backend.exp_rows)
+        found = self.policy.of_tile(heads, part, tiles[0], write, formed=True)
         return found._replace(outputs=(*found.outputs, *compared))
 
     def _of_reference(
         self, heads: Heads, part: Part, tiles: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        own, reduce = part._replace(rows=part.rows[1:]), heads.backend.exp_rows
-        return self.reference.of_tile(heads.second(), own, tiles[1], False, reduce).outputs
+        own = part._replace(rows=part.rows[1:])
+        return self.reference.of_tile(heads.second(), own, tiles[1], False, formed=True).outputs
 
 
 def _names(*compared: str) -> tuple[str, ...]:

@@ -43,9 +43,6 @@ class Divergence:
     def factors(self, heads: Heads, numbers: Numbers, upstream: Upstream) -> tuple[Tensor, ...]:
         return (_arrived(upstream),)
 
-    def active(self, upstream: Upstream) -> Tensor:
-        return _arrived(upstream) != 0
-
     def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         def tile(columns: slice, workspace: Tensor) -> Tensor:
             tiles = two_tiles(workspace, len(part.target), columns)

@@ -9,7 +9,7 @@ cap, needs every row's products again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,13 +21,12 @@ from ..backends import UpstreamGradient
 from ..halves import without_lost_rows
 from ..mean_logit import add_capped_gradient
 from ..products import multiply
-from ..rows import RowScores, TargetLogits, exponential_scale, row_scores, write_target
+from ..rows import Scored, TargetLogits, exponential_scale, row_scores, write_target
 from ..slab import Projection
 from ..statistics import (
     DIFFERENTIABLE,
     OUTPUTS,
     PLAIN,
-    RowSums,
     TokenScores,
     merge,
     token_scores,
@@ -58,7 +57,7 @@ class Scores:
 
     def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
         tile = tiles[0] if tiles else None
-        return self.of_tile(heads, part, tile, write, heads.backend.project)
+        return self.of_tile(heads, part, tile, write, formed=False)
 
     def of_tile(
         self,
@@ -66,14 +65,16 @@ class Scores:
         part: Part,
         tile: Tensor | None,
         write: bool,
-        reduce: Callable[..., RowSums],
+        formed: bool,
     ) -> Found:
-        """``forward`` by ``reduce``: a backend's ``project``, or its ``exp_rows`` where the tile
-        holds the products already."""
+        """``forward``; ``formed`` says that the tile holds the products already."""
         outputs = self.outputs
         if heads.mean is not None:
             outputs = tuple(name for name in outputs if name != "mean_logits")
-        scores, row, scale = _scored(heads, part, tile, write, outputs, reduce)
+        found = _scored(heads, part, tile, write, not PLAIN.issuperset(outputs), formed)
+        logit, sums, row, scale = found
+        columns = heads.projectors[0].vocab_size
+        scores = token_scores(outputs, sums, row, part.target, logit, columns)
         return Found(scores, (row.logp, row.anchor, row.norm, scale, scores.entropy))
 
     def factors(
@@ -85,12 +86,9 @@ class Scores:
         if scale is None or any(one is not None for one in others):
             return None
         g = torch.zeros_like(scale) if given.logp is None else given.logp
-        # A row without upstream gradient gets none, whatever it holds.
-        return (torch.where(g == 0, 0.0, -heads.projectors[0].map.rate(g) * g * scale),)
-
-    def active(self, upstream: Upstream) -> Tensor:
-        found = [one != 0 for one in upstream if one is not None]
-        return found[0] if len(found) == 1 else torch.stack(found).any(0)
+        map = heads.projectors[0].map
+        scale = scale if map.factor is None else scale * map.factor
+        return (heads.backend.gradient_factors(g, scale, map.scale),)
 
     def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
         head, hidden = heads.projectors[0], part.rows[0]
@@ -134,28 +132,31 @@ def _scored(
     part: Part,
     tile: Tensor | None,
     write: bool,
-    outputs: tuple[str, ...],
-    reduce: Callable[..., RowSums],
-) -> tuple[TokenScores, RowScores, Tensor]:
-    """Scores, row scores and scale of some rows, one slab of the vocabulary after the other. With
-    ``write``, ``tile`` (rows, V) ends as E; without a tile, the backend works in none."""
+    statistics: bool,
+    formed: bool,
+) -> Scored:
+    """Of some rows, one slab of the vocabulary after the other. With ``write``, ``tile`` (rows, V)
+    ends as E; without a tile, the backend works in none."""
     head, backend = heads.projectors[0], heads.backend
     (hidden, *_), target = part
-    own = target_logits(heads, hidden, target)
-    vocab, statistics = head.weight.shape[0], not PLAIN.issuperset(outputs)
+    vocab = head.weight.shape[0]
     cols = vocab if tile is None else tile.shape[1]
+    if heads.group is None and cols == vocab:
+        column = target - head.start if head.start else target
+        at = Projection(hidden, head.slab(), tile, column)
+        found = backend.score(at, write, statistics, formed)
+        if found is not None:
+            return found._replace(sums=found.sums.moved(head.start))
+    own = target_logits(heads, hidden, target)
+    reduce = backend.exp_rows if formed else backend.project
     parts = []
     for start in range(0, vocab, cols):
         columns = slice(start, min(vocab, start + cols))
-        room = tile
-        if tile is not None and columns.stop - start < cols:
-            room = tile[:, : columns.stop - start]
+        room = None if tile is None else tile[:, : columns.stop - start]
         column = own.column - start if start else own.column
         at = Projection(hidden, head.slab(columns), room, column)
         sums = reduce(at, own.logit, write, statistics)
-        if sums.best_index is not None and start + head.start:
-            sums = sums._replace(best_index=sums.best_index + (start + head.start))
-        parts.append(sums)
+        parts.append(sums.moved(start + head.start))
     sums = merge(parts)
     kept = tile if write else None
     if heads.group is None:
@@ -169,7 +170,7 @@ def _scored(
             write_target(kept, own, rows, scale, head.map)
     if hidden.dtype == torch.float16:
         rows, scale = without_lost_rows(rows, scale, head, heads.group)
-    return token_scores(outputs, sums, rows, target, own.logit, head.vocab_size), rows, scale
+    return Scored(own.logit, sums, rows, scale)
 
 
 def target_logits(heads: Heads, hidden: Tensor, target: Tensor) -> TargetLogits:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions
-from fastpref.scoring import api, backends, head, request, validation, vocab_parallel
+from fastpref.scoring import api, backends, head, validation, vocab_parallel
 from fastpref.scoring.backends import verdict, verdict_files
 from fastpref.scoring.backends.choice import Size
 from fastpref.scoring.backends.verdict_files import Verdict
@@ -453,7 +453,7 @@ def test_what_the_choice_is_asked_for(
     monkeypatch.setattr(validation, "check_group", lambda group: None)
     monkeypatch.setattr(vocab_parallel, "shard_range", lambda *_: head.Shard(0, 11, 11))
     target = torch.arange(6)
-    request.plan_target(*api.ask(hidden, weight, target, **changes), target)
+    api.ask(hidden, weight, target, **changes).planned(target)
     (size,) = asked
     assert size == Size(torch.float32, 6, 8, 11, heavy, static)
 
@@ -479,5 +479,5 @@ def test_only_auto_is_chosen_by_a_verdict(monkeypatch: pytest.MonkeyPatch) -> No
     arguments = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6)
     for backend, tuned in (("auto", True), ("triton", False)):
         asked = api.ask(*arguments, options=ScoringOptions(backend=backend))
-        call = request.plan_target(*asked, arguments[-1])
+        call = asked.planned(arguments[-1])
         assert call.tuned == tuned

@@ -48,11 +48,16 @@ class Case:
     def on(self, device: str) -> Case:
         bias = None if self.bias is None else self.bias.to(device)
         tensors = (one.to(device) for one in (self.hidden, self.weight, self.target))
-        return Case(*tensors, bias, self.map)
+        map = {name: _on(value, device) for name, value in self.map.items()}
+        return Case(*tensors, bias, map)
 
     def to(self, dtype: torch.dtype) -> Case:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+
+
+def _on(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @functools.cache

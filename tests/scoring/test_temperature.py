@@ -18,8 +18,15 @@ from fastpref import (
     linear_logprob,
     sparse_divergence,
 )
+from fastpref.scoring.api import ask
+from fastpref.scoring.backends import torch as torch_backend
+from fastpref.scoring.backends.tiled import SPARE_ROWS, Tiled
+from fastpref.scoring.packing import pack_whole
 from fastpref.scoring.plain_scores import plain_scores
+from fastpref.scoring.rows import row_scores
+from fastpref.scoring.slab import Projection, Slab
 from fastpref.scoring.statistics import OUTPUTS
+from fastpref.scoring.types import LogitMap
 from tests.scoring.cases import BACKENDS, DTYPES, make_case, run, upstream_of, verify
 from tests.scoring.test_numbers import SCHEDULES, options_of
 
@@ -106,9 +113,9 @@ class Batch:
     def given(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hidden, self.weight, self.target
 
-    def plain(self, temperature: Tensor) -> Tensor:
+    def plain(self, temperature: Tensor, **given: Any) -> Tensor:
         whole = temperature.expand(3, 4).masked_fill(~self.scored, 1)
-        logp = plain_scores(*self.given, temperature=whole[..., None]).logp  # type: ignore[arg-type]
+        logp = plain_scores(*self.given, temperature=whole[..., None], **given).logp
         assert logp is not None
         return logp
 
@@ -117,6 +124,15 @@ def logp_of(batch: Batch, temperature: Tensor, **given: Any) -> Tensor:
     logp = linear_logprob(*batch.given, temperature=temperature, **given).logp
     assert logp is not None
     return logp
+
+
+def check_gradients(batch: Batch, found: Tensor, expected: Tensor) -> None:
+    gradients = (
+        torch.autograd.grad(one.square().sum(), batch.leaves, retain_graph=True)
+        for one in (found, expected)
+    )
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (3, 1), (4,), (1, 4), (3, 4)], ids=str)
@@ -134,17 +150,11 @@ def test_a_position_that_is_not_scored_may_have_any(value: float) -> None:
     expected = batch.plain(batch.temperature)
     ids = torch.arange(23).expand(3, 4, 23)
     for given in ({}, {"restrict_to": ids}, {"options": ScoringOptions(schedule="recompute")}):
-        found = logp_of(batch, temperature, **given)
-        torch.testing.assert_close(found, expected)
-        pairs = zip(
-            *(
-                torch.autograd.grad(one.sum(), batch.leaves)
-                for one in (found, batch.plain(batch.temperature))
-            ),
-            strict=True,
-        )
-        for one, other in pairs:
-            torch.testing.assert_close(one, other)
+        # Which says so where a NaN is on its way, although it ends nowhere.
+        with torch.autograd.set_detect_anomaly(True):
+            found = logp_of(batch, temperature, **given)
+            torch.testing.assert_close(found, expected)
+            check_gradients(batch, found, expected)
     for bad in (0, 2):
         wrong = temperature.clone()
         wrong[bad, 0] = value
@@ -160,11 +170,7 @@ def test_backward_reads_what_forward_did() -> None:
         found = logp_of(batch, temperature, options=ScoringOptions(schedule=schedule))
         temperature.fill_(9)
         expected = batch.plain(batch.temperature)
-        for one, other in zip(
-            *(torch.autograd.grad(x.square().sum(), batch.leaves) for x in (found, expected)),
-            strict=True,
-        ):
-            torch.testing.assert_close(one, other)
+        check_gradients(batch, found, expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -177,11 +183,7 @@ def test_linear_logits(softcap: float | None) -> None:
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     expected = z / batch.temperature[..., None]
     torch.testing.assert_close(found, expected)
-    for one, other in zip(
-        *(torch.autograd.grad(x.square().sum(), batch.leaves) for x in (found, expected)),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other)
+    check_gradients(batch, found, expected)
 
 
 def test_restricted() -> None:
@@ -209,26 +211,51 @@ def test_a_low_rank_update() -> None:
 
 
 def test_under_torch_func() -> None:
+    """There positions that are not scored are rows too, which must not spoil the weight's gradient
+    where a bias excludes ids."""
     batch = Batch()
     others = torch.stack([batch.temperature, batch.temperature + 1])
+    bias = torch.zeros(23, dtype=torch.float64)
+    excluded = next(id for id in range(23) if id not in batch.target)
+    bias[excluded] = -torch.inf
 
-    def loss(hidden: Tensor, temperature: Tensor) -> Tensor:
-        given = hidden, batch.weight.detach(), batch.target
-        logp = linear_logprob(*given, temperature=temperature).logp
+    def loss(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
+        given = {"bias": bias, "temperature": temperature}
+        logp = linear_logprob(hidden, weight, batch.target, **given).logp
         assert logp is not None
         return logp.square().sum()
 
-    def gradient(hidden: Tensor, temperature: Tensor) -> Tensor:
-        return func.grad(loss)(hidden, temperature)
-
-    hidden = batch.hidden.detach()
-    found = func.vmap(gradient, in_dims=(None, 0))(hidden, others)
-    for one, temperature in zip(found, others, strict=True):
-        plain = batch.plain(temperature).square().sum()
-        torch.testing.assert_close(one, torch.autograd.grad(plain, batch.hidden)[0])
-        torch.testing.assert_close(gradient(hidden, temperature), one)
+    gradients = func.grad(loss, argnums=(0, 1))
+    leaves = [one.detach() for one in batch.leaves]
+    mapped = func.vmap(gradients, in_dims=(None, None, 0))(*leaves, others)
+    for at, temperature in enumerate(others):
+        plain = batch.plain(temperature, bias=bias)
+        expected = torch.autograd.grad(plain.square().sum(), batch.leaves)
+        torch.testing.assert_close(gradients(*leaves, temperature), expected)
+        torch.testing.assert_close(tuple(one[at] for one in mapped), expected)
     with pytest.raises(ValueError, match=r"temperature.*gradient.*temperature.detach\(\)"):
-        func.grad(loss, argnums=1)(hidden, batch.temperature)
+        func.grad(loss, argnums=2)(*leaves, batch.temperature)
+
+
+def test_rows_that_are_no_token_have_none() -> None:
+    """Times 0 the -inf of a bias would be NaN, in the weight's gradient too."""
+    batch = Batch()
+    asked = ask(*batch.given, temperature=batch.temperature)
+    factor = asked.planned(batch.target, pack_whole(batch.target, -100)).row_factor()
+    expected = batch.temperature.reciprocal().masked_fill(~batch.scored, 1)
+    torch.testing.assert_close(factor, expected.view(-1))
+
+
+def test_a_tile_that_was_not_planned() -> None:
+    """Of more rows than it has."""
+    rows = SPARE_ROWS + 3
+    hidden, target = torch.randn(rows, 5, dtype=torch.float64), torch.zeros(rows).long()
+    factor = 1 + torch.rand(rows, dtype=torch.float64)
+    slab = Slab(torch.randn(9, 5, dtype=torch.float64), None, LogitMap(1.0, 0.0, factor))
+    own = torch_backend.target_logits(hidden, slab, target).logit
+    sums = Tiled(torch_backend).project(Projection(hidden, slab, None, target), own, False, False)
+    logits = (hidden @ slab.weight.t()) * factor[:, None]
+    torch.testing.assert_close(row_scores(sums, own).logp, logits.log_softmax(1)[:, 0])
 
 
 def test_of_fake_tensors() -> None:

@@ -129,5 +129,5 @@ def test_kernels_loaded_beside_a_torch_without_cuda_say_so() -> None:
     row, target = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="names no CUDA stream to fastpref; use backend='torch'"):
         torch.ops.fastpref.exp_rows_.default.redispatch(
-            keys, row[:, None], target, row, None, 1.0, 0.0, False, False
+            keys, row[:, None], target, row, None, 1.0, 0.0, None, False, False
         )

@@ -107,6 +107,33 @@ def test_exp_rows(
     torch.testing.assert_close(sums.total, total, rtol=0, atol=slack, check_dtype=False)
 
 
+@pytest.mark.parametrize("cap", [0.0, 20.0])
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_each_row_its_own_map(
+    kernels: Kernels, dtype: torch.dtype, blocks: int, cap: float
+) -> None:
+    """Factors that are powers of 2: bit by bit what one row after the other gives with numbers."""
+    exact = statistics_dtype(dtype)
+    factor = torch.tensor([1.0, 0.5, 2.0, 0.25], dtype=exact)
+    map, bias = LogitMap(0.75, cap, factor), torch.randn(9008, dtype=exact)
+    products = (3 * torch.randn(4, 9008)).to(dtype)
+    products[1, 7] = 95  # moves the anchor
+    target, (anchor, *others) = torch.tensor([3, -1, 9000, 44]), torch.randn(7, 4, dtype=exact)
+    upstream = UpstreamGradient(anchor, others[0].exp(), -others[1].abs(), *others[2:])
+    exps, grads = products.clone(), products.clone()
+    sums = kernels.exp_rows(Products(exps, bias, map), target, anchor, True, True, blocks=blocks)
+    kernels.logit_grad(Products(grads, bias, map), target, upstream)
+    for i in range(4):
+        at, numbers = slice(i, i + 1), LogitMap(*(float(one * factor[i]) for one in map[:2]))
+        one, two = (Products(products[at].clone(), bias, numbers) for _ in range(2))
+        alone = kernels.exp_rows(one, target[at], anchor[at], True, True, blocks=blocks)
+        kernels.logit_grad(two, target[at], upstream.of_rows(at))
+        assert torch.equal(exps[at], one.tile) and torch.equal(grads[at], two.tile)
+        for name, value in alone._asdict().items():
+            assert value is None or torch.equal(value, getattr(sums, name)[at]), name
+
+
 def test_logits_far_from_their_anchor_cost_no_digits(kernels: Kernels) -> None:
     """Rounding t - anchor alone would be wrong by up to 2^-20 here, the same way in a whole row."""
     tile = torch.rand(64, 1).expand(64, 600).contiguous()

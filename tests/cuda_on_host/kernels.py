@@ -90,7 +90,16 @@ class TileStruct(ctypes.Structure):
 
 
 class MapStruct(ctypes.Structure):
-    _fields_ = (("bias", ctypes.c_void_p), ("scale", ctypes.c_double), ("cap", ctypes.c_double))
+    _fields_ = (
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_double),
+        ("cap", ctypes.c_double),
+        ("factor", ctypes.c_void_p),
+    )
+
+    @classmethod
+    def of(cls, bias: Tensor | None, map: LogitMap) -> "MapStruct":
+        return cls(pointer(bias), map.scale, map.cap, pointer(map.factor))
 
 
 class ExpRowsStruct(ctypes.Structure):
@@ -180,7 +189,7 @@ class Kernels(NamedTuple):
         best_index = torch.full((rows,), -7) if statistics else None
         call = ExpRowsStruct(
             TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
-            MapStruct(pointer(bias), *map),
+            MapStruct.of(bias, map),
             anchor.data_ptr(),
             sums.data_ptr(),
             pointer(best_index),
@@ -205,7 +214,7 @@ class Kernels(NamedTuple):
         tile, bias, map = products
         call = LogitGradStruct(
             TileStruct(tile.data_ptr(), *tile.shape, tile.stride(0), target.data_ptr()),
-            MapStruct(pointer(bias), *map),
+            MapStruct.of(bias, map),
             *pointers(upstream),
         )
         self.library.logit_grad(
@@ -226,7 +235,7 @@ class Kernels(NamedTuple):
             weight.stride(0),
             width,
             weight.shape[0],
-            MapStruct(pointer(bias), *map),
+            MapStruct.of(bias, map),
             target.data_ptr(),
             *pointers(found),
         )
@@ -251,7 +260,7 @@ class Kernels(NamedTuple):
         call = SettleRowsStruct(
             *pointers((sums.anchor, sums.sum, sums.offset, sums.best)),
             *pointers(own),
-            MapStruct(None, *map),
+            MapStruct.of(None, map),
             pointer(exps),
             rows,
             0 if exps is None else exps.stride(0),

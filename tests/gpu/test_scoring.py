@@ -65,6 +65,28 @@ def test_logp(backend, dtype, schedule, feature, sizes):
 
 @backends
 @dtypes
+@pytest.mark.parametrize("cap", [{}, {"softcap": 5.0, "bias": True}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+def test_temperatures(backend, dtype, schedule, cap):
+    """One for each row; 0 where it is not scored."""
+    given = SIZES["ragged"] | {"uneven": True, "ignored": 0.2} | cap
+    verify(backend, dtype, schedule, **given)
+    outputs = {"outputs": OUTPUTS, "differentiated": ("logp", "entropy", "mean_logits", "lse")}
+    verify(backend, dtype, schedule, **outputs, **given)
+
+
+@backends
+def test_a_temperature_out_of_range_gives_nan_in_its_row(backend):
+    case = make_case(dtype=torch.float32, uneven=True, **SIZES["aligned"]).on("cuda")
+    temperature = case.map["temperature"].clone()
+    temperature[:4] = torch.tensor([0.0, -1.0, torch.nan, torch.inf])
+    given = case.hidden, case.weight, case.target
+    logp = linear_logprob(*given, temperature=temperature, options=ScoringOptions(backend=backend))
+    assert logp.logp[:4].isnan().all() and logp.logp[4:].isfinite().all()
+
+
+@backends
+@dtypes
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("feature", ["plain", "softcap"])
 def test_frozen_head(backend, dtype, feature, sizes):

@@ -166,6 +166,10 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     "rows: recompute": lambda n, dtype: score(
         n, dtype, backend="rows", options={"schedule": "recompute"}
     ),
+    "rows: temperatures": lambda n, dtype: score(
+        n, dtype, backend="rows", outputs=OUTPUTS, temperature=torch.ones(n)
+    ),
+    "triton: temperatures": lambda n, dtype: score(n, dtype, temperature=torch.ones(n)),
     "divergence": diverge,
     "cosine": lambda n, dtype: diverge(n, dtype, divergence="cosine"),
 }
@@ -173,11 +177,12 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
 
 def all_flags(rows: int, dtype: torch.dtype) -> Iterator[None]:
     """Calls with every combination of what a kernel is compiled for."""
-    for backend, bias, cap, vocab, outputs in itertools.product(
-        ("triton", "rows"), (False, True), (None, 30.0), (512, 515), (("logp", "lse"), OUTPUTS)
+    backends = ("triton", 1.0), ("rows", 1.0), ("rows", torch.ones(rows))
+    for (backend, temperature), bias, cap, vocab, outputs in itertools.product(
+        backends, (False, True), (None, 30.0), (512, 515), (("logp", "lse"), OUTPUTS)
     ):
         given = {"bias": bias, "softcap": cap, "vocab": vocab, "outputs": outputs}
-        given["backend"] = backend
+        given |= {"backend": backend, "temperature": temperature}
         for needs in ((), ("hidden", "weight")):
             yield score(rows, dtype, needs=needs, **given)
         recompute = given | {"options": {"schedule": "recompute"}}

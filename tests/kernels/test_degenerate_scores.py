@@ -161,23 +161,31 @@ OVERFLOWING = {
 @backends
 @pytest.mark.parametrize("plan", [*PLANS, "direct"])
 @pytest.mark.parametrize("name", OVERFLOWING)
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-10])
-def test_halves_are_right_or_nan(name, plan, backend, scale):
+def test_halves_are_right_or_nan(name, plan, backend, scale, by_row):
     """Where a product passes 65504 the row's numbers are those of wider arithmetic, or NaN where
-    plain torch's are not finite either; gradients are so where the scores are."""
+    plain torch's are not finite either; gradients are so where the scores are. ``by_row`` the other
+    rows have the other scale."""
     hidden, weight = whole(ROWS, H, seed=1), whole(V, H, seed=3)
     hidden[:, 0], weight[:, 0], hidden[1, 0] = 0, 0, 300
     for column, value in OVERFLOWING[name].items():
         weight[column, 0] = value
     hidden, weight = hidden.half(), weight.half()
     target, row = torch.tensor(TARGET), torch.arange(ROWS)
+    given = numbers = {"logit_scale": scale}
+    if by_row:
+        scale = torch.full((ROWS, 1), 2.0**-10 / scale).index_fill(0, torch.tensor([1]), scale)
+        given = {"temperature": 1 / scale[:, 0]}
     logits = scale * (hidden.double() @ weight.double().t())
     exact = logits.log_softmax(1)
     plain = (scale * (hidden @ weight.t()).float()).log_softmax(1)
     leaves = [hidden.requires_grad_(), weight.requires_grad_(plan != "direct")]
     outputs = ("logp", "entropy", "lse") if plan != "direct" else ("logp",)
     options = ScoringOptions(backend=backend, schedule=plan)
-    scores = linear_logprob(*leaves, target, logit_scale=scale, outputs=outputs, options=options)
+    scores = linear_logprob(*leaves, target, **given, outputs=outputs, options=options)
+    alone = linear_logprob(hidden[1:2], weight, target[1:2], **numbers, options=options).logp
+    assert torch.equal(alone.isnan(), scores.logp[1:2].isnan())
     right = {
         "logp": exact[row, target],
         "entropy": -(exact.exp() * exact).sum(1),
@@ -196,6 +204,18 @@ def test_halves_are_right_or_nan(name, plan, backend, scale):
     error = (hidden.grad.double() - want).abs()
     assert (error <= 4e-3 * sizes + 1e-3)[known].all()
     assert hidden.grad[~known].isnan().all()
+
+
+@backends
+def test_halves_that_all_lie_low_are_not_lost(backend):
+    """In a row whose temperature leaves little between the largest and the smallest logit."""
+    hidden, weight = whole(ROWS, H, seed=1), whole(V, H, seed=3)
+    hidden[:, 0], weight[:, 0], hidden[1, 0] = 0, -200, 300
+    temperature = torch.tensor([1.0, 1024.0, 1.0, 1.0])
+    given = hidden.half(), weight.half(), torch.tensor(TARGET)
+    options = ScoringOptions(backend=backend)
+    scores = linear_logprob(*given, temperature=temperature, options=options)
+    assert scores.logp.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -55,6 +55,18 @@ def test_values_and_gradients(kind, dtype):
 
 
 @pytest.mark.heavy
+@dtypes
+def test_each_row_its_own_map(dtype):
+    """Of the one divergence that is asked for so."""
+    factor, tiles = torch.tensor([0.4, 1.0, 2.2]), random_tiles(3, 2500)
+    for map in (LogitMap(0.8, 0.0, factor), LogitMap(1.3, 5.0, factor)):
+        check(with_bias(tiles._replace(map=map)), "forward_kl", dtype)
+        student, teacher = tiles.to(dtype)._replace(map=map).products
+        assert divergence_launch.serves("rows", student, teacher, 0, True)
+        assert not divergence_launch.serves("rows", student, teacher, 1, True)
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "tv"])
 def test_rows_with_one_probability_of_nearly_1(kind):
     """The gradient there is what remains of one number beside the mean of all."""

@@ -70,6 +70,7 @@ def test_a_call_launches_what_it_should() -> None:
     # Of a row of 20,000 columns there are several steps, and few rows are split.
     assert set(cases["rows: long"]) == rows | {"join_shares_kernel", "scale_rows_kernel"}
     assert set(cases["rows: recompute"]) == rows | {"logit_grad_rows_kernel"}
+    assert set(cases["triton: temperatures"]) == set(cases["rows: keep"])
     assert set(cases["odd width"]) == rows | {"scale_rows_kernel"}
     assert set(cases["divergence"]) >= {"divergence_rows_kernel"}
     assert set(cases["cosine"]) >= {"cosine_rows_kernel"}

@@ -204,23 +204,22 @@ def test_split_rows(monkeypatch, dtype, padded, cols, map):
 @dtypes
 @pytest.mark.parametrize("capped", [False, True])
 def test_each_row_its_own_map(dtype, capped):
-    """Scales and caps as vectors: as one row after the other with numbers."""
+    """A factor each: as one row after the other with numbers."""
     products = (torch.randn(5, 163) * 3).to(dtype)
-    scale = torch.tensor([1.0, 0.5, -2.0, 3.0, 0.1])
-    cap = torch.tensor([1.0, 4.0, 2.5, 30.0, 0.7]) if capped else torch.zeros(5)
+    factor = torch.tensor([1.0, 0.5, 2.0, 3.0, 0.1])
     target = torch.tensor([0, 5, 162, 99, 7])
     anchor = torch.randn(5)
     upstream = UpstreamGradient(
         anchor, torch.full((5,), 50.0), -torch.rand(5), *[torch.randn(5)] * 4
     )
     whole = tile_of(products, True), tile_of(products, True)
-    by_row = LogitMap(scale, cap if capped else 0.0)
+    by_row = LogitMap(-0.8, 2.5 if capped else 0.0, factor)
     sums = rows.exp_rows(Products(whole[0], None, by_row), target, anchor, True, True)
     rows.logit_grad(Products(whole[1], None, by_row), target, upstream)
     for i in range(5):
         alone = tile_of(products[i : i + 1], True), tile_of(products[i : i + 1], True)
         at = slice(i, i + 1)
-        map = LogitMap(float(scale[i]), float(cap[i]))
+        map = LogitMap(*(float(one * factor[i]) for one in by_row[:2]))
         both = [Products(one, None, map) for one in alone]
         one = rows.exp_rows(both[0], target[at], anchor[at], True, True)
         rows.logit_grad(both[1], target[at], UpstreamGradient(*(v[at] for v in upstream)))
@@ -228,6 +227,25 @@ def test_each_row_its_own_map(dtype, capped):
             torch.testing.assert_close(getattr(one, name), getattr(sums, name)[at])
         for tile, own in zip(whole, alone, strict=True):
             torch.testing.assert_close(tile[at], own)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "feature, schedule, dtype",
+    sample(["plain", "bias", "softcap"], ["keep", "recompute", "slabs"], DTYPES),
+)
+def test_temperatures(dtype, schedule, feature):
+    given = {name: value for name, value in FEATURES[feature].items() if name != "temperature"}
+    verify(
+        options(dtype, schedule),
+        dtype,
+        uneven=True,
+        outputs=OUTPUTS,
+        differentiated=("logp", "entropy", "mean_logits", "lse"),
+        **SIZES,
+        **given,
+    )
+    verify(options(dtype, schedule), dtype, uneven=True, **SIZES, **given)
 
 
 @pytest.mark.heavy

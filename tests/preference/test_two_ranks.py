@@ -16,6 +16,7 @@ pytestmark = pytest.mark.heavy
 
 B, T, H, V, RANK = 8, 8, 5, 22, 2
 BATCHES = ScoringOptions(schedule="batches", memory_budget=V * 8 * T * 2)
+TEMPERATURE = torch.linspace(0.4, 1.8, B * T, dtype=torch.float64).view(B, T)
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tokens": ("seq_group", "dpo", {}),
     "tokens, lengths": ("seq_group", "simpo", {}),
@@ -33,6 +34,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"options": ScoringOptions(schedule="recompute")},
     ),
     "vocabulary, mixture": ("tp_group", "epsilon_dpo", {}),
+    "vocabulary, temperatures": ("tp_group", "dpo", {"temperature": TEMPERATURE}),
+    "vocabulary, temperatures, batches": (
+        "tp_group",
+        "dpo",
+        {"temperature": TEMPERATURE, "softcap": 3.0, "options": BATCHES},
+    ),
+    "vocabulary, temperatures, divergence": ("tp_group", "tdpo", {"temperature": TEMPERATURE}),
     "pairs": ("dp_group", "aot", {}),
 }
 

@@ -15,6 +15,7 @@ from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring.backends import unavailable_reason
 from fastpref.scoring.plain_scores import plain_scores
 from fastpref.scoring.statistics import OUTPUTS
+from fastpref.scoring.types import statistics_dtype
 
 IGNORED = -100
 INPUTS = ("hidden", "weight", "bias")
@@ -36,14 +37,27 @@ class Case:
     def scored(self) -> Tensor:
         return self.target != IGNORED
 
+    @property
+    def temperature(self) -> Any:
+        """What logits are divided by: a number, or one for each row, in the statistics' dtype."""
+        value = self.map.get("temperature", 1.0)
+        if not isinstance(value, Tensor):
+            return value
+        return torch.where(self.scored, value, 1)[..., None].to(statistics_dtype(self.hidden.dtype))
+
     def on(self, device: str) -> Case:
         bias = None if self.bias is None else self.bias.to(device)
         tensors = (one.to(device) for one in (self.hidden, self.weight, self.target))
-        return Case(*tensors, bias, self.map)
+        map = {name: _on(value, device) for name, value in self.map.items()}
+        return Case(*tensors, bias, map)
 
     def to(self, dtype: torch.dtype) -> Case:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+
+
+def _on(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @functools.cache
@@ -57,11 +71,13 @@ def make_case(
     ignored: float = 0.0,
     spread: float = 3.0,
     below: float = 0.0,
+    uneven: bool = False,
     seed: int = 0,
     **map: Any,
 ) -> Case:
     """Logits of standard deviation ``spread``, a share ``ignored`` of the rows not scored, a share
-    ``below`` of the targets 100 to 1000 nats below all else (and many of them the same)."""
+    ``below`` of the targets 100 to 1000 nats below all else (and many of them the same); with
+    ``uneven`` each row has a temperature of its own, which is 0 where it is not scored."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -85,6 +101,9 @@ def make_case(
         common = rare + case.target % (vocab - rare)
         low = torch.where(far, case.target % rare, common)
         case.target.copy_(torch.where(case.scored, low, IGNORED))
+    if uneven:
+        temperature = 0.3 + 1.7 * torch.rand(rows, generator=generator, dtype=torch.float64)
+        case.map["temperature"] = torch.where(case.scored, temperature, 0)
     return case.to(dtype)
 
 
@@ -123,9 +142,9 @@ def run(
         if tensor is not None
     }
     if reference:
-        scores = plain_scores(
-            leaves["hidden"], leaves["weight"], case.target, bias=leaves.get("bias"), **case.map
-        )
+        given = leaves["hidden"], leaves["weight"], case.target
+        map = case.map | {"temperature": case.temperature}
+        scores = plain_scores(*given, bias=leaves.get("bias"), **map)
     else:
         scores = linear_logprob(
             leaves["hidden"],
@@ -212,7 +231,7 @@ def _logits(case: Case) -> Tensor:
     logits = logits * case.map.get("logit_scale", 1.0)
     if (cap := case.map.get("softcap")) is not None:
         logits = cap * torch.tanh(logits / cap)
-    return logits / case.map.get("temperature", 1.0)
+    return logits / case.temperature
 
 
 def verify(

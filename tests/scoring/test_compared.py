@@ -81,7 +81,9 @@ class Both:
 
     def call(self, rule: Any, models: list[Model], **options: Any) -> Call:
         request = make_request(models, ignore_index=-100, options=ScoringOptions(**options))
-        return plan_target(request, rule, models, self.policy.target)
+        value = self.policy.map.get("temperature")
+        by_row = value if isinstance(value, Tensor) else None
+        return plan_target(request, rule, models, self.policy.target, temperature=by_row)
 
     def found(self, name: str, **options: Any) -> dict[str, Tensor]:
         leaves, rule = self.leaves(self.policy), RULES[name]
@@ -112,7 +114,7 @@ class Both:
             z = ((hidden @ weight.t()).to(wide) + bias.to(wide)) * map.get("logit_scale", 1.0)
             if map.get("softcap"):
                 z = map["softcap"] * torch.tanh(z / map["softcap"])
-            return z / map.get("temperature", 1.0)
+            return z / self.policy.to(dtype).temperature
 
         s = logits(*leaves.values())
         t = logits(other.hidden, other.weight, other.bias)
@@ -154,8 +156,12 @@ def test_numbers(name: str, schedule: str, dtype: torch.dtype, backend: str) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_map_of_logits(schedule: str, name: str, backend: str) -> None:
-    features = {"softcap": 9.0, "temperature": 1.4, "logit_scale": 0.7}
+@pytest.mark.parametrize("temperature", [{"temperature": 1.4}, {"uneven": True}], ids=str)
+def test_the_map_of_logits(
+    temperature: dict[str, Any], schedule: str, name: str, backend: str
+) -> None:
+    """A row's own temperature is that of both models."""
+    features = {"softcap": 9.0, "logit_scale": 0.7} | temperature
     both = Both(torch.float32, features=features)
     given = dict(SCHEDULES[schedule])
     if "memory_budget" in given:

@@ -31,6 +31,7 @@ def exp_rows_arguments(rows=3, cols=5, dtype=torch.float32, **changes):
         "bias": None,
         "scale": 1.0,
         "cap": 0.0,
+        "factor": None,
         "write": True,
         "statistics": True,
     }
@@ -52,6 +53,7 @@ def logit_grad_arguments(rows=3, cols=5, dtype=torch.float32, **changes):
         "bias": torch.zeros(cols, dtype=exact),
         "scale": 1.0,
         "cap": 0.0,
+        "factor": None,
     }
     return {**arguments, **changes}
 
@@ -125,7 +127,7 @@ def test_exponentials(dtype, lowest, ulps):
     x = x[(x > lowest) & (x < 29.9)]
     tile = x[None].clone()
     anchor = torch.zeros(1, dtype=dtype)
-    ops.exp_rows_(tile, torch.tensor([-1]), anchor, None, 1.0, 0.0, True, False)
+    ops.exp_rows_(tile, torch.tensor([-1]), anchor, None, 1.0, 0.0, None, True, False)
     expected = x.double().exp()
     unit = 2.0 ** (expected.frexp().exponent.double() - 1) * torch.finfo(dtype).eps
     assert ((tile[0].double() - expected).abs() <= ulps * unit).all()
@@ -133,7 +135,7 @@ def test_exponentials(dtype, lowest, ulps):
 
 def test_exponentials_at_the_ends():
     tile = torch.tensor([[0.0, -INF, -1e30, -87.4, -200.0]])
-    ops.exp_rows_(tile, torch.tensor([-1]), torch.zeros(1), None, 1.0, 0.0, True, False)
+    ops.exp_rows_(tile, torch.tensor([-1]), torch.zeros(1), None, 1.0, 0.0, None, True, False)
     assert tile.tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
 
 
@@ -157,7 +159,7 @@ def test_softcap(dtype):
     scale, cap = 0.7, 5.0
     tile = z[None].clone()
     sums, _ = ops.exp_rows_(
-        tile, torch.tensor([-1]), torch.zeros(1, dtype=dtype), None, scale, cap, True, True
+        tile, torch.tensor([-1]), torch.zeros(1, dtype=dtype), None, scale, cap, None, True, True
     )
     t = cap * torch.tanh(z.double() * scale / cap)
     slope = torch.cosh(z.double() * scale / cap) ** -2
@@ -181,7 +183,7 @@ def test_sums_do_not_depend_on_where_the_tile_lies(dtype, cols, write):
     before = wide.clone()
     alone = wide[:, 7 : 7 + cols].contiguous()
     inside = wide[:, 7 : 7 + cols]
-    call = (target, anchor, None, 1.0, 0.0, write, True)
+    call = (target, anchor, None, 1.0, 0.0, None, write, True)
     for one, other in zip(ops.exp_rows_(alone, *call), ops.exp_rows_(inside, *call), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(inside, alone)
@@ -211,6 +213,7 @@ def test_a_row_that_rises_above_its_anchor(dtype, at, rise):
             None,
             1.0,
             0.0,
+            None,
             True,
             False,
         )
@@ -246,6 +249,7 @@ BAD_VECTORS = [
         ("bias", torch.zeros(4), r"bias.*\(5,\)"),
         ("bias", torch.zeros(5, dtype=torch.float64), "bias.*dtype"),
         *(("anchor", value, f"anchor.*{message}") for value, message in BAD_VECTORS),
+        *(("factor", value, f"factor.*{message}") for value, message in BAD_VECTORS),
     ],
 )
 def test_argument_checks(call, name, value, message):

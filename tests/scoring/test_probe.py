@@ -104,6 +104,9 @@ def test_kernels_that_are_right_serve(monkeypatch, caplog):
         verify(ScoringOptions(backend="rows"), dtype, outputs=OUTPUTS, **SIZES)
     again = ScoringOptions(backend="rows", schedule="recompute")
     verify(again, torch.float32, **SIZES)
+    for dtype in (torch.float32, torch.float16):
+        verify(ScoringOptions(backend="rows"), dtype, uneven=True, softcap=5.0, **SIZES)
+    verify(again, torch.float32, uneven=True, **SIZES)
     assert probe.failures() == {} and not caplog.records
     for name in ("exp_rows", "logit_grad"):
         monkeypatch.setattr(torch_backend, name, fail)

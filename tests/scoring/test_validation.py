@@ -76,7 +76,6 @@ TABLE = [
     ("logit_scale", 1e300, V, "logit_scale.*1e-15.*1e[+]300"),
     ("temperature", "1", T, "temperature.*number.*str"),
     ("temperature", None, T, "temperature.*number.*NoneType"),
-    ("temperature", torch.tensor(1.0), T, "temperature.*number.*Tensor"),
     ("logit_scale", INF, V, "logit_scale.*finite.*inf"),
     ("logit_scale", True, T, "logit_scale.*number.*bool"),
     ("softcap", 0.0, V, "softcap.*greater than 0.*0.0.*None"),

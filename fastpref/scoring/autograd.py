@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import canary, vocab_parallel
 from .backward import backward
@@ -31,6 +32,9 @@ _AS_IT_IS = contextlib.nullcontext()
 
 def run(call: Call, models: Sequence[Model]) -> Outputs:
     """The outputs of ``call.rule``."""
+    if not call.request.needs_grad and forward_ad._current_level < 0:
+        with torch.no_grad():
+            return run_forward(call, models).outputs
     tensors = [one for model in models for one in model.tensors]
     outputs: Outputs = Engine.apply(call, *tensors)  # type: ignore[no-untyped-call]
     return outputs
@@ -53,11 +57,14 @@ class Engine(Differentiable):
             # A copy of a single weight stays.
             copied = call.plan.copies_weight and call.rule.models == 1
             ctx.heads = heads if copied and call.forms[0].context is None else None
-        names = zip(call.rule.output_names, outputs, strict=True)
-        differentiable = call.rule.differentiable
-        ctx.mark_non_differentiable(
-            *(one for name, one in names if one is not None and name not in differentiable)
-        )
+        names, differentiable = call.rule.output_names, call.rule.differentiable
+        plain = [
+            one
+            for name, one in zip(names, outputs, strict=True)
+            if one is not None and name not in differentiable
+        ]
+        if plain:
+            ctx.mark_non_differentiable(*plain)
         return outputs
 
     @staticmethod
@@ -156,11 +163,18 @@ def run_backward(
         held = held.given_back()
         return None if held.direct else less(plan, keep=False)
 
+    with _opened(models), products_of(model.hidden):
+        return with_less(attempt, call.plan, recomputing, model.hidden.device, call.group)
+
+
+def _opened(models: Sequence[Model]) -> contextlib.AbstractContextManager[Any]:
+    """Within it the heads hold their data."""
+    if all(one.head.form.context is None for one in models):
+        return _AS_IT_IS
     with contextlib.ExitStack() as stack:
         for one in models:
             stack.enter_context(one.head.opened())
-        stack.enter_context(products_of(model.hidden))
-        return with_less(attempt, call.plan, recomputing, model.hidden.device, call.group)
+        return stack.pop_all()
 
 
 def row_gradients(
@@ -212,7 +226,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
+    return tensor.is_cuda
 
 
 def products_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -181,6 +181,7 @@ class Model(NamedTuple):
         return Model.of(own, self.head.form)
 
 
+_OPEN = nullcontext()
 TENSORS = 1 + len(Head._fields[:4])  # of a model
 
 
@@ -189,7 +190,7 @@ def opened(
 ) -> AbstractContextManager[Any]:
     """Within it ``weight`` and ``bias`` hold their data."""
     if context is None:
-        return nullcontext()
+        return _OPEN
     found = context(weight, bias) if callable(context) else None
     if not isinstance(found, AbstractContextManager):
         got = "None" if found is None else type(found).__name__

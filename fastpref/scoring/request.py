@@ -222,8 +222,10 @@ def plan_target(
         return _planned(request, rule, models, packing.scored, active, by_row)
 
     found = find() if kept is None else kept.of((packing.scored, active, by_row), find)
-    # A copy: backward reads it again, and a batch's labels may be overwritten until then.
-    own = target.clone(memory_format=torch.contiguous_format)
+    # A copy where backward reads it again: a batch's labels may be overwritten until then.
+    own = target.contiguous()
+    if request.needs_grad and own is target:
+        own = target.clone()
     return Call(request, rule, found.forms, found.shards, own, packing, found.plan, factor)
 
 

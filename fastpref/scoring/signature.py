@@ -18,7 +18,7 @@ from .types import ScoringOptions
 T = TypeVar("T")
 
 MOST_KEPT = 256
-_VALUES = frozenset({int, float, bool, str, type(None), ScoringOptions, torch.dtype})
+_VALUES = frozenset({int, float, bool, str, ScoringOptions})
 
 
 def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -29,6 +29,8 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
     found: list[Any] = [torch.is_grad_enabled()]
     device = None
     for name, one in arguments.items():
+        if one is None:
+            continue
         kind = type(one)
         # The type beside the value: 1 and True are equal.
         if kind in _VALUES:

@@ -318,7 +318,10 @@ def _divergences(element: str) -> Iterator[Variant]:
     for capped in _ON_OFF:
         blocks = {"BLOCK_COLS": divergence_rows.COLS, "CAPPED": capped, "WRITE": True}
         # With maps by row the first alone, which objectives take.
-        for by_row, (kind, name) in [(True, (0, names[0])), *((False, one) for one in enumerate(names))]:
+        for by_row, (kind, name) in [
+            (True, (0, names[0])),
+            *((False, one) for one in enumerate(names)),
+        ]:
             yield Variant(
                 divergence_rows.divergence_rows_kernel,
                 _label(name, capped=capped, by_row=by_row),

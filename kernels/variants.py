@@ -318,13 +318,11 @@ def _divergences(element: str) -> Iterator[Variant]:
     for capped in _ON_OFF:
         blocks = {"BLOCK_COLS": divergence_rows.COLS, "CAPPED": capped, "WRITE": True}
         # With maps by row the first alone, which objectives take.
-        for by_row, (kind, name) in [
-            (True, (0, names[0])),
-            *((False, one) for one in enumerate(names)),
-        ]:
+        kinds = [(0, True), *((kind, False) for kind in range(len(names)))]
+        for kind, by_row in kinds:
             yield Variant(
                 divergence_rows.divergence_rows_kernel,
-                _label(name, capped=capped, by_row=by_row),
+                _label(names[kind], capped=capped, by_row=by_row),
                 blocks | {"KIND": kind, "BY_ROW": by_row, "EXACT": element == "fp32"},
                 {},
                 element,

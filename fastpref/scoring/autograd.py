@@ -22,7 +22,7 @@ from .request import Call
 from .retry import with_less
 from .rules import Heads, Upstream
 from .transforms import SECOND_DERIVATIVE, Differentiable, for_each
-from .types import statistics_dtype
+from .types import in_dtype, statistics_dtype
 
 Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 
@@ -190,7 +190,9 @@ def like(
 ) -> tuple[Tensor | None, ...]:
     """In the dtype of each."""
     pairs = zip(gradients, tensors, strict=True)
-    return tuple(None if one is None or own is None else one.to(own.dtype) for one, own in pairs)
+    return tuple(
+        None if one is None or own is None else in_dtype(one, own.dtype) for one, own in pairs
+    )
 
 
 def once_differentiable(
@@ -259,6 +261,6 @@ def _unpacked(values: Tensor, call: Call) -> Tensor:
 def _packed(upstream: Upstream, call: Call) -> Upstream:
     dtype = statistics_dtype(call.plan.dtype)
     return [
-        None if one is None else call.packing.gather(one.reshape(-1).to(dtype)).contiguous()
+        None if one is None else call.packing.gather(in_dtype(one.reshape(-1), dtype)).contiguous()
         for one in upstream
     ]

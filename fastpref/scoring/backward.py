@@ -25,7 +25,7 @@ from .plan import Tile
 from .products import add_product, cut, split
 from .rules import Part, Upstream
 from .scaled import add_scaled, scaled
-from .types import statistics_dtype
+from .types import in_dtype, statistics_dtype
 from .workspace import lease, row_stride, tile_of
 
 
@@ -172,13 +172,13 @@ def _row_groups(
     def chosen(at: slice) -> slice | Tensor:
         return at if active is None else active[at]
 
-    def of_rows(one: Tensor, where: slice | Tensor) -> Tensor:
-        return cut(one, where) if isinstance(where, slice) else one[where]
-
-    for at in split(0, inside, inside if in_place else tile.rows):
+    if in_place and factors is not None and inside:
+        at = slice(0, inside)
+        add(at, _where_it_lies(kept.matrices[0]), cut(factors[0], at))
+    for at in split(0, gathered, tile.rows):
         if factors is not None:
             where = chosen(at)
-            add(at, *_kept_tile(kept.matrices, where, [of_rows(one, where) for one in factors]))
+            add(at, *_kept_tile(kept.matrices, where, [one[where] for one in factors]))
     for at in split(inside, total, tile.rows):
         where = chosen(at)
         numbers, given = (
@@ -188,6 +188,12 @@ def _row_groups(
         part = Part([one[at] for one in rows], kept.target[where])
         add(at, *run.rule.again(run.heads.of_rows(where), part, numbers, given))
     return _Groups(groups, tile)
+
+
+def _where_it_lies(matrix: Tensor) -> Callable[[slice, Tensor], Tensor]:
+    """The tile of rows that are all of ``matrix``."""
+    every = slice(0, matrix.shape[0])
+    return lambda columns, _: cut(matrix, every, columns)
 
 
 def _kept_tile(
@@ -200,7 +206,7 @@ def _kept_tile(
 
     def of(one: Tensor, columns: slice, room: Tensor | None) -> Tensor:
         if isinstance(chosen, slice):
-            return cut(one, chosen, columns)
+            return one[chosen, columns]
         return torch.index_select(one[:, columns], 0, chosen, out=room)
 
     def tile(columns: slice, workspace: Tensor) -> Tensor:
@@ -273,5 +279,5 @@ def _products(
             if group.factor is not None:
                 own = cut(d_hidden, group.rows)
                 run.heads.backend.scale_rows(own, group.factor, own)
-        d_hidden = d_hidden.to(dtype)
+        d_hidden = in_dtype(d_hidden, dtype)
     return Gradients(d_hidden, d_weight, d_bias)

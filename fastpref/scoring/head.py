@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .products import cut, product
 from .slab import Slab
-from .types import LogitMap, statistics_dtype
+from .types import LogitMap, in_dtype, statistics_dtype
 
 # Given weight and bias: a context entered around every use of them, in backward too. ZeRO-3 gathers
 # partitioned parameters here.
@@ -103,7 +103,7 @@ class Head(NamedTuple):
     def in_dtype(self, dtype: torch.dtype, shard: Shard) -> Projector:
         """What multiplies rows in ``dtype``."""
         form, used = self.form, slice(0, self.columns)
-        weight, bias, trained = cut(self.weight, used).to(dtype), self.bias, 0
+        weight, bias, trained = in_dtype(cut(self.weight, used), dtype), self.bias, 0
         if self.lora_b is not None:
             trained = weight.shape[1]
             weight = torch.cat([weight, self.lora_b[used].to(dtype)], dim=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._extension import ops_unavailable_reason
+from .types import in_dtype
 
 
 class Packing(NamedTuple):
@@ -94,7 +95,7 @@ def pack_whole(target: Tensor, ignore_index: int) -> Packing:
 def _exact(flat: Tensor, ignore_index: int, max_scored: int | None) -> Packing:
     total = flat.shape[0]
     if flat.device.type == "cpu" and ops_unavailable_reason() is None:
-        own = flat.to(torch.int64).contiguous()
+        own = in_dtype(flat, torch.int64).contiguous()
         index, count = torch.ops.fastpref.scored_places(own, ignore_index)
     else:
         index = (flat != ignore_index).nonzero()[:, 0]

@@ -29,7 +29,7 @@ from .rules import Heads, Rule
 from .signature import Kept
 from .temperature import factor_of
 from .transforms import requires_grad, without_values
-from .types import ScoringOptions, statistics_dtype
+from .types import ScoringOptions, in_dtype, statistics_dtype
 from .validation import (
     check_map,
     check_model,
@@ -101,7 +101,8 @@ class Call(NamedTuple):
     def rows(self, model: Model) -> Tensor:
         """The scored rows of ``model`` in the products' dtype, widened by an update."""
         hidden = model.hidden
-        rows = self.packing.gather(hidden.reshape(-1, hidden.shape[-1])).to(self.plan.dtype)
+        rows = self.packing.gather(hidden.reshape(-1, hidden.shape[-1]))
+        rows = in_dtype(rows, self.plan.dtype)
         return model.head.widened(rows, self.plan.product_room)
 
     def row_factor(self) -> Tensor | None:
@@ -207,7 +208,7 @@ def plan_target(
     of which a share ``active`` has a gradient; ``traced`` keeps it from asking a GPU for them.
     ``temperature`` is like ``target``, where positions have their own. ``kept`` has what was found
     for the same request, rule and heads."""
-    target = target.to(torch.int64)
+    target = in_dtype(target, torch.int64)
     factor = None
     if temperature is not None:
         scored = target != request.ignore_index

@@ -121,6 +121,11 @@ class LogitMap(NamedTuple):
         return torch.cosh(raw * (self.scale / self.cap)).square().reciprocal()
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``tensor.to(dtype)``, which takes its time where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of log-probabilities and sums for products in ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

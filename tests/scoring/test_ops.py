@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.statistics import RowSums
 from tests.scoring.cases import BACKENDS, DTYPES
 from tests.scoring.settling import MAPS, check_settle, check_settle_alone, check_target_logits
@@ -332,6 +333,225 @@ def test_scale_rows(dtype, width):
     assert torch.equal(wide[:, :5], beside[0]) and torch.equal(wide[:, 5 + width :], beside[1])
 
 
+def score_rows_arguments(rows=5, cols=37, dtype=torch.float32, **changes):
+    arguments = {
+        "tile": torch.randn(rows, cols).to(dtype),
+        "hidden": torch.randn(rows, 8).to(dtype),
+        "weight": torch.randn(cols, 8).to(dtype),
+        "target": torch.randint(0, max(cols, 1), (rows,)),
+        "bias": None,
+        "scale": 1.0,
+        "cap": 0.0,
+        "write": True,
+        "statistics": True,
+    }
+    return {**arguments, **changes}
+
+
+def score_in_steps(tile, hidden, weight, target, bias, scale, cap, write, statistics):
+    """What ``score_rows_`` does, by the three operators that it joins."""
+    column, raw, logit = ops.target_logits(hidden, weight, target, bias, scale, cap)
+    sums, best_index = ops.exp_rows_(tile, column, logit, bias, scale, cap, None, write, statistics)
+    own = RowSums.of(sums, best_index if statistics else None)
+    given = own.anchor, own.sum, own.offset, own.best, column, raw, logit
+    scores = ops.settle_rows_(tile if write else None, *given, scale, cap)
+    return torch.cat([raw[None], logit[None], sums, scores]), best_index
+
+
+def same_bits(one, other):
+    """NaN equals NaN, and -0.0 is not 0.0."""
+    assert one.dtype == other.dtype and one.shape == other.shape
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    nan = one.isnan()
+    assert torch.equal(nan, other.isnan())
+    assert torch.equal(one[~nan].view(size), other[~nan].view(size))
+
+
+def outputs_and_tile(operator, arguments):
+    tile = arguments["tile"].clone(memory_format=torch.preserve_format)
+    return *operator(**{**arguments, "tile": tile}), tile
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("map", [(1.0, 0.0), (0.7, 0.0), (1.3, 20.0)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_rows_are_scored_as_in_steps(dtype, map, biased, write, statistics):
+    """Targets of other ranks and of none, a column that rises above its anchor, and rows that are
+    lost to NaN among them; the matrices begin at any address."""
+    rows, cols = 61, 1031
+    hidden = torch.randn(rows, 30)[:, 1:24].to(dtype)
+    weight = torch.randn(cols, 29).to(dtype)[:, 3:26]
+    tile = (hidden.double() @ weight.double().t()).to(dtype)
+    tile[7, 600], tile[8] = 400, -300
+    tile[9, 3], tile[10, 4], tile[11] = torch.nan, INF, -INF
+    target = torch.randint(0, cols, (rows,))
+    target[:5] = torch.tensor([-1, cols, 10**12, -100, cols - 1])
+    arguments = score_rows_arguments(
+        tile=tile,
+        hidden=hidden,
+        weight=weight,
+        target=target,
+        bias=torch.randn(cols, dtype=exact_of(dtype)) if biased else None,
+        scale=map[0],
+        cap=map[1],
+        write=write,
+        statistics=statistics,
+    )
+    found = outputs_and_tile(ops.score_rows_, arguments)
+    expected = outputs_and_tile(score_in_steps, arguments)
+    for one, other in zip(found, expected, strict=True):
+        same_bits(one, other)
+    if not write:
+        same_bits(found[2], tile)
+
+
+@pytest.mark.parametrize("rows, cols, width", [(0, 5, 8), (1, 1, 1), (3, 2, 0), (70, 3001, 9)])
+def test_rows_are_scored_alike_at_any_size(rows, cols, width):
+    """And nothing beside a tile that is a slice of a wider one is touched."""
+    wide = torch.randn(rows, cols + 20)
+    hidden, weight = torch.randn(rows, width), torch.randn(cols, width)
+    arguments = score_rows_arguments(rows, cols, hidden=hidden, weight=weight)
+    arguments["tile"] = wide[:, 7 : 7 + cols].contiguous()
+    expected = outputs_and_tile(score_in_steps, arguments)
+    before = wide.clone()
+    inside = wide[:, 7 : 7 + cols]
+    found = *ops.score_rows_(**{**arguments, "tile": inside}), inside
+    for one, other in zip(found, expected, strict=True):
+        same_bits(one, other.contiguous())
+    same_bits(wide[:, :7], before[:, :7])
+    same_bits(wide[:, 7 + cols :], before[:, 7 + cols :])
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("tile", torch.zeros(5), "tile.*rows, cols"),
+        ("tile", torch.zeros(37, 5).t(), "tile.*contiguous rows.*stride"),
+        ("tile", torch.zeros(5, 37).double(), "hidden.*dtype of tile"),
+        ("tile", torch.zeros(5, 36), "weight.*36 columns of tile.*37"),
+        ("tile", torch.zeros(4, 37), r"target.*\(4,\)"),
+        ("target", torch.zeros(5).int(), "target.*int64"),
+        ("target", torch.zeros(4).long(), r"target.*\(5,\)"),
+        ("target", torch.zeros(5, 1).long(), r"target.*\(5,\)"),
+        ("target", torch.zeros(10).long()[::2], "target.*contiguous"),
+        ("bias", torch.zeros(36), r"bias.*\(37,\)"),
+        ("bias", torch.zeros(37).double(), "bias.*dtype"),
+        ("bias", torch.zeros(74)[::2], "bias.*contiguous"),
+        ("hidden", torch.zeros(4, 8), r"hidden.*\(5, H\)"),
+        ("hidden", torch.zeros(5), r"hidden.*\(5, H\)"),
+        ("hidden", torch.zeros(8, 5).t(), "hidden.*contiguous rows"),
+        ("weight", torch.zeros(37, 7), r"weight.*\(rows, 8\)"),
+        ("weight", torch.zeros(36, 8), "weight.*37 columns of tile.*36"),
+        ("weight", torch.zeros(37, 8).double(), "weight.*dtype"),
+        ("weight", torch.zeros(8, 37).t(), "weight.*contiguous rows"),
+    ],
+)
+def test_arguments_of_score_rows(name, value, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.score_rows_(**score_rows_arguments(**{name: value}))
+
+
+def test_rows_of_integers_are_not_scored():
+    with pytest.raises(RuntimeError, match=r"tile.*float64.*float16.*cast"):
+        ops.score_rows_(**score_rows_arguments(dtype=torch.int32))
+
+
+EXACT = (torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("rate", [1.0, 0.7, -3.0, 0.0, 1e-40, 1e30])
+def test_gradient_factors(dtype, rate):
+    """Those of plain torch to the last bit, and 0 where no gradient arrives, whatever the row
+    holds."""
+    gradient, scale = torch.randn(2, 300, dtype=dtype)
+    gradient[::3] = torch.tensor([0.0, -0.0], dtype=dtype).repeat(50)
+    special = torch.tensor([torch.nan, INF, -INF, 0.0, -0.0, 1e-38, 3e38], dtype=dtype)
+    scale[:7] = special
+    gradient[100:107], gradient[200:207] = special, special.flip(0)
+    found = ops.gradient_factors(gradient, scale, rate)
+    same_bits(found, torch_backend.gradient_factors(gradient, scale, rate))
+    assert (found[gradient == 0] == 0).all()
+    assert ops.gradient_factors(gradient[:0], scale[:0], rate).shape == (0,)
+
+
+VECTOR = {"gradient": torch.zeros(3), "scale": torch.zeros(3), "rate": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("gradient", torch.zeros(3, 1), "gradient.*shape.*2 dimensions"),
+        ("gradient", torch.tensor(1.0), "gradient.*shape.*0 dimensions"),
+        ("gradient", torch.zeros(6)[::2], "gradient.*contiguous"),
+        ("gradient", torch.zeros(3).half(), "gradient.*float32 or float64"),
+        ("gradient", torch.zeros(3).long(), "gradient.*float32 or float64"),
+        *(("scale", value, f"scale.*{message}") for value, message in BAD_VECTORS),
+    ],
+)
+def test_arguments_of_gradient_factors(name, value, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.gradient_factors(**{**VECTOR, name: value})
+
+
+def patterns(rows):
+    """Which of the rows there are: none, one, some, all but one, all."""
+    some = torch.rand(rows) < 0.4
+    one = torch.arange(rows) == rows // 2
+    return {"none": one & ~one, "one": one, "some": some, "but one": ~one, "all": one | ~one}
+
+
+@pytest.mark.parametrize("which", patterns(1))
+@pytest.mark.parametrize("rows", [0, 1, 2, 1000])
+def test_places(which, rows):
+    """They are left out where every row is one."""
+    there = patterns(rows)[which]
+    expected = there.nonzero()[:, 0]
+    calls = [(ops.nonzero_places, there.to(dtype), ()) for dtype in EXACT]
+    for index in (-100, 0, 7, 2**62, -(2**63)):
+        other = torch.where(torch.rand(rows) < 0.5, index + 1, 3)
+        calls.append((ops.scored_places, torch.where(there, other, index), (index,)))
+    for operator, values, rest in calls:
+        before = values.clone()
+        places, count = operator(values, *rest)
+        assert count == len(expected)
+        assert places.dtype == torch.int64
+        assert torch.equal(places, expected if count < rows else expected[:0])
+        assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_what_counts_as_a_gradient(dtype):
+    """All that is not equal to 0: the smallest number and NaN, but no zero of either sign."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    values = [torch.nan, 0.0, -0.0, INF, -INF, smallest, -smallest, -0.0, 1.0]
+    places, count = ops.nonzero_places(torch.tensor(values, dtype=dtype))
+    assert places.tolist() == [0, 3, 4, 5, 6, 8] and count == 6
+
+
+@pytest.mark.parametrize(
+    "operator, value, message",
+    [
+        ("scored_places", torch.zeros(3, 1).long(), "target.*shape.*2 dimensions"),
+        ("scored_places", torch.tensor(3), "target.*shape.*0 dimensions"),
+        ("scored_places", torch.zeros(6).long()[::2], "target.*contiguous"),
+        ("scored_places", torch.zeros(3).int(), "target.*int64"),
+        ("scored_places", torch.zeros(3), "target.*int64"),
+        ("nonzero_places", torch.zeros(3, 1), "gradient.*shape.*2 dimensions"),
+        ("nonzero_places", torch.tensor(3.0), "gradient.*shape.*0 dimensions"),
+        ("nonzero_places", torch.zeros(6)[::2], "gradient.*contiguous"),
+        ("nonzero_places", torch.zeros(3).half(), "gradient.*float32 or float64"),
+        ("nonzero_places", torch.zeros(3).long(), "gradient.*float32 or float64"),
+    ],
+)
+def test_arguments_of_places(operator, value, message):
+    rest = (-100,) if operator == "scored_places" else ()
+    with pytest.raises(RuntimeError, match=message):
+        getattr(ops, operator)(value, *rest)
+
+
 MATRICES = {
     "hidden": torch.zeros(3, 4),
     "weight": torch.zeros(9, 4),
@@ -434,3 +654,27 @@ def test_opcheck_settle_rows(dtype, optional):
     arguments["exps"] = torch.zeros(3, 4, dtype=dtype) if optional else None
     arguments["best"] = arguments["best"] if optional else None
     torch.library.opcheck(ops.settle_rows_.default, (), arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_opcheck_score_rows(dtype, write, statistics, cap):
+    arguments = score_rows_arguments(dtype=dtype, write=write, statistics=statistics, cap=cap)
+    arguments["bias"] = torch.randn(37, dtype=exact_of(dtype)) if write else None
+    torch.library.opcheck(ops.score_rows_.default, (), arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_opcheck_vectors(dtype):
+    gradient, scale = torch.randn(2, 9, dtype=dtype)
+    given = gradient, scale, 0.7
+    torch.library.opcheck(ops.gradient_factors.default, given, test_utils=CHECKS)
+    # Their count is an int, which no fake of a tracer can stand for.
+    without_fakes = CHECKS[:2]
+    for there in patterns(9).values():
+        given = (torch.where(there, gradient, 0.0),)
+        torch.library.opcheck(ops.nonzero_places.default, given, test_utils=without_fakes)
+        given = torch.where(there, 3, -100), -100
+        torch.library.opcheck(ops.scored_places.default, given, test_utils=without_fakes)

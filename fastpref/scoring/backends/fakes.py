@@ -109,22 +109,6 @@ def _gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
     return torch.empty_like(gradient)
 
 
-@_shapes_of("fastpref::scored_places")
-def _scored_places(target: Tensor, ignore_index: int) -> tuple[Tensor, torch.SymInt]:
-    return _some_places(target)
-
-
-@_shapes_of("fastpref::nonzero_places")
-def _nonzero_places(gradient: Tensor) -> tuple[Tensor, torch.SymInt]:
-    return _some_places(gradient)
-
-
-def _some_places(values: Tensor) -> tuple[Tensor, torch.SymInt]:
-    context = torch.library.get_ctx()
-    places = values.new_empty((context.new_dynamic_size(),), dtype=torch.int64)
-    return places, context.new_dynamic_size()
-
-
 @_shapes_of("fastpref::scale_rows_")
 def _scale_rows(out: Tensor, input: Tensor, factor: Tensor) -> None:
     return None

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operator library: schemas and the CPU implementations. Only torch's stable ABI is used, so one
-// build serves every torch from 2.10 on.
+// The operator library: schemas, and the CPU implementations of the operators of rows. Only torch's stable ABI is used,
+// so one build serves every torch from 2.10 on.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

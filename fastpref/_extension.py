@@ -13,15 +13,20 @@ import importlib
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 OPS_LIBRARY = Path(__file__).with_name("_ops.so")
 _BUILD_INFO = Path(__file__).with_name("_build_info.json")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -45,8 +50,6 @@ def ops_unavailable_reason() -> str | None:
     if not OPS_LIBRARY.exists():
         built: str | None = info.get("reason")
         return built or f"{OPS_LIBRARY.name} is not built; run `pip install -e .` in the checkout"
-    import torch
-
     try:
         torch.ops.load_library(OPS_LIBRARY)
     except OSError as error:
@@ -60,8 +63,6 @@ def cuda_ops_unavailable_reason() -> str | None:
     reason = ops_unavailable_reason()
     if reason is not None:
         return reason
-    import torch
-
     if not torch._C._dispatch_has_kernel_for_dispatch_key("fastpref::exp_rows_", "CUDA"):
         return f"the compiled operators have no CUDA kernels ({build_info().get('cuda')})"
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -69,36 +70,42 @@ def cuda_ops_unavailable_reason() -> str | None:
     return _launch_failure(torch.cuda.current_device())
 
 
-def cuda_operators_serve(*tensors: Tensor | None) -> bool:
-    """Whether operators that are on CUDA only take these tensors: nothing traces or transforms
-    them, and their device runs the kernels."""
-    given = [one for one in tensors if one is not None]
-    if not all(one.is_cuda for one in given):
+def operators_serve(*tensors: Tensor | None) -> bool:
+    """Whether operators that are on CPU and CUDA take these tensors, None aside: nothing traces or
+    transforms them, and they are on the CPU, or on GPUs that run the kernels."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    import torch
-    from torch.nn import Parameter
-
-    return (
-        not torch.compiler.is_compiling()
-        # Neither fake and distributed tensors nor torch.func's transforms know the operators.
-        and all(type(one) in (torch.Tensor, Parameter) for one in given)
-        and not torch._C._are_functorch_transforms_active()
-        and not any(_has_tangent(one) for one in given)
-        and all(_kernels_serve(device) for device in {one.device for one in given})
-    )
+    if torch._C._are_functorch_transforms_active():
+        return False
+    on_cpu = on_cuda = True
+    for one in tensors:
+        if one is None:
+            continue
+        # Neither fake and distributed tensors nor tangents know the operators.
+        if type(one) not in _PLAIN or _has_tangent(one):
+            return False
+        on_cpu, on_cuda = on_cpu and one.is_cpu, on_cuda and one.is_cuda
+    if on_cpu:
+        return ops_unavailable_reason() is None
+    return on_cuda and all(_kernels_serve(one.device) for one in tensors if one is not None)
 
 
 def _has_tangent(tensor: Tensor) -> bool:
     """Whether forward-mode differentiation is under way for it."""
-    from torch.autograd import forward_ad
-
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def fake_of(operator: str) -> Callable[[Function], Function]:
+    """Registers the decorated function, which makes results of the operator's shapes for tracing,
+    where there is such an operator."""
+    if ops_unavailable_reason() is not None:
+        return lambda function: function
+    registered: Callable[[Function], Function] = torch.library.register_fake(operator)
+    return registered
 
 
 @functools.cache
 def _kernels_serve(device: Any) -> bool:
-    import torch
-
     with torch.cuda.device(device):
         return cuda_ops_unavailable_reason() is None
 
@@ -106,8 +113,6 @@ def _kernels_serve(device: Any) -> bool:
 @functools.cache
 def _launch_failure(device: int) -> str | None:
     # Machine code for other GPUs, or a driver older than the runtime, shows in a launch only.
-    import torch
-
     tile = torch.zeros(1, 1, device=f"cuda:{device}", dtype=torch.float32)
     target = torch.zeros(1, dtype=torch.int64, device=tile.device)
     try:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operator of the pair head, which is on CUDA only: elsewhere fastpref/units/pair_head.py runs the objective.
+// The operator of the pair head on CUDA.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,37 +9,13 @@
 #include <optional>
 #include <tuple>
 
-#include "arguments.h"
 #include "launch.cuh"
-#include "pair_head.h"
+#include "launchers.h"
+#include "pair_arguments.h"
 
 namespace {
 
-using fastpref::ScalarType;
-using fastpref::cuda::Column;
 using torch::stable::Tensor;
-
-void check_column(const Tensor& like, const Tensor& values, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == like.size(0), name, " must have shape (", like.size(0),
-                  ",), got ", values.dim(), " dimensions and ", values.numel(), " elements");
-  STD_TORCH_CHECK(values.scalar_type() == dtype, name,
-                  " must have the dtype of policy_chosen_logps, and lengths int64; cast it first");
-  STD_TORCH_CHECK(values.device() == like.device(), name,
-                  " must be on the device of policy_chosen_logps; move it there first");
-}
-
-Column checked_column(const Tensor& like, const std::optional<Tensor>& values, const char* name) {
-  if (!values.has_value()) return {nullptr, 0};
-  check_column(like, *values, name, like.scalar_type());
-  return {values->const_data_ptr(), values->stride(0)};
-}
-
-const int64_t* checked_lengths(const Tensor& like, const std::optional<Tensor>& values, const char* name) {
-  if (!values.has_value()) return nullptr;
-  check_column(like, *values, name, ScalarType::Long);
-  STD_TORCH_CHECK(values->is_contiguous(), name, " must be contiguous; call .contiguous() first");
-  return static_cast<const int64_t*>(values->const_data_ptr());
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_head(Tensor policy_chosen_logps, Tensor policy_rejected_logps,
                                                      std::optional<Tensor> ref_chosen_logps,
@@ -48,37 +24,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_head(Tensor policy_chosen_logps,
                                                      std::optional<Tensor> rejected_lengths, int64_t link, double scale,
                                                      double shift, double flipped, double reward_scale,
                                                      bool rewards_per_token) {
-  const Tensor& like = policy_chosen_logps;
-  const auto element = fastpref::element_of(like, "policy_chosen_logps");
-  STD_TORCH_CHECK(element == fastpref::cpu::Element::float64 || element == fastpref::cpu::Element::float32,
-                  "policy_chosen_logps must be float64 or float32, got a half; sums over a response need float32");
-  STD_TORCH_CHECK(link >= 0 && link <= static_cast<int64_t>(fastpref::cuda::Link::hinge),
-                  "link must be 0 (logistic), 1 (square) or 2 (hinge), got ", link);
-  fastpref::cuda::PairHead call{};
-  call.policy[0] = checked_column(like, policy_chosen_logps, "policy_chosen_logps");
-  call.policy[1] = checked_column(like, policy_rejected_logps, "policy_rejected_logps");
-  call.ref[0] = checked_column(like, ref_chosen_logps, "ref_chosen_logps");
-  call.ref[1] = checked_column(like, ref_rejected_logps, "ref_rejected_logps");
-  call.lengths[0] = checked_lengths(like, chosen_lengths, "chosen_lengths");
-  call.lengths[1] = checked_lengths(like, rejected_lengths, "rejected_lengths");
-  call.link = static_cast<fastpref::cuda::Link>(link);
-  call.scale = scale;
-  call.shift = shift;
-  call.flipped = flipped;
-  call.reward_scale = reward_scale;
-  call.rewards_per_token = rewards_per_token;
-  call.pairs = like.size(0);
-  Tensor losses = torch::stable::new_empty(like, {call.pairs});
-  Tensor rewards = torch::stable::new_empty(like, {2, call.pairs});
-  Tensor slopes = torch::stable::new_empty(like, {2, call.pairs});
-  Tensor means = torch::stable::new_empty(like, {fastpref::cuda::kMeans});
-  call.losses = losses.mutable_data_ptr();
-  call.rewards = rewards.mutable_data_ptr();
-  call.slopes = slopes.mutable_data_ptr();
-  call.means = means.mutable_data_ptr();
+  const auto [call, losses, rewards, slopes, means] = fastpref::pair_head_call(
+      policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths,
+      rejected_lengths, link, scale, shift, flipped, reward_scale, rewards_per_token);
+  const auto element = fastpref::element_of(policy_chosen_logps, "policy_chosen_logps");
   // The means are never empty, and of no pairs they are NaN, as torch has it.
-  fastpref::cuda::on_device_of(
-      means, [&](cudaStream_t stream) { return fastpref::cuda::launch_pair_head(element, call, stream); });
+  fastpref::cuda::on_device_of(means, [element, &call = call](cudaStream_t stream) {
+    return fastpref::cuda::launch_pair_head(element, call, stream);
+  });
   return {losses, rewards, slopes, means};
 }
 

@@ -9,8 +9,8 @@ A weight of exactly 0 takes its token out of the sum, a score of NaN or -inf too
 Accumulation is in fp64 and rounded once, so the layouts agree with each other and a long response
 costs no precision. Nothing here uses atomics, and on CUDA nothing reads a value back to the host.
 
-On CUDA a compiled operator adds up (csrc/cuda/sequence_sums.cuh); everything else, and what traces
-or transforms the call, gets the same from plain torch.
+A compiled operator adds up (csrc/sequence_sums.h); packed tokens on CPU, and what traces or
+transforms the call, get the same from plain torch.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._extension import cuda_operators_serve
+from .._extension import fake_of, operators_serve
 from ..objectives.checks import hint, is_integer, no_tensor
 from ..objectives.reading import readable
 
@@ -94,11 +94,17 @@ def sequence_logp(
         ids, count = _check_ids(sequence_ids, mask, num_sequences)
         layout = _Layout(ids=ids, num_sequences=count)
     mean = reduction == "mean"
-    if cuda_operators_serve(logp, token_weights, *layout[:3]):
+    if _operator_serves(logp, token_weights, layout):
         sums: Tensor = _OperatorSums.apply(logp, token_weights, layout, mean)  # type: ignore[no-untyped-call]
     else:
         sums = _torch_sums(logp, token_weights, layout, mean)
     return sums if logp.dtype == torch.float64 else sums.float()
+
+
+def _operator_serves(logp: Tensor, token_weights: Tensor | None, layout: _Layout) -> bool:
+    # On CPU torch is as quick in adding up packed tokens, and quicker in the gradient.
+    padded = layout.boundaries is None and layout.ids is None
+    return (padded or logp.is_cuda) and operators_serve(logp, token_weights, *layout[:3])
 
 
 def _torch_sums(logp: Tensor, token_weights: Tensor | None, layout: _Layout, mean: bool) -> Tensor:
@@ -173,8 +179,23 @@ def _sorted_by_id(ids: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ids, firsts)
 
 
+@fake_of("fastpref::sequence_sums")
+def _sequence_sums(
+    logp: Tensor,
+    token_weights: Tensor | None,
+    mask: Tensor | None,
+    order: Tensor | None,
+    boundaries: Tensor | None,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    sequences = logp.shape[0] if boundaries is None else boundaries.shape[0] - 1
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    sums = logp.new_empty((sequences,), dtype=dtype)
+    return sums, torch.empty_like(sums, dtype=torch.int64)
+
+
 class _OperatorSums(torch.autograd.Function):
-    """The sums in one launch. Their gradients are plain torch, and differentiable themselves."""
+    """The sums in one call. Their gradients are plain torch, and differentiable themselves."""
 
     @staticmethod
     def forward(
@@ -209,34 +230,44 @@ class _OperatorSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logp, token_weights, counts, mask, boundaries, ids = ctx.saved_tensors
-        layout = _Layout(mask, boundaries, ids, ctx.num_sequences)
-        per_sequence = grad.double()
-        if counts is not None:
-            per_sequence = per_sequence / counts.clamp(min=1)
-        per_token = _at_tokens(per_sequence, layout, ctx.shape)
+        layout, dtypes = _Layout(mask, boundaries, ids, ctx.num_sequences), ctx.dtypes
+        per_sequence = grad if counts is None else grad.double() / counts.clamp(min=1)
+        if token_weights is None:
+            return _unweighted(per_sequence, layout, ctx.shape, dtypes[0]), None, None, None
+        per_token = _at_tokens(per_sequence.double(), layout, ctx.shape[-1])
         (needs_logp, needs_weights, *_), scored = ctx.needs_input_grad, layout.scored()
-        weights = None if token_weights is None else _keep(token_weights, scored)
+        weights = _keep(token_weights, scored)
         d_logp = d_weights = None
         if needs_logp:
-            d_logp = per_token
-            if weights is not None:
-                d_logp = _keep(per_token * weights, weights != 0)
-            d_logp = _keep(d_logp, scored).to(ctx.dtypes[0])
-        if needs_weights and weights is not None:
+            d_logp = _keep(_keep(per_token * weights, weights != 0), scored).to(dtypes[0])
+        if needs_weights:
             factor = _finite_at_zero(_keep(logp, scored), weights)
-            d_weights = _keep(per_token * factor, scored).to(ctx.dtypes[1])
+            d_weights = _keep(per_token * factor, scored).to(dtypes[1])
         return d_logp, d_weights, None, None
 
 
-def _at_tokens(per_sequence: Tensor, layout: _Layout, shape: torch.Size) -> Tensor:
-    """Each sequence's value at its tokens, shaped (B, T) or (N,); 0 at tokens of no sequence."""
+def _unweighted(
+    per_sequence: Tensor, layout: _Layout, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """Each sequence's value at its scored tokens, rounded before it is copied there."""
+    # float8 cannot be selected by index.
+    rounded = per_sequence.to(dtype if dtype in _DTYPES else torch.float64)
+    per_token, scored = _at_tokens(rounded, layout, shape[-1]), layout.scored()
+    if scored is None:
+        return per_token.expand(shape).to(dtype)
+    return torch.where(scored, per_token, 0).to(dtype)
+
+
+def _at_tokens(per_sequence: Tensor, layout: _Layout, tokens: int) -> Tensor:
+    """Each sequence's value at its tokens: (B, 1), which broadcasts to (B, T), or (N,), 0 at tokens
+    of no sequence."""
     if layout.boundaries is not None:
-        tokens = torch.arange(shape[0], dtype=torch.int64, device=per_sequence.device)
-        place = torch.searchsorted(layout.boundaries, tokens, right=True)
+        each = torch.arange(tokens, dtype=torch.int64, device=per_sequence.device)
+        place = torch.searchsorted(layout.boundaries, each, right=True)
     elif layout.ids is not None:
         place = layout.ids.clamp(-1, layout.num_sequences) + 1
     else:
-        return per_sequence[:, None].expand(shape)
+        return per_sequence.unsqueeze(1)
     # Not by indexing, of which is_grads_batched knows no derivative.
     return torch.nn.functional.pad(per_sequence, (1, 1)).index_select(0, place)
 

@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs of log-probabilities to losses, rewards and the metrics that trainers log.
 
-Any pairwise objective runs here. On CUDA those of the DPO family, which compare one number a
-response through one of three links, run in one launch that also leaves the losses' slopes
-(csrc/cuda/pair_head.cuh); everything else is the objective itself and a few means.
+Any pairwise objective runs here. Those of the DPO family, which compare one number a response
+through one of three links, run in one compiled operator that also leaves the losses' slopes
+(csrc/pair_head.h); everything else, and what traces or transforms the call, is the objective itself
+and a few means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import objectives
-from .._extension import cuda_operators_serve
+from .._extension import fake_of, operators_serve
 from ..objectives import Objective
 from ..objectives.registry import Composite, upcast
 
-LOGISTIC, SQUARE, HINGE = 0, 1, 2  # in the order of csrc/cuda/pair_head.h
+LOGISTIC, SQUARE, HINGE = 0, 1, 2  # in the order of csrc/pair_head.h
 
 METRICS = (
     "rewards/chosen",
@@ -76,7 +77,7 @@ _LINKS: Mapping[Callable[..., Any], Callable[..., Link]] = {
 
 
 def link_of(objective: Objective) -> Link | None:
-    """What ``objective`` is to the kernel, or None where it is not of the family, or has a
+    """What ``objective`` is to the operator, or None where it is not of the family, or has a
     hyperparameter of one value a pair."""
     if isinstance(objective.function, Composite):
         return None  # torch.compile cannot hash it
@@ -112,14 +113,16 @@ def pair_head(
         TypeError, ValueError: as the objective does.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    # The kernel's means of no pairs are NaN.
-    call = _kernel_call(objective, logps, extras) if policy_chosen_logps.numel() else None
+    # The operator's means of no pairs are NaN.
+    call = _operator_call(objective, logps, extras) if policy_chosen_logps.numel() else None
     if call is None:
         losses, chosen, rejected = objective(*logps, **extras)  # type: ignore[misc]
         measured = torch.stack(_measured(chosen, rejected, *logps[:2]))
-        means = measured.mean(1) if measured.numel() else measured.sum(1)
+        means = (measured.mean(1) if measured.numel() else measured.sum(1)).unbind()
     else:
-        losses, (chosen, rejected), (_, *means) = _PairHead.apply(*call, objective)  # type: ignore[no-untyped-call]
+        losses, rewards, averages = _PairHead.apply(*call, objective)  # type: ignore[no-untyped-call]
+        chosen, rejected = rewards.unbind()
+        means = averages.unbind()[1:]  # that of the losses carries no gradient
     return PairResult(losses, chosen, rejected, dict(zip(METRICS, means, strict=True)))
 
 
@@ -145,19 +148,17 @@ class _Call(NamedTuple):
     link: Link
 
 
-def _kernel_call(
+def _operator_call(
     objective: Objective, logps: tuple[Tensor | None, ...], extras: dict[str, Tensor | None]
 ) -> _Call | None:
-    """The kernel's call, or None where the objective itself must run."""
+    """The operator's call, or None where the objective itself must run."""
     link = link_of(objective)
     lengths = [extras.get("chosen_lengths"), extras.get("rejected_lengths")]
-    if link is None or not cuda_operators_serve(*logps, *lengths):
+    if link is None or not operators_serve(*logps, *lengths):
         return None
-    if not len(cast(Tensor, logps[0])):
-        return None  # nothing to launch
     if any(name not in objective.extras for name in extras):
         return None  # which the objective refuses
-    objective.check(logps, dict(objective.settings) | extras)
+    objective.check(logps, extras)  # what is set was checked when it was
     if not link.gap_per_token:
         lengths = [None, None]
     elif any(one is None or one.is_floating_point() for one in lengths):
@@ -167,6 +168,27 @@ def _kernel_call(
         return None
     counts = [None if one is None else one.long().contiguous() for one in lengths]
     return _Call(*given, *counts, link)  # type: ignore[call-arg, arg-type]
+
+
+@fake_of("fastpref::pair_head")
+def _pair_head(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    link: int,
+    scale: float,
+    shift: float,
+    flipped: float,
+    reward_scale: float,
+    rewards_per_token: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    losses = torch.empty_like(policy_chosen_logps, memory_format=torch.contiguous_format)
+    rewards = losses.new_empty((2, *losses.shape))
+    means = losses.new_empty((1 + len(METRICS),))
+    return losses, rewards, torch.empty_like(rewards), means
 
 
 class _PairHead(torch.autograd.Function):
@@ -204,10 +226,11 @@ class _PairHead(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _gradients_of(ctx.objective, arguments, grad_losses)
         else:
-            chosen, rejected = slopes * grad_losses
-            gradients = (chosen, rejected, -chosen, -rejected)
-        needed = zip(gradients, ctx.needs_input_grad, strict=False)
-        return (*(one if need else None for one, need in needed), None, None, None, None)
+            chosen, rejected = (slopes * grad_losses).unbind()
+            of_chosen, of_rejected = ctx.needs_input_grad[2:4]
+            references = -chosen if of_chosen else None, -rejected if of_rejected else None
+            gradients = (chosen, rejected, *references)
+        return *gradients, None, None, None, None
 
 
 def _gradients_of(

@@ -77,6 +77,15 @@ def pair_head(dtype: torch.dtype, pairs: int) -> Launch:
     return Launch(f"pair_head-{dtype}-{pairs}", run)
 
 
+def of_sequences() -> Iterator[Launch]:
+    """Those of kernels with operators' arguments."""
+    for dtype in ELEMENTS:
+        yield sequence_sums(dtype, packed=False)
+        yield sequence_sums(dtype, packed=True)
+    yield pair_head(torch.float64, 131)
+    yield pair_head(torch.float32, 131)
+
+
 def sample(cols: int = 1001) -> Iterator[Launch]:
     """Every kernel in every dtype, several pieces a thread of 64."""
     for dtype in ELEMENTS:
@@ -88,12 +97,9 @@ def sample(cols: int = 1001) -> Iterator[Launch]:
             *between_products(dtype, "capped", 301),
         ]
         yield from map(on_rows, rows)
-        yield sequence_sums(dtype, packed=False)
-        yield sequence_sums(dtype, packed=True)
     # Some of the blocks have no columns.
     yield on_rows(in_cluster(torch.float16, "plain", False, 13, blocks=8))
-    yield pair_head(torch.float64, 131)
-    yield pair_head(torch.float32, 131)
+    yield from of_sequences()
 
 
 def sweep(cols: int = 2051) -> Iterator[Launch]:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs to losses and metrics: the objective itself, and the CUDA pair head on the host."""
+"""Pairs to losses and metrics: the objective itself, and the pair head, that of the CPU and that of
+CUDA on the host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastpref import objectives
+from fastpref import _extension, objectives
 from fastpref.objectives import Objective
 from fastpref.units import pair_head
 from tests.cuda_on_host.kernels import unavailable_reason
@@ -32,19 +34,28 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> PairHeadKernel:
     return compile_pair_head(tmp_path_factory.mktemp("host"))
 
 
-@pytest.fixture
-def kernel(compiled: PairHeadKernel, monkeypatch: pytest.MonkeyPatch) -> PairHeadKernel:
-    """In the operator's place, for CPU tensors."""
-    monkeypatch.setattr(torch.ops.fastpref, "pair_head", compiled, raising=False)
-    monkeypatch.setattr(pair_head, "cuda_operators_serve", lambda *tensors: True)
-    return compiled
+Kernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+WHY_NO_OPERATOR = _extension.ops_unavailable_reason()
+with_operator = pytest.mark.skipif(WHY_NO_OPERATOR is not None, reason=str(WHY_NO_OPERATOR))
+OPERATOR = pytest.param("operator", marks=with_operator)
+ON_THE_HOST = pytest.param("cuda", marks=pytest.mark.heavy)
 
 
-@pytest.fixture(params=["objective", pytest.param("kernel", marks=pytest.mark.heavy)])
-def either(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "kernel":
-        request.getfixturevalue("kernel")
-    yield
+@pytest.fixture(params=[OPERATOR, ON_THE_HOST])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """The operator, or the CUDA kernel in its place."""
+    if request.param == "cuda":
+        compiled = request.getfixturevalue("compiled")
+        monkeypatch.setattr(torch.ops.fastpref, "pair_head", compiled, raising=False)
+        monkeypatch.setattr(pair_head, "operators_serve", lambda *tensors: True)
+    found: Kernel = torch.ops.fastpref.pair_head
+    return found
+
+
+@pytest.fixture(params=["objective", OPERATOR])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "objective":
+        monkeypatch.setattr(pair_head, "operators_serve", lambda *tensors: False)
 
 
 def make_pairs(
@@ -69,7 +80,7 @@ def differentiable(logps: list[Tensor | None]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("objective", FAMILY, ids=IDS)
 def test_the_kernel_is_the_objective_in_one_launch(
-    kernel: PairHeadKernel, objective: Objective, dtype: torch.dtype, pairs: int
+    kernel: Kernel, objective: Objective, dtype: torch.dtype, pairs: int
 ) -> None:
     logps, extras = make_pairs(objective, pairs, dtype)
     inputs = differentiable(logps)
@@ -92,6 +103,7 @@ def test_the_kernel_is_the_objective_in_one_launch(
 
 
 @pytest.mark.parametrize("objective", FAMILY, ids=IDS)
+@pytest.mark.heavy
 def test_no_barrier_is_missing(compiled: PairHeadKernel, objective: Objective) -> None:
     """The order in which warps run between barriers changes no bit."""
     logps, _ = make_pairs(objective, 700)
@@ -105,9 +117,8 @@ def test_no_barrier_is_missing(compiled: PairHeadKernel, objective: Objective) -
     assert all(torch.equal(*one) for one in zip(*results, strict=True))
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("margin", [-1e4, -800.0, -30.0, -1e-9, 0.0, 1e-9, 1.0, 30.0, 800.0, 1e4])
-def test_far_margins_stay_finite_and_exact(kernel: PairHeadKernel, margin: float) -> None:
+def test_far_margins_stay_finite_and_exact(kernel: Kernel, margin: float) -> None:
     for objective in (
         objectives.get("dpo", beta=1.0, label_smoothing=0.1),
         objectives.get("hinge", beta=1.0),
@@ -167,8 +178,7 @@ def test_halves_are_summed_up_in_float32(either: None) -> None:
     assert all(one.dtype == torch.float32 for one in result.metrics.values())
 
 
-@pytest.mark.heavy
-def test_only_the_gradients_asked_for(kernel: PairHeadKernel) -> None:
+def test_only_the_gradients_asked_for(kernel: Kernel) -> None:
     logps, extras = make_pairs(FAMILY[0], 5)
     frozen = [logps[0], *(one.detach() for one in differentiable(logps[1:]))]
     losses = pair_head.pair_head(FAMILY[0], *frozen, **extras).losses
@@ -177,9 +187,7 @@ def test_only_the_gradients_asked_for(kernel: PairHeadKernel) -> None:
 
 
 @pytest.mark.parametrize("objective", FAMILY, ids=IDS)
-def test_a_second_derivative_is_that_of_the_objective(
-    kernel: PairHeadKernel, objective: Objective
-) -> None:
+def test_a_second_derivative_is_that_of_the_objective(kernel: Kernel, objective: Objective) -> None:
     logps, extras = make_pairs(objective, 5)
     seconds = []
     for losses in (
@@ -194,8 +202,7 @@ def test_a_second_derivative_is_that_of_the_objective(
         torch.testing.assert_close(*seconds)
 
 
-@pytest.mark.heavy
-def test_log_probs_that_depend_on_each_other(kernel: PairHeadKernel) -> None:
+def test_log_probs_that_depend_on_each_other(kernel: Kernel) -> None:
     """A gradient with a graph is partial, as one without is."""
     objective, zero = objectives.get("dpo", beta=0.5), torch.zeros(4, dtype=torch.float64)
     gradients = []
@@ -210,6 +217,63 @@ def test_log_probs_that_depend_on_each_other(kernel: PairHeadKernel) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("objective", FAMILY, ids=IDS)
+def test_first_and_second_derivatives_of_the_operator(kernel: Kernel, objective: Objective) -> None:
+    logps, extras = make_pairs(objective, 5)
+    inputs = differentiable(logps)
+    # A margin of the hinge apart from its kink.
+    close = [(one.detach() / 60).requires_grad_() for one in inputs]
+
+    def losses(*given: Tensor) -> Tensor:
+        return pair_head.pair_head(objective, *given, **extras).losses
+
+    assert torch.autograd.gradcheck(losses, close)
+    assert torch.autograd.gradgradcheck(losses, close)
+
+
+@with_operator
+@pytest.mark.parametrize("pairs", [1, 5])
+@pytest.mark.parametrize("objective", FAMILY[:4:2], ids=IDS[:4:2])
+def test_tracing_knows_the_shapes(objective: Objective, pairs: int) -> None:
+    torch.library.opcheck(torch.ops.fastpref.pair_head.default, arguments_of(objective, pairs))
+
+
+def arguments_of(objective: Objective, pairs: int, **changes: Any) -> list[Any]:
+    """Of the operator, in their order."""
+    logps, extras = make_pairs(objective, pairs)
+    lengths = [extras.get(name) for name in ("chosen_lengths", "rejected_lengths")]
+    names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "chosen", "rejected")
+    given = dict(zip(names, (*logps, *lengths), strict=True))
+    link = pair_head.link_of(objective)
+    assert link is not None
+    given |= {"link": link.kind, "scale": link.scale, "shift": link.shift, "flipped": link.flipped}
+    given |= {"reward_scale": link.reward_scale, "per_token": link.rewards_per_token}
+    return [None if one is None else detached(one) for one in (given | changes).values()]
+
+
+def detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+@with_operator
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy_chosen": torch.zeros(5).half()}, "policy_chosen_logps must be float64 or float"),
+        ({"policy_rejected": torch.zeros(4).double()}, r"policy_rejected_logps .* shape \(5,\)"),
+        ({"ref_chosen": torch.zeros(5)}, "ref_chosen_logps must have the dtype"),
+        ({"ref_rejected": torch.zeros(5, device="meta").double()}, "must be on the device"),
+        ({"chosen": torch.zeros(5).int()}, "chosen_lengths must have .* lengths int64"),
+        ({"rejected": torch.zeros(10).long()[::2]}, "rejected_lengths must be contiguous"),
+        ({"link": 3}, r"link must be 0 \(logistic\), 1 \(square\) or 2 \(hinge\), got 3"),
+    ],
+)
+def test_the_operator_refuses(change: dict[str, Any], message: str) -> None:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastpref.pair_head.default.redispatch(keys, *arguments_of(FAMILY[2], 5, **change))
+
+
 def test_unknown_extras_are_refused_on_any_device(either: None) -> None:
     rows = [torch.zeros(3)] * 4
     with pytest.raises(TypeError, match="dpo has no extra reward_margin"):
@@ -217,13 +281,13 @@ def test_unknown_extras_are_refused_on_any_device(either: None) -> None:
 
 
 def goes_to_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], kernel: PairHeadKernel
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], kernel: Kernel
 ) -> bool:
     calls = []
 
     def counted(*arguments: object) -> object:
         calls.append(arguments)
-        return kernel(*arguments)  # type: ignore[arg-type]
+        return kernel(*arguments)
 
     monkeypatch.setattr(torch.ops.fastpref, "pair_head", counted, raising=False)
     call()
@@ -231,7 +295,7 @@ def goes_to_the_kernel(
 
 
 def test_what_the_kernel_cannot_do_the_objective_does(
-    kernel: PairHeadKernel, monkeypatch: pytest.MonkeyPatch
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
         return beta * (rejected - chosen)
@@ -274,7 +338,7 @@ def test_bad_input_is_named(either: None, change: dict[str, Tensor], message: st
         pair_head.pair_head(objectives.get("dpo"), **given)
 
 
-def test_a_value_for_each_pair_is_left_to_the_objective(kernel: PairHeadKernel) -> None:
+def test_a_value_for_each_pair_is_left_to_the_objective(kernel: Kernel) -> None:
     objective = objectives.get("dpo", beta=torch.tensor([0.1, 0.3, 0.2]))
     logps, _ = make_pairs(objective, 3)
     assert pair_head.link_of(objective) is None

@@ -3,29 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
-from ..._extension import ops_unavailable_reason
+from ..._extension import fake_of
 from ..rows import RowScores
 from ..statistics import SUMS, summed
 from ..types import statistics_dtype
 
-Function = TypeVar("Function", bound=Callable[..., object])
 
-
-def _shapes_of(operator: str) -> Callable[[Function], Function]:
-    """Registers the decorated function for it, where there is such an operator."""
-    if ops_unavailable_reason() is not None:
-        return lambda function: function
-    registered: Callable[[Function], Function] = torch.library.register_fake(operator)
-    return registered
-
-
-@_shapes_of("fastpref::exp_rows_")
+@fake_of("fastpref::exp_rows_")
 def _exp_rows(
     tile: Tensor,
     target: Tensor,
@@ -42,7 +29,7 @@ def _exp_rows(
     return anchor.new_empty((kinds, rows)), target.new_empty((rows if statistics else 0,))
 
 
-@_shapes_of("fastpref::logit_grad_")
+@fake_of("fastpref::logit_grad_")
 def _logit_grad(
     tile: Tensor,
     target: Tensor,
@@ -61,7 +48,7 @@ def _logit_grad(
     return None
 
 
-@_shapes_of("fastpref::target_logits")
+@fake_of("fastpref::target_logits")
 def _target_logits(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, scale: float, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +56,7 @@ def _target_logits(
     return torch.empty_like(target), raw, torch.empty_like(raw)
 
 
-@_shapes_of("fastpref::settle_rows_")
+@fake_of("fastpref::settle_rows_")
 def _settle_rows(
     exps: Tensor | None,
     anchor: Tensor,
@@ -85,7 +72,7 @@ def _settle_rows(
     return anchor.new_empty((len(RowScores._fields) + 1, anchor.shape[0]))
 
 
-@_shapes_of("fastpref::score_rows_")
+@fake_of("fastpref::score_rows_")
 def _score_rows(
     tile: Tensor,
     hidden: Tensor,
@@ -104,17 +91,17 @@ def _score_rows(
     return numbers, target.new_empty((rows if statistics else 0,))
 
 
-@_shapes_of("fastpref::gradient_factors")
+@fake_of("fastpref::gradient_factors")
 def _gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
     return torch.empty_like(gradient)
 
 
-@_shapes_of("fastpref::scale_rows_")
+@fake_of("fastpref::scale_rows_")
 def _scale_rows(out: Tensor, input: Tensor, factor: Tensor) -> None:
     return None
 
 
-@_shapes_of("fastpref::divergence_rows_")
+@fake_of("fastpref::divergence_rows_")
 def _divergence_rows(
     student: Tensor,
     teacher: Tensor,

@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launcher of the sums over sequences: pointers of the current device, no synchronisation.
+// What the sums over sequences take and return, on any device.
 //     sums[b] = sum over the scored tokens t of b of  weights[t] * values[t],  over their number for a mean
-// A weight of 0 makes 0 of any value, NaN too.
+// A weight of 0 makes 0 of any value, NaN too. What boundaries or an order point to outside the tokens counts for
+// nothing.
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "cpu/row_kernels.h"
-
-namespace fastpref::cuda {
+namespace fastpref {
 
 // Sequences are the rows of a padded (B, T) batch, or with boundaries the segments of (N,) packed tokens.
 struct SequenceSums {
@@ -26,7 +23,4 @@ struct SequenceSums {
   bool mean;
 };
 
-cudaError_t launch_sequence_sums(cpu::Element element, const SequenceSums& call, int64_t sequences,
-                                 cudaStream_t stream);
-
-}  // namespace fastpref::cuda
+}  // namespace fastpref

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA sums over sequences, run on the host, and the gradients that sequence_logp gives them.
+"""The kernels that sum over sequences, that of the CPU and that of CUDA on the host, and the
+gradients that sequence_logp gives them.
 
 Not seen here: launches, streams, and speed.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +19,9 @@ from fastpref.sequences import sums as summing
 from tests.cuda_on_host.kernels import ELEMENTS, unavailable_reason
 from tests.cuda_on_host.sequence_sums import SequenceSums, compile_sequence_sums
 
-pytestmark = pytest.mark.heavy
+WHY_NO_OPERATOR = _extension.ops_unavailable_reason()
+with_operator = pytest.mark.skipif(WHY_NO_OPERATOR is not None, reason=str(WHY_NO_OPERATOR))
+Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 # Odd lengths, several tokens a thread, empty sequences first, last and between.
 LENGTHS = [0, 3, 517, 0, 1, 5000, 1027, 0]
@@ -38,11 +40,23 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> SequenceSums:
+def on_the_host(tmp_path_factory: pytest.TempPathFactory) -> SequenceSums:
     reason = unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
     return compile_sequence_sums(tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("operator", marks=with_operator),
+        pytest.param("cuda", marks=pytest.mark.heavy),
+    ]
+)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    if request.param == "cuda":
+        return request.getfixturevalue("on_the_host")  # type: ignore[no-any-return]
+    return torch.ops.fastpref.sequence_sums  # type: ignore[no-any-return]
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -82,7 +96,7 @@ def check(
 @pytest.mark.parametrize("tokens", [1, 511, 5000])
 @pytest.mark.parametrize("dtype", ELEMENTS)
 def test_padded(
-    kernel: SequenceSums, dtype: torch.dtype, tokens: int, weighted: bool, mean: bool
+    kernel: Kernel, dtype: torch.dtype, tokens: int, weighted: bool, mean: bool
 ) -> None:
     logp = guarded((4, tokens), dtype)
     weights = guarded((4, tokens), dtype)[:, :tokens] if weighted else None
@@ -97,7 +111,7 @@ def test_padded(
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_padded_without_a_mask_takes_every_token(kernel: SequenceSums, dtype: torch.dtype) -> None:
+def test_padded_without_a_mask_takes_every_token(kernel: Kernel, dtype: torch.dtype) -> None:
     logp = guarded((3, 1500), dtype)
     check(kernel(logp, None, None, None, None, True), [(row, None) for row in logp], dtype, True)
 
@@ -105,7 +119,7 @@ def test_padded_without_a_mask_takes_every_token(kernel: SequenceSums, dtype: to
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_packed(kernel: SequenceSums, dtype: torch.dtype, weighted: bool, mean: bool) -> None:
+def test_packed(kernel: Kernel, dtype: torch.dtype, weighted: bool, mean: bool) -> None:
     logp = guarded((N,), dtype)
     weights = guarded((N,), dtype) if weighted else None
     parts = logp.split(LENGTHS)
@@ -116,7 +130,7 @@ def test_packed(kernel: SequenceSums, dtype: torch.dtype, weighted: bool, mean: 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_tokens_in_an_order(kernel: SequenceSums, dtype: torch.dtype, weighted: bool) -> None:
+def test_tokens_in_an_order(kernel: Kernel, dtype: torch.dtype, weighted: bool) -> None:
     """Some tokens come before the first boundary and after the last: they are not scored."""
     logp = guarded((N + 9,), dtype)
     weights = guarded((N + 9,), dtype) if weighted else None
@@ -131,7 +145,7 @@ def test_tokens_in_an_order(kernel: SequenceSums, dtype: torch.dtype, weighted: 
 
 
 def test_boundaries_and_an_order_that_point_outside_read_nothing_there(
-    kernel: SequenceSums,
+    kernel: Kernel,
 ) -> None:
     logp = torch.full((100,), torch.nan)[40:60]
     logp.copy_(-torch.rand(20))
@@ -150,7 +164,7 @@ def test_boundaries_and_an_order_that_point_outside_read_nothing_there(
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_nothing_to_sum(kernel: SequenceSums, dtype: torch.dtype) -> None:
+def test_nothing_to_sum(kernel: Kernel, dtype: torch.dtype) -> None:
     nobody = torch.empty(0, dtype=dtype)
     check(
         kernel(nobody[None].expand(3, 0), None, None, None, None, True),
@@ -171,7 +185,7 @@ def test_nothing_to_sum(kernel: SequenceSums, dtype: torch.dtype) -> None:
         assert sums.shape == counts.shape == (0,)
 
 
-def test_a_sum_of_floats_is_rounded_once(kernel: SequenceSums) -> None:
+def test_a_sum_of_floats_is_rounded_once(kernel: Kernel) -> None:
     """Each thread begins with -2^24, after which every -1 would be lost in float."""
     logp = -torch.ones(1, 9 * 512)
     logp[0, :512] = -(2.0**24)
@@ -180,7 +194,7 @@ def test_a_sum_of_floats_is_rounded_once(kernel: SequenceSums) -> None:
 
 
 @pytest.mark.parametrize("poison", [torch.nan, -torch.inf])
-def test_what_is_no_number_stays_in_its_sequence(kernel: SequenceSums, poison: float) -> None:
+def test_what_is_no_number_stays_in_its_sequence(kernel: Kernel, poison: float) -> None:
     logp = guarded((N,), torch.bfloat16)
     logp[3 + 100] = poison
     sums, _ = kernel(logp, None, None, None, BOUNDARIES, False)
@@ -188,27 +202,28 @@ def test_what_is_no_number_stays_in_its_sequence(kernel: SequenceSums, poison: f
     assert torch.equal(sums[2].isnan(), torch.tensor(poison).isnan())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_no_barrier_is_missing(kernel: SequenceSums, dtype: torch.dtype) -> None:
+def test_no_barrier_is_missing(on_the_host: SequenceSums, dtype: torch.dtype) -> None:
     """The order in which warps run between barriers changes no bit."""
     logp, weights, order = guarded((N,), dtype), guarded((N,), dtype), torch.randperm(N)
     results = [
-        kernel(logp, weights, None, order, BOUNDARIES, True, backwards)
+        on_the_host(logp, weights, None, order, BOUNDARIES, True, backwards)
         for backwards in (False, True)
     ]
     assert all(map(torch.equal, *results))
 
 
-# From here on sequence_logp with the operator in place, as it runs on a GPU.
+# From here on sequence_logp with either in the operator's place.
 
 
 @pytest.fixture
-def operator(kernel: SequenceSums, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+def operator(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Says whether sequence_logp uses the operator."""
     monkeypatch.setattr(torch.ops.fastpref, "sequence_sums", kernel, raising=False)
 
     def use(serves: bool) -> None:
-        monkeypatch.setattr(summing, "cuda_operators_serve", lambda *tensors: serves)
+        monkeypatch.setattr(summing, "_operator_serves", lambda *given: serves)
 
     use(True)
     return use
@@ -432,17 +447,65 @@ def test_only_what_a_gradient_needs_is_kept(
     assert kept(logp, weights) == {logp.data_ptr(), weights.data_ptr()}
 
 
-def test_only_cuda_tensors_that_nothing_traces_go_to_the_operator(
+@with_operator
+def test_what_is_traced_or_transformed_does_not_go_to_the_operator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_extension, "_kernels_serve", lambda device: True)
+    serves, found = _extension.operators_serve, []
+    plain = torch.zeros(3)
+    assert serves(plain, None) and serves(torch.nn.Parameter(plain))
+    assert not serves(plain, torch.zeros(3, device="meta"))
+    torch.func.vmap(lambda one: found.append(serves(one)) or one)(plain)
+    torch.func.jvp(lambda one: found.append(serves(one)) or one, (plain,), (plain,))
+    torch.jit.trace(lambda one: found.append(serves(one)) or one, (plain,), check_trace=False)
+    with torch.autograd.forward_ad.dual_level():
+        assert serves(plain)
+        assert not serves(plain, torch.autograd.forward_ad.make_dual(plain, plain))
+    assert found == [False, False, False]
     monkeypatch.delattr(torch.ops.fastpref, "sequence_sums", raising=False)
-    assert not _extension.cuda_operators_serve(torch.zeros(3))
     with torch._subclasses.FakeTensorMode():
         logp = torch.zeros(2, 3, device="cuda")
-        assert not _extension.cuda_operators_serve(logp, None)
+        assert not serves(logp, None)
         sums = sequence_logp(logp, mask=logp > 0, reduction="mean")
         assert sums.shape == (2,) and sums.is_cuda
+
+
+@with_operator
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_packed_tokens_are_added_up_by_torch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """On CPU; padded rows are not."""
+    monkeypatch.setattr(torch.ops.fastpref, "sequence_sums", None)
+    packed = torch.ones(3, dtype=dtype)
+    ids = torch.tensor([1, 0, 1])
+    assert sequence_logp(packed, sequence_ids=ids, num_sequences=2).tolist() == [1, 2]
+    assert sequence_logp(packed, cu_seqlens=torch.tensor([0, 1, 3])).tolist() == [1, 2]
+    with pytest.raises(TypeError):
+        sequence_logp(packed[None])
+
+
+@with_operator
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_tracing_knows_the_shapes(dtype: torch.dtype, packed: bool) -> None:
+    shape = (12,) if packed else (3, 4)
+    logp, weights = (torch.randn(shape).to(dtype) for _ in range(2))
+    mask = torch.rand(shape) < 0.5
+    packing = (torch.randperm(12), torch.tensor([0, 5, 5, 12])) if packed else (None, None)
+    operator = torch.ops.fastpref.sequence_sums.default
+    torch.library.opcheck(operator, (logp, weights, mask, *packing, True))
+
+
+@with_operator
+def test_several_threads_add_up_the_same() -> None:
+    logp, mask = torch.randn(64, 2048), torch.rand(64, 2048) < 0.5
+    sums = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        sums.append(torch.ops.fastpref.sequence_sums(logp, None, mask, None, None, True))
+    assert all(map(torch.equal, *sums))
 
 
 def arguments(**changed: Any) -> list[Any]:
@@ -484,20 +547,10 @@ ERRORS = {
 }
 
 
-@functools.cache
-def without_cuda_operator() -> str | None:
-    if torch.version.cuda is not None:
-        return "this torch has CUDA"
-    if _extension.ops_unavailable_reason() is not None:
-        return "fastpref/_ops.so is not built"
-    built = torch._C._dispatch_has_kernel_for_dispatch_key("fastpref::sequence_sums", "CUDA")
-    return None if built else "built without CUDA"
-
-
-@pytest.mark.skipif(without_cuda_operator() is not None, reason=str(without_cuda_operator()))
+@with_operator
 @pytest.mark.parametrize("name", ERRORS)
 def test_operator_refuses(name: str) -> None:
     given, message = ERRORS[name]
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastpref.sequence_sums.default.redispatch(keys, *given)

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastpref
 from fastpref import ScoringOptions, linear_logits
-from fastpref.scoring import chosen_rows
+from fastpref.scoring.chosen import rows as chosen_rows
 from tests.scoring.cases import DTYPES
 from tests.scoring.chosen_cases import MAP, Drawn, H, K, V, close
 

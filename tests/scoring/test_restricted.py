@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import ScoringOptions, explain, linear_logprob
-from fastpref.scoring import chosen_rows
+from fastpref.scoring.chosen import rows as chosen_rows
 from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import DTYPES
 from tests.scoring.chosen_cases import MAP, Drawn, K, V, close

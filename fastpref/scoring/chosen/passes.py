@@ -9,17 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import chosen_rows, vocab_parallel
-from .autograd import like, products_of
-from .chosen_rows import Chosen
-from .head import Form, Model
-from .memory import total_memory
-from .packing import Packing
-from .plan import BUDGET_SHARE, SHORTAGE
-from .products import room_bytes, slow_reason
-from .request import Request, pack_for
-from .retry import with_less
-from .types import statistics_dtype
+from .. import vocab_parallel
+from ..autograd import like, products_of
+from ..head import Form, Model
+from ..memory import total_memory
+from ..packing import Packing
+from ..plan import BUDGET_SHARE, SHORTAGE
+from ..products import room_bytes, slow_reason
+from ..request import Request, pack_for
+from ..retry import with_less
+from ..types import statistics_dtype
+from . import rows as chosen_rows
+from .rows import Chosen
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import chosen_autograd, chosen_operators
-from .chosen_passes import plan_chosen
-from .head import Lora, Model, WeightContext, opened
-from .request import Request, make_model, make_request
-from .temperature import check_temperature, factor_of
-from .types import ScoringOptions, statistics_dtype
-from .validation import check_ids
+from ..head import Lora, Model, WeightContext, opened
+from ..request import Request, make_model, make_request
+from ..temperature import check_temperature, factor_of
+from ..types import ScoringOptions, statistics_dtype
+from ..validation import check_ids
+from . import autograd, operators
+from .passes import plan_chosen
 
 _NONE_IGNORED = -100  # no position is left out
 
@@ -108,7 +108,7 @@ def chosen_logits(
     # A copy: backward reads them again, and a batch's ids may be overwritten until then.
     ids = ids.to(torch.int64, copy=True)
     if torch.compiler.is_compiling():
-        logits = chosen_operators.run(request, model, ids, target)
+        logits = operators.run(request, model, ids, target)
     else:
-        logits = chosen_autograd.run(plan_chosen(request, model, target), model, ids)
+        logits = autograd.run(plan_chosen(request, model, target), model, ids)
     return logits if factor is None else logits * factor[..., None]

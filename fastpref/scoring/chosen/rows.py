@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .products import split
-from .types import statistics_dtype
+from ..products import split
+from ..types import statistics_dtype
 
 # Of gathered rows at a time: what a cache holds; launches are what costs on a GPU.
 _TILE_CPU = 1 << 22

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .chosen_passes import ChosenCall, plan_chosen, run_backward, run_forward
-from .head import TENSORS, Form, Model
-from .operators import REQUEST, refuse_context
-from .request import Request
-from .settings import Settings
-from .transforms import SECOND_DERIVATIVE
-from .types import statistics_dtype
+from ..head import TENSORS, Form, Model
+from ..operators import REQUEST, refuse_context
+from ..request import Request
+from ..settings import Settings
+from ..transforms import SECOND_DERIVATIVE
+from ..types import statistics_dtype
+from .passes import ChosenCall, plan_chosen, run_backward, run_forward
 
 _FORM = Settings(Form)
 _MODEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from . import chosen_operators
-from .chosen_passes import ChosenCall, run_backward, run_forward
-from .head import Model
-from .transforms import SECOND_DERIVATIVE, Differentiable
+from ..head import Model
+from ..transforms import SECOND_DERIVATIVE, Differentiable
+from . import operators
+from .passes import ChosenCall, run_backward, run_forward
 
 
 def run(call: ChosenCall, model: Model, ids: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class _Logits(Differentiable):
         if is_legacy_batchedtensor(upstream):
             # Of is_grads_batched, which batches operators alone.
             model = Model.of(tensors, ctx.call.form)
-            return (None, None, *chosen_operators.gradients(ctx.call, model, ids, raw, upstream))
+            return (None, None, *operators.gradients(ctx.call, model, ids, raw, upstream))
         found = _Gradients.apply(ctx.call, needed, upstream, ids, raw, *tensors)  # type: ignore[no-untyped-call]
         return (None, None, *found)
 

@@ -23,7 +23,7 @@ from ..scoring.types import Schedule
 # Of torch's operators none of these starts work on a device.
 FREE = (
     *("empty", "view", "detach", "slice", "select", "unbind", "promote", "alias", "t.default"),
-    *("split", "as_strided", "expand", "unsqueeze", "_local_scalar"),
+    *("split", "as_strided", "expand", "unsqueeze", "_local_scalar", "set_.source"),
 )
 TRL_OUTPUTS = ("logp", "entropy", "mean_logits", "is_top1")
 
@@ -117,7 +117,7 @@ def of_call(backend: Any, which: Call) -> tuple[int, int]:
     with (
         mock.patch.object(request, "pack", packed),
         # As on a GPU, which does not look for rows without a gradient.
-        mock.patch.object(backward, "_active_rows", lambda run, upstream: None),
+        mock.patch.object(backward, "_indices_of_active", lambda upstream: None),
     ):
         logp = forward()  # tries the kernels
         if not which.backward:

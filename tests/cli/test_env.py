@@ -60,9 +60,20 @@ def test_packages_that_are_absent_are_said_to_be(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "section", ["versions", "libraries", "build", "cpu", "gpus", "backends", "tuning"]
+    "section, as_json",
+    [
+        # Each takes seconds, for the sections that are left.
+        pytest.param(
+            section,
+            as_json,
+            marks=[]
+            if (section, as_json) in {("cpu", False), ("backends", True)}
+            else pytest.mark.slow,
+        )
+        for section in ("versions", "libraries", "build", "cpu", "gpus", "backends", "tuning")
+        for as_json in (False, True)
+    ],
 )
-@pytest.mark.parametrize("as_json", [False, True])
 def test_a_failing_probe_leaves_the_rest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], section: str, as_json: bool
 ) -> None:

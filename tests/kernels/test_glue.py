@@ -38,8 +38,10 @@ def test_settle_alone() -> None:
 def test_a_call_launches_little() -> None:
     """The numbers that benchmarks/NOTES.md gives, of Triton and of torch."""
     found = launches.measured()
-    for tier, expected in (("rows", [3, 9]), ("triton", [9, 10])):
-        assert found[tier]["no gradient"] == found[tier]["exponentials kept"] == expected
+    for tier, kernels, operations in (("rows", 3, 9), ("triton", 9, 10)):
+        # Without gradient the targets need no copy.
+        assert found[tier]["no gradient"] == [kernels, operations - 1]
+        assert found[tier]["exponentials kept"] == [kernels, operations]
     # Two products, and before and after them c and the scaled rows.
     assert found["rows"]["exponentials kept, backward"][0] == 2
     assert found["rows"]["recomputed, backward"][0] == 1

@@ -93,8 +93,9 @@ CALLS = {"score": score, "preference": prefer, "divergence": diverge}
 
 def measure(call):
     torch.set_num_threads(2)
-    # Threads, code and the libraries' own buffers.
-    CALLS[call["what"]](call, 100, 1100)[0]()
+    # Threads, code and the libraries' own buffers: of whole rows, and of slabs.
+    for options in (call["options"], {**call["options"], "memory_budget": 1 << 18}):
+        CALLS[call["what"]]({**call, "options": options}, 100, 1100)[0]()
     workspace.release()
     step, plan, inputs = CALLS[call["what"]](call, call["rows"], call["vocab"])
     before = status("VmRSS")

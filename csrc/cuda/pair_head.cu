@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Instantiates the pair head. No header of torch here: they would be compiled once more for each architecture.
 
-#include "launchers.h"
+#include "pair_launcher.h"
 #include "pair_head.cuh"
 
 namespace fastpref::cuda {

@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "launch.cuh"
-#include "launchers.h"
+#include "pair_launcher.h"
 #include "pair_arguments.h"
 
 namespace {

@@ -2,8 +2,8 @@
 // Instantiates the sums over sequences for every element type. No header of torch here: they would be compiled once
 // more for each architecture.
 
-#include "launchers.h"
 #include "sequence_sums.cuh"
+#include "sequence_sums.h"
 
 namespace fastpref::cuda {
 

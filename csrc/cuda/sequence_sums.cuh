@@ -9,7 +9,8 @@
 
 namespace fastpref::cuda {
 
-// Checking boundaries or an order on the host would wait for the device.
+// Checking boundaries or an order on the host would wait for the device: what points outside the tokens counts for
+// nothing.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) sequence_sums_kernel(SequenceSums call) {
   using A = typename AccumulateType<T>::type;

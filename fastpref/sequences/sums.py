@@ -9,8 +9,8 @@ A weight of exactly 0 takes its token out of the sum, a score of NaN or -inf too
 Accumulation is in fp64 and rounded once, so the layouts agree with each other and a long response
 costs no precision. Nothing here uses atomics, and on CUDA nothing reads a value back to the host.
 
-A compiled operator adds up (csrc/sequence_sums.h); packed tokens on CPU, and what traces or
-transforms the call, get the same from plain torch.
+On CUDA a compiled operator adds up (csrc/cuda/sequence_sums.cuh); everything else, and what traces
+or transforms the call, gets the same from plain torch, which on a CPU is as quick.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._extension import fake_of, operators_serve
+from .._extension import operators_serve
 from ..objectives.checks import hint, is_integer, no_tensor
 from ..objectives.reading import readable
 
@@ -102,9 +102,7 @@ def sequence_logp(
 
 
 def _operator_serves(logp: Tensor, token_weights: Tensor | None, layout: _Layout) -> bool:
-    # On CPU torch is as quick in adding up packed tokens, and quicker in the gradient.
-    padded = layout.boundaries is None and layout.ids is None
-    return (padded or logp.is_cuda) and operators_serve(logp, token_weights, *layout[:3])
+    return logp.is_cuda and operators_serve(logp, token_weights, *layout[:3])
 
 
 def _torch_sums(logp: Tensor, token_weights: Tensor | None, layout: _Layout, mean: bool) -> Tensor:
@@ -179,23 +177,8 @@ def _sorted_by_id(ids: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ids, firsts)
 
 
-@fake_of("fastpref::sequence_sums")
-def _sequence_sums(
-    logp: Tensor,
-    token_weights: Tensor | None,
-    mask: Tensor | None,
-    order: Tensor | None,
-    boundaries: Tensor | None,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    sequences = logp.shape[0] if boundaries is None else boundaries.shape[0] - 1
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    sums = logp.new_empty((sequences,), dtype=dtype)
-    return sums, torch.empty_like(sums, dtype=torch.int64)
-
-
 class _OperatorSums(torch.autograd.Function):
-    """The sums in one call. Their gradients are plain torch, and differentiable themselves."""
+    """The sums in one launch. Their gradients are plain torch, and differentiable themselves."""
 
     @staticmethod
     def forward(

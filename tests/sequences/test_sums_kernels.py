@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that sum over sequences, that of the CPU and that of CUDA on the host, and the
-gradients that sequence_logp gives them.
+"""The CUDA kernel that sums over sequences, on the host, and the gradients that sequence_logp gives
+it.
 
 Not seen here: launches, streams, and speed.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +20,7 @@ from fastpref.sequences import sums as summing
 from tests.cuda_on_host.kernels import ELEMENTS, unavailable_reason
 from tests.cuda_on_host.sequence_sums import SequenceSums, compile_sequence_sums
 
-WHY_NO_OPERATOR = _extension.ops_unavailable_reason()
-with_operator = pytest.mark.skipif(WHY_NO_OPERATOR is not None, reason=str(WHY_NO_OPERATOR))
+pytestmark = pytest.mark.heavy
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 # Odd lengths, several tokens a thread, empty sequences first, last and between.
@@ -47,16 +47,9 @@ def on_the_host(tmp_path_factory: pytest.TempPathFactory) -> SequenceSums:
     return compile_sequence_sums(tmp_path_factory.mktemp("host"))
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("operator", marks=with_operator),
-        pytest.param("cuda", marks=pytest.mark.heavy),
-    ]
-)
-def kernel(request: pytest.FixtureRequest) -> Kernel:
-    if request.param == "cuda":
-        return request.getfixturevalue("on_the_host")  # type: ignore[no-any-return]
-    return torch.ops.fastpref.sequence_sums  # type: ignore[no-any-return]
+@pytest.fixture
+def kernel(on_the_host: SequenceSums) -> Kernel:
+    return on_the_host
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -202,7 +195,6 @@ def test_what_is_no_number_stays_in_its_sequence(kernel: Kernel, poison: float) 
     assert torch.equal(sums[2].isnan(), torch.tensor(poison).isnan())
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", ELEMENTS)
 def test_no_barrier_is_missing(on_the_host: SequenceSums, dtype: torch.dtype) -> None:
     """The order in which warps run between barriers changes no bit."""
@@ -447,7 +439,9 @@ def test_only_what_a_gradient_needs_is_kept(
     assert kept(logp, weights) == {logp.data_ptr(), weights.data_ptr()}
 
 
-@with_operator
+@pytest.mark.skipif(
+    _extension.ops_unavailable_reason() is not None, reason="the operators are not built"
+)
 def test_what_is_traced_or_transformed_does_not_go_to_the_operator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -471,41 +465,9 @@ def test_what_is_traced_or_transformed_does_not_go_to_the_operator(
         assert sums.shape == (2,) and sums.is_cuda
 
 
-@with_operator
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_packed_tokens_are_added_up_by_torch(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
-    """On CPU; padded rows are not."""
-    monkeypatch.setattr(torch.ops.fastpref, "sequence_sums", None)
-    packed = torch.ones(3, dtype=dtype)
-    ids = torch.tensor([1, 0, 1])
-    assert sequence_logp(packed, sequence_ids=ids, num_sequences=2).tolist() == [1, 2]
-    assert sequence_logp(packed, cu_seqlens=torch.tensor([0, 1, 3])).tolist() == [1, 2]
-    with pytest.raises(TypeError):
-        sequence_logp(packed[None])
-
-
-@with_operator
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
-def test_tracing_knows_the_shapes(dtype: torch.dtype, packed: bool) -> None:
-    shape = (12,) if packed else (3, 4)
-    logp, weights = (torch.randn(shape).to(dtype) for _ in range(2))
-    mask = torch.rand(shape) < 0.5
-    packing = (torch.randperm(12), torch.tensor([0, 5, 5, 12])) if packed else (None, None)
-    operator = torch.ops.fastpref.sequence_sums.default
-    torch.library.opcheck(operator, (logp, weights, mask, *packing, True))
-
-
-@with_operator
-def test_several_threads_add_up_the_same() -> None:
-    logp, mask = torch.randn(64, 2048), torch.rand(64, 2048) < 0.5
-    sums = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        sums.append(torch.ops.fastpref.sequence_sums(logp, None, mask, None, None, True))
-    assert all(map(torch.equal, *sums))
+def test_a_cpu_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.fastpref, "sequence_sums", None, raising=False)
+    assert sequence_logp(torch.ones(2, 3)).tolist() == [3, 3]
 
 
 def arguments(**changed: Any) -> list[Any]:
@@ -547,10 +509,20 @@ ERRORS = {
 }
 
 
-@with_operator
+@functools.cache
+def without_cuda_operator() -> str | None:
+    if torch.version.cuda is not None:
+        return "this torch has CUDA"
+    if _extension.ops_unavailable_reason() is not None:
+        return "fastpref/_ops.so is not built"
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("fastpref::sequence_sums", "CUDA")
+    return None if built else "built without CUDA"
+
+
+@pytest.mark.skipif(without_cuda_operator() is not None, reason=str(without_cuda_operator()))
 @pytest.mark.parametrize("name", ERRORS)
 def test_operator_refuses(name: str) -> None:
     given, message = ERRORS[name]
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastpref.sequence_sums.default.redispatch(keys, *given)

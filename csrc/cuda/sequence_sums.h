@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sums over sequences take and return, on any device.
+// The launcher of the sums over sequences: pointers of the current device, no synchronisation.
 //     sums[b] = sum over the scored tokens t of b of  weights[t] * values[t],  over their number for a mean
-// A weight of 0 makes 0 of any value, NaN too. What boundaries or an order point to outside the tokens counts for
-// nothing.
+// A weight of 0 makes 0 of any value, NaN too.
 #pragma once
+
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-namespace fastpref {
+#include "cpu/row_kernels.h"
+
+namespace fastpref::cuda {
 
 // Sequences are the rows of a padded (B, T) batch, or with boundaries the segments of (N,) packed tokens.
 struct SequenceSums {
@@ -23,4 +26,7 @@ struct SequenceSums {
   bool mean;
 };
 
-}  // namespace fastpref
+cudaError_t launch_sequence_sums(cpu::Element element, const SequenceSums& call, int64_t sequences,
+                                 cudaStream_t stream);
+
+}  // namespace fastpref::cuda

@@ -82,7 +82,7 @@ def operators_serve(*tensors: Tensor | None) -> bool:
         if one is None:
             continue
         # Neither fake and distributed tensors nor tangents know the operators.
-        if type(one) not in _PLAIN or _has_tangent(one):
+        if type(one) not in _PLAIN or has_tangent(one):
             return False
         on_cpu, on_cuda = on_cpu and one.is_cpu, on_cuda and one.is_cuda
     if on_cpu:
@@ -90,7 +90,7 @@ def operators_serve(*tensors: Tensor | None) -> bool:
     return on_cuda and all(_kernels_serve(one.device) for one in tensors if one is not None)
 
 
-def _has_tangent(tensor: Tensor) -> bool:
+def has_tangent(tensor: Tensor) -> bool:
     """Whether forward-mode differentiation is under way for it."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.func, batches of upstream gradients and fake tensors: every public function against plain
-torch in float64, and words of its own where there is no derivative."""
+"""torch.func, batches of upstream gradients, fake tensors and make_fx: every public function
+against plain torch in float64, and words of its own where there is no derivative."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastpref import (
     ScoringOptions,
@@ -270,6 +271,24 @@ def test_sums_over_sequences_have_every_derivative(name: str) -> None:
     torch.testing.assert_close(
         *(func.hessian(squared(one))(HIDDEN, WEIGHT) for one in (own, plain))
     )
+
+
+# Boundaries and pairs by index are looked at on the host, which make_fx refuses.
+WRITTEN = [name for name in CASES if not name.endswith(("packed", "pairs by index"))]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_make_fx_writes_down(name: str) -> None:
+    own, _ = CASES[name]
+
+    def gradient(hidden: Tensor, weight: Tensor) -> Any:
+        leaf = hidden.detach().requires_grad_()
+        return torch.autograd.grad(own(leaf, weight).square().sum(), leaf)
+
+    for function in (own, gradient):
+        traced = make_fx(function)(HIDDEN.clone(), WEIGHT)
+        given = 2 * HIDDEN, WEIGHT + 1
+        torch.testing.assert_close(traced(*given), function(*given))
 
 
 def test_a_weight_that_needs_no_gradient_costs_none() -> None:

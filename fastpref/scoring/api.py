@@ -129,7 +129,9 @@ class _Checked(NamedTuple):
     plans: Kept[Planned]
 
 
-_KEPT: Kept[_Checked] = Kept()
+# A plan takes two kilobytes, and where batches differ in what they score hardly one returns.
+MOST_SIGNATURES, MOST_PLANS = 256, 8
+_KEPT: Kept[_Checked] = Kept(MOST_SIGNATURES)
 
 
 class Asked(NamedTuple):
@@ -173,7 +175,7 @@ def ask(
         names = check_outputs(outputs)
         rule = Scores(names, tuple(name for name in differentiable if name in names))
         request = make_request([model], ignore_index=ignore_index, options=options)
-        return _Checked(request, rule, model.head.form, Kept())
+        return _Checked(request, rule, model.head.form, Kept(MOST_PLANS))
 
     signature = signature_of(
         {

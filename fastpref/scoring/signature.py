@@ -18,7 +18,6 @@ from .types import ScoringOptions
 
 T = TypeVar("T")
 
-MOST_KEPT = 256
 _VALUES = frozenset({int, float, bool, str, ScoringOptions})
 # Of others, fake and sharded ones among them, the type counts too.
 _TENSORS = frozenset({Tensor, Parameter})
@@ -52,9 +51,10 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
 
 class Kept(Generic[T]):
-    """What was found for the latest signatures."""
+    """What was found for the latest signatures, ``most`` of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self._found: dict[tuple[Any, ...], T] = {}
 
     def of(self, signature: tuple[Any, ...] | None, find: Callable[[], T]) -> T:
@@ -64,7 +64,7 @@ class Kept(Generic[T]):
         found = self._found.get(signature)
         if found is None:
             found = find()
-            if len(self._found) >= MOST_KEPT:
+            if len(self._found) >= self.most:
                 self.forget()
             self._found[signature] = found
         return found

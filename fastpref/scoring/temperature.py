@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._extension import has_tangent
 from .transforms import requires_grad, without_values
 from .validation import LEAST, MOST
 
@@ -20,9 +21,9 @@ def check_temperature(temperature: Tensor, target: Tensor, like: str = "target")
         raise TypeError(
             f"temperature must be floating point, got {temperature.dtype}; use temperature.float()"
         )
-    if torch.is_grad_enabled() and requires_grad(temperature):
+    if (torch.is_grad_enabled() and requires_grad(temperature)) or has_tangent(temperature):
         raise ValueError(
-            "temperature must not require a gradient, which is not formed; pass "
+            "temperature must not require a gradient or have a tangent, which are not formed; pass "
             "temperature.detach()"
         )
     if temperature.device != target.device:

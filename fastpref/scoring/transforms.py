@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine's node where something stands between a call and its tensors: torch.func's transforms,
-batches of upstream gradients, and fake tensors.
+batches of upstream gradients, fake tensors, and make_fx.
 
 torch.func takes a node apart: what is saved must be an input or an output of it, which that of
 autograd.py, saving more and less as memory allows, is not. There the operators' two functions are
@@ -50,7 +50,14 @@ def without_values(tensor: Tensor) -> bool:
 
 def needs_operators(tensor: Tensor) -> bool:
     """Whether the engine must run as operators on tensors like this one."""
-    return torch.compiler.is_compiling() or active() or isinstance(tensor, FakeTensor)
+    if torch.compiler.is_compiling() or active() or isinstance(tensor, FakeTensor):
+        return True
+    return _is_recorded()
+
+
+def _is_recorded() -> bool:
+    """Whether make_fx writes down what runs: of workspace that other calls use after it, else."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def requires_grad(tensor: Tensor) -> bool:

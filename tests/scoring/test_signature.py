@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastpref import ScoringOptions, linear_logprob
-from fastpref.scoring import api, request, signature
+from fastpref.scoring import api, request
 from fastpref.scoring.signature import Kept, signature_of
 from tests.scoring.cases import BACKENDS, make_case, run, upstream_of
 
@@ -297,9 +297,8 @@ def test_no_tensor_is_kept_alive(name):
     assert api._KEPT._found and reference() is None
 
 
-def test_their_number_is_bounded(monkeypatch):
-    monkeypatch.setattr(signature, "MOST_KEPT", 3)
-    kept, made = Kept(), []
+def test_their_number_is_bounded():
+    kept, made = Kept(3), []
 
     def find():
         made.append(len(made))
@@ -315,7 +314,7 @@ def test_their_number_is_bounded(monkeypatch):
 
 def test_calls_of_many_signatures(monkeypatch):
     """As sequences of any length make them."""
-    monkeypatch.setattr(signature, "MOST_KEPT", 4)
+    monkeypatch.setattr(api, "_KEPT", Kept(4))
     weight = torch.randn(V, H)
     for rows in (*range(1, 12), *range(11, 0, -1)):
         hidden, target = torch.randn(rows, H), torch.randint(0, V, (rows,))
@@ -323,6 +322,19 @@ def test_calls_of_many_signatures(monkeypatch):
         expected = (hidden @ weight.t()).log_softmax(1)[torch.arange(rows), target]
         torch.testing.assert_close(found, expected)
         assert len(api._KEPT._found) <= 4
+
+
+def test_few_plans_of_one_signature(monkeypatch):
+    """Batches of one shape that each score another number of tokens."""
+    monkeypatch.setattr(api, "_KEPT", Kept(4))
+    arguments = given(
+        hidden=torch.randn(40, H), target=torch.randint(0, V, (40,)), vocab_range=None
+    )
+    for scored in range(40):
+        arguments["target"][scored] = -100
+        call(arguments)
+        (checked,) = api._KEPT._found.values()
+        assert 1 <= len(checked.plans._found) <= api.MOST_PLANS
 
 
 def test_threads():

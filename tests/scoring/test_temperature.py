@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, func
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from fastpref import (
     ScoringOptions,
@@ -235,6 +236,26 @@ def test_under_torch_func() -> None:
         torch.testing.assert_close(tuple(one[at] for one in mapped), expected)
     with pytest.raises(ValueError, match=r"temperature.*gradient.*temperature.detach\(\)"):
         func.grad(loss, argnums=2)(*leaves, batch.temperature)
+
+
+def test_a_tangent_is_refused() -> None:
+    """Which would be lost."""
+    batch, ids = Batch(), torch.zeros(3, 4, 2, dtype=torch.int64)
+    hidden, weight, target = (one.detach() for one in batch.given)
+    message = r"temperature must not.*tangent.*pass temperature.detach\(\)"
+
+    def logp(temperature: Tensor) -> Tensor | None:
+        return linear_logprob(hidden, weight, target, temperature=temperature).logp
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(batch.temperature, torch.ones_like(batch.temperature))
+        with pytest.raises(ValueError, match=message):
+            logp(dual)
+        with pytest.raises(ValueError, match=message):
+            linear_logits(hidden, weight, ids, temperature=dual)
+        assert logp(dual.detach()) is not None
+    with pytest.raises(ValueError, match=message):
+        func.jvp(logp, (batch.temperature,), (batch.temperature,))
 
 
 def test_rows_that_are_no_token_have_none() -> None:

@@ -76,9 +76,11 @@ def lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     # A tensor made in inference mode could not be written to outside it.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS, _lock:
-        memory = _take(nbytes).memory
-        empty = torch.empty(0, dtype=dtype, device="cpu")
-        return empty.set_(memory, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]
+        buffer = _take(nbytes)
+        tensor = torch.empty(0, dtype=dtype, device="cpu")
+        tensor.set_(buffer.memory, 0, tuple(shape))  # type: ignore[call-overload]
+        _buffers.append(buffer)
+        return tensor
 
 
 def tile_of(workspace: Tensor, rows: int, columns: slice) -> Tensor:
@@ -89,18 +91,19 @@ def tile_of(workspace: Tensor, rows: int, columns: slice) -> Tensor:
 
 
 def _take(nbytes: int) -> _Buffer:
-    """An idle buffer of at least ``nbytes``, the smallest, or a new one."""
+    """An idle buffer of at least ``nbytes``, the smallest, or a new one; it leaves the pool, where
+    a finalizer that runs before a tensor lies in it could find it."""
     fitting = [one for one in _idle() if one.nbytes >= nbytes]
     if fitting:
         best = min(fitting, key=lambda buffer: buffer.nbytes)
         if 2 * nbytes >= best.nbytes:
             best.needed = _passes
+        _buffers.remove(best)
         return best
     # Idle buffers beside the new one would break the memory budget.
     _drop_idle()
     memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
-    _buffers.append(_Buffer(memory, _passes))
-    return _buffers[-1]
+    return _Buffer(memory, _passes)
 
 
 def _drop_idle() -> None:

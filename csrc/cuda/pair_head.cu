@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Instantiates the pair head. No header of torch here: they would be compiled once more for each architecture.
 
-#include "pair_launcher.h"
 #include "pair_head.cuh"
+#include "pair_launcher.h"
 
 namespace fastpref::cuda {
 

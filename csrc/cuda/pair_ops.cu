@@ -10,8 +10,8 @@
 #include <tuple>
 
 #include "launch.cuh"
-#include "pair_launcher.h"
 #include "pair_arguments.h"
+#include "pair_launcher.h"
 
 namespace {
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from fastpref import ScoringOptions, linear_logprob
+from fastpref.scoring.backends import cpp
+from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.statistics import DIFFERENTIABLE, OUTPUTS
-from tests.kernels.degenerate import BACKENDS, DTYPES, INF, only, tolerance, whole
+from tests.kernels.degenerate import AVAILABLE, BACKENDS, DTYPES, INF, only, tolerance, whole
 
 ROWS, H, V = 4, 8, 40
+CPP = pytest.param(cpp, marks=pytest.mark.skipif("cpp" not in AVAILABLE, reason="no compiler"))
 TARGET = [5, 6, 0, 39]
 PLANS = {"keep": {"schedule": "keep"}, "recompute": {"schedule": "recompute"}}
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -245,3 +248,10 @@ def test_halves_beside_a_bias_that_lifts_a_lost_product(backend):
     given = hidden.half(), weight.half(), torch.tensor(TARGET)
     scores = linear_logprob(*given, bias=bias, options=ScoringOptions(backend=backend))
     assert scores.logp.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("backend", [torch_backend, CPP])
+def test_a_row_without_upstream_gradient_gets_none(backend):
+    """Whatever it was scored with."""
+    gradient, scale = torch.tensor([0.0, -0.0, 0.0, 3.0]), torch.tensor([INF, torch.nan, 1, 2])
+    assert backend.gradient_factors(gradient, scale, 0.5).tolist() == [0, 0, 0, -3]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             leaves every weight at 0.2 or below.
         loss_type: a key of ``LOSS_TYPES``.
         max_completion_length: what "dr_grpo" divides by, and needs.
-        importance_sampling_level: "token", or "sequence" for the losses that clip.
+        importance_sampling_level: "token", or "sequence" for the losses that clip; another loss
+            refuses it when called.
         sapo_temperature_pos, sapo_temperature_neg: of "sapo".
         temperature: of the logits.
         delta: upper bound of the ratio in the unclipped term, for the losses that clip.
@@ -120,8 +122,11 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         }
         name = LOSS_TYPES[self.loss_type]
         known = registered(name).signature.hyperparameters
-        if "delta" not in known:
-            self._check_unclipped()
+        if self.delta is not None and "delta" not in known:
+            raise ValueError(
+                f"delta is no part of loss_type={self.loss_type!r}, got {self.delta!r}; leave it "
+                "None"
+            )
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(
                 "max_completion_length must be provided for loss_type 'dr_grpo', which divides by "
@@ -136,17 +141,14 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}")
 
-    def _check_unclipped(self) -> None:
-        if self.importance_sampling_level != "token":
+    def _check_level(self) -> None:
+        """In ``forward`` alone, as in Liger-Kernel."""
+        clips = "delta" in registered(LOSS_TYPES[self.loss_type]).signature.hyperparameters
+        if not clips and self.importance_sampling_level != "token":
             raise ValueError(
                 "Sequence-level importance sampling is not supported for "
                 f"loss_type={self.loss_type!r}: importance_sampling_level must be 'token', got "
                 f"{self.importance_sampling_level!r}"
-            )
-        if self.delta is not None:
-            raise ValueError(
-                f"delta is no part of loss_type={self.loss_type!r}, got {self.delta!r}; leave it "
-                "None"
             )
 
     def forward(
@@ -175,7 +177,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             advantages: (B,).
             ref_per_token_logps: (B, T), what the reference says; or
             ref_input: (B, T, H'), scored without gradient through
-            ref_weight, ref_bias: its head; by default the policy's. Log-probabilities come first.
+            ref_weight, ref_bias: its head; by default the policy's. Where both are given,
+                a warning says that the log-probabilities count.
             old_per_token_logps: (B, T), of the policy that sampled; None: this one.
             vllm_is_ratio: (B,), (B, 1) or (B, T), old over sampler: a factor of the loss without
                 the divergence; in "vespo" of the weight.
@@ -200,6 +203,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             check_rows("old_per_token_logps", old_per_token_logps, shape)
             extras["old_token_logp"] = old_per_token_logps
         name, hyperparameters = self.configuration()
+        self._check_level()
         output = preference_loss(
             _input,
             lin_weight,
@@ -246,6 +250,12 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         if not self.use_ref_model or self.beta == 0:
             return {}
         if logps is not None:
+            if hidden is not None:
+                warnings.warn(
+                    "ref_per_token_logps and ref_input were both given. Using ref_per_token_logps; "
+                    "leave ref_input None",
+                    stacklevel=5,
+                )
             check_rows("ref_per_token_logps", logps, tuple(target.shape))
             return {"ref_logps": logps}
         if hidden is None:

@@ -193,8 +193,11 @@ def test_as_in_float64(name, kind, backend):
                 else:
                     size = max(size, 1.0)
                 error = (value.double() - right)[finite].abs()
-                if not (error <= tolerance(dtype, size)).all() or not torch.equal(
-                    value.double()[right.isinf()], right[right.isinf()]
+                undefined = key == "value" and not torch.equal(value.isnan(), right.isnan())
+                if (
+                    undefined
+                    or not (error <= tolerance(dtype, size)).all()
+                    or not torch.equal(value.double()[right.isinf()], right[right.isinf()])
                 ):
                     problems.append(f"{dtype} {options} {key}: {value} instead of {right}")
     assert not problems, "\n".join(problems)

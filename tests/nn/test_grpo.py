@@ -136,10 +136,12 @@ def test_settings(settings):
 def test_a_live_reference():
     given = batch("hidden")
     compare(NAME, given, {"beta": 0.3, "temperature": 0.7})
-    loss, _ = FusedLinearGRPOLoss(beta=0.3)(**given | {"ref_per_token_logps": NOISE - 3})
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps") as warned:
+        loss, _ = FusedLinearGRPOLoss(beta=0.3)(**given | {"ref_per_token_logps": NOISE - 3})
     without = {name: one for name, one in given.items() if not name.startswith("ref_")}
     expected, _ = FusedLinearGRPOLoss(beta=0.3)(**without, ref_per_token_logps=NOISE - 3)
     assert torch.equal(loss, expected)  # what is given is not computed
+    assert [one.filename for one in warned] == [__file__]
 
 
 def test_a_reference_without_weight_is_not_scored():
@@ -148,6 +150,19 @@ def test_a_reference_without_weight_is_not_scored():
     loss, returned = FusedLinearGRPOLoss(beta=0.0)(**given)
     assert torch.isfinite(loss) and len(returned) == 1
     assert torch.isfinite(FusedLinearGRPOLoss(beta=0.0)(**batch(None))[0])
+
+
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - set(CLIPPED)))
+def test_one_ratio_a_response_is_refused_when_called(loss_type):
+    """Code that constructs such a loss with Liger-Kernel goes on until then."""
+    module, given = FusedLinearGRPOLoss(**settings_of(loss_type)), batch()
+    module.importance_sampling_level = "sequence"
+    settings = settings_of(loss_type, importance_sampling_level="sequence")
+    for one in (FusedLinearGRPOLoss(**settings), module):
+        with pytest.raises(ValueError, match="Sequence-level importance sampling is not supported"):
+            one(**given)
+    module.importance_sampling_level = "token"
+    assert module(**given)[0].isfinite()
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

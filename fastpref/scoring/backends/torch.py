@@ -241,10 +241,11 @@ def _logit_grad_block(products: Products, target: Tensor, upstream: UpstreamGrad
     own = -torch.expm1(logp) * g
     if h is not None:
         own = own + own_p * h
-    # Where p is largest, next to nothing is rounded in t - lse, but in lse itself.
-    lse = anchor.double() + norm.double().log()
-    anchor = lse.to(anchor.dtype)
-    rest = anchor.double() - lse
+    # Where p is largest, next to nothing is rounded in t - lse, but in lse itself; rest is
+    # exact, also of logits so large that log_norm is lost beside them.
+    top, log_norm = anchor.double(), norm.double().log()
+    anchor = (top + log_norm).to(anchor.dtype)
+    rest = (anchor.double() - top) - log_norm
     scale = rest.exp() * map.rate(rest)
     if k is None or entropy is None:
         rows = _shifted(products, anchor).exp_()

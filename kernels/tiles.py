@@ -74,8 +74,14 @@ CHIPS = {
         # 8.6 and 8.9 have the least of their kind, 8.0 has 163 KiB.
         shared_memory=99 << 10,
         descriptors=False,
-        plain={2: _tiles((128, 64), 128, 32, 2), 4: _tiles((64, 64), 128, 16, 1)},
-        heavy={2: _tiles((128, 64), 128, 32, 4), 4: _tiles((64, 64), 64, 16, 1, (8, 4))},
+        plain={
+            2: _tiles((128, 64), 128, 32, 2),
+            4: _tiles((64, 64), 128, 16, 1, registers=(168, None)),
+        },
+        heavy={
+            2: _tiles((128, 64), 128, 32, 4),
+            4: _tiles((64, 64), 64, 16, 1, (8, 4), (168, None)),
+        },
     ),
     90: Chip(
         shared_memory=227 << 10,

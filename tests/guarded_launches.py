@@ -95,7 +95,6 @@ def cpu(launches: str, directory: str) -> Iterator[Launch]:
         yield from of(cpp, over_tiles(dtype, map, max(cols, 13)))
         yield from of(cpp, between_products(dtype, map, cols))
     yield from divergences(compiled_divergence_rows, ELEMENTS, extent)
-    yield from of(torch.ops.fastpref, cuda_launches.of_sequences())
 
 
 def cuda(launches: str, directory: str) -> Iterator[Launch]:

@@ -22,12 +22,9 @@ from .request import Call
 from .retry import with_less
 from .rules import Heads, Upstream
 from .transforms import SECOND_DERIVATIVE, Differentiable, for_each
-from .types import in_dtype, statistics_dtype
+from .types import AS_IT_IS, in_dtype, statistics_dtype
 
 Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
-
-# To enter and leave a context takes as long as a small product; where it changes nothing, this one.
-_AS_IT_IS = contextlib.nullcontext()
 
 
 def run(call: Call, models: Sequence[Model]) -> Outputs:
@@ -83,7 +80,7 @@ class Engine(Differentiable):
         def of_upstream(*upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             return run_backward(call, models, kept, upstream, heads)
 
-        with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
+        with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
             gradients = for_each(of_upstream, *upstream)
         once = once_differentiable(gradients, (*tensors[:TENSORS], *upstream))
         return (None, *once, *[None] * (every - TENSORS))
@@ -170,7 +167,7 @@ def run_backward(
 def _opened(models: Sequence[Model]) -> contextlib.AbstractContextManager[Any]:
     """Within it the heads hold their data."""
     if all(one.head.form.context is None for one in models):
-        return _AS_IT_IS
+        return AS_IT_IS
     with contextlib.ExitStack() as stack:
         for one in models:
             stack.enter_context(one.head.opened())
@@ -235,7 +232,7 @@ def products_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """On the device of ``tensor``, where Triton launches, in the dtypes given, with sums that are
     not rounded on the way."""
     changes = on_cuda(tensor) or torch.is_autocast_enabled(tensor.device.type)
-    return _products_of(tensor) if changes else _AS_IT_IS
+    return _products_of(tensor) if changes else AS_IT_IS
 
 
 @contextlib.contextmanager

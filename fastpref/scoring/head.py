@@ -12,7 +12,7 @@ arXiv:2106.09685).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .products import cut, product
 from .slab import Slab
-from .types import LogitMap, in_dtype, statistics_dtype
+from .types import AS_IT_IS, LogitMap, in_dtype, statistics_dtype
 
 # Given weight and bias: a context entered around every use of them, in backward too. ZeRO-3 gathers
 # partitioned parameters here.
@@ -181,7 +181,6 @@ class Model(NamedTuple):
         return Model.of(own, self.head.form)
 
 
-_OPEN = nullcontext()
 TENSORS = 1 + len(Head._fields[:4])  # of a model
 
 
@@ -190,7 +189,7 @@ def opened(
 ) -> AbstractContextManager[Any]:
     """Within it ``weight`` and ``bias`` hold their data."""
     if context is None:
-        return _OPEN
+        return AS_IT_IS
     found = context(weight, bias) if callable(context) else None
     if not isinstance(found, AbstractContextManager):
         got = "None" if found is None else type(found).__name__

@@ -12,7 +12,6 @@ ordinary one.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .types import AS_IT_IS
 
 RECENT_PASSES = 32
 
@@ -50,7 +51,6 @@ class _Buffer:
 _lock = threading.RLock()
 _buffers: list[_Buffer] = []
 _passes = 0
-_AS_IT_IS = contextlib.nullcontext()
 
 
 def _idle() -> list[_Buffer]:
@@ -75,7 +75,7 @@ def lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     if nbytes == 0:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     # A tensor made in inference mode could not be written to outside it.
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS, _lock:
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else AS_IT_IS, _lock:
         buffer = _take(nbytes)
         tensor = torch.empty(0, dtype=dtype, device="cpu")
         tensor.set_(buffer.memory, 0, tuple(shape))  # type: ignore[call-overload]

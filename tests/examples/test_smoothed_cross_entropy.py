@@ -46,7 +46,8 @@ def results(losses_of, case, dtype, **arguments):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("schedule", ["auto", "recompute"])
 def test_as_plain_torch(example, schedule, dtype, z_loss):
-    case = make_case(dtype=dtype, bias=True, ignored=0.3)
+    # Of fewer numbers the largest error is a matter of luck, and of the processor's products.
+    case = make_case(600, 32, dtype=dtype, bias=True, ignored=0.3)
     eager, exact = (
         results(plain_losses, case, one, z_loss=z_loss) for one in (dtype, torch.float64)
     )

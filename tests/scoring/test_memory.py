@@ -98,7 +98,7 @@ def measured():
 
 
 # What the allocator and the matrix library take beside the tensors.
-SLACK = 6 * MIB
+SLACK = 2 * MIB
 
 
 @pytest.mark.parametrize("backend, name", KEYS)

@@ -52,7 +52,7 @@ def _is_adapter(head: nn.Module) -> bool:
 
 def adapter_supported(head: Any) -> str | None:
     """Why ``project`` does not know the head, or None."""
-    kind = f"a head of type {type(head).__name__}"
+    kind = f"a head of type {type(head).__module__}.{type(head).__name__}"
     if not _is_adapter(head) or type(head.base_layer).forward is not nn.Linear.forward:
         return f"{kind} is none that fastpref reads"
     if _is(head, "tuners.trainable_tokens.layer", "TrainableTokensLayer"):

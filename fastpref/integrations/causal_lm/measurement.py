@@ -75,10 +75,11 @@ def _inputs(arguments: dict[str, Any], labels: Tensor) -> Iterator[tuple[dict[st
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(arguments.get(name), Tensor):
             some = arguments[name][:ROWS, :LENGTH].detach()
-            fixed = {
-                one: arguments[one] for one in ("return_dict", "use_cache") if one in arguments
+            given = {
+                one: arguments[one] for one in arguments if one in ("return_dict", "use_cache")
             }
-            yield {name: some, **fixed}, labels.new_zeros(some.shape[:2])
+            given[name] = some
+            yield given, labels.new_zeros(some.shape[:2])
     # A cache would be written to.
     if arguments.get("past_key_values") is None:
         yield arguments, labels

@@ -101,6 +101,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("image_size", "crop_size"), 16),
     "patch_size": 8,
     "time_step_rank": 4,
+    "mamba_d_ssm": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

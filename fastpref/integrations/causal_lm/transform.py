@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALLEST, LARGEST = -12, 24  # exponents
+SMALLEST, LARGEST = -30, 24  # exponents
 HELD_OUT = 1.37  # no power of two: what the fit is verified on
 ROUNDING = 2e-6  # relative, of a few float32 operations
 
@@ -35,14 +35,13 @@ class LogitTransform(NamedTuple):
 
 
 def known_outputs(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(2, rows, columns): what a head is made to return. Every column has small and large values
-    of both signs in some of the rows, and no two rows are alike. The second half is held out."""
+    """(2, rows, columns): what a head is made to return. In every column the rows are far apart,
+    and in every row the columns have all sizes and both signs. The second half is held out."""
     # float64 goes through most models as it is, and the rest cast it themselves.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     span = LARGEST - SMALLEST + 1
-    steps = torch.arange(rows * columns, device=device, dtype=torch.int64).view(rows, columns)
-    # Rows are told apart by an offset that shares no divisor with the span.
-    steps = steps % columns + 11 * torch.arange(rows, device=device, dtype=torch.int64)[:, None]
+    row = torch.arange(rows, device=device, dtype=torch.int64)[:, None] * (span // rows + 1)
+    steps = torch.arange(columns, device=device, dtype=torch.int64) + row
     exponents = (SMALLEST + steps % span).to(dtype)
     signs = 1.0 - 2.0 * ((steps // 3) % 2).to(dtype)
     powers = torch.exp2(exponents) * signs
@@ -56,6 +55,7 @@ def fit(outputs: Tensor, final: Tensor) -> LogitTransform | str:
     if final.shape[:-1] != outputs.shape[:-1] or size > outputs.shape[-1]:
         return f"it makes {tuple(final.shape)} of head outputs {tuple(outputs.shape)}"
     precision = torch.finfo(final.dtype).eps
+    outputs, final = outputs.cpu(), final.cpu()  # not every device has float64
     x, y = outputs[0, :, :size].double().flatten(), final[0].double().flatten()
     small, large = x.abs() <= 2.0 ** (SMALLEST + 2), x.abs() >= 2.0 ** (LARGEST - 2)
     if not (bool(small.any()) and bool(large.any())):

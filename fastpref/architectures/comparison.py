@@ -63,7 +63,7 @@ def _model(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny(name), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(tiny(name), dtype=torch.float32).train()
     head = model.get_output_embeddings()
     for one in (getattr(head, "weight", None), getattr(head, "bias", None)):
         if isinstance(one, Tensor):

@@ -8,6 +8,7 @@ Sizes fit each other: heads times head size is the hidden size, groups divide ex
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 VOCABULARY = 160
@@ -105,23 +106,36 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    # Gradients are compared, and numbers of a call repeat.
-    **dict.fromkeys(
-        (
-            *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout"),
-            *("attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
-            *("activation_dropout", "layerdrop", "decoder_layerdrop", "encoder_layerdrop"),
-            *("embedding_dropout", "hidden_dropout_ratio", "residual_dropout", "resid_dropout"),
-        ),
-        0.0,
-    ),
 }
 
 # BERT's family predicts the next token only as a decoder.
 FLAGS = {"is_decoder": True, "use_cache": False}
 
 # Of single architectures, over the above.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dots1": {"head_dim": 8, "n_shared_experts": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"head_dim": 16},
+    "moshi": {"audio_vocab_size": 32},
+    "reformer": {
+        "axial_pos_shape": (4, 4),
+        "axial_pos_embds_dim": (16, 16),
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "num_buckets": 2,
+        "hash_seed": 0,
+    },
+    "rwkv": {"attention_hidden_size": 32},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def tiny(name: str) -> Any:
@@ -143,14 +157,30 @@ def _sizes(kind: type[Any]) -> dict[str, Any]:
     special = [name for name in names if name not in SIZES and _is_token(name)]
     found |= {name: 3 + index for index, name in enumerate(special)}
     found |= {name: value for name, value in FLAGS.items() if name in names}
+    # Numbers of a call must repeat, in train mode too.
+    found |= {name: 0.0 for name in names if "drop" in name and _is_rate(names[name].default)}
+    return found | {name: part for name, part in _parts(kind) if name in names}
+
+
+def _parts(kind: type[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The configurations within one, of a text, a picture, an attention."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
     for name, part in (getattr(kind, "sub_configs", None) or {}).items():
-        if inspect.isclass(part) and name in names and "model_type" in vars(part):
-            found[name] = _sizes(part)
-    return found
+        default = getattr(kind, "sub_configs_defaults", {}).get(name)
+        if part is not AutoConfig:
+            yield name, _sizes(part)
+        elif default is not None:
+            model_type = default.model_type
+            yield name, {**_sizes(CONFIG_MAPPING[model_type]), "model_type": model_type}
 
 
 def _is_token(name: str) -> bool:
     return name.endswith(("_token_id", "_token_index"))
+
+
+def _is_rate(default: Any) -> bool:
+    return isinstance(default, (int, float)) and not isinstance(default, bool)
 
 
 def _merged(given: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
             *("shared_intermediate_size", "shared_experts_intermediate_size", "mlp_dim"),
             *("intermediate_size_mlp", "ffn_hidden_size", "expert_ffn_hidden_size", "d_inner"),
             *("moe_shared_expert_intermediate_size", "dense_intermediate_size"),
-            *("feed_forward_size", "attention_hidden_size"),
+            "feed_forward_size",
         ),
         48,
     ),
@@ -118,12 +118,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"head_dim": 8, "n_shared_experts": 1},
+    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense", "dense"]}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16},
     "moshi": {"audio_vocab_size": 32},
     "reformer": {
-        "axial_pos_shape": (4, 4),
+        "axial_pos_shape": (3, 4),
         "axial_pos_embds_dim": (16, 16),
         "local_attn_chunk_length": 4,
         "lsh_attn_chunk_length": 4,
@@ -132,6 +133,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "rwkv": {"attention_hidden_size": 32},
     "xmod": {"default_language": "en_XX"},
+    "mimo_v2_flash": {"num_key_value_heads": 2},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
@@ -158,7 +160,9 @@ def _sizes(kind: type[Any]) -> dict[str, Any]:
     found |= {name: 3 + index for index, name in enumerate(special)}
     found |= {name: value for name, value in FLAGS.items() if name in names}
     # Numbers of a call must repeat, in train mode too.
-    found |= {name: 0.0 for name in names if "drop" in name and _is_rate(names[name].default)}
+    for name, field in names.items():
+        if ("drop" in name or "jitter" in name) and _is_rate(field.default):
+            found[name] = type(field.default)(0)
     return found | {name: part for name, part in _parts(kind) if name in names}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 SMALLEST, LARGEST = -30, 24  # exponents
 HELD_OUT = 1.37  # no power of two: what the fit is verified on
+UNLIKE = "its logits are not a scale and a cap of its head's outputs"
 ROUNDING = 2e-6  # relative, of a few float32 operations
 
 
@@ -67,7 +68,7 @@ def fit(outputs: Tensor, final: Tensor) -> LogitTransform | str:
     softcap = None if linear else top
     found = LogitTransform(scale, softcap, size)
     if not (0 < scale < math.inf and 0 < top < math.inf):
-        return f"its logits at small outputs are {scale:g} times them, and {top:g} at large ones"
+        return f"{UNLIKE} ({scale:g} times small ones, {top:g} for large ones)"
     # A power of two is exact in any dtype, another scale is not.
     if precision > torch.finfo(torch.float32).eps and math.frexp(scale)[0] != 0.5:
         return f"it scales logits by {scale:g} in {final.dtype}, too coarse to measure"
@@ -75,8 +76,5 @@ def fit(outputs: Tensor, final: Tensor) -> LogitTransform | str:
     error = (final.double() - expected).abs() / expected.abs()
     worst = float(error.max())
     if not worst <= max(4 * precision, ROUNDING):
-        return (
-            f"its logits are not a scale and a cap of its head's outputs ({scale:g}, {softcap}), "
-            f"by {worst:.1e}"
-        )
+        return f"{UNLIKE} ({worst:.1e} away from {scale:g} and {softcap})"
     return found

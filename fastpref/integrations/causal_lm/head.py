@@ -18,6 +18,10 @@ from .projection import Projection
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class ShardedHeadError(RuntimeError):
+    """A head that does not hold its weight where it is needed."""
+
+
 class Head(NamedTuple):
     """A module that projects onto the vocabulary."""
 
@@ -84,12 +88,12 @@ def project(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Projection]:
     multiplied by. To be called within the head's forward, where its parameters are whole.
 
     Raises:
-        RuntimeError: the weight is a shard.
+        ShardedHeadError: the weight is a shard.
     """
     base = adapters.base_layer(head)
     weight: Tensor = base.weight  # type: ignore[assignment]
     if isinstance(weight, DTensor):
-        raise RuntimeError(
+        raise ShardedHeadError(
             f"the output head's weight is a DTensor {tuple(weight.shape)} {weight.placements} "
             "within the forward of its module; expected the whole weight, as FSDP2 provides it "
             "there. Shard the module that owns it with fully_shard (tied embeddings with the root "

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .head import Head, columns
+from .head import Head, ShardedHeadError, columns
 from .interception import answered, loss_left_out
 from .scores import scores_of_hidden, scores_of_logits
 from .transform import LogitTransform, fit, known_outputs
@@ -51,6 +51,9 @@ def measure(
     """Of a model whose forward is ``own``, called with ``arguments`` and ``labels``.
 
     ``check`` compares log-probabilities too, of a head that ``head_supported`` knows.
+
+    Raises:
+        ShardedHeadError: it does not hold its weight where it is needed.
     """
     problem = "a forward without input_ids and inputs_embeds cannot be tried"
     with _undisturbed(model):
@@ -60,6 +63,8 @@ def measure(
                     transform, takes_loss = _transform(model, own, head, given)
                     if check and isinstance(transform, LogitTransform):
                         transform = _disagreement(own, head, inputs, transform) or transform
+                except ShardedHeadError:
+                    raise
                 except Exception as error:
                     # With labels: a loss of its own on logits of another shape than they had.
                     problem = f"tried on known head outputs it raised {error!r}"

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,8 +42,49 @@ def fused_call(
 ) -> Any:
     """FusedCausalLMOutput of a call with ``args`` and ``kwargs``, ``own`` being the model's
     forward."""
-    from .output import FusedCausalLMOutput
+    call = _prepared(model, own, state, args, kwargs)
+    with loss_left_out(model), call.head_answered():
+        output = own(**call.arguments)
+    return _finished(model, call, output)
 
+
+@dataclass
+class _Call:
+    request: Request
+    head: Head
+    transform: LogitTransform | str  # or why full logits are scored
+    takes_loss: bool
+    arguments: dict[str, Any]  # of the model's forward
+    scores: list[tuple[Tensor, ...]] = field(default_factory=list)  # by call of the head
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def head_answered(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the head's forward scores what it is given."""
+        transform = self.transform
+        if isinstance(transform, str):
+            return contextlib.nullcontext()
+        stand_in: list[Tensor] = []
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def answer(_: Own, hidden: Tensor) -> tuple[Tensor, ...]:
+            # The rest of the forward runs on it, for nothing.
+            stand_in.append(hidden.new_zeros(*hidden.shape[:-1], 1))
+            request = self.request
+            asked = (request.target, transform, request.temperature, request.wanted)
+            return scores_of_hidden(self.head.inner, request.positions(hidden), *asked)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def leave(scores: tuple[Tensor, ...]) -> Tensor:
+            self.scores.append(scores)
+            return stand_in[-1]
+
+        return answered(self.head, answer, leave)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _prepared(
+    model: nn.Module, own: Own, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Call:
     parameters = inspect.signature(type(model).forward).parameters
     # The first is self.
     arguments = {**dict(zip(list(parameters)[1:], args, strict=False)), **kwargs}
@@ -67,57 +109,33 @@ def fused_call(
         )
     if takes_loss:
         arguments["labels"] = request.labels
-    with loss_left_out(model):
-        output, scores = _run(model, own, head, arguments, request, transform)
-    by_name = dict(zip(request.names, scores, strict=True))
-    log_probs = by_name["log_probs"]
+    return _Call(request, head, transform, takes_loss, arguments)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _finished(model: nn.Module, call: _Call, output: Any) -> Any:
+    """FusedCausalLMOutput of a call whose forward returned ``output``."""
+    from .output import FusedCausalLMOutput
+
+    request = call.request
+    if isinstance(call.transform, str):
+        logits = request.positions(output.logits)
+        asked = (request.target, request.temperature, request.wanted)
+        call.scores.append(scores_of_logits(logits, *asked))
+    if len(call.scores) != 1:
+        raise RuntimeError(
+            f"the output head of {type(model).__name__} was called {len(call.scores)} times, "
+            "expected once, as when the model was first run. Fuse it anew: "
+            "fastpref.unfuse_lm_head(model), fastpref.fuse_lm_head(model)"
+        )
+    scores = dict(zip(request.names, call.scores[0], strict=True))
+    log_probs = scores["log_probs"]
     loss = request.loss(log_probs)
-    if takes_loss:
+    if call.takes_loss:
         loss = loss + output.loss.to(loss.device)
     return FusedCausalLMOutput(
         loss=loss,
         label_mask=(request.target != IGNORED).to(log_probs.device),
         aux_loss=getattr(output, "aux_loss", None),
-        **by_name,
+        **scores,
     )
-
-
-def _run(
-    model: nn.Module,
-    own: Own,
-    head: Head,
-    arguments: dict[str, Any],
-    request: Request,
-    transform: LogitTransform | str,
-) -> tuple[Any, tuple[Tensor, ...]]:
-    """The model's output, and the scores in the order of ``request.names``."""
-    if isinstance(transform, str):
-        output = own(**arguments)
-        logits = request.positions(output.logits)
-        asked = (request.target, request.temperature, request.wanted)
-        return output, scores_of_logits(logits, *asked)
-    answers: list[tuple[Tensor, ...]] = []
-    stand_in: list[Tensor] = []
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def answer(_: Own, hidden: Tensor) -> tuple[Tensor, ...]:
-        # The rest of the forward runs on it, for nothing.
-        stand_in.append(hidden.new_zeros(*hidden.shape[:-1], 1))
-        states, target = request.positions(hidden), request.target
-        asked = (transform, request.temperature, request.wanted)
-        return scores_of_hidden(head.inner, states, target, *asked)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def leave(scores: tuple[Tensor, ...]) -> Tensor:
-        answers.append(scores)
-        return stand_in[-1]
-
-    with answered(head, answer, leave):
-        output = own(**arguments)
-    if len(answers) != 1:
-        raise RuntimeError(
-            f"the output head of {type(model).__name__} was called {len(answers)} times, expected "
-            "once, as when the model was first run. Fuse it anew: fastpref.unfuse_lm_head(model), "
-            "fastpref.fuse_lm_head(model)"
-        )
-    return output, answers[0]

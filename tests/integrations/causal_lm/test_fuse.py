@@ -165,6 +165,17 @@ def test_measuring_leaves_random_numbers_and_modes_alone() -> None:
     assert all(value.grad is None for value in model.parameters())
 
 
+def test_the_readmes_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = Path(__file__).resolve().parents[3] / "README.md"
+    section = readme.read_text(encoding="utf-8").split("## Any transformers model")[1]
+    scope: dict[str, Any] = {}
+    exec(section.split("```python")[1].split("```")[0], scope)
+    assert "torch.Size([4, 31])" in capsys.readouterr().out
+    model, output, ids = scope["model"], scope["output"], scope["ids"]
+    torch.testing.assert_close(output.loss, model(input_ids=ids, labels=ids).loss)
+    assert refusals(model) == () and model.lm_head.weight.grad is not None
+
+
 class Shifted(nn.Linear):
     """A head of its own kind."""
 

@@ -30,6 +30,7 @@ class State:
     """Of a fused model; copied with it."""
 
     check: bool
+    function: Own  # of its forward
     forward: Own | None  # the instance's before, None: its class's
     measured: Measured | None = None  # since its first call
     warned: tuple[str, ...] = ()
@@ -66,7 +67,12 @@ class _Call:
         stand_in: list[Tensor] = []
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def answer(_: Own, hidden: Tensor) -> tuple[Tensor, ...]:
+        def answer(_: Own, hidden: Tensor, **others: Any) -> tuple[Tensor, ...]:
+            if others:
+                raise ValueError(
+                    f"the output head was called with {', '.join(others)} too, expected hidden "
+                    "states alone. Score with one set of adapters a call, or without fused_lm_head"
+                )
             # The rest of the forward runs on it, for nothing.
             stand_in.append(hidden.new_zeros(*hidden.shape[:-1], 1))
             request = self.request

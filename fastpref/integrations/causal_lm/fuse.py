@@ -69,9 +69,9 @@ def fuse_lm_head(model: Model, *, check: bool = True) -> Model:
         )
     find_head(owner)
     if STATE not in vars(owner):
-        state = State(check, vars(owner).get("forward"))
-        setattr(owner, STATE, state)
-        owner.forward = MethodType(_forward_of(type(owner)), owner)  # type: ignore[arg-type]
+        function = _forward_of(type(owner))  # type: ignore[arg-type]
+        setattr(owner, STATE, State(check, function, vars(owner).get("forward")))
+        owner.forward = MethodType(function, owner)
     return model
 
 
@@ -90,7 +90,7 @@ def unfuse_lm_head(model: Model) -> Model:
     if state is None:
         return model
     forward = vars(owner).get("forward")
-    if getattr(forward, "__name__", None) != "forward" or not hasattr(forward, "fused_lm_head"):
+    if getattr(forward, "__func__", None) is not state.function:
         raise RuntimeError(
             f"the forward of {type(owner).__name__} was replaced after fuse_lm_head, by "
             f"{forward!r}; expected fastpref's. Take that back first (for accelerate: "
@@ -137,5 +137,4 @@ def _forward_of(kind: type[Any]) -> Callable[..., Any]:
             return own(*args, **kwargs)
         return fused_call(self, own, state, args, kwargs)
 
-    forward.fused_lm_head = True  # type: ignore[attr-defined]
     return forward

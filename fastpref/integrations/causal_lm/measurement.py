@@ -56,11 +56,12 @@ def measure(
         ShardedHeadError: it does not hold its weight where it is needed.
     """
     problem = "a forward without input_ids and inputs_embeds cannot be tried"
+    takes_loss = False
     with _undisturbed(model):
         for inputs, some in _inputs(arguments, labels):
             for given in ({**inputs, "labels": some}, inputs):
                 try:
-                    transform, takes_loss = _transform(model, own, head, given)
+                    transform, takes = _transform(model, own, head, given, some)
                     if check and isinstance(transform, LogitTransform):
                         transform = _disagreement(own, head, inputs, transform) or transform
                 except ShardedHeadError:
@@ -70,9 +71,12 @@ def measure(
                     problem = f"tried on known head outputs it raised {error!r}"
                     logger.debug("%s: %s", type(model).__name__, problem, exc_info=True)
                     continue
-                logger.debug("%s: logits are %s of its head's", type(model).__name__, transform)
-                return Measured(transform, takes_loss)
-    return Measured(problem, False)
+                takes_loss |= takes
+                if isinstance(transform, LogitTransform):
+                    logger.debug("%s: logits are %s of its head's", type(model).__name__, transform)
+                    return Measured(transform, takes)
+                problem = transform
+    return Measured(problem, takes_loss)
 
 
 def _inputs(arguments: dict[str, Any], labels: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -91,12 +95,14 @@ def _inputs(arguments: dict[str, Any], labels: Tensor) -> Iterator[tuple[dict[st
 
 
 def _transform(
-    model: nn.Module, own: Own, head: Head, given: dict[str, Any]
+    model: nn.Module, own: Own, head: Head, given: dict[str, Any], labels: Tensor
 ) -> tuple[LogitTransform | str, bool]:
     """From a run on ``given``, and whether that took its loss from ``loss_function``."""
     known: list[Tensor] = []
+    shapes: list[torch.Size] = []
 
     def answer(real: Own, hidden: Tensor) -> Tensor:
+        shapes.append(hidden.shape)
         size = columns(head.inner) or real(hidden[:1, :1]).shape[-1]
         known.append(known_outputs(KNOWN, size, hidden.device))
         return known[-1]
@@ -106,6 +112,9 @@ def _transform(
     takes_loss = "labels" in given and len(losses) == 1
     if len(known) != 1:
         return f"its output head is called {len(known)} times in a forward", takes_loss
+    if len(shapes[0]) != 3 or shapes[0][0] != labels.shape[0]:
+        found, wanted = tuple(shapes[0]), tuple(labels.shape)
+        return f"its output head is given hidden states {found} for labels {wanted}", takes_loss
     return fit(known[0], output.logits), takes_loss
 
 
@@ -146,16 +155,21 @@ def _precision(outputs: Tensor) -> float:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Runs within it leave the model's mode and the random number generators as they were."""
+    """Runs within it leave the model's mode, the random number generators and the casts that
+    autocast keeps as they were."""
     training = [module for module in model.modules() if module.training]
-    places = {one.device for one in model.parameters() if one.device.type not in ("cpu", "meta")}
-    kind = next(iter(places)).type if places else "cuda"
-    with torch.no_grad(), torch.random.fork_rng(sorted(places, key=str), device_type=kind):
+    kept = torch.is_autocast_cache_enabled()
+    devices = {one.device for one in model.parameters() if one.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        # Some versions of torch would give the casts that are made here, without gradient, to the
+        # call that comes after.
+        torch.set_autocast_cache_enabled(False)
         # Not by eval(), which modules may have given other work.
         for module in training:
             module.training = False
         try:
             yield
         finally:
+            torch.set_autocast_cache_enabled(kept)
             for module in training:
                 module.training = True

@@ -172,6 +172,14 @@ def test_what_is_not_read_is_scored_from_logits(
     assert "full logits" in record.getMessage()
 
 
+def test_adapters_mixed_in_a_batch_are_refused() -> None:
+    wrapped = fastpref.fuse_lm_head(adapted(make(), lora())).eval()
+    inputs = batch()
+    wrapped(**inputs, fused_lm_head=True)
+    with pytest.raises(ValueError, match=r"called with adapter_names too.*one set of adapters"):
+        wrapped(**inputs, adapter_names=["default", "__base__"], fused_lm_head=True)
+
+
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_prompts(kind: str) -> None:
     """PEFT lengthens ``labels`` by the positions of a prompt, and does not see ``fused_labels``."""

@@ -3,9 +3,11 @@
 at the first call."""
 
 import copy
+import functools
 import inspect
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,7 @@ def test_a_forward_of_the_instance_is_kept() -> None:
 def test_unfusing_beneath_another_forward_is_refused() -> None:
     model = fastpref.fuse_lm_head(make())
     fused = model.forward
-    model.forward = lambda *args, **kwargs: fused(*args, **kwargs)
+    model.forward = functools.wraps(fused)(lambda *args, **kwargs: fused(*args, **kwargs))
     with pytest.raises(
         RuntimeError, match=r"LlamaForCausalLM was replaced after fuse_lm_head.*fir"
     ):
@@ -174,6 +176,38 @@ def test_the_readmes_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     model, output, ids = scope["model"], scope["output"], scope["ids"]
     torch.testing.assert_close(output.loss, model(input_ids=ids, labels=ids).loss)
     assert refusals(model) == () and model.lm_head.weight.grad is not None
+
+
+def test_measuring_leaves_autocasts_casts_alone() -> None:
+    """Those of a run without gradient have none."""
+    model = fastpref.fuse_lm_head(make())
+    kept = []
+    model.model.norm.register_forward_hook(
+        lambda *args: kept.append((torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch(), fused_lm_head=True)
+    assert kept == [(False, False), (False, False), (True, True)]
+    assert len(gradients(output.loss, model)) == len(list(model.parameters()))
+
+
+def test_a_loss_that_needs_no_head_with_labels() -> None:
+    """As fused losses of others have it; without labels the head is called."""
+    model, inputs = make(), batch()
+    own = model.forward
+
+    def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is not None:
+            hidden = model.model(*args, **kwargs)[0]
+            return types.SimpleNamespace(logits=None, loss=hidden.sum())
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    expected = scores_of(own(**inputs).logits, inputs["labels"])["log_probs"]
+    output = fastpref.fuse_lm_head(model)(**inputs, fused_lm_head=True)
+    torch.testing.assert_close(output.log_probs.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss, -output.log_probs.sum() / output.label_mask.sum())
+    assert refusals(model) == ()
 
 
 class Shifted(nn.Linear):

@@ -12,6 +12,7 @@ os.environ.update(
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
 )
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 WITHOUT_TRL = 'TRL is not installed (pip install "fastpref[trl]")'
 
@@ -41,6 +43,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "phi": {},
 }
+
+FEW_ROWS = 16
 
 WORDS = ("a green pear", "seven", "the cat sat", "no", "rain, then sun", "x = 3y", "it is", "old")
 
@@ -177,6 +181,49 @@ def compare(trl_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         return fast
 
     return compare
+
+
+@pytest.fixture
+def compare_trainers() -> Any:
+    """``compare_trainers(make_stock, make_fast)`` trains both and expects one result, the second
+    without its head's product. Returns the second training."""
+
+    def compare(make_stock: Callable[[], Any], make_fast: Callable[[], Any]) -> Training:
+        stock = _train_counting_products(make_stock)
+        fast = _train_counting_products(make_fast)
+        assert stock.head_calls > 0
+        assert fast.head_calls == 0
+        _expect_equal_logs(fast.logs, stock.logs, 2e-5, 2e-5)
+        norm = stock.update.norm()
+        assert norm > 1e-3, "the weights hardly moved: nothing was compared"
+        assert (fast.update - stock.update).norm() <= 2e-5 * norm
+        return fast
+
+    return compare
+
+
+class HeadProducts(TorchFunctionMode):
+    """Counts products with the vocabulary of more rows than a model is tried on, or generates."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.count = vocabulary, 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.nn.functional.linear and args[1].shape[0] == self.vocabulary:
+            self.count += args[0].shape[:-1].numel() > FEW_ROWS
+        return function(*args, **(kwargs or {}))
+
+
+def _train_counting_products(make_trainer: Callable[[], Any]) -> Training:
+    torch.manual_seed(0)
+    trainer = make_trainer()
+    products = HeadProducts(trainer.model.config.vocab_size)
+    with products:
+        training = _train(lambda: trainer, [])
+    return dataclasses.replace(training, head_calls=products.count)
 
 
 def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]:

@@ -9,9 +9,9 @@ import torch
 
 from fastpref import ScoringOptions, explain
 from fastpref.integrations import trl as integration
-from fastpref.integrations.trl import LogProbAdapter
+from fastpref.integrations.trl import LogProbAdapter, adapters, budget
 from fastpref.scoring import plan as schedule
-from tests.integrations.head_calls import TILE, H, N, V, make_inputs
+from tests.integrations.trl.head_calls import TILE, H, N, V, make_inputs
 
 MIB = 1 << 20
 TILE_BYTES = 4096 * 32768 * 2
@@ -116,13 +116,13 @@ def test_options_on_a_gpu_follow_what_needs_a_gradient(
         value.requires_grad_(name == needs)
     plan = explain(hidden, weight, targets, outputs=outputs)
     on_gpu = replace(plan, device_type="cuda", total_memory=1 << 22)
-    monkeypatch.setattr(integration, "TILE_ROWS", 10)
-    options = integration._options(on_gpu, weight.dtype, 64)
+    monkeypatch.setattr(budget, "TILE_ROWS", 10)
+    options = adapters._options(on_gpu, weight.dtype, 64)
     keeps = needs == "weight" or (needs == "hidden" and "entropy" in outputs)
     theirs = 10 * 64 * 4 + (needs == "weight") * V * H * 4
     assert options.memory_budget == (max(theirs, -(-4 * N * V * 4 // 3)) if keeps else theirs)
     assert options.schedule == "auto"
-    assert integration._options(plan, weight.dtype, 64) == ScoringOptions(schedule="keep")
+    assert adapters._options(plan, weight.dtype, 64) == ScoringOptions(schedule="keep")
 
 
 def test_the_plan_of_a_call_can_be_read(
@@ -130,7 +130,7 @@ def test_the_plan_of_a_call_can_be_read(
 ) -> None:
     hidden, weight, _, targets = make_inputs()
     given = ScoringOptions(memory_budget=3 * MIB)
-    monkeypatch.setattr(integration, "_options", lambda *_: given)
+    monkeypatch.setattr(adapters, "_options", lambda *_: given)
     with caplog.at_level(logging.DEBUG, logger="fastpref"):
         LogProbAdapter.apply(hidden, weight, None, targets, 1.0, TILE)
     assert any(

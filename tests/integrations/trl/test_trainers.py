@@ -7,26 +7,12 @@ from typing import Any
 import pytest
 
 from fastpref.objectives.registry import loss_types
+from tests.integrations.trl.runs import ARGUMENTS
 
 pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
 pytestmark = pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning")
 
 DPO_LOSSES = (*loss_types("pair"), "sft")
-# Plain descent: an optimizer that divides by the gradient would magnify rounding.
-ARGUMENTS: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "max_steps": 3,
-    "per_device_train_batch_size": 4,
-    "optim": "sgd",
-    "learning_rate": 0.1,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "logging_first_step": True,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastpref.integrations.trl import OUTPUTS, LogProbAdapter
 from fastpref.scoring import request, workspace
 from fastpref.scoring.plain_scores import plain_scores
-from tests.integrations.head_calls import (
+from tests.integrations.trl.head_calls import (
     ALL,
     TILE,
     H,

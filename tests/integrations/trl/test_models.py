@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastpref.integrations import trl as integration
 from fastpref.integrations.trl import OUTPUTS, LogProbAdapter
-from tests.integrations.head_calls import ALL, TILE, V, make_inputs
+from tests.integrations.trl.head_calls import ALL, TILE, V, make_inputs
 
 
 def fused_scores(model: Any, labels: Tensor) -> Any:

@@ -83,7 +83,7 @@ def test_loss_and_rewards(unit, tmp_path):
     widest = max(map(len, rewards))
     filled = [row + [-100] * (widest - len(row)) for row in rewards]
     np.testing.assert_allclose(seen["rewards"], filled, rtol=1e-4, atol=1e-4)
-    assert metrics["eval_mean"] == pytest.approx(float(np.mean(sum(rewards, []))), rel=1e-4)
+    assert metrics["eval_mean"] == pytest.approx(float(np.mean(np.concatenate(rewards))), rel=1e-4)
     given = seen["labels"].numbers("ref_logps")
     assert given.dtype == np.float32 and given.shape == (len(rows), widest)
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...objectives import Objective, as_objective
 from .columns import RENAMED, columns_of
 from .labels import LENGTHS, REFERENCE, PreferenceLabels
+from .loss import PreferenceLoss
 from .tokens import HOST, Response, model_inputs, response_of
 
 Row = Mapping[str, Any]
@@ -60,7 +61,7 @@ class PreferenceCollator:
         max_length: int | None = None,
         padding_side: Literal["right", "left"] = "right",
     ) -> None:
-        if hasattr(objective, "objective"):  # a loss is a function too, and no pairwise one
+        if isinstance(objective, PreferenceLoss):  # callable, as a pairwise function is
             raise TypeError(
                 "objective must be a name, an Objective or a function, got "
                 f"{type(objective).__name__}; pass its .objective"

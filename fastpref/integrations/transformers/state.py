@@ -76,6 +76,11 @@ class RunningState:
         self._collected: list[tuple[Tensor, ...]] = []
         self._is_kept = False
 
+    @property
+    def parts(self) -> set[str]:
+        """The names in ``state_dict``."""
+        return set(self._moments)
+
     def extras(self) -> dict[str, Tensor]:
         """0-dim, by the objective's names for them."""
         if not self._names:
@@ -156,15 +161,16 @@ def state_callback(running: RunningState) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             name, stored = type(self).__name__, {}
-            if state.global_step > 0:
-                stored = state.stateful_callbacks.get(name, {}).get("attributes", {})
-                if not stored:
+            if state.global_step > 0:  # resumed, with what lies in the checkpoint
+                saved = state.stateful_callbacks.get(name, {})
+                stored = saved.get("attributes", {}).get("moments", {})
+                if not running.parts <= set(stored):
                     logger.warning(
-                        "the checkpoint of step %d holds no running state of the preference loss, "
-                        "which starts anew",
+                        "the checkpoint of step %d does not hold the running state of the "
+                        "preference loss, which starts anew",
                         state.global_step,
                     )
-            running.begin(stored.get("moments", {}))
+            running.begin(stored)
             state.stateful_callbacks[name] = self.state()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 Scores = Callable[[list[int], list[int]], Tensor]  # (prompt, completion) -> (T,)
+SIDES = ("chosen", "rejected")
 
 
 def dpo(scores: Scores, rows: Sequence[dict[str, Any]], beta: float) -> Tensor:
@@ -73,4 +74,23 @@ def odpo(scores: Scores, rows: Sequence[dict[str, Any]], beta: float, alpha: flo
     return torch.stack(losses).mean()
 
 
-SIDES = ("chosen", "rejected")
+def apo_zero_unpaired(scores: Scores, rows: Sequence[dict[str, Any]], beta: float) -> Tensor:
+    losses = []
+    for row in rows:
+        sign = 1.0 if row["label"] else -1.0
+        ratio = scores(row["prompt_ids"], row["completion_ids"]).sum() - row["ref_logps"]
+        losses.append(torch.sigmoid(-sign * beta * ratio))
+    return torch.stack(losses).mean()
+
+
+def rewards(scores: Scores, row: dict[str, Any], beta: float) -> list[float]:
+    """beta times the log-ratio of each response of a row, chosen first."""
+    if "chosen_ids" in row:
+        responses = [row[f"{one}_ids"] for one in SIDES]
+        reference = [row[f"ref_{one}_logps"] for one in SIDES]
+    elif "completions_ids" in row:
+        responses, reference = row["completions_ids"], row["ref_logps"]
+    else:
+        responses, reference = [row["completion_ids"]], [row["ref_logps"]]
+    logps = [float(scores(row["prompt_ids"], one).sum()) for one in responses]
+    return [beta * (one - other) for one, other in zip(logps, reference, strict=True)]

@@ -113,7 +113,7 @@ def test_load_balancing_loss():
     outputs.aux_loss = torch.tensor(0.8)
     loss = loss_func("simpo", aux_loss_coef=0.5)(outputs, labels, 12)
     torch.testing.assert_close(loss, alone + 0.5 * 0.8 * 3 / 12)
-    with pytest.raises(ValueError, match="aux_loss_coef=model.config.router_aux_loss_coef"):
+    with pytest.raises(ValueError, match=r"aux_loss_coef=model\.config\.router_aux_loss_coef"):
         loss_func("simpo")(outputs, labels, 12)
 
 

@@ -20,36 +20,6 @@ BETA = 0.3
 NAMES = {"pair": "dpo", "list": "plackett_luce", "unit": "apo_zero_unpaired"}
 
 
-def apo_zero_unpaired(scores, rows, beta):
-    signs = [1.0 if row["label"] else -1.0 for row in rows]
-    ratios = [
-        scores(row["prompt_ids"], row["completion_ids"]).sum() - row["ref_logps"] for row in rows
-    ]
-    return torch.stack(
-        [torch.sigmoid(-sign * beta * one) for sign, one in zip(signs, ratios, strict=True)]
-    ).mean()
-
-
-PLAIN = {
-    "pair": plain_losses.dpo,
-    "list": plain_losses.plackett_luce,
-    "unit": apo_zero_unpaired,
-}
-
-
-def ratios(model, unit, row):
-    """beta times the log-ratio of each response of a row."""
-    if unit == "pair":
-        responses = [row["chosen_ids"], row["rejected_ids"]]
-        reference = [row["ref_chosen_logps"], row["ref_rejected_logps"]]
-    elif unit == "list":
-        responses, reference = row["completions_ids"], row["ref_logps"]
-    else:
-        responses, reference = [row["completion_ids"]], [row["ref_logps"]]
-    logps = [plain_logps(model, row["prompt_ids"], one).sum().item() for one in responses]
-    return [BETA * (one - other) for one, other in zip(logps, reference, strict=True)]
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("unit", NAMES)
 def test_loss_and_rewards(unit, tmp_path):
@@ -77,8 +47,8 @@ def test_loss_and_rewards(unit, tmp_path):
         return plain_logps(model, prompt, completion)
 
     with torch.no_grad():
-        expected = float(PLAIN[unit](scores, rows, beta=BETA))
-        rewards = [ratios(model, unit, row) for row in rows]
+        expected = float(getattr(plain_losses, NAMES[unit])(scores, rows, beta=BETA))
+        rewards = [plain_losses.rewards(scores, row, beta=BETA) for row in rows]
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
     widest = max(map(len, rewards))
     filled = [row + [-100] * (widest - len(row)) for row in rewards]

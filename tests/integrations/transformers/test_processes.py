@@ -15,8 +15,15 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from accelerate.state import AcceleratorState, GradientState
 
 from fastpref.integrations.transformers import loss_func
-from tests.integrations.transformers.plain_losses import dpo, kto
-from tests.integrations.transformers.trainings import check_step, make_rows, train
+from tests.integrations.transformers.plain_losses import dpo, kto, plackett_luce, rewards
+from tests.integrations.transformers.trainings import (
+    check_step,
+    make_model,
+    make_rows,
+    make_trainer,
+    plain_logps,
+    train,
+)
 
 pytestmark = pytest.mark.heavy
 
@@ -56,6 +63,24 @@ def on_rank(rank, name, unit, accumulated, shared):
         return [one.tolist() for one in gradients], logged, loss._state.state_dict()
 
 
+def evaluated_on_rank(rank, unit):
+    """``eval_loss`` of lists or pairs two at a time on each rank, and the rewards."""
+    with process(rank), tempfile.TemporaryDirectory() as folder:
+        loss, seen = loss_func("dpo" if unit == "pair" else "plackett_luce"), []
+        trainer = make_trainer(
+            loss,
+            make_rows(unit, 8),
+            folder,
+            ddp_backend="gloo",
+            given={
+                "eval_dataset": make_rows(unit, 8),
+                "preprocess_logits_for_metrics": loss.rewards,
+                "compute_metrics": lambda found: seen.append(found.predictions.tolist()) or {},
+            },
+        )
+        return trainer.evaluate()["eval_loss"], seen[0]
+
+
 def check(gradient, number, plain):
     check_step(torch.tensor(gradient, dtype=torch.float64), number, plain)
 
@@ -85,3 +110,21 @@ def test_running_state_of_both(two_ranks, tmp_path):
     (*_, first), (*_, second) = two_ranks(on_rank, "alpha_dpo", "pair", 1, False)
     assert first == second
     assert first["gap"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("unit", ["pair", "list"])
+def test_evaluation(unit, two_ranks):
+    """Batches of the ranks differ in length, and in the sizes of lists."""
+    rows, model = make_rows(unit, 8), make_model()
+
+    def scores(prompt, completion):
+        return plain_logps(model, prompt, completion)
+
+    with torch.no_grad():
+        expected = float((dpo if unit == "pair" else plackett_luce)(scores, rows, beta=0.1))
+        each = [rewards(scores, row, beta=0.1) for row in rows]
+    for loss, found in two_ranks(evaluated_on_rank, unit):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert [[one for one in row if one != -100] for row in found] == [
+            pytest.approx(row, rel=1e-4) for row in each
+        ]

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
+
+import datasets
 
 from fastpref.integrations.transformers import PreferenceCollator, add_reference_logps
 from tests.integrations.transformers.trainings import PAD, make_model, make_rows, plain_logps

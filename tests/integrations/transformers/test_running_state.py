@@ -121,8 +121,12 @@ def test_a_checkpoint_without_state_is_said(tmp_path, caplog):
     state.write_text(state.read_text().replace("PreferenceLossState", "Another"))
     with caplog.at_level("WARNING", logger="fastpref"):
         _, state, _ = moved(loss_func("beta_dpo"), rows, tmp_path, str(tmp_path / "checkpoint-2"))
-    assert "no running state" in caplog.text
+    assert "does not hold the running state" in caplog.text
     assert state["gap"]["updates"] == 10
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="fastpref"):
+        moved(loss_func("dpo"), rows, tmp_path, str(tmp_path / "checkpoint-2"))
+    assert not caplog.text  # there is nothing to hold
 
 
 def test_nobody_keeps_the_state(tmp_path):

@@ -32,9 +32,9 @@ class PreferenceLabels(dict[str, Any]):
     log-probabilities keeps two digits in bfloat16. ``put`` and ``numbers`` write and read them.
 
     A dict, so that what moves, pads, gathers or concatenates batches makes another of its class.
-    The Trainer counts the items of a batch as ``labels.ne(-100).sum()``, where the model's own loss
-    shifts labels (since transformers 5.23 at the latest) as ``labels[..., 1:].ne(-100).sum()``:
-    both are the number of units here.
+    The Trainer counts the items of a batch as ``labels.ne(-100).sum()``, and newer ones, where the
+    model's own loss shifts labels, as ``labels[..., 1:].ne(-100).sum()``: here both are the number
+    of units.
     """
 
     @property

@@ -56,10 +56,13 @@ class PreferenceLoss:
     - An objective of scope "batch" (``kto``, ``aot``, ...) takes each micro-batch for the batch, of
       all ranks where it is given a ``dp_group``: with accumulation its losses are not those of the
       larger batch.
-    - One of scope "running" (``bco``, ``beta_dpo``, ...) is given the state that earlier optimizer
-      steps left, and ``callback`` must be among the Trainer's callbacks.
-    - In evaluation a batch is whole by itself. ``eval_loss`` is the mean over all units; on several
-      ranks nearly so, where their last batches are uneven.
+    - One of scope "running" (``bco``, ``alpha_dpo``, ...) is given the averages that earlier
+      optimizer steps left, and ``callback`` must be among the Trainer's callbacks. ``beta_dpo``
+      takes the mean of its batch beside them, as one of scope "batch" does.
+    - In evaluation a batch is whole by itself. ``eval_loss`` is the mean over all units.
+    - On several ranks the Trainer fills an uneven last batch up with rows from the first, in
+      training and in evaluation, where ``eval_loss`` is then the mean but for a few rows. In
+      training ``accelerator_config={"even_batches": False}`` leaves it uneven.
 
     ``objective`` has its hyperparameters set, and is what ``PreferenceCollator`` takes.
     """

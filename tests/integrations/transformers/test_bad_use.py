@@ -19,8 +19,8 @@ def labels_of(objective, unit, count=3):
     return collator(make_rows(unit, count))["labels"]
 
 
-def outputs_of(rows):
-    return FusedOutput(log_probs=-torch.rand(rows, 8).requires_grad_())
+def outputs_of(rows, **others):
+    return FusedOutput(log_probs=-torch.rand(rows, 8).requires_grad_(), **others)
 
 
 @pytest.mark.heavy
@@ -108,9 +108,8 @@ def test_hyperparameters():
 
 def test_load_balancing_loss():
     """Its mean over micro-batches is weighted as that of the losses is."""
-    labels, outputs = labels_of("simpo", "pair"), outputs_of(6)
-    alone = loss_func("simpo")(outputs, labels, 12)
-    outputs.aux_loss = torch.tensor(0.8)
+    labels, outputs = labels_of("simpo", "pair"), outputs_of(6, aux_loss=torch.tensor(0.8))
+    alone = loss_func("simpo")(FusedOutput(log_probs=outputs.log_probs), labels, 12)
     loss = loss_func("simpo", aux_loss_coef=0.5)(outputs, labels, 12)
     torch.testing.assert_close(loss, alone + 0.5 * 0.8 * 3 / 12)
     with pytest.raises(ValueError, match=r"aux_loss_coef=model\.config\.router_aux_loss_coef"):

@@ -110,6 +110,16 @@ def test_optional_extras_are_taken_where_they_are():
         collate("beta_dpo", PAIR | REFERENCE | {"keep": True}, OTHER | REFERENCE)
 
 
+def test_extras_of_a_function_of_ones_own():
+    def loss(chosen, rejected, ref_chosen, ref_rejected, *, difficulty, strength=1.0):
+        return difficulty * strength * (rejected - chosen)
+
+    row = PAIR | REFERENCE | {"difficulty": 0.25, "strength": 3}
+    assert set(collate(loss, row)["labels"]) == {"pair_lengths", "ref_logps", "difficulty"}
+    with pytest.raises(ValueError, match="loss needs the columns difficulty"):
+        collate(loss, PAIR | REFERENCE)
+
+
 def test_rows_of_numbers():
     rows = [one | REFERENCE | {"prompt_embeddings": [0.5, 1, 2]} for one in (PAIR, OTHER)]
     labels = collate("relative_po", *rows)["labels"]

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("accumulated", [1, 3, 4])
+@pytest.mark.parametrize("accumulated", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_as_one_large_batch(name, accumulated, tmp_path):
     unit, hyperparameters = CASES[name]

@@ -30,8 +30,7 @@ def moved(loss, rows, folder, resume=None, **arguments):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["bco", "alpha_dpo"])
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize(("name", "restored"), [("bco", False), ("alpha_dpo", True)])
 def test_resumed_to_the_bit(name, restored, tmp_path):
     rows = make_rows("unit" if name == "bco" else "pair")
     arguments = {

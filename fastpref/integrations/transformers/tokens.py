@@ -65,7 +65,7 @@ def model_inputs(rows: Sequence[Response], pad_token_id: int, padding_side: str)
 
 def _ids(which: str, values: Any) -> Tensor:
     try:
-        ids = torch.as_tensor(values, device="cpu")
+        ids = torch.as_tensor(values, device="cpu", dtype=None)  # as it comes, to be checked
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"a {which} must be token ids, got {values!r}") from error
     if ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -177,7 +178,9 @@ def _numbers(column: str, values: Any) -> Tensor:
     try:
         return torch.as_tensor(values, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"column {column} must hold numbers, got {values!r}") from error
+        raise ValueError(
+            f"column {column} must hold numbers, got {reprlib.repr(values)}"
+        ) from error
 
 
 def _sum(column: str, values: Any, response: Response) -> Tensor:
@@ -198,7 +201,7 @@ def _check_one_each(column: str, values: Any, unit: list[Response]) -> None:
     if not hasattr(values, "__len__") or len(values) != len(unit):
         raise ValueError(
             f"column {column} must hold one value for each of a row's {len(unit)} responses, got "
-            f"{values!r}"
+            f"{reprlib.repr(values)}"
         )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def _ids(which: str, values: Any) -> Tensor:
     try:
         ids = torch.as_tensor(values, device="cpu", dtype=None)  # as it comes, to be checked
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"a {which} must be token ids, got {values!r}") from error
+        raise TypeError(f"a {which} must be token ids, got {reprlib.repr(values)}") from error
     if ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise TypeError(
             f"a {which} must be a sequence of token ids, got {tuple(ids.shape)} of {ids.dtype}; "

@@ -118,19 +118,21 @@ class RunningState:
         for part in self._moments:
             self._moments[part] = RunningMoments()
             if part in stored:
-                # float64 holds what was float32 to the bit.
-                numbers = {
-                    name: torch.tensor(value, dtype=torch.float64, device="cpu")
-                    for name, value in stored[part].items()
-                }
-                self._moments[part].load_state_dict(numbers)
+                self._moments[part].load_state_dict(_as_tensors(**stored[part]))
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Numbers of Python, which JSON holds to the bit."""
-        return {
-            part: {name: float(value) for name, value in moments.state_dict().items()}
-            for part, moments in self._moments.items()
-        }
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """For JSON, which holds Python's numbers to the bit."""
+        return {part: _as_numbers(**one.state_dict()) for part, one in self._moments.items()}
+
+
+def _as_numbers(mean: Tensor, std: Tensor, updates: int) -> dict[str, Any]:
+    dtype = str(mean.dtype).removeprefix("torch.")
+    return {"mean": mean.item(), "std": std.item(), "updates": updates, "dtype": dtype}
+
+
+def _as_tensors(mean: float, std: float, updates: int, dtype: str) -> dict[str, Any]:
+    made = torch.tensor([mean, std], dtype=getattr(torch, dtype), device="cpu")
+    return {"mean": made[0], "std": made[1], "updates": updates}
 
 
 def _statistic_of(objective: Objective, names: list[str]) -> _Statistic:
@@ -142,9 +144,10 @@ def _statistic_of(objective: Objective, names: list[str]) -> _Statistic:
     if names == ["delta"] and "beta" in objective.hyperparameters:
         return REWARDS
     raise ValueError(
-        f"{objective.name} takes {' and '.join(names)}, averages over the training, and what of is "
-        f"known for {', '.join(STATISTICS)} and for combinations of one beta with the first two; "
-        "take one of these, or keep a RunningMoments in a loop of your own"
+        f"{objective.name} takes {' and '.join(names)}, averaged over the training, and it is not "
+        f"known of what. It is for {', '.join(STATISTICS)}, and for combinations with the first "
+        "two of which all have one beta; take one of these, or keep a RunningMoments in a loop of "
+        "your own"
     )
 
 

@@ -2,6 +2,8 @@
 """Running averages: those of the steps before, the same however a step is accumulated, saved and
 restored to the bit."""
 
+import json
+
 import pytest
 import torch
 
@@ -101,6 +103,23 @@ def test_gaps_per_token(tmp_path):
     extras = loss._state.extras()
     assert float(extras["running_mean"]) == pytest.approx(sum(gaps) / 4, rel=1e-4)
     assert float(extras["running_std"]) == pytest.approx(float(torch.tensor(gaps).std()), rel=1e-4)
+
+
+def test_a_state_in_json_is_the_same():
+    """Of a float64 model too."""
+    for dtype in (torch.float32, torch.float64):
+        whole, halved = loss_func("alpha_dpo")._state, loss_func("alpha_dpo")._state
+        labels = PreferenceLabels({"pair_lengths": torch.full((5, 2), 3)})
+        for state in (whole, halved):
+            state.begin({})
+        for values in torch.randn(4, 5, 2, dtype=dtype):
+            for state in (whole, halved):
+                state.collect(values, labels)
+                state.end_step()
+            halved.begin(json.loads(json.dumps(halved.state_dict())))
+        for name, value in whole.extras().items():
+            assert value.dtype == dtype
+            assert torch.equal(halved.extras()[name], value)
 
 
 @pytest.mark.heavy

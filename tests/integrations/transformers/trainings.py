@@ -13,7 +13,14 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_T
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from fastpref.integrations.transformers import PreferenceCollator, PreferenceLoss
 from tests.integrations.fused_model import fuse_lm_head
@@ -117,7 +124,7 @@ def make_trainer(
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    return trainer(
+    made = trainer(
         model=make_model() if model is None else model,
         args=TrainingArguments(**{**defaults, **arguments}),
         data_collator=collator or PreferenceCollator(loss.objective, pad_token_id=PAD),
@@ -126,6 +133,8 @@ def make_trainer(
         callbacks=[loss.callback, *callbacks],
         **(given or {}),
     )
+    made.remove_callback(PrinterCallback)
+    return made
 
 
 def train(loss: PreferenceLoss, rows: Sequence[Row], folder: Any, **arguments: Any) -> Any:

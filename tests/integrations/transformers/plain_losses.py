@@ -39,11 +39,12 @@ def orpo(scores: Scores, rows: Sequence[dict[str, Any]], beta: float) -> Tensor:
 
 
 def kto(scores: Scores, rows: Sequence[dict[str, Any]], beta: float) -> Tensor:
-    """The baseline is that of these rows."""
+    """The baseline is that of these rows, and no zero."""
     ratios = torch.stack(
         [scores(row["prompt_ids"], row["completion_ids"]).sum() - row["ref_logps"] for row in rows]
     )
-    baseline = ratios.detach().mean().clamp(min=0)
+    baseline = ratios.detach().mean()
+    assert baseline > 0.1
     signs = torch.tensor([1.0 if row["label"] else -1.0 for row in rows])
     return (1 - torch.sigmoid(signs * beta * (ratios - baseline))).mean()
 

@@ -81,7 +81,7 @@ def test_as_called_by_hand(name):
             row["scores"] = [one / 100 for one in row["scores"]]
     batch = PreferenceCollator(objective, pad_token_id=PAD)(rows)
     scored = batch["fused_labels"][:, 1:] != -100
-    log_probs = torch.where(scored, -2.5 - torch.rand(scored.shape), 0)
+    log_probs = torch.where(scored, -4.0 - torch.rand(scored.shape), 0)
     expected = by_hand(objective, rows, log_probs, columns).mean()
     found = loss(FusedOutput(log_probs=log_probs), batch["labels"])
     torch.testing.assert_close(found, expected)

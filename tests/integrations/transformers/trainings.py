@@ -58,7 +58,7 @@ def make_rows(unit: str, count: int = 7, responses: int = 3) -> list[Row]:
         return [number(1, VOCABULARY) for _ in range(number(low, high))]
 
     def logp(tokens: list[int]) -> float:
-        return -3.0 * len(tokens) + float(torch.randn((), generator=generator))
+        return -4.5 * len(tokens) + float(torch.randn((), generator=generator))
 
     rows = []
     for i in range(count):

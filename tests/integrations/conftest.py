@@ -13,7 +13,9 @@ os.environ.update(
 )
 
 import dataclasses
+import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +47,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 FEW_ROWS = 16
+DISTILLATION = "trl.trainer.distillation_trainer"
 
 WORDS = ("a green pear", "seven", "the cat sat", "no", "rain, then sun", "x = 3y", "it is", "old")
 
@@ -153,20 +156,31 @@ def compare(trl_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``compare(make_trainer)`` trains on TRL's head and on fastpref's and expects one result.
 
     ``make_trainer`` makes a fresh trainer each time. ``rtol`` and ``atol`` bound the difference of
-    every logged number, ``update`` that of the change of the weights, relative to its norm. Returns
-    the training on fastpref.
+    every logged number, ``update`` that of the change of the weights, relative to its norm;
+    ``through`` names what of TRL is replaced. Returns the training on fastpref.
     """
     from fastpref.integrations import trl as integration
+    from fastpref.integrations.trl import divergence
 
-    stock_calls = _count(monkeypatch, trl_utils._ChunkedLogProbFunction, "apply")
-    adapter_calls = _count(monkeypatch, integration.LogProbAdapter, "apply")
+    counts: dict[str, Any] = {
+        "head": lambda: (
+            _count(monkeypatch, trl_utils._ChunkedLogProbFunction, "apply"),
+            _count(monkeypatch, integration.LogProbAdapter, "apply"),
+        ),
+        "divergence": lambda: (
+            _count(monkeypatch, sys.modules[DISTILLATION], "_chunked_divergence_loss"),
+            _count(monkeypatch, divergence.DivergenceLoss, "__call__"),
+        ),
+    }
 
     def compare(
         make_trainer: Callable[[], Any],
         rtol: float = 2e-5,
         atol: float = 2e-5,
         update: float = 2e-5,
+        through: str = "head",
     ) -> Training:
+        stock_calls, adapter_calls = counts[through]()
         stock = _train(make_trainer, stock_calls)
         assert adapter_calls == []
         stock_calls.clear()
@@ -230,11 +244,12 @@ def _count(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]
     calls: list[None] = []
     original = getattr(owner, name)
 
-    def counting(*args: Any) -> Any:
+    @functools.wraps(original)  # with its signature, by which it is known
+    def counting(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        return original(*args)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, staticmethod(counting))
+    monkeypatch.setattr(owner, name, staticmethod(counting) if name == "apply" else counting)
     return calls
 
 

@@ -50,13 +50,9 @@ def run(call: Call, models: Sequence[Model]) -> Outputs:
 
 
 def _readable(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether operators read both as they lie, and products are in their dtype."""
-    return (
-        hidden.is_contiguous()
-        and weight.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
-    )
+    """Whether operators read both as they lie, and know them."""
+    contiguous = hidden.is_contiguous() and weight.is_contiguous()
+    return contiguous and forward_ad._current_level < 0
 
 
 def _logp(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

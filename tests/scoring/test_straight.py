@@ -8,12 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref import ScoringOptions, explain, linear_logprob, preference_loss
 from fastpref._extension import ops_unavailable_reason
-from fastpref.scoring import straight
+from fastpref.scoring import retry, straight
+from tests.scoring import refusing
 
 pytestmark = pytest.mark.skipif(
     ops_unavailable_reason() is not None, reason=f"no operators: {ops_unavailable_reason()}"
 )
 N, H, V = 90, 12, 517
+LEAST = 2048  # bytes: matrices, and not vectors of N
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SCHEDULES = {
     "score": ((), "auto"),
@@ -190,6 +192,35 @@ def test_batches_of_gradients_and_second_derivatives(calls, schedule):
     (first,) = torch.autograd.grad(logp.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "score"])
+def test_memory_that_runs_out(monkeypatch, schedule):
+    """At any tensor of both passes, every row with a gradient: the engine runs the call again."""
+    needs, name = SCHEDULES[schedule]
+    said = []
+    monkeypatch.setattr(retry, "_say", lambda planned, taken: said.append((planned, taken)))
+
+    def make():
+        given, target, upstream = inputs(torch.float32, needs, True)
+        target[2, 20] = 1
+        options = ScoringOptions(schedule=name)
+
+        def forward():
+            return linear_logprob(given["hidden"], given["weight"], target, options=options).logp
+
+        def backward(logp):
+            torch.autograd.backward(logp, upstream)
+            return {"logp": logp.detach(), **{one: given[one].grad for one in needs}}
+
+        return refusing.Call(forward, backward)
+
+    _, expected = refusing.run(make(), refusing.never, LEAST)
+    for _, found in refusing.each_refused(make, LEAST, None):
+        for label, one in found.items():
+            torch.testing.assert_close(one, expected[label])
+        assert len(said) == 1
+        said.clear()
 
 
 def test_the_preference_loss_goes_the_short_way(calls):

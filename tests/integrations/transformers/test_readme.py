@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example of the README trains."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("datasets", reason="datasets is not installed")
+
+from types import SimpleNamespace
+
+from datasets import Dataset
+
+import fastpref
+from tests.integrations.fused_model import fuse_lm_head
+from tests.integrations.transformers.trainings import PAD, make_model, make_rows
+
+pytestmark = pytest.mark.heavy
+README = Path(__file__).resolve().parents[3] / "README.md"
+
+
+def test_it_trains(monkeypatch, tmp_path):
+    monkeypatch.setattr(fastpref, "fuse_lm_head", fuse_lm_head, raising=False)
+    monkeypatch.chdir(tmp_path)
+    _, section = README.read_text(encoding="utf-8").split("## In transformers' Trainer\n", 1)
+    (example,) = re.findall(r"```python\n(.*?)```", section.split("\n## ", 1)[0], re.DOTALL)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [{name: row[name] for name in names} for row in make_rows("pair", 16)]
+    model = make_model()
+    before = model.lm_head.weight.detach().clone()
+    given = {
+        "model": model,
+        "tokenizer": SimpleNamespace(pad_token_id=PAD),
+        "dataset": Dataset.from_list(rows),
+    }
+    exec(example, given)
+    assert given["trainer"].state.global_step == 3  # of an epoch each
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+def test_nothing_is_imported_before_it_is_used():
+    code = "import fastpref.integrations.transformers, sys; sys.exit('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

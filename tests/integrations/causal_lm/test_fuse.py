@@ -260,6 +260,22 @@ def test_what_cannot_be_fused_is_scored_from_logits(
     assert said in record.getMessage() and "MixtralForCausalLM" in record.getMessage()
 
 
+def test_a_scale_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make(), batch()
+    own = type(model).forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(self, *args, **kwargs)
+        output.logits.mul_(0.3)
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    expected = scores_of(model(**inputs).logits, inputs["labels"])["log_probs"]
+    found = fastpref.fuse_lm_head(model, check=False)(**inputs, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert refusals(model) == ()
+
+
 def test_without_the_check_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = make(), batch()
     wrong = measurement.LogitTransform(2.0, None, model.config.vocab_size)

@@ -105,4 +105,4 @@ def refusals(model: Any) -> tuple[str, ...]:
     from fastpref.integrations.causal_lm.fuse import STATE
 
     base = getattr(model, "get_base_model", lambda: model)()
-    return getattr(base, STATE).warned
+    return vars(base)[STATE].warned

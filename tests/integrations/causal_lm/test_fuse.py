@@ -157,12 +157,18 @@ def test_measuring_leaves_random_numbers_and_modes_alone() -> None:
     modes = [module.training for module in model.modules()]
     inputs = batch()
     fastpref.fuse_lm_head(model)
+    seen = []
+    # Some draw in eval mode too.
+    model.transformer.register_forward_hook(
+        lambda module, *args: seen.append((module.training, torch.rand(1)))
+    )
     outputs = []
     for _ in range(2):  # the first measures
         torch.manual_seed(3)
         outputs.append(model(**inputs, fused_lm_head=True).log_probs)
         outputs.append(torch.rand(3))
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert [training for training, _ in seen] == [False, False, True, True]
     assert [module.training for module in model.modules()] == modes
     assert all(value.grad is None for value in model.parameters())
 

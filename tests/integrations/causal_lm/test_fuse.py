@@ -309,12 +309,16 @@ def test_a_model_that_takes_no_part_of_its_inputs() -> None:
 
 
 def test_embeddings_as_inputs() -> None:
-    model, inputs = fastpref.fuse_lm_head(make()), batch()
+    """Of which few are run to measure, as of ids."""
+    model, inputs = fastpref.fuse_lm_head(make()), batch(rows=3)
+    shapes = []
+    model.model.norm.register_forward_hook(lambda *args: shapes.append(tuple(args[-1].shape[:2])))
     expected = model(**inputs, fused_lm_head=True)
     fastpref.unfuse_lm_head(model)
     fastpref.fuse_lm_head(model)
     embedded = model.get_input_embeddings()(inputs["input_ids"])
     found = model(inputs_embeds=embedded, labels=inputs["labels"], fused_lm_head=True)
+    assert shapes == 2 * [(2, 8), (2, 8), (3, 10)]
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     assert refusals(model) == ()
 

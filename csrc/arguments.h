@@ -223,6 +223,9 @@ inline ScoreRows score_rows_call(const Tensor& tile, const Tensor& hidden, const
   return calls;
 }
 
+// Of the numbers without statistics: the target's product and logit, the sums, the scores, of which logp is the first.
+constexpr int64_t kLogpRow = 2 + cpu::kSums;
+
 // (numbers, best_index), new and uninitialised, for `calls` to fill.
 inline std::tuple<Tensor, Tensor> score_rows_outputs(ScoreRows& calls, const Tensor& tile, const Tensor& target,
                                                      bool statistics) {

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -96,6 +97,65 @@ std::tuple<Tensor, Tensor> score_rows(Tensor tile, Tensor hidden, Tensor weight,
   return outputs;
 }
 
+void check_vector(const Tensor& values, const char* name) {
+  STD_TORCH_CHECK(values.dim() == 1, name, " must have shape (rows,), got ", values.dim(), " dimensions");
+  fastpref::checked_vector(values, values, name, values.size(0), values.scalar_type());
+}
+
+// The values at `places`, or all.
+template <class T>
+Tensor values_at(const Tensor& values, const std::optional<Tensor>& places) {
+  if (!places.has_value()) return values;
+  fastpref::checked_vector(values, *places, "places", places->numel(), fastpref::ScalarType::Long);
+  const int64_t rows = places->size(0), total = values.size(0);
+  Tensor out = torch::stable::new_empty(values, {rows});
+  const auto* place = static_cast<const int64_t*>(places->const_data_ptr());
+  const auto* from = static_cast<const T*>(values.const_data_ptr());
+  auto* to = static_cast<T*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < rows; ++i) {
+    STD_TORCH_CHECK(place[i] >= 0 && place[i] < total, "places must be in [0, ", total, "), got ", place[i]);
+    to[i] = from[place[i]];
+  }
+  return out;
+}
+
+// `rows` values of T copied to `places` of `total`, 0 elsewhere, or as they are.
+template <class T>
+void spread(const void* rows, const std::optional<Tensor>& places, Tensor& out) {
+  const auto* from = static_cast<const T*>(rows);
+  auto* to = static_cast<T*>(out.mutable_data_ptr());
+  const int64_t total = out.numel();
+  if (!places.has_value()) {
+    std::copy(from, from + total, to);
+    return;
+  }
+  std::fill(to, to + total, T(0));
+  const auto* place = static_cast<const int64_t*>(places->const_data_ptr());
+  for (int64_t i = 0; i < places->size(0); ++i) to[place[i]] = from[i];
+}
+
+// score_rows without statistics, of rows that lie at `places` of a batch: log-probabilities like the batch's target, 0
+// elsewhere, and the numbers of the rows.
+std::tuple<Tensor, Tensor> score_batch(Tensor tile, Tensor hidden, Tensor weight, Tensor target,
+                                       std::optional<Tensor> places, std::optional<Tensor> bias, double scale,
+                                       double cap, bool write) {
+  STD_TORCH_CHECK(target.scalar_type() == fastpref::ScalarType::Long, "target must be int64; cast it first");
+  STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous; call .contiguous() first");
+  const Tensor flat = target.dim() == 1 ? target : torch::stable::reshape(target, {target.numel()});
+  const Tensor own = values_at<int64_t>(flat, places);
+  auto [numbers, none] = score_rows(tile, hidden, weight, own, bias, scale, cap, write, false);
+  const auto type = fastpref::statistics_type(tile);
+  Tensor logp = torch::stable::new_empty(target, target.sizes(), type);
+  const bool wide = type == fastpref::ScalarType::Double;
+  const int64_t at = fastpref::kLogpRow * own.size(0);
+  if (wide) {
+    spread<double>(static_cast<const double*>(numbers.const_data_ptr()) + at, places, logp);
+  } else {
+    spread<float>(static_cast<const float*>(numbers.const_data_ptr()) + at, places, logp);
+  }
+  return {logp, numbers};
+}
+
 // The places of values other than `from`, and how many there are; no places where all values are.
 template <class T>
 std::tuple<Tensor, int64_t> places_other_than(T from, const Tensor& values) {
@@ -111,11 +171,6 @@ std::tuple<Tensor, int64_t> places_other_than(T from, const Tensor& values) {
     }
   }
   return {places, count};
-}
-
-void check_vector(const Tensor& values, const char* name) {
-  STD_TORCH_CHECK(values.dim() == 1, name, " must have shape (rows,), got ", values.dim(), " dimensions");
-  fastpref::checked_vector(values, values, name, values.size(0), values.scalar_type());
 }
 
 std::tuple<Tensor, int64_t> scored_places(Tensor target, int64_t ignore_index) {
@@ -134,25 +189,31 @@ std::tuple<Tensor, int64_t> nonzero_places(Tensor gradient) {
 }
 
 template <class T>
-void fill_gradient_factors(const Tensor& gradient, const Tensor& scale, double rate, Tensor& out) {
+int64_t fill_gradient_factors(const Tensor& gradient, const Tensor& scale, double rate, Tensor& out) {
   const T* g = static_cast<const T*>(gradient.const_data_ptr());
   const T* s = static_cast<const T*>(scale.const_data_ptr());
   T* factor = static_cast<T*>(out.mutable_data_ptr());
-  // A row without upstream gradient gets none, whatever it holds.
-  for (int64_t i = 0; i < gradient.size(0); ++i) factor[i] = g[i] == 0 ? T(0) : static_cast<T>(-rate) * g[i] * s[i];
+  int64_t active = 0;
+  for (int64_t i = 0; i < gradient.size(0); ++i) {
+    // A row without upstream gradient gets none, whatever it holds.
+    factor[i] = g[i] == 0 ? T(0) : static_cast<T>(-rate) * g[i] * s[i];
+    active += g[i] != 0;
+  }
+  return active;
 }
 
-// -rate gradient[i] scale[i], 0 where the gradient is 0
-Tensor gradient_factors(Tensor gradient, Tensor scale, double rate) {
+// -rate gradient[i] scale[i] of the rows at `places` of a batch, 0 where the gradient is 0, and how many are not.
+std::tuple<Tensor, int64_t> gradient_factors(Tensor gradient, Tensor scale, double rate, std::optional<Tensor> places) {
   check_vector(gradient, "gradient");
   const auto type = gradient.scalar_type();
   STD_TORCH_CHECK(type == fastpref::ScalarType::Float || type == fastpref::ScalarType::Double,
                   "gradient must be float32 or float64, got another dtype; cast it first");
-  fastpref::checked_vector(gradient, scale, "scale", gradient.size(0), type);
-  Tensor out = torch::stable::new_empty(gradient, {gradient.size(0)});
   const bool wide = type == fastpref::ScalarType::Double;
-  (wide ? fill_gradient_factors<double> : fill_gradient_factors<float>)(gradient, scale, rate, out);
-  return out;
+  const Tensor own = (wide ? values_at<double> : values_at<float>)(gradient, places);
+  fastpref::checked_vector(own, scale, "scale", own.size(0), type);
+  Tensor out = torch::stable::new_empty(own, {own.size(0)});
+  const int64_t active = (wide ? fill_gradient_factors<double> : fill_gradient_factors<float>)(own, scale, rate, out);
+  return {out, active};
 }
 
 void scale_rows(Tensor out, Tensor input, Tensor factor) {
@@ -192,7 +253,10 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
   m.def(
       "score_rows_(Tensor(a!) tile, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float scale, float cap, "
       "bool write, bool statistics) -> (Tensor, Tensor)");
-  m.def("gradient_factors(Tensor gradient, Tensor scale, float rate) -> Tensor");
+  m.def(
+      "score_batch_(Tensor(a!) tile, Tensor hidden, Tensor weight, Tensor target, Tensor? places, Tensor? bias, float "
+      "scale, float cap, bool write) -> (Tensor, Tensor)");
+  m.def("gradient_factors(Tensor gradient, Tensor scale, float rate, Tensor? places) -> (Tensor, int)");
   m.def("scored_places(Tensor target, int ignore_index) -> (Tensor, int)");
   m.def("nonzero_places(Tensor gradient) -> (Tensor, int)");
   m.def("scale_rows_(Tensor(a!) out, Tensor input, Tensor factor) -> ()");
@@ -215,6 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastpref, CPU, m) {
   m.impl("target_logits", TORCH_BOX(&target_logits));
   m.impl("settle_rows_", TORCH_BOX(&settle_rows));
   m.impl("score_rows_", TORCH_BOX(&score_rows));
+  m.impl("score_batch_", TORCH_BOX(&score_batch));
   m.impl("gradient_factors", TORCH_BOX(&gradient_factors));
   m.impl("scored_places", TORCH_BOX(&scored_places));
   m.impl("nonzero_places", TORCH_BOX(&nonzero_places));

@@ -25,6 +25,9 @@ __attribute__((always_inline)) inline Decay<A> decay(A x) {
   return {exp, expm1, choose(near, e.excess, expm1 - x), choose(near, x * expm1 - e.excess, bounded * exp - expm1)};
 }
 
+// Columns whose terms add up in A before they do in double, which halves the vectors.
+constexpr int64_t kPart = 256;
+
 // What the sum of two numbers lost (Knuth's two-sum).
 template <class A>
 inline A lost_in_sum(A a, A b) {
@@ -126,47 +129,52 @@ __attribute__((noinline)) void add_terms(const Relation<A>& relation, const A* s
                                          DivergenceSums& sums) {
   const Relation<A> row = relation;
   const double shift = static_cast<double>(row.shift.high) + row.shift.low;
-  double value = 0, excess = 0, weight = 0, part = 0;
+  for (int64_t start = 0; start < n; start += kPart) {
+    const int64_t stop = n - start < kPart ? n : start + kPart;
+    A value = 0;
+    // Of terms of both signs, or beside which a small one must not be lost.
+    double excess = 0, weight = 0, part = 0;
 #pragma omp simd reduction(+ : value, excess, weight, part)
-  for (int64_t i = 0; i < n; ++i) {
-    const Pair<A> pair = compare(s[i], t[i], row);
-    if constexpr (kKind == Divergence::bhattacharyya) {
-      const A root = decay(pair.x / 2).expm1;
-      const A difference = pair.greater * root * (2 + root);
-      excess += choose(pair.d > 0, -difference, difference);
-      value += pair.greater * root * root / 2;
-    } else {
-      const Decay<A> e = decay(pair.x);
-      const A difference = pair.greater * e.expm1;
-      excess += choose(pair.d > 0, -difference, difference);
-      const A q = pair.greater * choose(pair.d > 0, A(1), e.exp);
-      if constexpr (kKind == Divergence::forward_kl || kKind == Divergence::reverse_kl) {
-        const bool forward = kKind == Divergence::forward_kl;
-        weight += forward ? pair.greater * choose(pair.d > 0, e.exp, A(1)) : q;
-        const A term = forward ? choose(pair.d > 0, e.from_lesser, e.from_greater)
-                               : choose(pair.d > 0, e.from_greater, e.from_lesser);
-        // Infinite only where the other has no probability at all, also if this one's was rounded to 0.
-        value += term < static_cast<A>(kInfinity) ? pair.greater * term : term;
-        if constexpr (!forward) part += q == 0 ? 0.0 : q * ((static_cast<double>(s[i]) - t[i]) - shift);
-      } else if constexpr (kKind == Divergence::jsd) {
-        const Logarithm<A> log = log_mixture(pair.d, e.exp, e.expm1, row.student_weight, row.teacher_weight);
-        const A of_lesser = choose(pair.d > 0, row.teacher_weight, row.student_weight);
-        const A product = e.exp == 0 ? A(0) : pair.x * e.exp;
-        const A far = of_lesser * product - log.sum * log.log1p;
-        value += pair.greater * choose(log.k == 0, of_lesser * e.from_lesser - log.excess, far);
-        weight += q;
-        part += static_cast<double>(q) * log_share(pair.d, e.exp, log.log1p);
+    for (int64_t i = start; i < stop; ++i) {
+      const Pair<A> pair = compare(s[i], t[i], row);
+      if constexpr (kKind == Divergence::bhattacharyya) {
+        const A root = decay(pair.x / 2).expm1;
+        const A difference = pair.greater * root * (2 + root);
+        excess += choose(pair.d > 0, -difference, difference);
+        value += pair.greater * root * root / 2;
       } else {
-        value -= difference / 2;
-        weight += q;
-        part += q * (static_cast<A>(0.5) + half_sign(pair.d));
+        const Decay<A> e = decay(pair.x);
+        const A difference = pair.greater * e.expm1;
+        excess += choose(pair.d > 0, -difference, difference);
+        const A q = pair.greater * choose(pair.d > 0, A(1), e.exp);
+        if constexpr (kKind == Divergence::forward_kl || kKind == Divergence::reverse_kl) {
+          const bool forward = kKind == Divergence::forward_kl;
+          weight += forward ? pair.greater * choose(pair.d > 0, e.exp, A(1)) : q;
+          const A term = forward ? choose(pair.d > 0, e.from_lesser, e.from_greater)
+                                 : choose(pair.d > 0, e.from_greater, e.from_lesser);
+          // Infinite only where the other has no probability at all, also if this one's was rounded to 0.
+          value += term < static_cast<A>(kInfinity) ? pair.greater * term : term;
+          if constexpr (!forward) part += q == 0 ? 0.0 : q * ((static_cast<double>(s[i]) - t[i]) - shift);
+        } else if constexpr (kKind == Divergence::jsd) {
+          const Logarithm<A> log = log_mixture(pair.d, e.exp, e.expm1, row.student_weight, row.teacher_weight);
+          const A of_lesser = choose(pair.d > 0, row.teacher_weight, row.student_weight);
+          const A product = e.exp == 0 ? A(0) : pair.x * e.exp;
+          const A far = of_lesser * product - log.sum * log.log1p;
+          value += pair.greater * choose(log.k == 0, of_lesser * e.from_lesser - log.excess, far);
+          weight += q;
+          part += static_cast<double>(q) * log_share(pair.d, e.exp, log.log1p);
+        } else {
+          value -= difference / 2;
+          weight += q;
+          part += q * (static_cast<A>(0.5) + half_sign(pair.d));
+        }
       }
     }
+    sums.value += value;
+    sums.excess += excess;
+    sums.weight += weight;
+    sums.part += part;
   }
-  sums.value += value;
-  sums.excess += excess;
-  sums.weight += weight;
-  sums.part += part;
 }
 
 // dD/ds over the logits s.

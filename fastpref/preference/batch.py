@@ -70,6 +70,12 @@ class Batch:
         row -> (B,)."""
         return self._row_sums(per_token, self.scored, self.token_weights)
 
+    def sums_of_scores(self, per_token: Tensor) -> Tensor:
+        """``weighted_sums`` of what is 0 where no token is scored."""
+        if self.cu_seqlens is None and self.token_weights is None:
+            return sum_of_sequence_parts(sequence_logp(per_token), self.seq_group)
+        return self.weighted_sums(per_token)
+
     def means(self, per_token: Tensor) -> Tensor:
         """Means over each row's weighed tokens, 0 for a row without any -> (B,)."""
         return self.sums(per_token) / self.counts().clamp(min=1)

@@ -46,7 +46,7 @@ def result_of(
         ref_logp = None if ref_scores is None else ref_scores.logp
         tokens = TokenNumbers(logp, ref_logp, task.batch.scored)
     numbers = Numbers(
-        logps=task.batch.weighted_sums(logp),
+        logps=task.batch.sums_of_scores(logp),
         ref_logps=ref_sums,
         lengths=task.batch.lengths,
         tokens=tokens,

@@ -27,23 +27,27 @@ from .types import AS_IT_IS, in_dtype, statistics_dtype
 Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 
 
-def run(call: Call, models: Sequence[Model]) -> Outputs:
-    """The outputs of ``call.rule``."""
+def run(
+    call: Call, models: Sequence[Model], failed: torch.OutOfMemoryError | None = None
+) -> Outputs:
+    """The outputs of ``call.rule``; ``failed`` is what a shorter way (straight.py) ran into."""
     if not call.request.needs_grad and forward_ad._current_level < 0:
         with torch.no_grad():
-            return run_forward(call, models).outputs
+            return run_forward(call, models, failed).outputs
     tensors = [one for model in models for one in model.tensors]
-    outputs: Outputs = Engine.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    outputs: Outputs = Engine.apply(call, failed, *tensors)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class Engine(Differentiable):
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Outputs:
+    def forward(
+        ctx: Any, call: Call, failed: torch.OutOfMemoryError | None, *tensors: Tensor | None
+    ) -> Outputs:
         # An output nobody differentiates must not cost a gradient of zeros.
         ctx.set_materialize_grads(False)
         models = models_of(tensors, call)
-        outputs, kept, heads, plan = run_forward(call, models)
+        outputs, kept, heads, plan = run_forward(call, models, failed)
         if call.request.needs_grad:
             ctx.models = 1 if kept.direct else call.rule.formed_again
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
@@ -70,20 +74,31 @@ class Engine(Differentiable):
         saved = ctx.saved_tensors
         every, count = TENSORS * call.rule.models, TENSORS * ctx.models
         if all(one is None for one in upstream):
-            return (None,) * (1 + every)
+            return (None,) * (2 + every)
         tensors, held = saved[:count], saved[count:]
         # The matrices are without rows where an earlier backward has given them back.
         matrices, direct = held[: ctx.matrices], held[ctx.matrices :]
         kept = ctx.kept._replace(matrices=matrices, direct=direct)
-        models, heads = models_of(tensors, call), ctx.heads
+        once = differentiate(call, models_of(tensors, call), kept, upstream, ctx.heads)
+        return (None, None, *once, *[None] * (every - TENSORS))
 
-        def of_upstream(*upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-            return run_backward(call, models, kept, upstream, heads)
 
-        with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
-            gradients = for_each(of_upstream, *upstream)
-        once = once_differentiable(gradients, (*tensors[:TENSORS], *upstream))
-        return (None, *once, *[None] * (every - TENSORS))
+def differentiate(
+    call: Call,
+    models: Sequence[Model],
+    kept: Kept,
+    upstream: Upstream,
+    heads: Heads | None = None,
+    failed: torch.OutOfMemoryError | None = None,
+) -> tuple[Tensor | None, ...]:
+    """``run_backward``, of batches of upstream gradients too, whose own derivatives raise."""
+
+    def of_upstream(*upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        return run_backward(call, models, kept, upstream, heads, failed)
+
+    with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
+        gradients = for_each(of_upstream, *upstream)
+    return once_differentiable(gradients, (*models[0].tensors, *upstream))
 
 
 class Finished(NamedTuple):
@@ -106,8 +121,11 @@ def _under(plan: Plan, call: Call) -> Call:
     return call if plan is call.plan else call._replace(plan=plan)
 
 
-def run_forward(call: Call, models: Sequence[Model]) -> Finished:
-    """Outputs, and what backward needs; with less than planned where memory runs out."""
+def run_forward(
+    call: Call, models: Sequence[Model], failed: torch.OutOfMemoryError | None = None
+) -> Finished:
+    """Outputs, and what backward needs; with less than planned where memory runs out, or ran out
+    before."""
     hidden = models[0].hidden
 
     def attempt(plan: Plan) -> Finished:
@@ -122,7 +140,7 @@ def run_forward(call: Call, models: Sequence[Model]) -> Finished:
         return Finished(spread, kept, heads, plan)
 
     with products_of(hidden):
-        return with_less(attempt, call.plan, less, hidden.device, call.group)
+        return with_less(attempt, call.plan, less, hidden.device, call.group, failed)
 
 
 def run_backward(
@@ -131,6 +149,7 @@ def run_backward(
     kept: Kept,
     upstream: Upstream,
     heads: Heads | None = None,
+    failed: torch.OutOfMemoryError | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients at each tensor of the first model; None where none is needed. Where memory runs out
     the matrices in ``kept`` are given back and formed again, of ``models``: those that the rule
@@ -161,7 +180,8 @@ def run_backward(
         return None if held.direct else less(plan, keep=False)
 
     with _opened(models), products_of(model.hidden):
-        return with_less(attempt, call.plan, recomputing, model.hidden.device, call.group)
+        device = model.hidden.device
+        return with_less(attempt, call.plan, recomputing, device, call.group, failed)
 
 
 def _opened(models: Sequence[Model]) -> contextlib.AbstractContextManager[Any]:

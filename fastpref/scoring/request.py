@@ -26,6 +26,7 @@ from .packing import Packing, pack, pack_whole
 from .plan import Plan, Problem, choose
 from .products import slow_reason
 from .rules import Heads, Rule
+from .rules.scores import Scores
 from .signature import Kept
 from .temperature import factor_of
 from .transforms import requires_grad, without_values
@@ -76,6 +77,7 @@ class Call(NamedTuple):
     plan: Plan
     # Like target, statistics dtype: 1 / temperature where each position has its own.
     factor: Tensor | None = None
+    straight: bool = False  # whether the short way (straight.py) may serve
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -227,7 +229,8 @@ def plan_target(
     own = target.contiguous()
     if request.needs_grad and own is target:
         own = target.clone()
-    return Call(request, rule, found.forms, found.shards, own, packing, found.plan, factor)
+    forms, shards, plan, straight = found
+    return Call(request, rule, forms, shards, own, packing, plan, factor, straight)
 
 
 class Planned(NamedTuple):
@@ -236,6 +239,7 @@ class Planned(NamedTuple):
     forms: tuple[Form, ...]
     shards: tuple[Shard, ...]
     plan: Plan
+    straight: bool  # as in ``Call``
 
 
 def _planned(
@@ -263,7 +267,26 @@ def _planned(
     widens = slow_reason(request.dtype, device) is not None
     capped = forms[0].map.cap != 0
     problem = sizes, scored, widest, sharded, capped, active
-    return Planned(forms, shards, _plan(request, rule, *problem, backend, device, widens))
+    plan = _plan(request, rule, *problem, backend, device, widens)
+    return Planned(forms, shards, plan, _is_straight(request, rule, models, plan) and not by_row)
+
+
+LOGP_ALONE = Scores(("logp",), ("logp",))
+
+
+def _is_straight(request: Request, rule: Rule, models: Sequence[Model], plan: Plan) -> bool:
+    """Whether ``plan`` is one tile of exponentials for the logp of one head, on CPU, of all columns
+    and in the dtype that everything has."""
+    hidden, head = models[0]
+    columns, dtype = head.weight.shape[0], request.dtype
+    if rule != LOGP_ALONE or plan.backend != "cpp" or plan.widens or dtype == torch.float16:
+        return False
+    if head.form != Form(map=head.form.map) or head.lora_a is not None or request.needs_bias:
+        return False
+    if (hidden.dtype, head.weight.dtype) != (dtype, dtype) or not 0 < plan.scored:
+        return False
+    whole = plan.kept_rows == plan.scored or plan.forward_tile == (plan.scored, columns)
+    return whole and not request.whole and plan.schedule in ("score", "direct", "keep")
 
 
 def _plan(

@@ -37,6 +37,7 @@ def with_less(
     less: Callable[[P], P | None],
     device: torch.device,
     group: dist.ProcessGroup | None = None,
+    failed: torch.OutOfMemoryError | None = None,
 ) -> T:
     """What ``attempt(plan)`` returns, or where memory runs out ``attempt(less(plan))``, and so on.
 
@@ -47,6 +48,7 @@ def with_less(
             back.
         device: of the tensors.
         group: ranks that must run alike; then nothing runs again.
+        failed: what ``plan`` ran into already, in a way that has no other plan.
 
     Raises:
         torch.OutOfMemoryError: what the first one said, and the last attempt's plan; caused by the
@@ -54,24 +56,25 @@ def with_less(
     """
     planned = plan
     first: torch.OutOfMemoryError | None = None
-    caught: torch.OutOfMemoryError | None = None
+    caught, failed = failed, None
     try:
         while True:
-            try:
-                found = attempt(plan)
-            except torch.OutOfMemoryError as error:
-                caught = error
-            else:
-                if first is not None:
-                    _say(planned, plan)
-                return found
+            if caught is None:
+                try:
+                    found = attempt(plan)
+                except torch.OutOfMemoryError as error:
+                    caught = error
+                else:
+                    if first is not None:
+                        _say(planned, plan)
+                    return found
             if group is not None or _capturing(device):
                 raise _not_again(caught, plan, group is not None) from caught
             smaller = less(plan)
             if smaller is None and first is not None:
                 raise _exhausted(first, plan) from caught
             _forget_frames(caught)
-            first = first or caught
+            first, caught = first or caught, None
             plan = plan if smaller is None else smaller
             workspace.release()
             if device.type == "cuda":

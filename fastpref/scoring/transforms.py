@@ -131,14 +131,20 @@ class _Applied(Differentiable):
         return _one_by_one(_Applied, info.batch_size, in_dims, arguments)
 
 
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether none is a batch in which torch.func.vmap or ``is_grads_batched`` hands gradients
+    over, and nothing transforms what is made of them."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return not active() and not any(one is not None and batched(one) for one in tensors)
+
+
 def for_each(function: Callable[..., Tensors], *tensors: Tensor | None) -> Tensors:
     """``function(*tensors)``; of batches of tensors, in which torch.func.vmap or
     ``is_grads_batched`` hands gradients over, of each element in turn."""
     if active():
         found: Tensors = _Applied.apply(function, *tensors)  # type: ignore[no-untyped-call]
         return found
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    if not any(one is not None and batched(one) for one in tensors):
+    if plain(*tensors):
         return function(*tensors)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()

@@ -28,11 +28,8 @@ RECENT_PASSES = 32
 @dataclass(slots=True, eq=False)
 class _Buffer:
     memory: torch.UntypedStorage
+    nbytes: int
     needed: int  # the last pass that needed at least half of it
-
-    @property
-    def nbytes(self) -> int:
-        return self.memory.nbytes()
 
     @property
     def is_idle(self) -> bool:
@@ -93,9 +90,11 @@ def tile_of(workspace: Tensor, rows: int, columns: slice) -> Tensor:
 def _take(nbytes: int) -> _Buffer:
     """An idle buffer of at least ``nbytes``, the smallest, or a new one; it leaves the pool, where
     a finalizer that runs before a tensor lies in it could find it."""
-    fitting = [one for one in _idle() if one.nbytes >= nbytes]
-    if fitting:
-        best = min(fitting, key=lambda buffer: buffer.nbytes)
+    best = None
+    for one in _buffers:
+        if one.nbytes >= nbytes and (best is None or one.nbytes < best.nbytes) and one.is_idle:
+            best = one
+    if best is not None:
         if 2 * nbytes >= best.nbytes:
             best.needed = _passes
         _buffers.remove(best)
@@ -103,11 +102,12 @@ def _take(nbytes: int) -> _Buffer:
     # Idle buffers beside the new one would break the memory budget.
     _drop_idle()
     memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
-    return _Buffer(memory, _passes)
+    return _Buffer(memory, nbytes, _passes)
 
 
 def _drop_idle() -> None:
-    _buffers[:] = [one for one in _buffers if not one.is_idle]
+    for one in _idle():
+        _buffers.remove(one)
 
 
 def begin_pass() -> None:

@@ -9,15 +9,11 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("datasets", reason="datasets is not installed")
 
-import fastpref
-from tests.integrations.fused_model import fuse_lm_head
-
 PATH = Path(__file__).resolve().parents[2] / "examples" / "kto_trainer.py"
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.setattr(fastpref, "fuse_lm_head", fuse_lm_head, raising=False)
+def example():
     spec = importlib.util.spec_from_file_location("kto_trainer", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -459,6 +459,77 @@ def test_rows_of_integers_are_not_scored():
 
 
 EXACT = (torch.float32, torch.float64)
+LOGP = 5  # of the numbers without statistics
+
+
+def places_of(total, rows):
+    return torch.randperm(total)[:rows].sort().values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("map", [(1.0, 0.0), (1.3, 20.0)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("rows, total", [(61, 61), (61, 200), (1, 9), (0, 9)])
+def test_a_batch_is_scored_as_its_rows(dtype, map, biased, write, rows, total):
+    """And elsewhere in the batch lies 0."""
+    cols = 1031
+    places = None if rows == total else places_of(total, rows)
+    target = torch.randint(0, cols, (total,))
+    target[3] = cols + 5
+    own = target if places is None else target[places]
+    arguments = score_rows_arguments(
+        rows,
+        cols,
+        dtype,
+        target=own,
+        bias=torch.randn(cols, dtype=exact_of(dtype)) if biased else None,
+        scale=map[0],
+        cap=map[1],
+        write=write,
+        statistics=False,
+    )
+    numbers, _, exps = outputs_and_tile(ops.score_rows_, arguments)
+    expected = torch.zeros(total, dtype=exact_of(dtype))
+    if places is None:
+        expected = numbers[LOGP].clone()
+    else:
+        expected[places] = numbers[LOGP]
+    del arguments["statistics"]
+    found = outputs_and_tile(ops.score_batch_, {**arguments, "target": target, "places": places})
+    for one, other in zip(found, (expected, numbers, exps), strict=True):
+        same_bits(one, other)
+    assert found[0].untyped_storage().data_ptr() != found[1].untyped_storage().data_ptr()
+    if total % 4 == 0:
+        given = {**arguments, "target": target.view(4, -1), "places": places}
+        same_bits(outputs_and_tile(ops.score_batch_, given)[0], expected.view(4, -1))
+
+
+PLACES = [
+    (torch.tensor([0, 2, 9, 3, 1]), r"places must be in \[0, 9\), got 9"),
+    (torch.tensor([0, -1, 8, 3, 1]), r"places must be in \[0, 9\), got -1"),
+    (torch.zeros(5, 1).long(), "places.*shape"),
+    (torch.zeros(5).int(), "places.*int64"),
+    (torch.zeros(10).long()[::2], "places.*contiguous"),
+    (torch.arange(4), r"\(4,\)|target.*\(5,\)|scale.*\(4,\)"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("target", torch.zeros(9).int(), "target.*int64"),
+        ("target", torch.zeros(18).long()[::2], "target.*contiguous"),
+        ("tile", torch.zeros(37, 5).t(), "tile.*contiguous rows.*stride"),
+        ("weight", torch.zeros(36, 8), "weight.*37 columns of tile.*36"),
+        *(("places", value, message) for value, message in PLACES),
+    ],
+)
+def test_arguments_of_score_batch(name, value, message):
+    arguments = score_rows_arguments(target=torch.zeros(9).long(), places=torch.arange(5))
+    del arguments["statistics"]
+    with pytest.raises(RuntimeError, match=message):
+        ops.score_batch_(**{**arguments, name: value})
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
@@ -471,13 +542,26 @@ def test_gradient_factors(dtype, rate):
     special = torch.tensor([torch.nan, INF, -INF, 0.0, -0.0, 1e-38, 3e38], dtype=dtype)
     scale[:7] = special
     gradient[100:107], gradient[200:207] = special, special.flip(0)
-    found = ops.gradient_factors(gradient, scale, rate)
+    found, active = ops.gradient_factors(gradient, scale, rate, None)
     same_bits(found, torch_backend.gradient_factors(gradient, scale, rate))
     assert (found[gradient == 0] == 0).all()
-    assert ops.gradient_factors(gradient[:0], scale[:0], rate).shape == (0,)
+    assert active == int((gradient != 0).sum())
+    places = places_of(300, 40)
+    some, active = ops.gradient_factors(gradient, scale[places], rate, places)
+    same_bits(some, found[places])
+    assert active == int((gradient[places] != 0).sum())
+    none, active = ops.gradient_factors(gradient[:0], scale[:0], rate, None)
+    assert none.shape == (0,) and active == 0
 
 
-VECTOR = {"gradient": torch.zeros(3), "scale": torch.zeros(3), "rate": 1.0}
+VECTOR = {"gradient": torch.zeros(3), "scale": torch.zeros(3), "rate": 1.0, "places": None}
+
+
+@pytest.mark.parametrize("value, message", PLACES)
+def test_places_of_gradient_factors(value, message):
+    arguments = {**VECTOR, "gradient": torch.zeros(9), "scale": torch.zeros(5), "places": value}
+    with pytest.raises(RuntimeError, match=message):
+        ops.gradient_factors(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -666,13 +750,24 @@ def test_opcheck_score_rows(dtype, write, statistics, cap):
     torch.library.opcheck(ops.score_rows_.default, (), arguments, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("write", [False, True])
+def test_opcheck_score_batch(dtype, write):
+    for places, total in ((torch.arange(5), 9), (None, 5)):
+        target = torch.zeros(total, dtype=torch.int64)
+        given = score_rows_arguments(dtype=dtype, write=write, target=target, places=places)
+        del given["statistics"]
+        torch.library.opcheck(ops.score_batch_.default, (), given, test_utils=CHECKS)
+
+
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_opcheck_vectors(dtype):
     gradient, scale = torch.randn(2, 9, dtype=dtype)
-    given = gradient, scale, 0.7
-    torch.library.opcheck(ops.gradient_factors.default, given, test_utils=CHECKS)
     # Their count is an int, which no fake of a tracer can stand for.
     without_fakes = CHECKS[:2]
+    for places in (None, torch.arange(9)):
+        given = gradient, scale, 0.7, places
+        torch.library.opcheck(ops.gradient_factors.default, given, test_utils=without_fakes)
     for there in patterns(9).values():
         given = (torch.where(there, gradient, 0.0),)
         torch.library.opcheck(ops.nonzero_places.default, given, test_utils=without_fakes)

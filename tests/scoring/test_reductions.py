@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob, preference_loss
-from fastpref.scoring import autograd
+from fastpref.scoring import autograd, straight
 from fastpref.scoring.reductions import FLAGS, full_precision_reductions
 
 MATMUL = torch.backends.cuda.matmul
@@ -127,6 +127,7 @@ CALLS = {
 def test_around_every_product(name, device, monkeypatch):
     """Of tensors on a GPU, which is what the engine is told here."""
     monkeypatch.setattr(autograd, "on_cuda", lambda tensor: device == "cuda")
+    monkeypatch.setattr(straight, "_readable", lambda *tensors: device == "cpu")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for flag in FLAGS:
         setattr(MATMUL, flag, True)

@@ -120,7 +120,7 @@ def test_nothing_is_made_anew_in_steady_state(monkeypatch):
     made = []
     make = workspace._Buffer
     monkeypatch.setattr(
-        workspace, "_Buffer", lambda memory, needed: made.append(memory) or make(memory, needed)
+        workspace, "_Buffer", lambda memory, *given: made.append(memory) or make(memory, *given)
     )
 
     def train():

@@ -75,7 +75,8 @@ def score_rows(projection: Projection, write: bool, statistics: bool) -> Scored:
 
 
 def gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
-    factors: Tensor = torch.ops.fastpref.gradient_factors(gradient, scale, rate)
+    factors: Tensor
+    factors, _ = torch.ops.fastpref.gradient_factors(gradient, scale, rate, None)
     return factors
 
 

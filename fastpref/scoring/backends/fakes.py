@@ -91,9 +91,22 @@ def _score_rows(
     return numbers, target.new_empty((rows if statistics else 0,))
 
 
-@fake_of("fastpref::gradient_factors")
-def _gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
-    return torch.empty_like(gradient)
+@fake_of("fastpref::score_batch_")
+def _score_batch(
+    tile: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    places: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    cap: float,
+    write: bool,
+) -> tuple[Tensor, Tensor]:
+    exact = statistics_dtype(tile.dtype)
+    kinds = 2 + len(SUMS) + len(RowScores._fields) + 1
+    logp = tile.new_empty(target.shape, dtype=exact)
+    return logp, tile.new_empty((kinds, tile.shape[0]), dtype=exact)
 
 
 @fake_of("fastpref::scale_rows_")

@@ -13,6 +13,7 @@ from fastpref.architectures.configurations import FIRST_WORD, VOCABULARY, tiny
 
 ROWS, LENGTH = 2, 10
 SPREAD = 0.3
+LAST_WORD = VOCABULARY - 10  # of a vocabulary that is cut too
 
 
 def make(architecture: str = "llama", seed: int = 0, **fields: Any) -> Any:
@@ -34,7 +35,7 @@ def make(architecture: str = "llama", seed: int = 0, **fields: Any) -> Any:
 
 def batch(rows: int = ROWS, length: int = LENGTH) -> dict[str, Tensor]:
     """Ids, and labels of which some are not scored."""
-    ids = torch.randint(FIRST_WORD, VOCABULARY, (rows, length))
+    ids = torch.randint(FIRST_WORD, LAST_WORD, (rows, length))
     labels = ids.clone()
     labels[:, :3] = -100
     labels[0, 5] = -100
@@ -104,4 +105,4 @@ def refusals(model: Any) -> tuple[str, ...]:
     from fastpref.integrations.causal_lm.fuse import STATE
 
     base = getattr(model, "get_base_model", lambda: model)()
-    return getattr(base, STATE).warned
+    return vars(base)[STATE].warned

@@ -9,8 +9,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import default_data_collator
 
+from fastpref.integrations.causal_lm.output import FusedCausalLMOutput
 from fastpref.integrations.transformers import PreferenceCollator, loss_func
-from tests.integrations.fused_model import FusedOutput
 from tests.integrations.transformers.trainings import PAD, make_model, make_rows, make_trainer
 
 
@@ -20,7 +20,7 @@ def labels_of(objective, unit, count=3):
 
 
 def outputs_of(rows, **others):
-    return FusedOutput(log_probs=-torch.rand(rows, 8).requires_grad_(), **others)
+    return FusedCausalLMOutput(log_probs=-torch.rand(rows, 8).requires_grad_(), **others)
 
 
 @pytest.mark.heavy
@@ -109,7 +109,7 @@ def test_hyperparameters():
 def test_load_balancing_loss():
     """Its mean over micro-batches is weighted as that of the losses is."""
     labels, outputs = labels_of("simpo", "pair"), outputs_of(6, aux_loss=torch.tensor(0.8))
-    alone = loss_func("simpo")(FusedOutput(log_probs=outputs.log_probs), labels, 12)
+    alone = loss_func("simpo")(FusedCausalLMOutput(log_probs=outputs.log_probs), labels, 12)
     loss = loss_func("simpo", aux_loss_coef=0.5)(outputs, labels, 12)
     torch.testing.assert_close(loss, alone + 0.5 * 0.8 * 3 / 12)
     with pytest.raises(ValueError, match=r"aux_loss_coef=model\.config\.router_aux_loss_coef"):

@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from fastpref import objectives
+from fastpref.integrations.causal_lm.output import FusedCausalLMOutput
 from fastpref.integrations.transformers import PreferenceCollator, loss_func
-from tests.integrations.fused_model import FusedOutput
 from tests.integrations.transformers.trainings import PAD, make_rows
 
 SETTINGS = {"dpo_shift": {"shift": 0.5}, "dr_grpo": {"max_completion_length": 8}}
@@ -83,7 +83,7 @@ def test_as_called_by_hand(name):
     scored = batch["fused_labels"][:, 1:] != -100
     log_probs = torch.where(scored, -4.0 - torch.rand(scored.shape), 0)
     expected = by_hand(objective, rows, log_probs, columns).mean()
-    found = loss(FusedOutput(log_probs=log_probs), batch["labels"])
+    found = loss(FusedCausalLMOutput(log_probs=log_probs), batch["labels"])
     torch.testing.assert_close(found, expected)
     assert found != 0
 

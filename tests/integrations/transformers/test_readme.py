@@ -16,8 +16,6 @@ from types import SimpleNamespace
 
 from datasets import Dataset
 
-import fastpref
-from tests.integrations.fused_model import fuse_lm_head
 from tests.integrations.transformers.trainings import PAD, make_model, make_rows
 
 pytestmark = pytest.mark.heavy
@@ -25,7 +23,6 @@ README = Path(__file__).resolve().parents[3] / "README.md"
 
 
 def test_it_trains(monkeypatch, tmp_path):
-    monkeypatch.setattr(fastpref, "fuse_lm_head", fuse_lm_head, raising=False)
     monkeypatch.chdir(tmp_path)
     _, section = README.read_text(encoding="utf-8").split("## In transformers' Trainer\n", 1)
     (example,) = re.findall(r"```python\n(.*?)```", section.split("\n## ", 1)[0], re.DOTALL)

@@ -22,8 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastpref import fuse_lm_head
 from fastpref.integrations.transformers import PreferenceCollator, PreferenceLoss
-from tests.integrations.fused_model import fuse_lm_head
 
 PAD = 0
 VOCABULARY = 31

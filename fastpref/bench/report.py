@@ -2,9 +2,10 @@
 """Results as a terminal table, CSV and Markdown.
 
 A report is what ``python -m fastpref bench --out`` writes as JSON: ``machine``, and of ``cases``
-(cases.measure), ``memory`` (memory.measure) and ``curves`` (rows of scaling.point by axis) those
-that were measured. Of ``--suite gpu`` also ``checks`` (checks.check, properties.observe), ``tests``
-(pytests.run), ``unavailable`` (reasons by backend) and ``failed`` (reasons by item).
+(cases.measure), ``memory`` (memory.measure), ``trainings`` (trainers.runs.measure) and ``curves``
+(rows of scaling.point by axis) those that were measured. Of ``--suite gpu`` also ``checks``
+(checks.check, properties.observe), ``tests`` (pytests.run), ``unavailable`` (reasons by backend)
+and ``failed`` (reasons by item).
 """
 
 from __future__ import annotations
@@ -84,6 +85,29 @@ def terminal_memory(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def terminal_trainings(rows: Rows) -> str:
+    first = rows[0]
+    lines = [
+        f"trainings in TRL on {first['pairs']}, {first['steps']} steps of {first['batch']} pairs "
+        f"within {first['max_length']} tokens, float32: {first['layers']} layers, "
+        f"H={first['hidden']}, V={first['vocabulary']}",
+        f"  {'':24}{'':10}" + "".join(f"{name:>12}" for name in ("step", "head", "peak MiB")),
+    ]
+    for row in rows:
+        way = "LoRA" if row["adapters"] else "all parameters"
+        lines.append(f"  {row['method']}, {way}: losses within {row['difference']:.1e}")
+        for side in ("stock", "fastpref"):
+            own = row[side]
+            head = f"{own['head'] / own['step']:.0%}"
+            lines.append(
+                f"  {'':24}{side:10}{duration(own['step']):>12}{head:>12}{own['peak']:12.0f}"
+            )
+        stock, ours = row["stock"], row["fastpref"]
+        ratios = (f"{stock[key] / ours[key]:.2f}x" for key in ("step", "head", "peak"))
+        lines.append(f"  {'':24}{'less by':10}" + "".join(f"{one:>12}" for one in ratios))
+    return "\n".join(lines)
+
+
 def terminal_curve(axis: str, rows: Rows) -> str:
     names = (axis, "fastpref", "products", "ratio", "workspace", "(N, H)", "(N, V), MiB")
     lines = ["  " + "".join(f"{name:>12}" for name in names)]
@@ -158,6 +182,8 @@ def terminal(report: dict[str, Any]) -> str:
     parts += [terminal_case(case) for case in report.get("cases", ())]
     if report.get("memory"):
         parts.append(terminal_memory(report["memory"]))
+    if report.get("trainings"):
+        parts.append(terminal_trainings(report["trainings"]))
     parts += [terminal_curve(axis, rows) for axis, rows in report.get("curves", {}).items()]
     parts += [terminal_tests(row) for row in report.get("tests", ())]
     parts += [terminal_summary(report)] if "unavailable" in report else []

@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,9 @@ import torch
 from ..bench import drive, gpu, machine, memory, pictures, scaling
 from ..bench import report as reporting
 from ..bench.cases import measure
-from ..bench.experiment import MODES, Case
+from ..bench.experiment import MODES, Case, missing
 from ..bench.suites import SUITES
+from ..bench.trainers import runs as trainings
 from ..bench.work import MODELS, Shape
 from ..bench.worker import Worker
 from .progress import clear as _clear
@@ -30,7 +31,8 @@ T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORY = "memory"
-USUAL = ("score", "dpo", "divergence", "heads", MEMORY)
+TRAINERS = "trainers"
+USUAL = ("score", "dpo", "divergence", "heads", MEMORY, TRAINERS)
 MEMORY_TOKENS = (512, 1024, 2048)
 MEMORY_BUDGET = 32  # MiB
 ROUNDS = {"cpu": 3, "cuda": 15}
@@ -57,9 +59,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--what",
-        choices=(*SUITES, MEMORY),
+        choices=(*SUITES, MEMORY, TRAINERS),
         action="append",
-        help=f"default: {', '.join(USUAL)}; may be repeated, as those below",
+        help=f"default: {', '.join(USUAL)} (with --quick not the last); may be repeated, as those "
+        "below",
     )
     parser.add_argument(
         "--implementation",
@@ -100,6 +103,13 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         default=None,
         help=f"interleaved rounds (default {ROUNDS['cpu']}, on a GPU {ROUNDS['cuda']})",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        default=trainings.DEFAULT_PAIRS,
+        metavar="FILE.jsonl",
+        help='of --what trainers: "prompt", "chosen" and "rejected" a line (default: arithmetic)',
     )
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument(
@@ -191,8 +201,8 @@ def _shape(args: argparse.Namespace) -> Shape:
 def _nothing(args: argparse.Namespace) -> str | None:
     """Why nothing, or less than was asked for, would be measured."""
     cases = list(_chosen(args))
-    memory_too = MEMORY in (args.what or USUAL)
-    if not cases and not memory_too:
+    memory_too = MEMORY in _what(args)
+    if not cases and not memory_too and TRAINERS not in _what(args):
         return f"there is nothing to measure: {', '.join(args.what)} has no such --mode"
     known: set[str] = set()
     for what, mode in {(case.what, case.mode) for case in cases}:
@@ -221,8 +231,10 @@ class _Run:
     def cases(self) -> None:
         compiling = not self.args.quick
         self._measure((case, compiling) for case in _chosen(self.args))
-        if MEMORY in (self.args.what or USUAL):
+        if MEMORY in _what(self.args):
             self._memory(self._memory_cases())
+        if TRAINERS in _what(self.args):
+            self._trainings()
         self._write()
 
     def _memory_cases(self) -> Iterator[Case]:
@@ -315,6 +327,24 @@ class _Run:
         if rows:
             print("\n" + reporting.terminal_memory(rows), flush=True)
 
+    def _trainings(self) -> None:
+        rows = self.report["trainings"] = []
+        lacking = [name for name in ("trl", "peft", "datasets") if missing(name)]
+        if lacking:
+            print(f"\ntrainers: not measured, {', '.join(lacking)} not installed")
+            return
+        for training in trainings.trainings(self.args.quick):
+            _progress("trainings: ")(training.name)
+            try:
+                rows.append(trainings.measure(training, self.args.pairs.resolve()))
+            except RuntimeError as error:
+                _clear()
+                print(f"training of {training.name}: not measured, {error}")
+            self._save()
+        _clear()
+        if rows:
+            print("\n" + reporting.terminal_trainings(rows), flush=True)
+
     def _save(self) -> None:
         """What there is, so that a run that is cut short loses nothing."""
         if self.args.out is not None:
@@ -327,9 +357,15 @@ class _Run:
             _draw(self.report, self.args.out)
 
 
+def _what(args: argparse.Namespace) -> Sequence[str]:
+    if args.what is not None:
+        return list(args.what)
+    return [what for what in USUAL if what != TRAINERS or not args.quick]
+
+
 def _chosen(args: argparse.Namespace) -> Iterator[Case]:
     shape = _shape(args)
-    suites = [what for what in args.what or USUAL if what in SUITES]
+    suites = [what for what in _what(args) if what in SUITES]
     for what, dtype in itertools.product(suites, args.dtype or DTYPES[:2]):
         for mode in args.mode or MODES:
             if mode in SUITES[what].modes:

@@ -4,7 +4,7 @@
 import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback
@@ -56,10 +56,16 @@ class HeadClock:
         self.seconds += now() - self._began
 
 
+class Seconds(Protocol):
+    """What adds up seconds and may be set back."""
+
+    seconds: float
+
+
 class StepClock(TrainerCallback):
     """The seconds of every step, and those of them in the head."""
 
-    def __init__(self, head: HeadClock) -> None:
+    def __init__(self, head: Seconds) -> None:
         self.head = head
         self.step_seconds: list[float] = []
         self.head_seconds: list[float] = []

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole trainings, stock beside fastpref: what is measured, and what is said of it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="trl is not installed")
+pytest.importorskip("peft", reason="peft is not installed")
+
+from fastpref.bench import report
+from fastpref.bench.trainers import clock, runs
+
+TINY = {**runs.QUICK, "steps": 3, "hidden": 32, "layers": 1, "max_length": 48}
+GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_pairs.jsonl"
+
+
+def measured(method, adapters=False, pairs=runs.DEFAULT_PAIRS):
+    training = runs.Training(method=method, adapters=adapters, **TINY)
+    row = runs.measure(training, pairs)
+    assert json.loads(json.dumps(row)) == row
+    return row
+
+
+def check(row):
+    assert row["difference"] < 1e-4
+    assert row["first_loss"] != row["last_loss"]
+    for side in ("stock", "fastpref"):
+        own = row[side]
+        assert 0 < own["head"] < own["step"]
+        assert own["peak"] > 0
+
+
+@pytest.mark.heavy
+def test_a_training_is_the_same_on_both_sides():
+    row = measured("dpo", adapters=True)
+    check(row)
+    text = report.terminal_trainings([row])
+    assert "dpo, LoRA: losses within" in text
+    assert f"{row['stock']['step'] / row['fastpref']['step']:.2f}x" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "tpo"])
+def test_every_method(method):
+    check(measured(method))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GSM8K.exists(), reason="no such data beside the checkout")
+def test_pairs_of_a_file():
+    row = measured("orpo", pairs=GSM8K)
+    check(row)
+    assert row["pairs"] == "gsm8k_pairs.jsonl"
+
+
+@pytest.mark.heavy
+def test_a_process_that_fails_says_why(tmp_path):
+    training = runs.Training(method="dpo", adapters=False, **TINY)
+    with pytest.raises(RuntimeError, match=r"failed:(.|\n)*nothing\.jsonl"):
+        runs.measure(training, tmp_path / "nothing.jsonl")
+
+
+def test_trainings_are_those_of_the_report():
+    names = [one.name for one in runs.trainings(quick=False)]
+    assert names[:2] == ["dpo, LoRA", "dpo, all parameters"] and len(set(names)) == 5
+    small = next(iter(runs.trainings(quick=True)))
+    assert dataclasses.asdict(small) | runs.QUICK == dataclasses.asdict(small)
+
+
+class Backbone(torch.nn.Module):
+    def __init__(self, tick):
+        super().__init__()
+        self.tick = tick
+
+    def forward(self, states):
+        self.tick(5)
+        return SimpleNamespace(last_hidden_state=states * 1.0)
+
+
+class Late(torch.autograd.Function):
+    """Takes its time in both directions."""
+
+    @staticmethod
+    def forward(ctx, values, tick, forward, backward):
+        tick(forward)
+        ctx.tick, ctx.backward = tick, backward
+        return values * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.tick(ctx.backward)
+        return gradient * 2, None, None, None
+
+
+def test_the_head_is_what_lies_between_backbone_and_loss(monkeypatch):
+    time = SimpleNamespace(now=0.0)
+
+    def tick(seconds):
+        time.now += seconds
+
+    monkeypatch.setattr(clock, "now", lambda: time.now)
+    model, reference = (SimpleNamespace(base_model=Backbone(tick)) for _ in range(2))
+    states = torch.ones(3, requires_grad=True)
+
+    def compute_loss(states):
+        below = Late.apply(states, tick, 70, 900)  # before the backbone, not the head's
+        hidden = model.base_model(below).last_hidden_state
+        scored = Late.apply(hidden, tick, 1, 20)
+        with torch.no_grad():
+            Late.apply(reference.base_model(states).last_hidden_state, tick, 3, 0)
+        return scored.sum(), None
+
+    trainer = SimpleNamespace(model=model, ref_model=reference, compute_loss=compute_loss)
+    head = clock.HeadClock()
+    head.attach(trainer)
+    loss, _ = trainer.compute_loss(states)
+    assert head.seconds == 1 + 3
+    tick(10_000)  # between the passes
+    loss.backward()
+    assert head.seconds == 1 + 3 + 20

@@ -59,6 +59,28 @@ def test_pairs_of_a_file():
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("method, name", [("dpo", "DPOTrainer"), ("orpo", "FastORPOTrainer")])
+def test_one_side_is_on_fastpref(tmp_path, method, name):
+    from fastpref.bench.trainers.methods import make_trainer
+    from fastpref.demo.data import load
+    from fastpref.integrations import trl as integration
+
+    def found():
+        return vars(integration.trl_utils())["_ChunkedLogProbFunction"]
+
+    integration.unpatch()
+    own, examples = found(), load(runs.DEFAULT_PAIRS).examples[:20]
+    training = runs.Training(method=method, adapters=True, **TINY)
+    try:
+        stock = make_trainer(training, examples, False, tmp_path)
+        assert type(stock).__name__ == name.removeprefix("Fast") and found() is own
+        ours = make_trainer(training, examples, True, tmp_path)
+        assert type(ours).__name__ == name and found() is not own
+    finally:
+        integration.unpatch()
+
+
+@pytest.mark.heavy
 def test_a_process_that_fails_says_why(tmp_path):
     training = runs.Training(method="dpo", adapters=False, **TINY)
     with pytest.raises(RuntimeError, match=r"failed:(.|\n)*nothing\.jsonl"):

@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 WORKERS ?= auto
 # A part of the tests: a folder or a file under tests/.
 AREA ?=
+# Versions of TRL for `make trl-matrix`, otherwise all that are covered.
+TRL ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 GPU_PYTHON ?= python3
@@ -39,7 +41,7 @@ export HF_HUB_OFFLINE := 1
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-quick test-slow bench bench-compare bench-baseline gpu gpu-more gpu-pack lint format wheel install clean
+.PHONY: help demo test test-quick test-slow trl-matrix bench bench-compare bench-baseline gpu gpu-more gpu-pack lint format wheel install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,6 +58,9 @@ test-quick: $(PACKAGE) ## a sample of the tests within two minutes, or of one AR
 
 test-slow: $(PACKAGE) $(WHEEL) ## the sweeps
 	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" $(BIN)/python -m pytest -q -m slow -n $(WORKERS) $(PYTEST_ARGS)
+
+trl-matrix: $(PACKAGE) ## the tests of TRL with every TRL that is covered, each installed under build/trl
+	$(BIN)/python tests/trl_matrix.py $(TRL)
 
 bench: $(BENCH) ## measure against the alternatives
 	$(BIN)/python -m fastpref bench $(BENCH_ARGS)

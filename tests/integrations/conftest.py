@@ -24,6 +24,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tests.integrations.trl.runs import RELEASE, plain_head
+
 WITHOUT_TRL = 'TRL is not installed (pip install "fastpref[trl]")'
 
 # Initial weights this wide give logits with a spread of about 1, and targets that differ in rank.
@@ -62,7 +64,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def trl_utils() -> Iterator[Any]:
+def trl_utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """TRL's module with the fused head; left unpatched."""
     pytest.importorskip("trl", reason=WITHOUT_TRL)
     import trl.trainer.utils
@@ -70,6 +72,9 @@ def trl_utils() -> Iterator[Any]:
     from fastpref.integrations import trl as integration
 
     integration.unpatch()
+    if RELEASE == (1, 15):
+        own = trl.trainer.utils._ChunkedLogProbFunction
+        monkeypatch.setattr(own, "apply", staticmethod(plain_head))
     yield trl.trainer.utils
     integration.unpatch()
 

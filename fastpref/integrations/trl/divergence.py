@@ -33,11 +33,11 @@ class DivergenceLoss:
 
     def __init__(self, own: Loss) -> None:
         self.own = own
-        self.signature = inspect.signature(own)
+        self.__signature__ = inspect.signature(own)
         self.said: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        bound = self.signature.bind(*args, **kwargs)
+        bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         reason = divergence_supported(given)

@@ -9,6 +9,7 @@ in its trainers too, and 1.13 uses it in AsyncGRPO alone. Its form says which on
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from .adapters import LogProbAdapter, PairAdapter
 from .divergence import DivergenceLoss
 from .heads import NoLayer, add_fused_lm_head
 from .library import OLDEST, UTILS, said, trl_module, trl_release, trl_utils, trl_version
+
+logger = logging.getLogger("fastpref")
 
 SYMBOL = "_ChunkedLogProbFunction"
 DIVERGENCE = "_chunked_divergence_loss"
@@ -82,11 +85,20 @@ def find_parts(*, fix_heads: bool) -> list[Part]:
     parts = []
     if found not in HEADS.values():
         parts.append(Part(SYMBOL, found, _known(UTILS, SYMBOL, found, HEADS)))
-    loss = getattr(trl_module(DISTILLATION), DIVERGENCE, None)
-    if not isinstance(loss, DivergenceLoss):
-        known = _known(DISTILLATION, DIVERGENCE, loss, DIVERGENCES)
-        parts.append(Part(DIVERGENCE, loss, known(loss)))
+    parts += _divergence()
     return parts + (_model_heads() if fix_heads else [])
+
+
+def _divergence() -> list[Part]:
+    try:
+        module = trl_module(DISTILLATION)
+    except ImportError as error:  # of what this trainer alone needs
+        logger.info("Distillation is left as it is: %s", error.__cause__)
+        return []
+    found = getattr(module, DIVERGENCE, None)
+    if isinstance(found, DivergenceLoss):
+        return []
+    return [Part(DIVERGENCE, found, _known(DISTILLATION, DIVERGENCE, found, DIVERGENCES)(found))]
 
 
 def _model_heads() -> list[Part]:

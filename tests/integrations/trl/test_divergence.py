@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpref.integrations import trl as integration
-from tests.integrations.trl.runs import ARGUMENTS
+from tests.integrations.trl.runs import ARGUMENTS, RELEASE, plain_divergence
 
 pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
 pytestmark = pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning")
@@ -25,10 +25,15 @@ HEADS: dict[str, dict[str, float]] = {
 
 
 @pytest.fixture
-def distillation(trl_utils: Any) -> Any:
-    import trl.trainer.distillation_trainer
+def distillation(trl_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    import trl.trainer.distillation_trainer as module
 
-    return trl.trainer.distillation_trainer
+    if RELEASE == (1, 15):  # runs on GPUs only
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        plain = staticmethod(plain_divergence)
+        monkeypatch.setattr(ChunkedDivergenceFunction, "apply", plain)
+    return module
 
 
 def make_call(bias: bool, head: dict[str, float], mask: Tensor, **more: Any) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from torch import Tensor
 from fastpref.integrations import trl as integration
 from fastpref.integrations.trl import OUTPUTS, LogProbAdapter
 from tests.integrations.trl.head_calls import ALL, TILE, V, make_inputs
+from tests.integrations.trl.runs import RELEASE
+
+pytestmark = pytest.mark.skipif(RELEASE < (1, 15), reason="TRL puts heads on models from 1.15 on")
 
 
 def fused_scores(model: Any, labels: Tensor) -> Any:
@@ -25,7 +28,7 @@ def test_batch_without_a_label(
     compact: bool, trl_utils: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its loss is a 0 that all of the model is connected to. On a GPU TRL passes no row at all."""
-    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: compact)
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: compact, raising=False)
     model = make_model("phi")
     trl_utils.add_fused_lm_head(model, outputs=ALL)  # before patching: it is looked up at each call
     with integration.patched():
@@ -44,7 +47,7 @@ def test_compacted_batch_scores_as_a_masked_one(
     labels = torch.randint(0, V, (2, 12)).masked_fill(torch.rand(2, 12) < 0.5, -100)
     with integration.patched():
         masked = fused_scores(model, labels)
-        monkeypatch.setattr(trl_utils, "_use_triton", lambda device: True)
+        monkeypatch.setattr(trl_utils, "_use_triton", lambda device: True, raising=False)
         compacted = fused_scores(model, labels)
     for name in OUTPUTS:
         torch.testing.assert_close(getattr(masked, name), getattr(compacted, name))

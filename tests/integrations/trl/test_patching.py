@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 
 from fastpref.integrations import trl as integration
-from fastpref.integrations.trl import LogProbAdapter
-from tests.integrations.trl.head_calls import stock
+from fastpref.integrations.trl import LogProbAdapter, PairAdapter
+from tests.integrations.trl.runs import RELEASE
+
+ADAPTER = LogProbAdapter if RELEASE >= (1, 15) else PairAdapter
 
 
 def test_patch_and_unpatch_are_idempotent(trl_utils: Any, caplog: Any) -> None:
     found = trl_utils._ChunkedLogProbFunction
-    assert found is stock()
     with caplog.at_level(logging.INFO, logger="fastpref"):
         integration.patch()
         integration.patch()
-    assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
+    assert trl_utils._ChunkedLogProbFunction is ADAPTER
     version = importlib.metadata.version("trl")
     assert [(record.levelname, version in record.message) for record in caplog.records] == [
         ("INFO", True)
@@ -32,16 +33,16 @@ def test_patch_and_unpatch_are_idempotent(trl_utils: Any, caplog: Any) -> None:
 def test_patched_restores_what_it_found(trl_utils: Any) -> None:
     found = trl_utils._ChunkedLogProbFunction
     with pytest.raises(KeyError), integration.patched():
-        assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
+        assert trl_utils._ChunkedLogProbFunction is ADAPTER
         raise KeyError
     assert trl_utils._ChunkedLogProbFunction is found
     integration.patch()
     with integration.patched():
         pass
-    assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
+    assert trl_utils._ChunkedLogProbFunction is ADAPTER
     with integration.patched():
         integration.unpatch()
-    assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
+    assert trl_utils._ChunkedLogProbFunction is ADAPTER
     integration.unpatch()
     assert trl_utils._ChunkedLogProbFunction is found
 
@@ -91,7 +92,7 @@ def test_versions_with_the_known_signature_are_patched(
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with integration.patched():
-        assert trl_utils._ChunkedLogProbFunction is LogProbAdapter
+        assert trl_utils._ChunkedLogProbFunction is ADAPTER
 
 
 @pytest.mark.parametrize("call", [integration.patch, integration.unpatch])

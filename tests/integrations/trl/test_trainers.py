@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from fastpref.objectives.registry import loss_types
-from tests.integrations.trl.runs import ARGUMENTS
+from tests.integrations.trl.runs import ARGUMENTS, RELEASE
 
 pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
-pytestmark = pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning"),
+    pytest.mark.skipif(RELEASE < (1, 15), reason="older trainers: test_older_trainers.py"),
+]
 
 DPO_LOSSES = (*loss_types("pair"), "sft")
 
@@ -162,12 +165,13 @@ def test_sft(
     )
 
 
+def distinct_letters(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(completion))) for completion in completions]
+
+
 def test_grpo(tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, compare: Any) -> None:
     """A temperature, and an entropy bonus whose gradient passes through the head."""
     from trl import GRPOConfig, GRPOTrainer
-
-    def distinct_letters(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(set(completion))) for completion in completions]
 
     make_model().save_pretrained(tmp_path / "model")
     compare(
@@ -182,6 +186,29 @@ def test_grpo(tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, co
                 temperature=0.7,
                 beta=0.1,
                 entropy_coef=0.1,
+            ),
+            train_dataset=labelled.select_columns("prompt"),
+            processing_class=tokenizer,
+        )
+    )
+
+
+@pytest.mark.heavy
+def test_rloo(tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, compare: Any) -> None:
+    from trl import RLOOConfig, RLOOTrainer
+
+    make_model().save_pretrained(tmp_path / "model")
+    compare(
+        lambda: RLOOTrainer(
+            model=str(tmp_path / "model"),
+            reward_funcs=distinct_letters,
+            args=RLOOConfig(
+                output_dir=str(tmp_path),
+                **ARGUMENTS,
+                num_generations=2,
+                max_completion_length=8,
+                temperature=0.7,
+                beta=0.1,
             ),
             train_dataset=labelled.select_columns("prompt"),
             processing_class=tokenizer,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused preference losses: hidden states to log-probabilities to losses, without the logits."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import _extension, nn, objectives
 from .preference import PreferenceOutput, explain, preference_loss
 from .scoring import (
@@ -15,6 +17,9 @@ from .scoring import (
 )
 from .sequences import sequence_logp
 
+if TYPE_CHECKING:
+    from .integrations.causal_lm import fuse_lm_head, unfuse_lm_head
+
 __version__ = "0.1.0"
 __all__ = [
     "PreferenceOutput",
@@ -23,6 +28,7 @@ __all__ = [
     "__version__",
     "explain",
     "explain_divergence",
+    "fuse_lm_head",
     "linear_divergence",
     "linear_logits",
     "linear_logprob",
@@ -32,6 +38,17 @@ __all__ = [
     "release_workspace",
     "sequence_logp",
     "sparse_divergence",
+    "unfuse_lm_head",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What a plain call of the package does not need.
+    if name in ("fuse_lm_head", "unfuse_lm_head"):
+        from .integrations import causal_lm
+
+        return getattr(causal_lm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _extension.load()

@@ -16,6 +16,7 @@ COMMANDS = {
     "env": "what this installation can do, and why it cannot do the rest",
     "demo": "a preference training inside TRL, stock against fastpref",
     "objectives": "every objective with its formula, its paper and what it needs",
+    "architectures": "which models of transformers fuse_lm_head is exact for",
     "kernels": "registers, shared memory and matrix instructions of the Triton kernels",
     "tune": "check and time the kernels on this GPU, for backend='auto' to choose by",
     "bench": "measure fastpref against the alternatives",

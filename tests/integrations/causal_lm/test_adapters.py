@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's models: adapters on the output head, its trained copies, trained tokens, and prompts; each
+with the gradients of full logits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpref
+from tests.integrations.causal_lm.models import (
+    LENGTH,
+    batch,
+    check_call,
+    check_gradients,
+    gradients,
+    make,
+    refusals,
+    scores_of,
+)
+
+peft = pytest.importorskip("peft", reason="peft is not installed (extra: fastpref[trl])")
+
+RANK, PROMPT = 4, 3
+
+
+def lora(**given: Any) -> Any:
+    return peft.LoraConfig(**{"target_modules": ["q_proj", "lm_head"], "r": RANK, **given})
+
+
+def adapted(model: Any, config: Any) -> Any:
+    """With adapters that are not zero."""
+    wrapped = peft.get_peft_model(model, config)
+    return stirred(wrapped)
+
+
+def stirred(wrapped: Any) -> Any:
+    for name, value in wrapped.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            torch.nn.init.normal_(value, std=0.2)
+    return wrapped
+
+
+CAPPED = {"final_logit_softcapping": 2.0, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "config"),
+    [
+        ("llama", {}, {}),
+        ("llama", {}, {"use_rslora": True}),
+        ("gemma2", CAPPED, {}),
+        ("phi", {}, {}),
+        ("phi", {}, {"lora_bias": True}),
+        ("llama", {}, {"use_dora": True}),
+        ("phi", {}, {"use_dora": True}),
+        ("llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (
+            *("llama", {"tie_word_embeddings": True}),
+            {"target_modules": ["q_proj"], "trainable_token_indices": [70, 71]},
+        ),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+@pytest.mark.parametrize("first", ["fused first", "adapted first"])
+def test_as_full_logits(
+    architecture: str, fields: dict[str, Any], config: dict[str, Any], first: str
+) -> None:
+    model = make(architecture, **fields)
+    if first == "fused first":
+        fastpref.fuse_lm_head(model)
+    wrapped = adapted(model, lora(**config))
+    assert fastpref.fuse_lm_head(wrapped) is wrapped
+    check_call(wrapped, batch())
+    assert refusals(wrapped) == ()
+
+
+def test_several_adapters_some_of_them_active() -> None:
+    wrapped = peft.get_peft_model(make(), lora(lora_alpha=3))
+    wrapped.add_adapter("second", lora(r=3, lora_alpha=5))
+    wrapped.add_adapter("third", lora(r=2))
+    stirred(wrapped)
+    fastpref.fuse_lm_head(wrapped)
+    inputs = batch()
+    seen = []
+    for active in (["default"], ["default", "second"], ["second", "third"]):
+        wrapped.base_model.set_adapter(active)
+        seen.append(check_call(wrapped, inputs).loss.item())
+    assert len(set(seen)) == 3 and refusals(wrapped) == ()
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_disabled_and_merged_adapters(config: dict[str, Any]) -> None:
+    """As a reference model, and after training."""
+    if "modules_to_save" in config:
+        config = {**config, "target_modules": ["q_proj"]}
+    wrapped = fastpref.fuse_lm_head(adapted(make(), lora(**config)))
+    if "modules_to_save" in config:
+        torch.nn.init.normal_(wrapped.get_base_model().lm_head.weight, std=0.3)
+    inputs = batch()
+    with torch.no_grad():
+        active = wrapped(**inputs, fused_lm_head=True).log_probs
+        with wrapped.disable_adapter():
+            expected = scores_of(wrapped(**inputs).logits, inputs["labels"])["log_probs"]
+            disabled = wrapped(**inputs, fused_lm_head=True).log_probs
+        torch.testing.assert_close(disabled.double(), expected, rtol=1e-5, atol=1e-5)
+        assert (disabled - active).abs().max() > 0.1
+        wrapped.merge_adapter()
+        merged = wrapped(**inputs, fused_lm_head=True).log_probs
+        torch.testing.assert_close(merged, active, rtol=1e-4, atol=1e-4)
+        with wrapped.disable_adapter():
+            unmerged = wrapped(**inputs, fused_lm_head=True).log_probs
+        torch.testing.assert_close(unmerged, disabled, rtol=1e-4, atol=1e-4)
+    assert refusals(wrapped) == ()
+
+
+def test_dropout_of_the_head_alone_is_exact_where_it_drops_nothing() -> None:
+    wrapped = fastpref.fuse_lm_head(adapted(make(), lora(lora_dropout=0.5))).eval()
+    check_call(wrapped, batch())
+    assert refusals(wrapped) == ()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_dropout_drops_the_update_alone(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask by position, that full logits and the fused head can have in common."""
+    mask = 2.0 * (torch.rand(LENGTH, 32) < 0.5)
+
+    def drop(module: Any, rows: Tensor) -> Tensor:
+        return rows * mask[: rows.shape[1]] if module.training else rows
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", drop)
+    wrapped = adapted(make(architecture), lora(target_modules=["lm_head"], lora_dropout=0.5))
+    fastpref.fuse_lm_head(wrapped)
+    output = check_call(wrapped, batch())
+    assert refusals(wrapped) == ()
+    wrapped.eval()
+    assert (wrapped(**batch(), fused_lm_head=True).log_probs - output.log_probs).abs().max() > 0.1
+
+
+def test_a_trained_head_beside_its_adapter() -> None:
+    wrapped = fastpref.fuse_lm_head(adapted(make(), lora()))
+    wrapped.requires_grad_(True)
+    check_call(wrapped, batch())
+    assert refusals(wrapped) == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (lora(use_dora=True, lora_dropout=0.5), "DoRA with dropout; set lora_dropout=0"),
+        (peft.IA3Config(target_modules=["q_proj", "lm_head"], feedforward_modules=[]), "no LoRA"),
+    ],
+    ids=["DoRA with dropout", "IA3"],
+)
+def test_what_is_not_read_is_scored_from_logits(
+    config: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one warning, however many calls."""
+    wrapped = fastpref.fuse_lm_head(adapted(make(), config))
+    inputs = batch()
+    for _ in range(2):
+        torch.manual_seed(1)
+        plain = wrapped(**inputs)
+        wanted = gradients(plain.loss, wrapped)
+        torch.manual_seed(1)
+        output = wrapped(**inputs, fused_lm_head=True)
+        torch.testing.assert_close(output.loss, plain.loss)
+        check_gradients(gradients(output.loss, wrapped), wanted)
+    (record,) = [one for one in caplog.records if one.name == "fastpref"]
+    assert said in record.getMessage() and "LlamaForCausalLM" in record.getMessage()
+    assert "full logits" in record.getMessage()
+
+
+def test_adapters_mixed_in_a_batch_are_refused() -> None:
+    wrapped = fastpref.fuse_lm_head(adapted(make(), lora())).eval()
+    inputs = batch()
+    wrapped(**inputs, fused_lm_head=True)
+    with pytest.raises(ValueError, match=r"called with adapter_names too.*one set of adapters"):
+        wrapped(**inputs, adapter_names=["default", "__base__"], fused_lm_head=True)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompts(kind: str) -> None:
+    """PEFT lengthens ``labels`` by the positions of a prompt, and does not see ``fused_labels``."""
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT)
+    wrapped = fastpref.fuse_lm_head(peft.get_peft_model(make(), config))
+    inputs = batch()
+    plain = wrapped(**inputs)
+    longer = plain.logits.shape[1] - LENGTH
+    assert longer == (PROMPT if kind == "PromptTuningConfig" else 0)
+    expected = scores_of(plain.logits[:, longer:], inputs["labels"])["log_probs"]
+    wanted = gradients(plain.loss, wrapped)
+    output = wrapped(**inputs, fused_lm_head=True)
+    torch.testing.assert_close(
+        output.log_probs[:, longer:].double(), expected, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(output.loss, plain.loss)
+    check_gradients(gradients(output.loss, wrapped), wanted)
+    labels = inputs.pop("labels")
+    output = wrapped(**inputs, fused_labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(output.log_probs.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss, plain.loss)
+    assert refusals(wrapped) == ()
+
+
+def test_unfusing_reaches_through() -> None:
+    wrapped = fastpref.fuse_lm_head(adapted(make(), lora()))
+    assert fastpref.unfuse_lm_head(wrapped) is wrapped
+    assert "forward" not in vars(wrapped.get_base_model())

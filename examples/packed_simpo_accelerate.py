@@ -46,7 +46,6 @@ def pair_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
         position_ids=batch["position_ids"],
         shift_labels=batch["target"],
         fused_lm_head=True,
-        use_cache=False,
     )
     chosen, rejected = sequence_logp(output.log_probs, cu_seqlens=boundaries).chunk(2)
     lengths = sequence_logp(output.label_mask.float(), cu_seqlens=boundaries)

@@ -122,6 +122,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16},
+    "mimo_v2_flash": {"num_key_value_heads": 2},
     "moshi": {"audio_vocab_size": 32},
     "reformer": {
         "axial_pos_shape": (3, 4),
@@ -133,7 +134,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "rwkv": {"attention_hidden_size": 32},
     "xmod": {"default_language": "en_XX"},
-    "mimo_v2_flash": {"num_key_value_heads": 2},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},

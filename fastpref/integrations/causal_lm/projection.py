@@ -28,5 +28,8 @@ class Projection(NamedTuple):
     def rows_below(self, size: int) -> tuple[int, int] | None:
         """Of a vocabulary that ends at ``size``, the ids of the rows here; None: all rows."""
         rows = self.weight.shape[0]
-        start, total = (0, rows) if self.shards is None else self.shards[1:]
+        if self.shards is None:
+            # A weight that is partitioned now has no rows here.
+            return None if rows == size else (0, size)
+        _, start, total = self.shards
         return None if total == size else (min(start, size), min(start + rows, size))

@@ -2,6 +2,7 @@
 """Trainers that hand over log-probabilities of responses and take losses and rewards of pairs."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,9 +140,34 @@ class LlamaFactory:
 
 def test_llama_factory(model: Any, batch: Batch, reference: Tensor) -> None:
     trainer, changed = LlamaFactory(lines=False), LlamaFactory(lines=True)
-    run_lines("LLaMA-Factory", 1, trainer=changed)
+    run_lines("LLaMA-Factory", 2, trainer=changed)
     assert "compute_preference_loss" in vars(changed)
     got, want = (one.get_batch_loss_metrics(model, batch, reference) for one in (changed, trainer))
+    expect_same_training(model, got, want)
+
+
+def test_llama_factory_with_ld_alpha(model: Any, batch: Batch, reference: Tensor) -> None:
+    """What a response has beyond the length of its partner counts less."""
+    trainer = SimpleNamespace(ld_alpha=0.4)
+
+    def plain() -> Tensor:
+        tokens = plain_log_probs(model, batch)
+        starts = (batch.labels[:, 1:] != IGNORED).long().argmax(-1)
+        lengths = (batch.labels[:, 1:] != IGNORED).sum(-1)
+        shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+        front = torch.arange(tokens.shape[1]) < (starts + shared)[:, None]
+        return (tokens * front).sum(-1) + trainer.ld_alpha * (tokens * ~front).sum(-1)
+
+    def changed() -> Tensor:
+        names = run_lines(
+            "LLaMA-Factory", 0, model=model, batch=batch.inputs(), labels=batch.labels
+        )
+        given = {"output": names["output"], "valid_length": names["valid_length"]}
+        return run_lines("LLaMA-Factory", 1, self=trainer, **given)["all_logps"]
+
+    got, want = (
+        logged(*plain_dpo(*one().chunk(2), *reference.chunk(2))) for one in (changed, plain)
+    )
     expect_same_training(model, got, want)
 
 

@@ -25,6 +25,7 @@ from tests.integrations.causal_lm.models import (
     make,
     refusals,
     scores_of,
+    with_likeliest,
 )
 
 
@@ -251,10 +252,12 @@ def test_what_cannot_be_fused_is_scored_from_logits(
         wrong = measurement.LogitTransform(1.001, None, model.config.vocab_size)
         monkeypatch.setattr(measurement, "fit", lambda outputs, final: wrong)
         said = "away from those of its logits"
+    inputs["labels"] = with_likeliest(model, inputs)
     fastpref.fuse_lm_head(model)
     for _ in range(2):
         expected = scores_of(model(**inputs).logits, inputs["labels"])
         output = model(**inputs, fused_lm_head=True, outputs=tuple(expected)[:5])
+        assert expected["is_top1"].any()
         for name, value in expected.items():
             found = output[name].to(value.dtype)
             torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5, msg=name)

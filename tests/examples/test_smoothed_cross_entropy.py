@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example's losses against ``F.cross_entropy`` of whole logits, to the error contract."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastpref import ScoringOptions
+from tests.examples.loading import FOLDER, load
 from tests.scoring.cases import DTYPES, check_contract, make_case
 
-PATH = Path(__file__).resolve().parents[2] / "examples" / "smoothed_cross_entropy.py"
 SMOOTHING = 0.1
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("smoothed_cross_entropy", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("smoothed_cross_entropy")
 
 
 def plain_losses(hidden, weight, target, *, bias, z_loss):
@@ -58,7 +53,12 @@ def test_as_plain_torch(example, schedule, dtype, z_loss):
 
 @pytest.mark.heavy
 def test_it_runs():
-    done = subprocess.run([sys.executable, str(PATH)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "smoothed_cross_entropy.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     ours, torchs = (part.split()[-1] for part in done.stdout.strip().split(","))
     assert float(ours) == pytest.approx(float(torchs), rel=1e-5)

@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example's losses against whole logits in plain torch, in float64."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PATH = Path(__file__).resolve().parents[2] / "examples" / "two_models.py"
+from tests.examples.loading import FOLDER, load
+
 IGNORE = -100
 H, TEACHER, V = 6, 9, 23
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("two_models", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("two_models")
 
 
 class Models:
@@ -103,7 +99,9 @@ def test_anchored_sft(example) -> None:
 
 @pytest.mark.heavy
 def test_it_runs() -> None:
-    done = subprocess.run([sys.executable, str(PATH)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "two_models.py")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line[:14].strip() for line in lines] == ["gkd", "mimic", "dual head", "anchored sft"]

@@ -228,7 +228,10 @@ class Actor(torch.nn.Module):
                 rolled_sequences=rolled,
             )
             return names["log_probs"][:, :-1]
-        logits = self.model(sequences, attention_mask=attention_mask, position_ids=positions).logits
+        # OpenRLHF turns the cache off in the model's configuration.
+        logits = self.model(
+            sequences, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).logits
         return by_token(logits / self.temperature, rolled)[:, :-1]
 
 

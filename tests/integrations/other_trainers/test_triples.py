@@ -212,11 +212,11 @@ class Actor(torch.nn.Module):
         super().__init__()
         self.model, self.lines, self.temperature = model, lines, 0.7
 
-    def forward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, sequences: Tensor, attention_mask: Tensor | None, positions: Tensor
+    ) -> Tensor:
         """(rows, T - 1)."""
         rolled = torch.roll(sequences, -1, 1)
-        positions = attention_mask.cumsum(-1) - 1
-        positions.masked_fill_(attention_mask == 0, 1)
         if self.lines:
             names = run_lines(
                 "OpenRLHF",
@@ -228,24 +228,41 @@ class Actor(torch.nn.Module):
                 rolled_sequences=rolled,
             )
             return names["log_probs"][:, :-1]
-        logits = self.model(sequences, attention_mask=attention_mask, position_ids=positions).logits
+        # OpenRLHF turns the cache off in the model's configuration.
+        logits = self.model(
+            sequences, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).logits
         return by_token(logits / self.temperature, rolled)[:, :-1]
 
 
-def test_openrlhf(model: Any, batch: Batch, reference: Tensor) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_openrlhf(packed: bool, model: Any, batch: Batch, reference: Tensor) -> None:
     """Prompts and padding are masked out of the sums; the loss comes back averaged."""
+    inputs, labels, boundaries = batch.packed()
+    ends = boundaries[1:].tolist()
 
-    def step(lines: bool, loss_fn: Any) -> tuple[Tensor, ...]:
-        log_probs = Actor(model, lines)(batch.input_ids, batch.attention_mask)
-        logps = (log_probs * (batch.labels[:, 1:] != IGNORED)).sum(-1)
-        return loss_fn(*logps.chunk(2), *reference.chunk(2))
+    def sums(lines: bool) -> Tensor:
+        actor = Actor(model, lines)
+        if packed:
+            log_probs = actor(inputs["input_ids"], None, inputs["position_ids"])
+            masked = (log_probs * (labels[:, 1:] != IGNORED))[0]
+            starts_and_ends = zip([0, *ends[:-1]], ends, strict=True)
+            return torch.stack([masked[start : end - 1].sum() for start, end in starts_and_ends])
+        positions = batch.attention_mask.cumsum(-1) - 1
+        positions.masked_fill_(batch.attention_mask == 0, 1)
+        log_probs = actor(batch.input_ids, batch.attention_mask, positions)
+        return (log_probs * (batch.labels[:, 1:] != IGNORED)).sum(-1)
 
     def averaged(*logps: Tensor) -> Triple:
         losses, chosen, rejected = plain_dpo(*logps)
         return losses.mean(), chosen, rejected
 
     changed = run_lines("OpenRLHF", 1, beta=BETA)["loss_fn"]
-    expect_same_training(model, step(True, changed), step(False, averaged))
+    got, want = (
+        loss_fn(*sums(lines).chunk(2), *reference.chunk(2))
+        for lines, loss_fn in ((True, changed), (False, averaged))
+    )
+    expect_same_training(model, got, want)
 
 
 @dataclass

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+REQUESTS = ("requests", "urllib3", "charset-normalizer", "idna", "certifi")
 # Oldest first, and what each needs beside the environment.
 VERSIONS: dict[str, tuple[str, ...]] = {
-    "1.13.0": ("requests", "urllib3", "charset-normalizer", "idna", "certifi"),
-    "1.14.0": (),
-    "1.14.1": (),
+    "1.13.0": REQUESTS,
+    "1.14.0": REQUESTS,
+    "1.14.1": REQUESTS,
     "1.14.2": (),
     "1.15.0": (),
     "1.16.0": (),

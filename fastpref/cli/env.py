@@ -76,6 +76,7 @@ def collect() -> Report:
         "backends": _backends,
         "tiers": _tiers,
         "tuning": _tuning,
+        "trl": _trl,
         "environment": _environment,
         "self_check": _self_check,
     }
@@ -197,6 +198,17 @@ def _tuning() -> Report:
     from ..scoring.backends import verdict
 
     return {"verdicts": verdict.describe()}
+
+
+def _trl() -> Report:
+    """What ``fastpref.integrations.trl.patch`` lets score on fastpref. Asks TRL, where it is."""
+    from ..integrations.trl import would_reach
+
+    try:
+        importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return {"patch()": "TRL is not installed"}
+    return dict(would_reach())
 
 
 def _environment() -> Report:

@@ -3,6 +3,7 @@
 
 import argparse
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -45,7 +46,7 @@ def test_command_prints_json_that_says_what_is_there() -> None:
 def test_text_has_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     lines = capsys.readouterr().out.splitlines()
-    sections = ("versions", "libraries", "build", "cpu", "gpus", "backends", "tuning")
+    sections = ("versions", "libraries", "build", "cpu", "gpus", "backends", "tuning", "trl")
     for heading in (*sections, "environment"):
         assert heading in lines
     assert lines[-1].startswith("self-check: OK")
@@ -70,7 +71,16 @@ def test_packages_that_are_absent_are_said_to_be(monkeypatch: pytest.MonkeyPatch
             if (section, as_json) in {("cpu", False), ("backends", True)}
             else pytest.mark.slow,
         )
-        for section in ("versions", "libraries", "build", "cpu", "gpus", "backends", "tuning")
+        for section in (
+            "versions",
+            "libraries",
+            "build",
+            "cpu",
+            "gpus",
+            "backends",
+            "tuning",
+            "trl",
+        )
         for as_json in (False, True)
     ],
 )
@@ -185,3 +195,20 @@ def test_module_level_imports_are_of_the_standard_library() -> None:
     ]
     assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
     assert not any(isinstance(node, ast.ImportFrom) and node.level for node in tree.body)
+
+
+def test_says_what_a_patch_of_trl_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    from trl.trainer import utils
+
+    found = env._trl()
+    assert found["head"].startswith("DPO, KTO, SFT, GRPO, RLOO, AsyncGRPO")
+    assert found["divergence"] == "Distillation" and "full logits" in found["not reached"]
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
+    assert "does not know this part of TRL" in env._guarded(env._trl)["error"]
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert env._trl() == {"patch()": "TRL is not installed"}

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 from .adapters import OUTPUTS, LogProbAdapter, PairAdapter
 from .budget import default_budget
 from .library import trl_utils
-from .patching import patch, patched, unpatch
-from .reach import reach
+from .patching import patch, patched, unpatch, would_reach
 
 if TYPE_CHECKING:
     from .cpo import FastCPOTrainer
+    from .dpo import FastDPOTrainer
     from .online_dpo import FastOnlineDPOTrainer
     from .orpo import FastORPOTrainer
     from .tpo import FastTPOTrainer
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OUTPUTS",
     "FastCPOTrainer",
+    "FastDPOTrainer",
     "FastORPOTrainer",
     "FastOnlineDPOTrainer",
     "FastTPOTrainer",
@@ -47,13 +48,14 @@ __all__ = [
     "default_budget",
     "patch",
     "patched",
-    "reach",
     "unpatch",
+    "would_reach",
 ]
 
 # Subclasses of TRL's, hence made when they are asked for.
 _TRAINERS = {
     "FastCPOTrainer": "cpo",
+    "FastDPOTrainer": "dpo",
     "FastORPOTrainer": "orpo",
     "FastOnlineDPOTrainer": "online_dpo",
     "FastTPOTrainer": "tpo",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import fuse_lm_head
 from .library import trl_utils
+from .packing import check_packing, packed_call
 
 SETTINGS = "_fastpref_trl_head"  # the attribute of a model
 
@@ -27,6 +28,8 @@ class Settings:
     temperature: float
     outputs: tuple[str, ...]
     fused: Callable[..., Any]  # the model's forward
+    padding_free: bool = False
+    packs: bool = False  # whether the model was seen to keep packed rows apart
 
 
 class NoLayer:
@@ -38,6 +41,8 @@ def add_fused_lm_head(
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    padding_free: bool = False,
 ) -> None:
     """Let ``model(..., labels=labels, fused_lm_head=True)`` return TRL's FusedCausalLMOutput.
 
@@ -46,6 +51,7 @@ def add_fused_lm_head(
         temperature: logits are divided by it.
         cast_lm_head_to_fp32: False only.
         outputs: statistics to compute beside ``log_probs``.
+        padding_free: leave padding out of such calls, see ``packing``.
 
     Raises:
         ValueError: ``cast_lm_head_to_fp32``, or what ``fuse_lm_head`` refuses.
@@ -59,7 +65,7 @@ def add_fused_lm_head(
     fuse_lm_head(model)
     known = vars(model).get(SETTINGS)
     fused = model.forward if known is None else known.fused
-    setattr(model, SETTINGS, Settings(temperature, tuple(outputs), fused))
+    setattr(model, SETTINGS, Settings(temperature, tuple(outputs), fused, padding_free))
     model.forward = MethodType(_forward_of(type(model)), model)  # type: ignore[arg-type]
 
 
@@ -73,18 +79,34 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
         settings: Settings = getattr(self, SETTINGS)
         if not fused_lm_head:
             return settings.fused(*args, **kwargs)
-        target: Tensor | None = kwargs.get("shift_labels")
-        if target is None:
-            target = kwargs["labels"][:, 1:]
         if kwargs.get("num_items_in_batch") is None:
             # TRL's mean of no tokens is 0.
-            kwargs["num_items_in_batch"] = (target != -100).sum().clamp(min=1)
-        asked = {"outputs": settings.outputs, "temperature": settings.temperature}
-        output = settings.fused(*args, fused_lm_head=True, **asked, **kwargs)
+            kwargs["num_items_in_batch"] = (_target(kwargs) != -100).sum().clamp(min=1)
+        call = functools.partial(
+            settings.fused,
+            *args,
+            fused_lm_head=True,
+            outputs=settings.outputs,
+            temperature=settings.temperature,
+        )
+        if settings.padding_free:
+            settings.packs = settings.packs or check_packing(self, call, kwargs)
+            output = packed_call(call, kwargs)
+        else:
+            output = call(**kwargs)
         values = {name: _as_trl_has(name, value) for name, value in output.items()}
         return trl_utils().FusedCausalLMOutput(**values)
 
     return forward
+
+
+def _target(arguments: dict[str, Any]) -> Tensor:
+    """The labels that are scored, whichever way they come."""
+    for name in ("shift_labels", "labels", "fused_labels"):
+        given: Tensor | None = arguments.get(name)
+        if given is not None:
+            return given if name == "shift_labels" else given[:, 1:]
+    raise ValueError("labels is missing: fused_lm_head=True scores labels, and got none")
 
 
 def _as_trl_has(name: str, value: Any) -> Any:

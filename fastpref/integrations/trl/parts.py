@@ -8,9 +8,11 @@ in its trainers too, and 1.13 uses it in AsyncGRPO alone. Its form says which on
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,12 +95,33 @@ def _divergence() -> list[Part]:
     try:
         module = trl_module(DISTILLATION)
     except ImportError as error:  # of what this trainer alone needs
-        logger.info("Distillation is left as it is: %s", error.__cause__)
+        logger.debug("Distillation is left as it is: %s", error.__cause__)
         return []
     found = getattr(module, DIVERGENCE, None)
     if isinstance(found, DivergenceLoss):
         return []
     return [Part(DIVERGENCE, found, _known(DISTILLATION, DIVERGENCE, found, DIVERGENCES)(found))]
+
+
+@contextlib.contextmanager
+def heads_put(put: Callable[..., None]) -> Iterator[None]:
+    """Within it TRL's trainers call ``put`` in place of their ``add_fused_lm_head``, and take LoRA
+    on the output head.
+
+    Raises:
+        ImportError, RuntimeError: as ``find_parts``.
+    """
+    found = getattr(trl_utils(), "add_fused_lm_head", None)
+    parts = [Part("add_fused_lm_head", found, put), *_model_heads()[1:]]
+    if found is not add_fused_lm_head:
+        _known(UTILS, "add_fused_lm_head", found, MODEL_HEADS, oldest=FIXABLE)
+    for part in parts:
+        part.rebind(part.found, part.stand_in)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.rebind(part.stand_in, part.found)
 
 
 def _model_heads() -> list[Part]:

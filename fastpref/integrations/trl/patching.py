@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 
 from .library import trl_release, trl_utils, trl_version
-from .parts import Part, find_parts
+from .parts import DIVERGENCE, FIXABLE, Part, find_parts
 from .reach import reach
 
 logger = logging.getLogger("fastpref")
@@ -35,9 +35,26 @@ def patch(*, fix_heads: bool = False) -> None:
     if not found:
         return
     _put(found)
-    reached = reach(trl_release(), fix_heads=any(part.fixes_heads for part in _in_force))
-    said = "; ".join(f"{what}: {which}" for what, which in reached.items())
+    said = "; ".join(f"{what}: {which}" for what, which in _reach_of(_in_force).items())
     logger.info("TRL %s: the fused head now scores on fastpref. %s", trl_version(), said)
+
+
+def would_reach() -> dict[str, str]:
+    """What of the TRL that is installed scores on fastpref once it is patched, with
+    ``fix_heads=True`` where there is such, and what does not. Patches nothing.
+
+    Raises as ``patch`` does.
+    """
+    fix_heads = trl_release() >= FIXABLE
+    return _reach_of([*_in_force, *find_parts(fix_heads=fix_heads)])
+
+
+def _reach_of(parts: list[Part]) -> dict[str, str]:
+    return reach(
+        trl_release(),
+        divergence=any(part.name == DIVERGENCE for part in parts),
+        fix_heads=any(part.fixes_heads for part in parts),
+    )
 
 
 def unpatch() -> None:

@@ -11,13 +11,22 @@ HEADS = (
 )
 
 
-def reach(release: tuple[int, ...], *, fix_heads: bool = False) -> dict[str, str]:
-    """What scores on fastpref once TRL of that release is patched, and what does not."""
+def reach(
+    release: tuple[int, ...], *, divergence: bool = True, fix_heads: bool = False
+) -> dict[str, str]:
+    """What scores on fastpref once TRL of that release is patched, and what does not.
+
+    Args:
+        release: (major, minor, ...).
+        divergence: whether that of distillation was found.
+        fix_heads: whether TRL puts ``fuse_lm_head`` on models.
+    """
     heads = next(trainers for since, trainers in HEADS if release >= since)
-    reached = {"head": heads, "divergence": "Distillation"}
+    reached = {"head": heads}
+    reached["divergence"] = "Distillation" if divergence else "none: Distillation does not import"
     if fix_heads:
-        reached["heads of models"] = "by fuse_lm_head, for trainers made from now on"
-    reached["subclasses instead"] = "ORPO, CPO, TPO, OnlineDPO (FastORPOTrainer, ...)"
+        reached["fix_heads=True"] = "fuse_lm_head on the models of trainers made from then on"
+    reached["subclasses in its place"] = "ORPO, CPO, TPO, OnlineDPO (FastORPOTrainer, ...)"
     reached["not reached"] = (
         "Reward, which has no vocabulary; GKD, GOLD, AsyncDistillation and others from full logits"
     )

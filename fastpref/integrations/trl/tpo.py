@@ -12,6 +12,7 @@ from trl.experimental.tpo import TPOTrainer
 
 from ... import objectives, sequence_logp
 from .fused import Fused
+from .metrics import log_pairs, log_tokens
 
 
 class FastTPOTrainer(Fused, TPOTrainer):
@@ -52,7 +53,9 @@ class FastTPOTrainer(Fused, TPOTrainer):
         logps = torch.cat((chosen, rejected)).detach()
         if self.loss_type in ("ipo", "tpo-l"):
             logps = logps / lengths
-        self._log(output, mask, branches, inputs["attention_mask"], *logps.chunk(2))
+        logps = logps.view(2, -1)
+        log_tokens(self, output, mask, inputs["attention_mask"])
+        log_pairs(self, output, mask, self.beta * logps, logps, branches)
         return (loss, output) if return_outputs else loss
 
     def _contrast(
@@ -67,42 +70,6 @@ class FastTPOTrainer(Fused, TPOTrainer):
         given = {name: lengths[name] for name in objective.extras}
         losses: Tensor = objective(*logps, **given).losses
         return losses
-
-    def _log(
-        self,
-        output: Any,
-        mask: Tensor,
-        branches: int,
-        attended: Tensor,
-        chosen: Tensor,  # (P,) log-probabilities
-        rejected: Tensor,  # (P,)
-    ) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics, gathered = self._metrics[mode], self.accelerator.gather_for_metrics
-        entropy = output.entropy.detach()[mask].mean()
-        metrics["entropy"].append(gathered(entropy).mean().item())
-        if mode == "train":
-            self._total_train_tokens += gathered(attended.sum()).sum().item() // self._tp_size
-        metrics["num_tokens"] = [self._total_train_tokens]
-        means, masks = output.mean_logits.detach().chunk(branches), mask.chunk(branches)
-        for name, values, kept in zip(("chosen", "rejected"), means, masks, strict=False):
-            total, count = gathered(values[kept].sum()).sum(), gathered(kept.sum()).sum()
-            metrics[f"logits/{name}"].append((total / count.clamp(min=1)).item())
-        correct = gathered((output.is_top1.chunk(branches)[0] & masks[0]).sum()).sum()
-        count = gathered(masks[0].sum()).sum()
-        metrics["mean_token_accuracy"].append((correct / count.clamp(min=1)).item())
-        gathered = self.accelerator.gather
-        rewards = self.beta * chosen, self.beta * rejected
-        numbers = {
-            "rewards/chosen": rewards[0],
-            "rewards/rejected": rewards[1],
-            "rewards/accuracies": (rewards[0] > rewards[1]).float(),
-            "rewards/margins": rewards[0] - rewards[1],
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
-        }
-        for name, values in numbers.items():
-            metrics[name].append(gathered(values).mean().item())
 
 
 def _objective(trainer: Any) -> objectives.Objective:

@@ -3,6 +3,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +79,18 @@ class StepClock(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.step_seconds.append(now() - self._began)
         self.head_seconds.append(self.head.seconds)
+
+
+def recorded(compute_loss: Callable[..., Any], losses: list[torch.Tensor]) -> Callable[..., Any]:
+    """`compute_loss`, keeping every loss unrounded; the log that a trainer keeps is rounded."""
+
+    @functools.wraps(compute_loss)
+    def recording(*args: Any, **keywords: Any) -> Any:
+        loss = compute_loss(*args, **keywords)
+        losses.append(loss.detach())
+        return loss
+
+    return recording
 
 
 def memory(field: str) -> int:

@@ -5,10 +5,8 @@ Trains as the job says and writes the loss, the head's time and the time of ever
 peak memory of the process. Prints a line a step: ``step``, its number, how many, and the loss.
 """
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ stay_offline()
 import torch  # noqa: E402
 
 from .data import Example  # noqa: E402
-from .measure import HeadClock, StepClock, memory  # noqa: E402
+from .measure import HeadClock, StepClock, memory, recorded  # noqa: E402
 from .model import load_model  # noqa: E402
 from .objective import find  # noqa: E402
 from .recipe import Recipe  # noqa: E402
@@ -48,7 +46,7 @@ def train(job: dict[str, Any], directory: Path) -> dict[str, Any]:
         head.attach(reference)
         steps = StepClock(head)
         trainer.add_callback(steps)
-        trainer.compute_loss = _recorded(trainer.compute_loss, losses)
+        trainer.compute_loss = recorded(trainer.compute_loss, losses)
         before = memory("VmRSS")
         trainer.train()
     return {
@@ -58,18 +56,6 @@ def train(job: dict[str, Any], directory: Path) -> dict[str, Any]:
         "memory_before": before,
         "memory_peak": memory("VmHWM"),
     }
-
-
-def _recorded(compute_loss: Callable[..., Any], losses: list[torch.Tensor]) -> Callable[..., Any]:
-    """`compute_loss`, keeping every loss unrounded; the log that a trainer keeps is rounded."""
-
-    @functools.wraps(compute_loss)
-    def recorded(*args: Any, **keywords: Any) -> Any:
-        loss = compute_loss(*args, **keywords)
-        losses.append(loss.detach())
-        return loss
-
-    return recorded
 
 
 def main(job_file: str, result_file: str) -> None:

@@ -4,7 +4,6 @@ measured as a line of JSON."""
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import tempfile
@@ -18,7 +17,7 @@ stay_offline()
 import torch  # noqa: E402
 
 from ...demo.data import load  # noqa: E402
-from ...demo.measure import StepClock, memory  # noqa: E402
+from ...demo.measure import StepClock, memory, recorded  # noqa: E402
 from .clock import HeadClock  # noqa: E402
 from .methods import make_trainer  # noqa: E402
 from .runs import Training  # noqa: E402
@@ -33,16 +32,7 @@ def train(training: Training, pairs: Path, on_fastpref: bool) -> dict[str, Any]:
         trainer = make_trainer(training, examples, on_fastpref, Path(directory))
         head = HeadClock()
         head.attach(trainer)
-        # Unrounded: the log that a trainer keeps is rounded.
-        compute_loss = trainer.compute_loss
-
-        @functools.wraps(compute_loss)
-        def recorded(*args: Any, **keywords: Any) -> Any:
-            loss = compute_loss(*args, **keywords)
-            losses.append(loss.detach())
-            return loss
-
-        trainer.compute_loss = recorded
+        trainer.compute_loss = recorded(trainer.compute_loss, losses)
         steps = StepClock(head)
         trainer.add_callback(steps)
         before = memory("VmRSS")

@@ -15,27 +15,9 @@ from tests.integrations.other_trainers.stand_ins import (
     Batch,
     by_token,
     expect_same_training,
-    make_batch,
-    make_model,
     plain_dpo,
     plain_log_probs,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return fastpref.fuse_lm_head(make_model())
-
-
-@pytest.fixture(scope="module")
-def batch() -> Batch:
-    return make_batch()
-
-
-@pytest.fixture(scope="module")
-def reference(batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return plain_log_probs(make_model(seed=1), batch).sum(-1)
 
 
 def step(logps: Tensor, reference: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastpref
 from tests.integrations.other_trainers.page import run_lines
 from tests.integrations.other_trainers.stand_ins import (
     BETA,
@@ -17,28 +16,9 @@ from tests.integrations.other_trainers.stand_ins import (
     Batch,
     by_token,
     expect_same_training,
-    make_batch,
-    make_model,
     plain_dpo,
     plain_log_probs,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return fastpref.fuse_lm_head(make_model())
-
-
-@pytest.fixture(scope="module")
-def batch() -> Batch:
-    return make_batch()
-
-
-@pytest.fixture(scope="module")
-def reference(batch: Batch) -> Tensor:
-    """(2 P, T - 1)."""
-    with torch.no_grad():
-        return plain_log_probs(make_model(seed=1), batch)
 
 
 def halos_forward(model: Any, batch: Batch) -> Tensor:
@@ -46,7 +26,7 @@ def halos_forward(model: Any, batch: Batch) -> Tensor:
     return run_lines("HALOs", 0, model=model, labels=batch.labels, **given)["all_logps"]
 
 
-def test_halos(model: Any, batch: Batch, reference: Tensor) -> None:
+def test_halos(model: Any, batch: Batch, reference_tokens: Tensor) -> None:
     trainer = SimpleNamespace(config=SimpleNamespace(loss=SimpleNamespace(beta=BETA)))
 
     def plain_loss(self: Any, batch: Any, *logps: Tensor) -> tuple[Tensor, ...]:
@@ -57,7 +37,7 @@ def test_halos(model: Any, batch: Batch, reference: Tensor) -> None:
         return losses, rewards[0].detach(), rewards[1].detach(), ones, ones
 
     def step(loss: Any, logps: Tensor) -> tuple[Tensor, ...]:
-        found = loss(trainer, {}, *logps.chunk(2), *reference.chunk(2))
+        found = loss(trainer, {}, *logps.chunk(2), *reference_tokens.chunk(2))
         return found[0].mean(), logps, *found
 
     changed = run_lines("HALOs", 1)["loss"]
@@ -65,14 +45,14 @@ def test_halos(model: Any, batch: Batch, reference: Tensor) -> None:
     expect_same_training(model, got, step(plain_loss, plain_log_probs(model, batch)))
 
 
-def test_halos_kto(model: Any, batch: Batch, reference: Tensor) -> None:
+def test_halos_kto(model: Any, batch: Batch, reference_tokens: Tensor) -> None:
     """Two desirable and four undesirable responses; what stays are rewards without beta."""
     kl = torch.tensor(0.7, device="cpu", dtype=torch.float64)
     desirable = 2
     labels = torch.arange(2 * PAIRS, device="cpu", dtype=torch.int64) < desirable
 
     def plain(logps: Tensor) -> tuple[Tensor, ...]:
-        ratio = (logps - reference).sum(-1)
+        ratio = (logps - reference_tokens).sum(-1)
         signed = torch.where(labels, ratio - kl, kl - ratio)
         losses = 1 - torch.sigmoid(BETA * signed)
         return losses.mean(), losses, BETA * ratio.detach()
@@ -81,8 +61,8 @@ def test_halos_kto(model: Any, batch: Batch, reference: Tensor) -> None:
         names = {
             "policy_chosen": logps[:desirable],
             "policy_rejected": logps[desirable:],
-            "ref_chosen": reference[:desirable],
-            "ref_rejected": reference[desirable:],
+            "ref_chosen": reference_tokens[:desirable],
+            "ref_rejected": reference_tokens[desirable:],
         }
         found = run_lines("HALOs", 2, labels=labels, kl=kl, beta=BETA, **names)
         return found["losses"].mean(), found["losses"], found["rewards"]
@@ -116,8 +96,8 @@ class NemoRl:
 
 
 @pytest.fixture(scope="module")
-def nemo_data(batch: Batch, reference: Tensor) -> dict[str, Tensor]:
-    padded = torch.nn.functional.pad(reference, (0, 1))  # their last position is of no use
+def nemo_data(batch: Batch, reference_tokens: Tensor) -> dict[str, Tensor]:
+    padded = torch.nn.functional.pad(reference_tokens, (0, 1))  # their last position is of no use
     return {
         "input_ids": interleaved(batch, batch.input_ids),
         "token_mask": (interleaved(batch, batch.labels) != IGNORED).long(),
@@ -172,11 +152,11 @@ def test_verl(shape: str, model: Any, batch: Batch) -> None:
     expect_same_training(model, got, step(*plain()))
 
 
-def test_a_loss_of_ones_own(model: Any, batch: Batch, reference: Tensor) -> None:
+def test_a_loss_of_ones_own(model: Any, batch: Batch, reference_tokens: Tensor) -> None:
     """Clamped token by token, as humanline does: anything in torch follows the scores."""
 
     def step(logps: Tensor) -> tuple[Tensor, ...]:
-        ratios = (logps - reference).clamp(-0.5, 0.8)
+        ratios = (logps - reference_tokens).clamp(-0.5, 0.8)
         chosen, rejected = ratios.sum(-1).chunk(2)
         zero = torch.zeros_like(chosen)
         losses = plain_dpo(chosen, rejected, zero, zero)[0]

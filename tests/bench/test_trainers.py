@@ -19,8 +19,8 @@ TINY = {**runs.QUICK, "steps": 3, "hidden": 32, "layers": 1, "max_length": 48}
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_pairs.jsonl"
 
 
-def measured(method, adapters=False, pairs=runs.DEFAULT_PAIRS):
-    training = runs.Training(method=method, adapters=adapters, **TINY)
+def measured(method, adapters=False, pairs=runs.DEFAULT_PAIRS, **changes):
+    training = runs.Training(method=method, adapters=adapters, **{**TINY, **changes})
     row = runs.measure(training, pairs)
     assert json.loads(json.dumps(row)) == row
     return row
@@ -53,9 +53,11 @@ def test_every_method(method):
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="no such data beside the checkout")
 def test_pairs_of_a_file():
-    row = measured("orpo", pairs=GSM8K)
+    row = measured("orpo", pairs=GSM8K, max_length=256)
     check(row)
     assert row["pairs"] == "gsm8k_pairs.jsonl"
+    with pytest.raises(RuntimeError, match="no numbers: 24 tokens may leave a response of gsm8k"):
+        measured("orpo", pairs=GSM8K, max_length=24)
 
 
 @pytest.mark.heavy

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ class Training:
     adapters: bool  # LoRA on attention; else all parameters
     steps: int = 50
     batch: int = 4  # pairs
-    max_length: int = 192  # tokens of prompt and response
+    max_length: int = 256  # tokens of prompt and response
     layers: int = 8
     hidden: int = 512
     vocabulary: int = 32000
@@ -60,10 +61,15 @@ def measure(training: Training, pairs: Path) -> dict[str, Any]:
     step.
 
     Raises:
-        RuntimeError: with the end of its output, where a process fails.
+        RuntimeError: with the end of its output, where a process fails; where a loss is no number.
     """
     sides = {name: _run(training, pairs, name == "fastpref") for name in ("stock", "fastpref")}
-    losses = zip(sides["stock"]["losses"], sides["fastpref"]["losses"], strict=True)
+    losses = list(zip(sides["stock"]["losses"], sides["fastpref"]["losses"], strict=True))
+    if not all(math.isfinite(one) for pair in losses for one in pair):
+        raise RuntimeError(
+            f"losses are no numbers: {training.max_length} tokens may leave a response of "
+            f"{pairs.name} none, whose mean TRL takes all the same; name pairs that are shorter"
+        )
     return {
         **dataclasses.asdict(training),
         "pairs": pairs.name,

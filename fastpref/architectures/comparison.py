@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..integrations.causal_lm import fuse_lm_head
+from ..integrations.causal_lm.fuse import STATE
 from .configurations import FIRST_WORD, VOCABULARY, tiny
 
 ROWS, LENGTH, UNSCORED = 2, 12, 4
@@ -53,7 +54,7 @@ def compare(name: str) -> Result:
     worst = max(errors)
     if not worst <= TOLERANCE:
         return Result(name, "differs", ", ".join(f"{error:.1e}" for error in errors))
-    refusals = model._fastpref_fused_lm_head.warned
+    refusals = vars(model)[STATE].warned
     if refusals:
         return Result(name, "falls back", refusals[0])
     return Result(name, "exact", f"{worst:.1e}")

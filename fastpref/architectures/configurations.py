@@ -118,10 +118,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"head_dim": 8, "n_shared_experts": 1},
-    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense", "dense"]}},
+    "dots3_note": {
+        "vision_config": {
+            "mlp_layer_types": ["dense", "dense"],
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 32,
+        },
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16},
+    "mimo_v2_flash": {"num_key_value_heads": 2},
     "moshi": {"audio_vocab_size": 32},
     "reformer": {
         "axial_pos_shape": (3, 4),
@@ -133,7 +141,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "rwkv": {"attention_hidden_size": 32},
     "xmod": {"default_language": "en_XX"},
-    "mimo_v2_flash": {"num_key_value_heads": 2},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},

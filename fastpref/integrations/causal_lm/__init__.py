@@ -10,9 +10,10 @@ product, within the head's own ``forward``, so that whatever is wrapped around t
 (DDP, FSDP, ZeRO, PEFT, device maps) does its work as ever. What the model does to its head's
 outputs, such as a cap or a scale, is measured, not read from its configuration.
 
-``fuse`` puts the forward there, ``call`` is one call of it, ``request`` what was asked for,
-``measurement`` and ``transform`` find what becomes of logits, ``head`` and ``adapters`` read the
-head, ``interception`` stands in for it, ``full_logits`` serves where none of this applies.
+``fuse`` puts the forward there, ``call`` is one call of it, ``request`` what was asked for and
+``output`` what comes back; ``measurement`` and ``transform`` find what becomes of the head's
+outputs; ``head``, ``adapters`` and ``projection`` read the head, ``interception`` stands in for it,
+``scores`` scores.
 """
 
 from .fuse import fuse_lm_head, unfuse_lm_head

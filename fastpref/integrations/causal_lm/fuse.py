@@ -39,7 +39,8 @@ def fuse_lm_head(model: Model, *, check: bool = True) -> Model:
 
     Without the keyword, in ``generate`` and in ``save_pretrained`` nothing changes. A deep copy is
     a fused model of its own. Wrap the model as ever afterwards (PEFT, DDP, FSDP, ZeRO) and call the
-    wrapper.
+    wrapper. Where transformers' tensor parallelism has sharded the head, each rank multiplies by
+    its own rows.
 
     The first such call runs the model on a few of its inputs, to measure what it makes of its
     head's outputs. A model that makes anything else of them than a scale, a cap and fewer entries,

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ...scoring import WeightContext
 from . import adapters
-from .projection import Projection
+from .projection import Projection, Shards
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,24 +85,40 @@ def columns(head: nn.Module) -> int | None:
 
 def project(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Projection]:
     """Hidden states on the head's device, widened where an adapter needs that, and what they are
-    multiplied by. To be called within the head's forward, where its parameters are whole.
+    multiplied by. To be called within the head's forward, where its parameters are whole, or,
+    under tensor parallelism, rows of each rank.
 
     Raises:
-        ShardedHeadError: the weight is a shard.
+        ShardedHeadError: the weight is a shard of another kind.
     """
-    base = adapters.base_layer(head)
-    weight: Tensor = base.weight  # type: ignore[assignment]
+    weight: Tensor = adapters.base_layer(head).weight  # type: ignore[assignment]
+    plain = type(head).forward is nn.Linear.forward
     if isinstance(weight, DTensor):
+        return hidden, _rows_of_rank(head, weight, plain and not isinstance(hidden, DTensor))
+    hidden = hidden.to(weight.device)
+    if plain:
+        return hidden, Projection(weight, head.bias)  # type: ignore[arg-type]
+    return adapters.project(head, hidden)
+
+
+def _rows_of_rank(head: nn.Module, weight: DTensor, known: bool) -> Projection:
+    # FSDP2 has whole parameters here: what is still a DTensor belongs to tensor parallelism, whose
+    # ranks are given the same tokens.
+    if not known or weight.placements != (Shard(0),):
         raise ShardedHeadError(
             f"the output head's weight is a DTensor {tuple(weight.shape)} {weight.placements} "
-            "within the forward of its module; expected the whole weight, as FSDP2 provides it "
-            "there. Shard the module that owns it with fully_shard (tied embeddings with the root "
-            "module), and leave the head out of tensor parallelism"
+            "within the forward of its module; expected a whole weight, as FSDP2 provides it "
+            "there, or rows of a linear layer's (Shard(0)) under tensor parallelism alone. Shard "
+            "the module that owns it with fully_shard (tied embeddings with the root module), or "
+            "leave the head out of tensor parallelism"
         )
-    hidden = hidden.to(weight.device)
-    if type(head).forward is nn.Linear.forward:
-        return hidden, Projection(weight, base.bias)  # type: ignore[arg-type]
-    return adapters.project(head, hidden)
+    bias = head.bias
+    local = bias.to_local() if isinstance(bias, DTensor) else bias
+    # As DTensor shares rows out: the first ranks hold as many as any.
+    mesh, total = weight.device_mesh, weight.shape[0]
+    start = min(total, mesh.get_local_rank() * -(-total // mesh.size()))
+    shards = Shards(mesh.get_group(), start, total)
+    return Projection(weight.to_local(), local, shards=shards)  # type: ignore[arg-type]
 
 
 def weight_context() -> WeightContext | None:

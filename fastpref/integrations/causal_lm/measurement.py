@@ -105,7 +105,7 @@ def _transform(
         shapes.append(hidden.shape)
         size = columns(head.inner) or real(hidden[:1, :1]).shape[-1]
         known.append(known_outputs(KNOWN, size, hidden.device))
-        return known[-1]
+        return known[-1].clone()  # a model may work in place
 
     with loss_left_out(model) as losses, answered(head, answer, lambda outputs: outputs):
         output = own(**given)

@@ -47,7 +47,8 @@ def scores_of_hidden(
         logit_scale=transform.scale,
         softcap=transform.softcap,
         outputs=wanted,
-        vocab_range=None if transform.size == weight.shape[0] else (0, transform.size),
+        vocab_range=projection.rows_below(transform.size),
+        tp_group=None if projection.shards is None else projection.shards.group,
         lora=projection.lora,
         weight_context=weight_context(),
     )

@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bert": {},  # dense layers within the head
     "modernbert-decoder": {},
     "mamba": {},  # logits in float32
-    "inkling_text": {"unpadded_vocab_size": 150},
+    "inkling_text": {"unpadded_vocab_size": 155},
     "llama4_text": {},
     "mixtral": {"output_router_logits": True},
 }
@@ -106,6 +106,16 @@ def test_the_three_keys_of_targets() -> None:
     assert found.log_probs.shape == labels.shape
     torch.testing.assert_close(found.log_probs[:, :-1], expected)
     torch.testing.assert_close(found.loss, -expected.sum() / (labels[:, 1:] != -100).sum())
+
+
+def test_no_cache_is_filled() -> None:
+    model = fastpref.fuse_lm_head(make("llama", use_cache=True))
+    caches = []
+    model.model.register_forward_hook(lambda *args: caches.append(args[-1].past_key_values))
+    model(**batch(), fused_lm_head=True)
+    assert caches == [None] * 3  # two runs to measure
+    model(**batch())
+    assert caches[-1] is not None
 
 
 def test_positional_arguments() -> None:

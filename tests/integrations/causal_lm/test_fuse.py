@@ -25,6 +25,7 @@ from tests.integrations.causal_lm.models import (
     make,
     refusals,
     scores_of,
+    with_likeliest,
 )
 
 
@@ -157,12 +158,18 @@ def test_measuring_leaves_random_numbers_and_modes_alone() -> None:
     modes = [module.training for module in model.modules()]
     inputs = batch()
     fastpref.fuse_lm_head(model)
+    seen = []
+    # Some draw in eval mode too.
+    model.transformer.register_forward_hook(
+        lambda module, *args: seen.append((module.training, torch.rand(1)))
+    )
     outputs = []
     for _ in range(2):  # the first measures
         torch.manual_seed(3)
         outputs.append(model(**inputs, fused_lm_head=True).log_probs)
         outputs.append(torch.rand(3))
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert [training for training, _ in seen] == [False, False, True, True]
     assert [module.training for module in model.modules()] == modes
     assert all(value.grad is None for value in model.parameters())
 
@@ -245,10 +252,12 @@ def test_what_cannot_be_fused_is_scored_from_logits(
         wrong = measurement.LogitTransform(1.001, None, model.config.vocab_size)
         monkeypatch.setattr(measurement, "fit", lambda outputs, final: wrong)
         said = "away from those of its logits"
+    inputs["labels"] = with_likeliest(model, inputs)
     fastpref.fuse_lm_head(model)
     for _ in range(2):
         expected = scores_of(model(**inputs).logits, inputs["labels"])
         output = model(**inputs, fused_lm_head=True, outputs=tuple(expected)[:5])
+        assert expected["is_top1"].any()
         for name, value in expected.items():
             found = output[name].to(value.dtype)
             torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5, msg=name)
@@ -258,6 +267,22 @@ def test_what_cannot_be_fused_is_scored_from_logits(
         assert gradients(output.loss, model)
     (record,) = [one for one in caplog.records if one.name == "fastpref"]
     assert said in record.getMessage() and "MixtralForCausalLM" in record.getMessage()
+
+
+def test_a_scale_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = make(), batch()
+    own = type(model).forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(self, *args, **kwargs)
+        output.logits.mul_(0.3)
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    expected = scores_of(model(**inputs).logits, inputs["labels"])["log_probs"]
+    found = fastpref.fuse_lm_head(model, check=False)(**inputs, fused_lm_head=True).log_probs
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert refusals(model) == ()
 
 
 def test_without_the_check_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,12 +312,16 @@ def test_a_model_that_takes_no_part_of_its_inputs() -> None:
 
 
 def test_embeddings_as_inputs() -> None:
-    model, inputs = fastpref.fuse_lm_head(make()), batch()
+    """Of which few are run to measure, as of ids."""
+    model, inputs = fastpref.fuse_lm_head(make()), batch(rows=3)
+    shapes = []
+    model.model.norm.register_forward_hook(lambda *args: shapes.append(tuple(args[-1].shape[:2])))
     expected = model(**inputs, fused_lm_head=True)
     fastpref.unfuse_lm_head(model)
     fastpref.fuse_lm_head(model)
     embedded = model.get_input_embeddings()(inputs["input_ids"])
     found = model(inputs_embeds=embedded, labels=inputs["labels"], fused_lm_head=True)
+    assert shapes == 2 * [(2, 8), (2, 8), (3, 10)]
     torch.testing.assert_close(found.log_probs, expected.log_probs)
     assert refusals(model) == ()
 

@@ -200,6 +200,32 @@ def _fsdp1(rank: int, separate: bool) -> None:
     assert refusals(model) == ()
 
 
+def _tensor_parallel(rank: int, architecture: str, fields: dict[str, Any]) -> None:
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    inputs = _batches()[0]
+    whole = make(architecture, **fields)
+    plain = whole(**inputs)
+    expected = gradients(plain.loss, whole)
+    model = fastpref.fuse_lm_head(make(architecture, **fields))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"lm_head": "colwise_gather_output", "lm_head.weight": "colwise"}
+    if whole.lm_head.bias is not None:
+        plan["lm_head.bias"] = "colwise"
+    apply_tensor_parallelism(model, mesh, plan)
+    assert isinstance(model.lm_head.weight, DTensor)
+    output = model(**inputs, fused_lm_head=True, outputs=("entropy",))
+    scores = scores_of(plain.logits, inputs["labels"])
+    torch.testing.assert_close(output.log_probs.double(), scores["log_probs"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.entropy.double(), scores["entropy"], rtol=1e-5, atol=1e-5)
+    found = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in gradients(output.loss, model).items()
+    }
+    check_gradients(found, expected)
+    assert refusals(model) == ()
+
+
 def _sharded_elsewhere(rank: int) -> str:
     """A head whose weight stays a shard within its forward."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -240,6 +266,20 @@ def test_fsdp2(two_ranks: Any, parts: str, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("separate", [False, True])
 def test_fsdp1(two_ranks: Any, separate: bool) -> None:
     two_ranks(_fsdp1, separate)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("llama", {}),
+        ("phi", {"vocab_size": 161}),  # a bias, and ranks with more rows than others
+        ("inkling_text", {"unpadded_vocab_size": 155}),
+    ],
+)
+def test_tensor_parallel_heads(two_ranks: Any, architecture: str, fields: dict[str, Any]) -> None:
+    """Each rank multiplies by its rows; no weight is gathered."""
+    two_ranks(_tensor_parallel, architecture, fields)
 
 
 @pytest.mark.heavy

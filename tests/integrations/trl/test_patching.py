@@ -3,6 +3,7 @@
 
 import importlib.metadata
 import logging
+import subprocess
 import sys
 from typing import Any
 
@@ -101,3 +102,14 @@ def test_missing_trl_names_the_remedy(call: Any, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r'pip install "fastpref\[trl\]"'):
         call()
+
+
+def test_import_of_the_package_needs_no_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it import it; a trainer that is asked for names the remedy."""
+    code = "import sys, fastpref.integrations.trl; print('trl' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+    for name in ("trl", "trl.trainer", "trl.trainer.utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'pip install "fastpref\[trl\]"'):
+        integration.FastORPOTrainer  # noqa: B018

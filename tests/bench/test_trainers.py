@@ -56,7 +56,7 @@ def test_pairs_of_a_file():
     row = measured("orpo", pairs=GSM8K, max_length=256)
     check(row)
     assert row["pairs"] == "gsm8k_pairs.jsonl"
-    with pytest.raises(RuntimeError, match="no numbers: 24 tokens may leave a response of gsm8k"):
+    with pytest.raises(RuntimeError, match="no pair has fewer than 24 tokens"):
         measured("orpo", pairs=GSM8K, max_length=24)
 
 

@@ -46,6 +46,7 @@ def make_trainer(
     if on_fastpref and method.subclass is not None:
         made = getattr(integration, method.subclass)
     tokenizer = train_tokenizer(examples, training.vocabulary)
+    examples = _fitting(examples, tokenizer, training.max_length)
     given: dict[str, Any] = {"model": _model(training, tokenizer)}
     if training.adapters:
         given["peft_config"] = importlib.import_module("peft").LoraConfig(
@@ -61,6 +62,19 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _fitting(examples: Sequence[Example], tokenizer: Any, most: int) -> list[Example]:
+    """Those of which nothing is cut off: TRL takes the mean of a response without tokens too."""
+    found = []
+    for one in examples:
+        texts = [one.prompt + text for text in (one.chosen, one.rejected)]
+        # And the token that ends it.
+        if max(map(len, tokenizer(texts)["input_ids"])) + 1 < most:
+            found.append(one)
+    if not found:
+        raise ValueError(f"no pair has fewer than {most} tokens; name shorter ones with --pairs")
+    return found
 
 
 def _model(training: Training, tokenizer: Any) -> Any:

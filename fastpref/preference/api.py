@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives import Objective
-from ..scoring import Plan, ScoringOptions, batches, linear_logprob, straight
+from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
 from ..scoring.api import ask, run_traced
 from ..scoring.head import Lora, opened
 from ..scoring.transforms import needs_operators
@@ -125,10 +125,10 @@ def _run(task: Task) -> PreferenceOutput:
     reference = None
     if task.reference is not None and call.reference is not None:
         with torch.no_grad():
-            reference = straight.run(call.reference, task.reference.models)
+            reference = autograd.run(call.reference, task.reference.models)
     models = task.main.models
     if call.batches is None or call.positions is None:
-        return result_of(task, straight.run(call.main, models), reference)
+        return result_of(task, autograd.run(call.main, models), reference)
     loss, found = batches.score_with_loss(
         call.main,
         call.batches,

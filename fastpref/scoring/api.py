@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from . import operators, straight
+from . import autograd, operators
 from .autograd import Outputs
 from .head import Form, Head, Lora, Model, WeightContext, opened
 from .packing import Packing
@@ -201,7 +201,7 @@ def run(asked: Asked, target: Tensor) -> Outputs:
     """The outputs of the rule that is asked for."""
     if needs_operators(asked.models[0].hidden):
         return run_traced(asked, target)
-    return straight.run(asked.planned(target), asked.models)
+    return autograd.run(asked.planned(target), asked.models)
 
 
 def run_traced(asked: Asked, target: Tensor) -> Outputs:

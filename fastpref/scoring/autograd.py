@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import canary, vocab_parallel
+from . import canary, straight, vocab_parallel
 from .backward import backward
 from .forward import Kept, Run, forward
 from .head import TENSORS, Model
@@ -27,33 +27,29 @@ from .types import AS_IT_IS, in_dtype, statistics_dtype
 Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 
 
-def run(
-    call: Call, models: Sequence[Model], failed: torch.OutOfMemoryError | None = None
-) -> Outputs:
-    """The outputs of ``call.rule``; ``failed`` is what a shorter way (straight.py) ran into."""
+def run(call: Call, models: Sequence[Model]) -> Outputs:
+    """The outputs of ``call.rule``."""
     if not call.request.needs_grad and forward_ad._current_level < 0:
         with torch.no_grad():
-            return run_forward(call, models, failed).outputs
+            return run_forward(call, models).outputs
     tensors = [one for model in models for one in model.tensors]
-    outputs: Outputs = Engine.apply(call, failed, *tensors)  # type: ignore[no-untyped-call]
+    outputs: Outputs = Engine.apply(call, *tensors)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class Engine(Differentiable):
     @staticmethod
-    def forward(
-        ctx: Any, call: Call, failed: torch.OutOfMemoryError | None, *tensors: Tensor | None
-    ) -> Outputs:
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Outputs:
         # An output nobody differentiates must not cost a gradient of zeros.
         ctx.set_materialize_grads(False)
         models = models_of(tensors, call)
-        outputs, kept, heads, plan = run_forward(call, models, failed)
+        outputs, kept, heads, plan = run_forward(call, models)
         if call.request.needs_grad:
             ctx.models = 1 if kept.direct else call.rule.formed_again
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
             needed = tensors[: TENSORS * ctx.models]
             ctx.save_for_backward(*needed, *kept.matrices, *kept.direct)
-            ctx.kept, ctx.call = kept._replace(matrices=(), direct=()), call._replace(plan=plan)
+            ctx.kept, ctx.call = kept._replace(matrices=(), direct=()), _under(plan, call)
             ctx.matrices = len(kept.matrices)
             # A copy of a single weight stays.
             copied = call.plan.copies_weight and call.rule.models == 1
@@ -74,13 +70,13 @@ class Engine(Differentiable):
         saved = ctx.saved_tensors
         every, count = TENSORS * call.rule.models, TENSORS * ctx.models
         if all(one is None for one in upstream):
-            return (None,) * (2 + every)
+            return (None,) * (1 + every)
         tensors, held = saved[:count], saved[count:]
         # The matrices are without rows where an earlier backward has given them back.
         matrices, direct = held[: ctx.matrices], held[ctx.matrices :]
         kept = ctx.kept._replace(matrices=matrices, direct=direct)
         once = differentiate(call, models_of(tensors, call), kept, upstream, ctx.heads)
-        return (None, None, *once, *[None] * (every - TENSORS))
+        return (None, *once, *[None] * (every - TENSORS))
 
 
 def differentiate(
@@ -89,12 +85,11 @@ def differentiate(
     kept: Kept,
     upstream: Upstream,
     heads: Heads | None = None,
-    failed: torch.OutOfMemoryError | None = None,
 ) -> tuple[Tensor | None, ...]:
     """``run_backward``, of batches of upstream gradients too, whose own derivatives raise."""
 
     def of_upstream(*upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        return run_backward(call, models, kept, upstream, heads, failed)
+        return run_backward(call, models, kept, upstream, heads)
 
     with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
         gradients = for_each(of_upstream, *upstream)
@@ -106,7 +101,7 @@ class Finished(NamedTuple):
 
     outputs: Outputs
     kept: Kept
-    heads: Heads
+    heads: Heads | None
     plan: Plan  # that memory held
 
 
@@ -118,18 +113,17 @@ def models_of(tensors: Sequence[Tensor | None], call: Call) -> list[Model]:
 
 def _under(plan: Plan, call: Call) -> Call:
     """``call``, run by ``plan``."""
-    return call if plan is call.plan else call._replace(plan=plan)
+    return call if plan is call.plan else call._replace(plan=plan, straight=False)
 
 
-def run_forward(
-    call: Call, models: Sequence[Model], failed: torch.OutOfMemoryError | None = None
-) -> Finished:
-    """Outputs, and what backward needs; with less than planned where memory runs out, or ran out
-    before."""
+def run_forward(call: Call, models: Sequence[Model]) -> Finished:
+    """Outputs, and what backward needs; with less than planned where memory runs out."""
     hidden = models[0].hidden
 
     def attempt(plan: Plan) -> Finished:
         own = _under(plan, call)
+        if straight.serves(own, models[0]):
+            return Finished(*straight.forward(own, models[0]), None, plan)
         heads = own.heads(models)
         rows = [own.rows(model) for model in models]
         target = call.packing.gather(call.target.reshape(-1))
@@ -140,7 +134,7 @@ def run_forward(
         return Finished(spread, kept, heads, plan)
 
     with products_of(hidden):
-        return with_less(attempt, call.plan, less, hidden.device, call.group, failed)
+        return with_less(attempt, call.plan, less, hidden.device, call.group)
 
 
 def run_backward(
@@ -149,7 +143,6 @@ def run_backward(
     kept: Kept,
     upstream: Upstream,
     heads: Heads | None = None,
-    failed: torch.OutOfMemoryError | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients at each tensor of the first model; None where none is needed. Where memory runs out
     the matrices in ``kept`` are given back and formed again, of ``models``: those that the rule
@@ -161,6 +154,10 @@ def run_backward(
 
     def attempt(plan: Plan) -> tuple[Tensor | None, ...]:
         own = _under(plan, call)
+        if straight.serves(own, model):
+            found = straight.backward(own, model, held, upstream)
+            if found is not None:
+                return found
         rows = [own.rows(one) for one in models]
         run = Run(
             call.rule, own.heads(models, held.mean) if heads is None else own.fitted(heads), plan
@@ -181,7 +178,7 @@ def run_backward(
 
     with _opened(models), products_of(model.hidden):
         device = model.hidden.device
-        return with_less(attempt, call.plan, recomputing, device, call.group, failed)
+        return with_less(attempt, call.plan, recomputing, device, call.group)
 
 
 def _opened(models: Sequence[Model]) -> contextlib.AbstractContextManager[Any]:

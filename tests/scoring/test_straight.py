@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short way of a call: bit for bit what the engine gives, and the engine's where it does not
-serve."""
+"""The short passes: bit for bit what the passes for any rule and tiles give, and those where they
+do not serve."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref import ScoringOptions, explain, linear_logprob, preference_loss
 from fastpref._extension import ops_unavailable_reason
-from fastpref.scoring import retry, straight
+from fastpref.scoring import autograd, retry, straight
 from tests.scoring import refusing
 
 pytestmark = pytest.mark.skipif(
@@ -28,7 +28,7 @@ SCHEDULES = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which way calls and their gradients went."""
+    """Which passes ran."""
     found = []
 
     def listed(name, function):
@@ -38,12 +38,11 @@ def calls(monkeypatch):
 
         return called
 
-    monkeypatch.setattr(straight.autograd, "run", listed("engine", straight.autograd.run))
-    monkeypatch.setattr(straight, "score", listed("straight", straight.score))
-    monkeypatch.setattr(straight, "gradients", listed("straight gradient", straight.gradients))
-    monkeypatch.setattr(
-        straight, "differentiate", listed("engine's gradient", straight.differentiate)
-    )
+    passes = {"engine": "forward", "engine's gradient": "backward"}
+    for name, function in passes.items():
+        monkeypatch.setattr(autograd, function, listed(name, getattr(autograd, function)))
+    monkeypatch.setattr(straight, "forward", listed("straight", straight.forward))
+    monkeypatch.setattr(straight, "backward", listed("straight gradient", straight.backward))
     return found
 
 
@@ -102,10 +101,10 @@ def test_as_by_the_engine(calls, monkeypatch, dtype, schedule, biased, map, igno
         arguments["bias"] = given["bias"]
     found = results(given, target, upstream, **arguments)
     assert calls == ["straight", *(["straight gradient"] if needs else [])]
-    monkeypatch.setattr(straight, "_readable", lambda *given: False)
+    monkeypatch.setattr(straight, "serves", lambda call, model: False)
     calls.clear()
     expected = results(given, target, upstream, **arguments)
-    assert calls == ["engine"]
+    assert calls == ["engine", *(["engine's gradient"] if needs else [])]
     same(found, expected)
     assert found["logp"].isnan().sum() == 1
 
@@ -120,7 +119,7 @@ def test_rows_without_gradient_are_the_engines(calls, monkeypatch, schedule, ign
     options = ScoringOptions(schedule=name)
     found = results(given, target, upstream, options=options)
     assert calls == ["straight", "straight gradient", "engine's gradient"]
-    monkeypatch.setattr(straight, "_readable", lambda *given: False)
+    monkeypatch.setattr(straight, "serves", lambda call, model: False)
     same(found, results(given, target, upstream, options=options))
     assert all(one.isfinite().all() for label, one in found.items() if label != "logp")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastpref import (
     linear_divergence,
@@ -21,6 +22,8 @@ from fastpref import (
 
 B, T, H, V = 8, 4, 8, 32
 P = 64  # pairs of an objective head
+OTHER = 16 << 20  # numbers, of float32, that other work goes through: more than caches hold
+ROUNDS = 200
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +41,26 @@ def inputs(trainable: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, torch.randint(V, (B, T))
 
 
+def _scores(trainable: bool) -> Callable[[], None]:
+    hidden, weight, target = inputs(trainable)
+
+    def step() -> None:
+        logp = linear_logprob(hidden, weight, target).logp
+        torch.autograd.backward(logp, torch.ones_like(logp))
+
+    return step
+
+
+def _products(trainable: bool) -> Callable[[], None]:
+    hidden, weight, _ = inputs(trainable)
+
+    def step() -> None:
+        logits = functional.linear(hidden, weight)
+        torch.autograd.backward(logits, torch.ones_like(logits))
+
+    return step
+
+
 @pytest.mark.benchmark(group="yardstick")
 def test_a_hundred_operations_of_torch(benchmark: Any) -> None:
     """By which other machines may be compared. One alone takes a microsecond, and half of that
@@ -53,14 +76,15 @@ def test_a_hundred_operations_of_torch(benchmark: Any) -> None:
 
 @pytest.mark.benchmark(group="dispatch")
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+def test_products(benchmark: Any, trainable: bool) -> None:
+    """Those of ``linear_logprob`` and its gradient in plain torch, to be taken off its time."""
+    benchmark(_products(trainable))
+
+
+@pytest.mark.benchmark(group="dispatch")
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
 def test_linear_logprob(benchmark: Any, trainable: bool) -> None:
-    hidden, weight, target = inputs(trainable)
-
-    def step() -> None:
-        logp = linear_logprob(hidden, weight, target).logp
-        torch.autograd.backward(logp, torch.ones_like(logp))
-
-    benchmark(step)
+    benchmark(_scores(trainable))
 
 
 @pytest.mark.benchmark(group="dispatch")
@@ -83,6 +107,33 @@ def test_preference_loss(benchmark: Any, name: str) -> None:
     hidden, weight, target = inputs()
     reference = {"ref_logps": torch.zeros(B)} if name == "dpo" else {}
     benchmark(lambda: preference_loss(hidden, weight, target, name, **reference).loss.backward())
+
+
+def _preference() -> Callable[[], None]:
+    (hidden, weight, target), sums = inputs(), torch.zeros(B)
+    return lambda: preference_loss(hidden, weight, target, "dpo", ref_logps=sums).loss.backward()
+
+
+# A call's own time is what it takes less what its products take.
+CALLS = {
+    "products": lambda: _products(True),
+    "products, frozen head": lambda: _products(False),
+    "linear_logprob": lambda: _scores(True),
+    "linear_logprob, frozen head": lambda: _scores(False),
+    "preference_loss": _preference,
+}
+
+
+def _forget(other: Tensor) -> None:
+    other.add_(1)
+
+
+@pytest.mark.benchmark(group="between other work")
+@pytest.mark.parametrize("name", CALLS)
+def test_between_other_work(benchmark: Any, name: str) -> None:
+    """As in a training, whose other work has taken the caches."""
+    call, other = CALLS[name](), torch.zeros(OTHER)
+    benchmark.pedantic(call, setup=lambda: _forget(other), rounds=ROUNDS, warmup_rounds=5)
 
 
 @pytest.mark.benchmark(group="sequence sums")

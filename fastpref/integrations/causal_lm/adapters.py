@@ -148,4 +148,5 @@ def _dora_weight(head: Any, name: str) -> Tensor:
     # In sixteen bits, a factor would put its rounding on a whole row.
     precise = torch.promote_types(factors.dtype, torch.promote_types(weight.dtype, torch.float32))
     factors = factors / torch.linalg.vector_norm(weight.detach(), dim=1, dtype=precise)
-    return (factors[:, None] * weight).to(weight.dtype)
+    made: Tensor = (factors[:, None] * weight).to(weight.dtype)
+    return made

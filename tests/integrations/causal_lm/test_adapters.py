@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
 from tests.integrations.causal_lm.models import (
@@ -217,6 +218,56 @@ def test_prompts(kind: str, fields: dict[str, Any]) -> None:
     torch.testing.assert_close(output.log_probs.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.loss, plain.loss)
     assert refusals(wrapped) == ()
+
+
+class Work(TorchDispatchMode):
+    """The products with a vocabulary, in those of so many rows with all of its head."""
+
+    def __init__(self, rows: int, head: nn.Linear) -> None:
+        super().__init__()
+        self.vocabulary, self.unit = head.out_features, rows * head.weight.numel()
+        self.done = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            (rows, inner), (_, columns) = (one.shape for one in args[-2:])
+            if self.vocabulary in (rows, inner, columns):
+                self.done += rows * inner * columns / self.unit
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_reference_without_its_adapter_costs_one_product_more() -> None:
+    """Beside the two of the policy under a head that is frozen. To score rows of both at once
+    spares none, and in one call adds the reference's second, which nothing asks for."""
+    wrapped = fastpref.fuse_lm_head(adapted(make(), lora(**ATTENTION)))
+    inputs = batch()
+    wrapped(**inputs, fused_lm_head=True)  # measured
+    head, scored = wrapped.get_base_model().lm_head, int((inputs["labels"][:, 1:] != -100).sum())
+    given: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: given.append(args[0].detach()))
+    with Work(scored, head) as policy:
+        output = wrapped(**inputs, fused_lm_head=True)
+        output.loss.backward()
+    with Work(scored, head) as reference, torch.no_grad(), wrapped.disable_adapter():
+        ref_log_probs = wrapped(**inputs, fused_lm_head=True).log_probs
+    handle.remove()
+    assert (policy.done, reference.done) == (2, 1)
+    hidden = [one[:, :-1] for one in given]
+    both = torch.cat(hidden).requires_grad_()
+    target = inputs["labels"][:, 1:].repeat(2, 1)
+    with Work(scored, head) as stacked:
+        logp = fastpref.linear_logprob(both, head.weight, target).logp
+        found, ref_found = logp.chunk(2)
+        (found - ref_found.detach()).sum().backward()
+    assert stacked.done == 4
+    torch.testing.assert_close(found, output.log_probs)
+    torch.testing.assert_close(ref_found, ref_log_probs)
+    leaf = hidden[0].requires_grad_()
+    with Work(scored, head) as together:
+        target = inputs["labels"][:, 1:]
+        call = fastpref.preference_loss(leaf, head.weight, target, "dpo", ref_hidden=hidden[1])
+        call.loss.backward()
+    assert together.done == 3
 
 
 def test_unfusing_reaches_through() -> None:

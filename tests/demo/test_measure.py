@@ -69,12 +69,16 @@ def test_a_step_waits_for_its_turn_outside_its_time(monkeypatch):
     time = SimpleNamespace(now=0.0)
     monkeypatch.setattr(measure, "now", lambda: time.now)
 
+    held = []
+
     class Turn:
         def __enter__(self):
             time.now += 500
+            held.append(True)
 
         def __exit__(self, *_):
             time.now += 7000
+            held.append(False)
 
     head = SimpleNamespace(seconds=3.0)
     clock = measure.StepClock(head, Turn())
@@ -82,7 +86,9 @@ def test_a_step_waits_for_its_turn_outside_its_time(monkeypatch):
         clock.on_step_begin()
         time.now += seconds
         head.seconds = seconds / 2
+        assert held.pop()
         clock.on_step_end()
+        assert not held.pop()
     assert clock.step_seconds == [1, 2] and clock.head_seconds == [0.5, 1.0]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient
 from fastpref.scoring.slab import Products, Projection, Slab
+from tests import operator_launches
 from tests.cuda_on_host import launches as cuda_launches
 from tests.cuda_on_host.kernels import ELEMENTS
 from tests.guard import SIDES, guarded, guarded_allocations
@@ -94,6 +95,9 @@ def cpu(launches: str, directory: str) -> Iterator[Launch]:
         # make_rows wants some columns.
         yield from of(cpp, over_tiles(dtype, map, max(cols, 13)))
         yield from of(cpp, between_products(dtype, map, cols))
+        yield from operator_launches.of_rows(dtype, map, cols)
+    for cols in extent.widths:
+        yield from operator_launches.of_vectors(cols)
     yield from divergences(compiled_divergence_rows, ELEMENTS, extent)
 
 

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import _extension
 from fastpref.scoring.backends import triton as triton_backend
-from tests import guard
+from tests import guard, guarded_launches
 from tests.cuda_on_host.kernels import build_library, unavailable_reason
 from tests.cuda_on_host.launches import LIBRARIES
 
@@ -66,6 +68,31 @@ def test_compiled_operators(launches: str, capability: str) -> None:
     if capability not in capabilities():
         pytest.skip(f"no compiled operators for {capability} here")
     check(run("cpu", launches, FASTPREF_CPU_CAPABILITY=capability))
+
+
+class Launched(TorchDispatchMode):
+    """The names of fastpref's operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastpref":
+            self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    _extension.ops_unavailable_reason() is not None, reason="the operators are not built"
+)
+def test_no_compiled_operator_is_left_out() -> None:
+    _extension.load()
+    there = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    with Launched() as launched:
+        for launch in guarded_launches.cpu("sample", ""):
+            launch.run(None, lambda tensor: tensor)
+    assert launched.names == {name for name in there if name.startswith("fastpref::")}
 
 
 @launches

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``make gpu`` does on a GPU, the most valuable first, each part within a share of the time:
-correctness, the head alone against its peers, what else a backend promises, the tests, memory, and
-then losses and steps. On a CPU the same flow runs on tiny sizes, to try it."""
+correctness, the head alone against its peers, what else a backend promises, the tests, memory,
+trainings in TRL, losses and steps. On a CPU the same flow runs on tiny sizes, to try it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .experiment import MODES, Case, Mode
 from .lanes import Lane, lanes
 from .properties import PROPERTIES, observe
 from .suites import SUITES
+from .trainers import runs as trainings
 from .work import MODELS, Shape
 from .worker import Worker
 
@@ -26,7 +27,7 @@ from .worker import Worker
 SECONDS, MORE_SECONDS = 470.0, 290.0
 # Of them, what a part may take.
 CHECKS_SECONDS, TIMINGS_SECONDS, PROPERTIES_SECONDS = 60.0, 250.0, 45.0
-TESTS_SECONDS, MEMORY_SECONDS, CASES_SECONDS = 90.0, 40.0, 240.0
+TESTS_SECONDS, MEMORY_SECONDS, TRAININGS_SECONDS, CASES_SECONDS = 90.0, 40.0, 80.0, 240.0
 PATIENCE = 50.0  # of silence of a process, which may be compiling
 ROUNDS = {"cpu": 1, "cuda": 10}
 
@@ -70,7 +71,7 @@ class Run:
         for one in serving:
             share = PROPERTIES_SECONDS / len(serving)
             found.append(self._by_lane("observe", observe, PROPERTIES, (one,), share))
-        found += [self._tests(), self._memory(of_memory)]
+        found += [self._tests(), self._memory(of_memory), self._trainings()]
         # Among their peers are some that compile themselves for a minute.
         given = cases(self.device), CASES_SECONDS, worker.PATIENCE
         found.append(self._cases("measure", *given))
@@ -164,6 +165,21 @@ class Run:
                 items.append(Item(said, functools.partial(do, case, name)))
         return Part(MEMORY_SECONDS, [items], process.close)
 
+    def _trainings(self) -> Part:
+        def do(training: trainings.Training, until: float) -> None:
+            reason = trainings.unavailable()
+            if reason is not None:
+                raise RuntimeError(reason)
+            seconds = until - self.drive.clock()
+            row = trainings.measure(training, trainings.DEFAULT_PAIRS, seconds)
+            self.drive.add("trainings", row, "\n" + reporting.terminal_trainings([row]))
+
+        items = [
+            Item(f"train {one.name}", functools.partial(do, one))
+            for one in trainings_of(self.device)
+        ]
+        return Part(TRAININGS_SECONDS, [items])
+
     def _tests(self) -> Part:
         log = None if self.drive.folder is None else self.drive.folder / LOG
 
@@ -234,6 +250,12 @@ def memory_cases(device: str) -> Iterator[Case]:
         if device != "cpu":
             shape = replace(shape, length=scored // 8)
         yield _case("score", "trainable head", shape, device)
+
+
+def trainings_of(device: str) -> list[trainings.Training]:
+    if device == "cpu":
+        return list(trainings.trainings(trainings.QUICK | {"hidden": 32, "layers": 1}))[:1]
+    return list(trainings.trainings(trainings.LARGE))
 
 
 def _case(what: str, mode: Mode, shape: Shape, device: str) -> Case:

@@ -19,7 +19,7 @@ import torch
 from ..bench import drive, gpu, machine, memory, pictures, scaling
 from ..bench import report as reporting
 from ..bench.cases import measure
-from ..bench.experiment import MODES, Case, missing
+from ..bench.experiment import MODES, Case
 from ..bench.suites import SUITES
 from ..bench.trainers import runs as trainings
 from ..bench.work import MODELS, Shape
@@ -329,11 +329,11 @@ class _Run:
 
     def _trainings(self) -> None:
         rows = self.report["trainings"] = []
-        lacking = [name for name in ("trl", "peft", "datasets") if missing(name)]
-        if lacking:
-            print(f"\ntrainers: not measured, {', '.join(lacking)} not installed")
+        reason = trainings.unavailable()
+        if reason is not None:
+            print(f"\ntrainers: not measured, {reason}")
             return
-        for training in trainings.trainings(self.args.quick):
+        for training in trainings.trainings(trainings.QUICK if self.args.quick else {}):
             _progress("trainings: ")(training.name)
             try:
                 rows.append(trainings.measure(training, self.args.pairs.resolve()))

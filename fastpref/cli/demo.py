@@ -103,7 +103,7 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
     chosen, preferences = _checked(args)
     console.say("start", "loading PyTorch, transformers and TRL")
     quiet()
-    from ..demo import measure, training
+    from ..demo import measure, settings, training
 
     with training.scored_by("fastpref"):
         prepared = _prepare(args, preferences, console)
@@ -114,7 +114,7 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
     results = {
         "data": str(args.data or SHIPPED.name),
         "model": args.model and str(args.model),
-        "device": str(training.device()),
+        "device": str(settings.device()),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "examples": {
             "trained_on": len(prepared.train),
@@ -152,7 +152,7 @@ def _prepare(args: argparse.Namespace, preferences: Preferences, console: Consol
     import torch
 
     from ..demo import model as models
-    from ..demo import training
+    from ..demo import settings, training
     from ..demo.tokens import sequence_lengths
 
     torch.manual_seed(args.seed)
@@ -162,7 +162,7 @@ def _prepare(args: argparse.Namespace, preferences: Preferences, console: Consol
         model = models.build_model(tokenizer, models.ModelSize())
     else:
         model, tokenizer = models.load_model(args.model)
-    model.to(training.device())
+    model.to(settings.device())
     lengths = sequence_lengths(tokenizer, examples)
     fitting = [(e, n) for e, n in zip(examples, lengths, strict=True) if n <= MAX_LENGTH]
     kind = "lists" if any(len(example.completions) > 2 for example in examples) else "pairs"
@@ -187,8 +187,8 @@ def _prepare(args: argparse.Namespace, preferences: Preferences, console: Consol
     console.say(
         "model",
         f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters, vocabulary "
-        f"{model.get_output_embeddings().weight.shape[0]}, on {training.device()}"
-        + (f", threads: {torch.get_num_threads()}" if training.device().type == "cpu" else ""),
+        f"{model.get_output_embeddings().weight.shape[0]}, on {settings.device()}"
+        + (f", threads: {torch.get_num_threads()}" if settings.device().type == "cpu" else ""),
     )
     try:
         args.out.mkdir(parents=True, exist_ok=True)

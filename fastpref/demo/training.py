@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from trl import DPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -19,16 +19,12 @@ from .. import linear_logprob, objectives, sequence_logp
 from .data import Example
 from .objective import config_arguments
 from .recipe import Recipe
+from .settings import configured, silenced
 from .tokens import TokenIds, encode, pad
 from .trainer import make_trainer
 
 Head = Literal["stock", "fastpref"]
 Progress = Callable[[int, int, float], None]  # step, steps, loss
-
-
-def device() -> torch.device:
-    """Where the demo runs: the CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def scored_by(head: Head) -> AbstractContextManager[Any]:
@@ -180,8 +176,9 @@ def preference_trainer(
         model: the policy; trained in place.
         reference: another copy of the model that training starts from.
     """
-    config = DPOConfig(
-        output_dir=str(directory),
+    config = configured(
+        DPOConfig,
+        directory,
         per_device_train_batch_size=batch_size(objective, examples, recipe),
         max_steps=recipe.steps,
         learning_rate=recipe.rate,
@@ -189,18 +186,8 @@ def preference_trainer(
         max_length=recipe.max_length,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        use_cpu=device().type == "cpu",
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **config_arguments(objective),
     )
-    # Of several GPUs one is used: Trainer would take all in nn.DataParallel, which TRL refuses.
-    config._n_gpu = min(config.n_gpu, 1)
     trainer = make_trainer(
         objective,
         model=model,
@@ -210,5 +197,4 @@ def preference_trainer(
         processing_class=tokenizer,
         callbacks=[_Report(progress)],
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return silenced(trainer)

@@ -14,10 +14,8 @@ from . import quiet, stay_offline
 
 stay_offline()
 
-import torch  # noqa: E402
-
 from .data import Example  # noqa: E402
-from .measure import HeadClock, StepClock, memory, recorded  # noqa: E402
+from .measure import measured  # noqa: E402
 from .model import load_model  # noqa: E402
 from .objective import find  # noqa: E402
 from .recipe import Recipe  # noqa: E402
@@ -29,7 +27,6 @@ def train(job: dict[str, Any], directory: Path) -> dict[str, Any]:
     recipe = Recipe(**job["recipe"])
     model, tokenizer = load_model(Path(job["start"]))
     reference, _ = load_model(Path(job["start"]))
-    losses: list[torch.Tensor] = []
     with scored_by(job["head"]):
         trainer = preference_trainer(
             model,
@@ -41,29 +38,15 @@ def train(job: dict[str, Any], directory: Path) -> dict[str, Any]:
             directory=directory,
             progress=lambda step, steps, loss: print("step", step, steps, loss, flush=True),
         )
-        head = HeadClock()
-        head.attach(trainer.model)
-        head.attach(reference)
-        steps = StepClock(head)
-        trainer.add_callback(steps)
-        trainer.compute_loss = recorded(trainer.compute_loss, losses)
-        before = memory("VmRSS")
-        trainer.train()
-    return {
-        "losses": [loss.item() for loss in losses],
-        "step_seconds": steps.step_seconds,
-        "head_seconds": steps.head_seconds,
-        "memory_before": before,
-        "memory_peak": memory("VmHWM"),
-    }
+        return measured(trainer)
 
 
 def main(job_file: str, result_file: str) -> None:
     """Read a job, do it, write the result."""
     quiet()
     result = Path(result_file)
-    measured = train(json.loads(Path(job_file).read_text()), result.with_suffix(""))
-    result.write_text(json.dumps(measured))
+    found = train(json.loads(Path(job_file).read_text()), result.with_suffix(""))
+    result.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

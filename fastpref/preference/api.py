@@ -78,7 +78,8 @@ def preference_loss(
         cu_seqlens: (B + 1,) integer boundaries of packed rows.
         ref_logps: what the reference says, (B,) sums, or one a token like ``target`` (packed rows
             of one token each: sums); or
-        ref_hidden: its hidden states, (..., H'), scored here without gradient, through
+        ref_hidden: its hidden states, (..., H'), scored here without gradient, at one product, that
+            rows of both at once would not spare, through
         ref_weight, ref_bias, ref_lora: its head; by default ``weight`` and ``bias``, not updated
             by ``lora``.
         token_weights: like ``target``, a factor of each token in the sums of policy and reference.

@@ -52,6 +52,28 @@ def test_the_cases_are_cases() -> None:
     assert [case.shape.scored for case in gpu.memory_cases("cuda")] == list(gpu.TOKENS)
 
 
+def test_the_trainings_are_of_half_a_billion_parameters() -> None:
+    found = gpu.trainings_of("cuda")
+    assert [one.method for one in found] == ["dpo", "dpo", "orpo", "simpo", "tpo"]
+    assert {(one.hidden, one.layers, one.vocabulary) for one in found} == {(896, 24, 151936)}
+
+
+@pytest.mark.heavy
+def test_a_training_within_its_time_and_without(tmp_path: Path) -> None:
+    """At the size that a CPU tries."""
+    pytest.importorskip("trl", reason="trl is not installed")
+    pytest.importorskip("peft", reason="peft is not installed")
+    drive = Drive({}, tmp_path, 1e9)
+    part = gpu.Run(drive, "cpu", 1, quietly)._trainings()
+    drive.run([part._replace(seconds=0.1)])
+    assert drive.left == {"train dpo, LoRA": "cut short while it trained"}
+    assert "trainings" not in drive.report and "failed" not in drive.report
+    drive.run([part._replace(seconds=1e9)])
+    (row,) = drive.report["trainings"]
+    assert drive.left == {} and row["difference"] < 1e-4
+    assert "dpo, LoRA: losses within" in reporting.terminal_trainings([row])
+
+
 def everything(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     there = gpu.Found({lane.name: None for lane in lanes(device)}, ["fastpref", "plain torch"])
     monkeypatch.setattr(gpu.Run, "_found", lambda self: there)
@@ -99,7 +121,7 @@ def test_the_most_valuable_comes_first_and_the_time_suffices(
     # What may take a process down runs beside the others, after what is most likely right.
     assert [len(part.lanes) for part in parts[:3]] == [1, 3, 1]
     after = [name.split()[0] for name in firsts[3:]]
-    assert after == ["observe"] * 4 + ["test", "memory", "measure"]
+    assert after == ["observe"] * 4 + ["test", "memory", "train", "measure"]
     assert sum(part.seconds for part in parts[:7]) <= gpu.SECONDS < 480
     assert gpu.MORE_SECONDS < 300
 
@@ -167,6 +189,7 @@ def test_the_whole_flow_on_a_cpu(tmp_path: Path) -> None:
     asked = [(case["what"], case["mode"]) for case in report["cases"]]
     assert asked == [(case.what, case.mode) for case, _ in (*gpu.timings("cpu"), *gpu.cases("cpu"))]
     assert [row["scored"] for row in report["memory"]] == [64]
+    assert [row["method"] for row in report["trainings"]] == ["dpo"]
     assert report["tests"][0]["finished"] and report["tests"][0]["exit"] == 0
     names = {path.name for path in second.iterdir()}
     assert names == {"bench.json", "left.json", "bench.csv", "bench.md", "tests.txt"}

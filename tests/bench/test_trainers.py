@@ -4,16 +4,14 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 pytest.importorskip("trl", reason="trl is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
 from fastpref.bench import report
-from fastpref.bench.trainers import clock, runs
+from fastpref.bench.trainers import runs
 
 TINY = {**runs.QUICK, "steps": 3, "hidden": 32, "layers": 1, "max_length": 48}
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_pairs.jsonl"
@@ -90,60 +88,7 @@ def test_a_process_that_fails_says_why(tmp_path):
 
 
 def test_trainings_are_those_of_the_report():
-    names = [one.name for one in runs.trainings(quick=False)]
+    names = [one.name for one in runs.trainings({})]
     assert names[:2] == ["dpo, LoRA", "dpo, all parameters"] and len(set(names)) == 5
-    small = next(iter(runs.trainings(quick=True)))
+    small = next(iter(runs.trainings(runs.QUICK)))
     assert dataclasses.asdict(small) | runs.QUICK == dataclasses.asdict(small)
-
-
-class Backbone(torch.nn.Module):
-    def __init__(self, tick):
-        super().__init__()
-        self.tick = tick
-
-    def forward(self, states):
-        self.tick(5)
-        return SimpleNamespace(last_hidden_state=states * 1.0)
-
-
-class Late(torch.autograd.Function):
-    """Takes its time in both directions."""
-
-    @staticmethod
-    def forward(ctx, values, tick, forward, backward):
-        tick(forward)
-        ctx.tick, ctx.backward = tick, backward
-        return values * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.tick(ctx.backward)
-        return gradient * 2, None, None, None
-
-
-def test_the_head_is_what_lies_between_backbone_and_loss(monkeypatch):
-    time = SimpleNamespace(now=0.0)
-
-    def tick(seconds):
-        time.now += seconds
-
-    monkeypatch.setattr(clock, "now", lambda: time.now)
-    model, reference = (SimpleNamespace(base_model=Backbone(tick)) for _ in range(2))
-    states = torch.ones(3, requires_grad=True)
-
-    def compute_loss(states):
-        below = Late.apply(states, tick, 70, 900)  # before the backbone, not the head's
-        hidden = model.base_model(below).last_hidden_state
-        scored = Late.apply(hidden, tick, 1, 20)
-        with torch.no_grad():
-            Late.apply(reference.base_model(states).last_hidden_state, tick, 3, 0)
-        return scored.sum(), None
-
-    trainer = SimpleNamespace(model=model, ref_model=reference, compute_loss=compute_loss)
-    head = clock.HeadClock()
-    head.attach(trainer)
-    loss, _ = trainer.compute_loss(states)
-    assert head.seconds == 1 + 3
-    tick(10_000)  # between the passes
-    loss.backward()
-    assert head.seconds == 1 + 3 + 20

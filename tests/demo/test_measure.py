@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clock of the head counts the head, forward and backward, and nothing else."""
+"""The clock of the head counts the head, forward and backward, and nothing else; steps are taken
+in turn; memory."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,50 +9,90 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fastpref.demo.measure import HeadClock, memory
-
-
-class Slow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, seconds):
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        time.sleep(ctx.seconds)
-        return gradient * 2, None
-
-
-class Model(torch.nn.Module):
-    """A backbone of 0.3 s and a head of 0.05 s, each way."""
-
-    def __init__(self):
-        super().__init__()
-        self.base_model = Backbone()
-
-    def forward(self, x):
-        states = self.base_model(x).last_hidden_state
-        return SimpleNamespace(log_probs=Slow.apply(states[:, :-1], 0.05))
+from fastpref.demo import measure
 
 
 class Backbone(torch.nn.Module):
-    def forward(self, x):
-        return SimpleNamespace(last_hidden_state=Slow.apply(x, 0.3))
+    def __init__(self, tick):
+        super().__init__()
+        self.tick = tick
+
+    def forward(self, states):
+        self.tick(5)
+        return SimpleNamespace(last_hidden_state=states * 1.0)
 
 
-@pytest.mark.parametrize(("grad", "seconds"), [(True, 0.1), (False, 0.05)])
-def test_head_clock_counts_the_head_alone(grad, seconds):
-    clock, model = HeadClock(), Model()
-    clock.attach(model)
-    log_probs = model(torch.ones(2, 3, requires_grad=grad)).log_probs
-    if grad:
-        Slow.apply(log_probs, 0.3).sum().backward()
-    assert seconds <= clock.seconds < seconds + 0.2
+class Late(torch.autograd.Function):
+    """Takes its time in both directions."""
+
+    @staticmethod
+    def forward(ctx, values, tick, forward, backward):
+        tick(forward)
+        ctx.tick, ctx.backward = tick, backward
+        return values * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.tick(ctx.backward)
+        return gradient * 2, None, None, None
+
+
+def test_the_head_is_what_lies_between_backbone_and_loss(monkeypatch):
+    time = SimpleNamespace(now=0.0)
+
+    def tick(seconds):
+        time.now += seconds
+
+    monkeypatch.setattr(measure, "now", lambda: time.now)
+    model, reference = (SimpleNamespace(base_model=Backbone(tick)) for _ in range(2))
+    states = torch.ones(3, requires_grad=True)
+
+    def compute_loss(states):
+        below = Late.apply(states, tick, 70, 900)  # before the backbone, not the head's
+        hidden = model.base_model(below).last_hidden_state
+        scored = Late.apply(hidden, tick, 1, 20)
+        with torch.no_grad():
+            Late.apply(reference.base_model(states).last_hidden_state, tick, 3, 0)
+        return scored.sum(), None
+
+    trainer = SimpleNamespace(model=model, ref_model=reference, compute_loss=compute_loss)
+    head = measure.HeadClock()
+    head.attach(trainer)
+    loss, _ = trainer.compute_loss(states)
+    assert head.seconds == 1 + 3
+    tick(10_000)  # between the passes
+    loss.backward()
+    assert head.seconds == 1 + 3 + 20
+
+
+def test_a_step_waits_for_its_turn_outside_its_time(monkeypatch):
+    time = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(measure, "now", lambda: time.now)
+
+    held = []
+
+    class Turn:
+        def __enter__(self):
+            time.now += 500
+            held.append(True)
+
+        def __exit__(self, *_):
+            time.now += 7000
+            held.append(False)
+
+    head = SimpleNamespace(seconds=3.0)
+    clock = measure.StepClock(head, Turn())
+    for seconds in (1, 2):
+        clock.on_step_begin()
+        time.now += seconds
+        head.seconds = seconds / 2
+        assert held.pop()
+        clock.on_step_end()
+        assert not held.pop()
+    assert clock.step_seconds == [1, 2] and clock.head_seconds == [0.5, 1.0]
 
 
 def test_peak_memory_is_not_below_what_is_held():
-    held = memory("VmRSS")  # before the peak: the process may grow between the two
+    held = measure.memory("VmRSS")  # before the peak: the process may grow between the two
     assert held > 0
-    assert memory("VmHWM") >= 0.99 * held
+    assert measure.memory("VmHWM") >= 0.99 * held

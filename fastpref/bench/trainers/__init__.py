@@ -3,6 +3,6 @@
 a process of its own. Time of a step, time between backbone and loss, peak memory, and the loss of
 every step.
 
-``runs`` says what is trained and starts the processes, ``worker`` is one of them, ``methods`` makes
-its trainer and ``clock`` times it.
+``runs`` says what is trained and starts the processes, ``worker`` is one of them, and ``methods``
+makes its trainer, which is measured as the demo's are.
 """

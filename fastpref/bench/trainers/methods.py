@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...demo.data import Example
 from ...demo.model import train_tokenizer
+from ...demo.settings import configured, device, silenced
 from ...integrations import trl as integration
 from .runs import Training
 
@@ -56,12 +57,20 @@ def make_trainer(
         given["ref_model"] = _model(training, tokenizer)
     trainer = made(
         **given,
-        args=_config(getattr(library, f"{method.name}Config"), training, method, directory),
+        args=configured(
+            getattr(library, f"{method.name}Config"),
+            directory,
+            per_device_train_batch_size=training.batch,
+            max_steps=training.steps,
+            max_length=training.max_length,
+            learning_rate=1e-4 if training.adapters else 1e-5,
+            lr_scheduler_type="constant",
+            **method.arguments,
+        ),
         train_dataset=Dataset.from_list([_row(one, training.method) for one in examples]),
         processing_class=tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return silenced(trainer)
 
 
 def _fitting(examples: Sequence[Example], tokenizer: Any, most: int) -> list[Example]:
@@ -92,30 +101,8 @@ def _model(training: Training, tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
-
-
-def _config(kind: type[Any], training: Training, method: Method, directory: Path) -> Any:
-    config = kind(
-        output_dir=str(directory),
-        per_device_train_batch_size=training.batch,
-        max_steps=training.steps,
-        max_length=training.max_length,
-        learning_rate=1e-4 if training.adapters else 1e-5,
-        lr_scheduler_type="constant",
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **method.arguments,
-    )
-    # Of several GPUs one is used.
-    config._n_gpu = min(config.n_gpu, 1)
-    return config
+    with device():
+        return LlamaForCausalLM(config)
 
 
 def _row(example: Example, method: str) -> dict[str, str]:

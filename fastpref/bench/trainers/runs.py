@@ -9,7 +9,9 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from ... import demo
+from ..experiment import missing
 
 # The first steps make buffers and compile what is compiled.
 WARM = 2
@@ -43,11 +46,14 @@ class Training:
 
 
 QUICK = {"steps": 4, "batch": 2, "max_length": 64, "layers": 2, "hidden": 64, "vocabulary": 2048}
+# Qwen2.5-0.5B's head, width and depth; the pairs that come with fastpref have some 45 tokens.
+LARGE = {"steps": 20, "batch": 32, "layers": 24, "hidden": 896, "vocabulary": 151936}
+SIDES = ("stock", "fastpref")
 
 
-def trainings(quick: bool) -> Iterator[Training]:
-    """DPO both ways, and those whose stock trainers hold full logits."""
-    sizes: dict[str, Any] = QUICK if quick else {}
+def trainings(sizes: Mapping[str, Any]) -> Iterator[Training]:
+    """DPO both ways, and those whose stock trainers hold full logits; but for ``sizes`` of the
+    usual size."""
     for method, adapters in (
         *(("dpo", True), ("dpo", False)),
         *(("orpo", False), ("simpo", False), ("tpo", False)),
@@ -55,16 +61,30 @@ def trainings(quick: bool) -> Iterator[Training]:
         yield Training(method=method, adapters=adapters, **sizes)
 
 
-def measure(training: Training, pairs: Path) -> dict[str, Any]:
+def unavailable() -> str | None:
+    lacking = [name for name in ("trl", "peft", "datasets") if missing(name)]
+    return f"{', '.join(lacking)} not installed" if lacking else None
+
+
+def measure(training: Training, pairs: Path, seconds: float | None = None) -> dict[str, Any]:
     """A row of the report: of stock TRL and of fastpref seconds a step and in the head (medians),
     and MiB at the peak above what was held before; the largest difference between the losses of a
-    step.
+    step. The two take their steps in turn, so that what else runs here slows down both.
 
     Raises:
         RuntimeError: with the end of its output, where a process fails; where a loss is no number.
+        TimeoutError: it takes more than ``seconds``.
     """
-    sides = {name: _run(training, pairs, name == "fastpref") for name in ("stock", "fastpref")}
-    losses = list(zip(sides["stock"]["losses"], sides["fastpref"]["losses"], strict=True))
+    end = None if seconds is None else time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="fastpref-bench-") as folder:
+        running = {name: _start(training, pairs, name, Path(folder)) for name in SIDES}
+        try:
+            sides = {name: _result(one, Path(folder, name), end) for name, one in running.items()}
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+    losses = list(zip(*(sides[name]["losses"] for name in SIDES), strict=True))
     if not all(math.isfinite(one) for pair in losses for one in pair):
         raise RuntimeError(f"losses are no numbers: {losses}")
     return {
@@ -85,14 +105,23 @@ def _summary(side: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _run(training: Training, pairs: Path, on_fastpref: bool) -> dict[str, Any]:
-    given = [dataclasses.asdict(training), str(pairs), on_fastpref, torch.get_num_threads()]
-    done = subprocess.run(
-        [sys.executable, "-m", "fastpref.bench.trainers.worker", json.dumps(given)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the process that trains failed:\n{done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+def _start(training: Training, pairs: Path, side: str, folder: Path) -> subprocess.Popen[str]:
+    """The process of one side; its output goes to files of ``folder``."""
+    turn = folder / "turn"
+    turn.touch()
+    sizes, threads = dataclasses.asdict(training), torch.get_num_threads()
+    job = json.dumps([sizes, str(pairs), side == "fastpref", str(turn), threads])
+    command = [sys.executable, "-m", "fastpref.bench.trainers.worker", job]
+    with (folder / f"{side}.out").open("w") as out, (folder / f"{side}.err").open("w") as err:
+        return subprocess.Popen(command, stdout=out, stderr=err, text=True)
+
+
+def _result(process: subprocess.Popen[str], path: Path, end: float | None) -> dict[str, Any]:
+    try:
+        failed = process.wait(None if end is None else max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise TimeoutError("cut short while it trained") from None
+    if failed:
+        said = path.with_suffix(".err").read_text()[-2000:]
+        raise RuntimeError(f"the process that trains failed:\n{said}")
+    return dict(json.loads(path.with_suffix(".out").read_text().strip().splitlines()[-1]))

@@ -4,6 +4,7 @@ measured as a line of JSON."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import tempfile
@@ -17,40 +18,37 @@ stay_offline()
 import torch  # noqa: E402
 
 from ...demo.data import load  # noqa: E402
-from ...demo.measure import StepClock, memory, recorded  # noqa: E402
-from .clock import HeadClock  # noqa: E402
+from ...demo.measure import measured  # noqa: E402
 from .methods import make_trainer  # noqa: E402
 from .runs import Training  # noqa: E402
 
 
-def train(training: Training, pairs: Path, on_fastpref: bool) -> dict[str, Any]:
-    """The losses of all steps, their seconds and those of them in the head, and bytes of memory
-    before and at the peak."""
+class Turn:
+    """Held by one of the processes that share its file, while the others wait."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open()
+
+    def __enter__(self) -> None:
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self.file, fcntl.LOCK_UN)
+
+
+def train(training: Training, pairs: Path, on_fastpref: bool, turn: Path) -> dict[str, Any]:
+    """What ``demo.measure.measured`` returns."""
     examples = load(pairs).pairs().examples
-    losses: list[torch.Tensor] = []
     with tempfile.TemporaryDirectory(prefix="fastpref-bench-") as directory:
         trainer = make_trainer(training, examples, on_fastpref, Path(directory))
-        head = HeadClock()
-        head.attach(trainer)
-        trainer.compute_loss = recorded(trainer.compute_loss, losses)
-        steps = StepClock(head)
-        trainer.add_callback(steps)
-        before = memory("VmRSS")
-        trainer.train()
-    return {
-        "losses": [one.item() for one in losses],
-        "step_seconds": steps.step_seconds,
-        "head_seconds": steps.head_seconds,
-        "memory_before": before,
-        "memory_peak": memory("VmHWM"),
-    }
+        return measured(trainer, Turn(turn))
 
 
 def main(job: str) -> None:
     quiet()
-    training, pairs, on_fastpref, threads = json.loads(job)
+    training, pairs, on_fastpref, turn, threads = json.loads(job)
     torch.set_num_threads(threads)
-    print(json.dumps(train(Training(**training), Path(pairs), on_fastpref)))
+    print(json.dumps(train(Training(**training), Path(pairs), on_fastpref, Path(turn))))
 
 
 if __name__ == "__main__":

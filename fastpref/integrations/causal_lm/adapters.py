@@ -144,7 +144,9 @@ def _dora_weight(head: Any, name: str) -> Tensor:
     """(V, H); the norms of rows count as constants, as published."""
     update = head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
     weight = head.base_layer.weight + update.to(head.base_layer.weight.dtype)
-    norms = torch.linalg.norm(weight.detach(), dim=1).to(weight.dtype)
-    factors = head.lora_magnitude_vector[name].weight / norms
-    made: Tensor = factors[:, None].to(weight.dtype) * weight
+    factors = head.lora_magnitude_vector[name].weight
+    # In sixteen bits, a factor would put its rounding on a whole row.
+    precise = torch.promote_types(factors.dtype, torch.promote_types(weight.dtype, torch.float32))
+    factors = factors / torch.linalg.vector_norm(weight.detach(), dim=1, dtype=precise)
+    made: Tensor = (factors[:, None] * weight).to(weight.dtype)
     return made

@@ -43,6 +43,10 @@ class FastDPOTrainer(DPOTrainer):
 
     ``args.padding_free``, which TRL does not serve, keeps padding out of the model.
 
+    With adapters alone trained the head costs three products a step, two of the policy and one of
+    the reference, which is the policy without them. Scoring both at once would spare none;
+    ``args.precompute_ref_log_probs`` spares the reference's.
+
     Raises:
         ValueError: a column that the objective needs and the data set has not; settings of TRL that
             an objective does not go with; what ``fuse_lm_head`` or the objective refuses.

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref
 from tests.integrations.causal_lm.models import (
@@ -43,6 +44,9 @@ def stirred(wrapped: Any) -> Any:
 
 
 CAPPED = {"final_logit_softcapping": 2.0, "tie_word_embeddings": False}
+TIED = {"tie_word_embeddings": True}
+ATTENTION = {"target_modules": ["q_proj"]}
+SAVED = {**ATTENTION, "modules_to_save": ["lm_head"]}
 
 
 @pytest.mark.parametrize(
@@ -55,11 +59,14 @@ CAPPED = {"final_logit_softcapping": 2.0, "tie_word_embeddings": False}
         ("phi", {}, {"lora_bias": True}),
         ("llama", {}, {"use_dora": True}),
         ("phi", {}, {"use_dora": True}),
-        ("llama", {}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-        (
-            *("llama", {"tie_word_embeddings": True}),
-            {"target_modules": ["q_proj"], "trainable_token_indices": [70, 71]},
-        ),
+        ("llama", {}, SAVED),
+        ("llama", TIED, ATTENTION),
+        ("llama", TIED, {}),
+        ("llama", TIED, {"use_dora": True}),
+        ("llama", TIED, SAVED),
+        ("llama", TIED, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("llama", TIED, {**SAVED, "ensure_weight_tying": True}),
+        ("llama", TIED, {**ATTENTION, "trainable_token_indices": [70, 71]}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
@@ -90,28 +97,34 @@ def test_several_adapters_some_of_them_active() -> None:
     assert len(set(seen)) == 3 and refusals(wrapped) == ()
 
 
-@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
-def test_disabled_and_merged_adapters(config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, SAVED])
+@pytest.mark.parametrize("fields", [{}, TIED], ids=["", "tied"])
+def test_disabled_and_merged_adapters(config: dict[str, Any], fields: dict[str, Any]) -> None:
     """As a reference model, and after training."""
-    if "modules_to_save" in config:
-        config = {**config, "target_modules": ["q_proj"]}
-    wrapped = fastpref.fuse_lm_head(adapted(make(), lora(**config)))
+    wrapped = fastpref.fuse_lm_head(adapted(make(**fields), lora(**config)))
     if "modules_to_save" in config:
         torch.nn.init.normal_(wrapped.get_base_model().lm_head.weight, std=0.3)
     inputs = batch()
+
+    def scored() -> Tensor:
+        expected = scores_of(wrapped(**inputs).logits, inputs["labels"])["log_probs"]
+        found: Tensor = wrapped(**inputs, fused_lm_head=True).log_probs
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        return found
+
     with torch.no_grad():
-        active = wrapped(**inputs, fused_lm_head=True).log_probs
+        active = scored()
         with wrapped.disable_adapter():
-            expected = scores_of(wrapped(**inputs).logits, inputs["labels"])["log_probs"]
-            disabled = wrapped(**inputs, fused_lm_head=True).log_probs
-        torch.testing.assert_close(disabled.double(), expected, rtol=1e-5, atol=1e-5)
+            disabled = scored()
         assert (disabled - active).abs().max() > 0.1
         wrapped.merge_adapter()
-        merged = wrapped(**inputs, fused_lm_head=True).log_probs
-        torch.testing.assert_close(merged, active, rtol=1e-4, atol=1e-4)
-        with wrapped.disable_adapter():
-            unmerged = wrapped(**inputs, fused_lm_head=True).log_probs
-        torch.testing.assert_close(unmerged, disabled, rtol=1e-4, atol=1e-4)
+        merged = scored()
+        # Into the embedding too, where it is tied: another model, of which PEFT takes it back
+        # within the next forward.
+        if not fields:
+            torch.testing.assert_close(merged, active, rtol=1e-4, atol=1e-4)
+            with wrapped.disable_adapter():
+                torch.testing.assert_close(scored(), disabled, rtol=1e-4, atol=1e-4)
     assert refusals(wrapped) == ()
 
 
@@ -180,15 +193,18 @@ def test_adapters_mixed_in_a_batch_are_refused() -> None:
         wrapped(**inputs, adapter_names=["default", "__base__"], fused_lm_head=True)
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
-def test_prompts(kind: str) -> None:
+@pytest.mark.parametrize("fields", [{}, TIED], ids=["", "tied"])
+@pytest.mark.parametrize(
+    "kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"]
+)
+def test_prompts(kind: str, fields: dict[str, Any]) -> None:
     """PEFT lengthens ``labels`` by the positions of a prompt, and does not see ``fused_labels``."""
     config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT)
-    wrapped = fastpref.fuse_lm_head(peft.get_peft_model(make(), config))
+    wrapped = fastpref.fuse_lm_head(peft.get_peft_model(make(**fields), config))
     inputs = batch()
     plain = wrapped(**inputs)
     longer = plain.logits.shape[1] - LENGTH
-    assert longer == (PROMPT if kind == "PromptTuningConfig" else 0)
+    assert longer == (0 if kind == "PrefixTuningConfig" else PROMPT)
     expected = scores_of(plain.logits[:, longer:], inputs["labels"])["log_probs"]
     wanted = gradients(plain.loss, wrapped)
     output = wrapped(**inputs, fused_lm_head=True)
@@ -202,6 +218,56 @@ def test_prompts(kind: str) -> None:
     torch.testing.assert_close(output.log_probs.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.loss, plain.loss)
     assert refusals(wrapped) == ()
+
+
+class Work(TorchDispatchMode):
+    """The products with a vocabulary, in those of so many rows with all of its head."""
+
+    def __init__(self, rows: int, head: nn.Linear) -> None:
+        super().__init__()
+        self.vocabulary, self.unit = head.out_features, rows * head.weight.numel()
+        self.done = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            (rows, inner), (_, columns) = (one.shape for one in args[-2:])
+            if self.vocabulary in (rows, inner, columns):
+                self.done += rows * inner * columns / self.unit
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_reference_without_its_adapter_costs_one_product_more() -> None:
+    """Beside the two of the policy under a head that is frozen. To score rows of both at once
+    spares none, and in one call adds the reference's second, which nothing asks for."""
+    wrapped = fastpref.fuse_lm_head(adapted(make(), lora(**ATTENTION)))
+    inputs = batch()
+    wrapped(**inputs, fused_lm_head=True)  # measured
+    head, scored = wrapped.get_base_model().lm_head, int((inputs["labels"][:, 1:] != -100).sum())
+    given: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: given.append(args[0].detach()))
+    with Work(scored, head) as policy:
+        output = wrapped(**inputs, fused_lm_head=True)
+        output.loss.backward()
+    with Work(scored, head) as reference, torch.no_grad(), wrapped.disable_adapter():
+        ref_log_probs = wrapped(**inputs, fused_lm_head=True).log_probs
+    handle.remove()
+    assert (policy.done, reference.done) == (2, 1)
+    hidden = [one[:, :-1] for one in given]
+    both = torch.cat(hidden).requires_grad_()
+    target = inputs["labels"][:, 1:].repeat(2, 1)
+    with Work(scored, head) as stacked:
+        logp = fastpref.linear_logprob(both, head.weight, target).logp
+        found, ref_found = logp.chunk(2)
+        (found - ref_found.detach()).sum().backward()
+    assert stacked.done == 4
+    torch.testing.assert_close(found, output.log_probs)
+    torch.testing.assert_close(ref_found, ref_log_probs)
+    leaf = hidden[0].requires_grad_()
+    with Work(scored, head) as together:
+        target = inputs["labels"][:, 1:]
+        call = fastpref.preference_loss(leaf, head.weight, target, "dpo", ref_hidden=hidden[1])
+        call.loss.backward()
+    assert together.done == 3
 
 
 def test_unfusing_reaches_through() -> None:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of compiled operators that serve a CPU alone: rows and batches scored at once, places,
+factors of gradients, and the pair head."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.scoring.types import statistics_dtype
+from tests.row_launches import Launch, Place, placed
+from tests.scoring.settling import MAPS
+
+ROWS, TOTAL, WIDTH = 5, 9, 7  # rows scored, of a batch, and their hidden size
+
+
+def scored(
+    dtype: torch.dtype, map: str, cols: int, batch: bool, biased: bool, total: int = ROWS
+) -> Launch:
+    """By ``score_batch_`` the rows at places of a batch of ``total``, or by ``score_rows_``."""
+
+    def run(_: Any, place: Place) -> list[Tensor]:
+        ops, exact = torch.ops.fastpref, statistics_dtype(dtype)
+        hidden = place(torch.randn(ROWS, WIDTH + 2).to(dtype)[:, 1 : WIDTH + 1])
+        weight = place(torch.randn(cols, WIDTH + 1).to(dtype)[:, :WIDTH])
+        bias = placed(place, torch.randn(cols, dtype=exact) if biased else None)
+        target = torch.randint(cols, (total,))
+        # The last column, in the last row.
+        target[-1] = cols - 1
+        target = place(target)
+        places = torch.arange(total - ROWS, total) if total > ROWS else None
+        found = []
+        for write in (False, True):
+            tile = place(torch.randn(ROWS, cols + 3).to(dtype)[:, 2 : cols + 2])
+            given = tile, hidden, weight, target
+            more = bias, *MAPS[map][:2], write
+            if batch:
+                made = ops.score_batch_(*given, placed(place, places), *more)
+            else:
+                made = ops.score_rows_(*given, *more, True)
+            found += [tile, *made]
+        return found
+
+    kind = f"score_{'batch' if batch else 'rows'}-{dtype}-{map}-{cols}"
+    return Launch(f"{kind}-{total}-{'biased' if biased else 'plain'}", run)
+
+
+def factors(dtype: torch.dtype, total: int) -> Launch:
+    def run(_: Any, place: Place) -> list[Tensor]:
+        gradient = place(torch.randn(total, dtype=dtype))
+        places = place(torch.arange(total - 1, -1, -2).flip(0))
+        found = []
+        for at in (None, places):
+            count = total if at is None else len(at)
+            scale = place(torch.randn(count, dtype=dtype))
+            found.append(torch.ops.fastpref.gradient_factors(gradient, scale, 0.7, at)[0])
+        return found
+
+    return Launch(f"gradient_factors-{dtype}-{total}", run)
+
+
+def places(total: int) -> Launch:
+    def run(_: Any, place: Place) -> list[Tensor]:
+        there = torch.arange(total) % 3 > 0
+        ops, target = torch.ops.fastpref, place(torch.where(there, 3, -100))
+        found = [ops.scored_places(target, -100)[0]]
+        for dtype in (torch.float32, torch.float64):
+            found.append(ops.nonzero_places(place(there.to(dtype)))[0])
+        return found
+
+    return Launch(f"places-{total}", run)
+
+
+def pairs(dtype: torch.dtype, count: int, lengths: bool) -> Launch:
+    def run(_: Any, place: Place) -> list[Tensor]:
+        logps = [place(-torch.rand(2 * count, dtype=dtype)[::2]) for _ in range(4)]
+        sizes = [place(torch.randint(9, (count,))) for _ in range(2)]
+        given = sizes if lengths else (None, None)
+        return list(torch.ops.fastpref.pair_head(*logps, *given, 0, 0.1, 0.0, 0.0, 0.1, lengths))
+
+    return Launch(f"pair_head-{dtype}-{count}-{'lengths' if lengths else 'sums'}", run)
+
+
+def of_rows(dtype: torch.dtype, map: str, cols: int) -> Iterator[Launch]:
+    yield scored(dtype, map, cols, False, True)
+    yield scored(dtype, map, cols, True, True, TOTAL)
+    yield scored(dtype, map, cols, True, False)
+
+
+def of_vectors(size: int) -> Iterator[Launch]:
+    yield places(size)
+    for dtype in (torch.float32, torch.float64):
+        yield factors(dtype, size)
+        for lengths in (False, True):
+            yield pairs(dtype, size, lengths)

@@ -30,7 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def measure(asked: argparse.Namespace) -> dict[str, tuple[int, float]]:
-    """By form the positions that the policy's backbone is given, and the fastest step in seconds."""
+    """By form the positions that the policy's backbone is given, and its fastest step, seconds."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     data = Dataset.from_list([_pair(asked) for _ in range(asked.pairs)])

@@ -45,10 +45,12 @@ class FastDPOTrainer(DPOTrainer):
 
         prefix_sharing: run each pair's prompt through the model once, with both completions behind
             it, under any objective of pairs and TRL's own losses: same losses, gradients and
-            metrics, for P + 2 C tokens of 2 P + 2 C, and with a mask of their square a pair. Needs
-            attention to all earlier tokens by "sdpa" or "eager", and positions that can be given.
+            metrics, for P + 2 C tokens in place of 2 P + 2 C (0.58 of the time of a step with long
+            prompts, see the README), and a mask of their square a pair. Needs attention to all
+            earlier tokens by "sdpa" or "eager", and positions that can be given.
 
-    ``args.padding_free``, which TRL does not serve, keeps padding out of the model.
+    ``args.padding_free``, which TRL does not serve, keeps padding out of the model. It saves time
+    where attention skips what it masks (flash, flex).
 
     Raises:
         ValueError: a column that the objective needs and the data set has not; settings of TRL that

@@ -21,9 +21,9 @@ from tests.integrations.causal_lm.models import LAST_WORD, check_gradients, grad
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning"),
     pytest.mark.skipif(RELEASE < (1, 15), reason="TRL puts a head on models from 1.15 on"),
+    pytest.mark.usefixtures("trl_utils"),  # the stock head of 1.15 runs on GPUs only
 ]
 
-only_newest = pytest.mark.skipif(RELEASE < (1, 16), reason="stock runs on GPUs only")
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Of three pairs, tokens of the prompt and in all, chosen and rejected.
@@ -117,7 +117,6 @@ def test_any_rows(prompts: Any, lengths: Any, side: str, width: int) -> None:
     assert seen[0][1] == width
 
 
-@only_newest
 @pytest.mark.parametrize(
     ("arguments", "of_trl"),
     [
@@ -152,7 +151,6 @@ def test_training_is_that_of_trl(
     )
 
 
-@only_newest
 @pytest.mark.parametrize("objective", [{}, {"objective": "dpo"}], ids=str)
 @pytest.mark.heavy
 def test_lora_whose_reference_is_the_model_without_it(
@@ -170,7 +168,6 @@ def test_lora_whose_reference_is_the_model_without_it(
     )
 
 
-@only_newest
 def test_policy_and_reference_run_a_prompt_once(make_dpo: Any) -> None:
     trainer = make_dpo(integration.FastDPOTrainer, prefix_sharing=True)
     seen = [shapes_seen(trainer.model), shapes_seen(trainer.ref_model)]

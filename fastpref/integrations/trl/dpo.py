@@ -19,6 +19,7 @@ from ... import sequence_logp
 from ...objectives import Objective
 from ..transformers import PreferenceCollator, PreferenceLabels, PreferenceLoss, loss_func
 from .heads import add_fused_lm_head
+from .library import trl_module
 from .metrics import log_pairs, log_tokens
 from .packing import PADDING_FREE
 from .parts import heads_put
@@ -41,16 +42,16 @@ class FastDPOTrainer(DPOTrainer):
             log-probabilities are columns of the data set by the objective's names; averages over
             the training are kept, and saved with every checkpoint. Objectives of pairs take TRL's
             data sets. Those of lists and of single responses take token ids, see
-            ``fastpref.integrations.transformers.PreferenceCollator``. None: TRL's own losses.
-
+            ``fastpref.integrations.transformers.PreferenceCollator``. For an objective
+            without a reference none is loaded. None: TRL's own losses.
         prefix_sharing: run each pair's prompt through the model once, with both completions behind
             it, under any objective of pairs and TRL's own losses: same losses, gradients and
             metrics, for P + 2 C tokens in place of 2 P + 2 C (0.58 of the time of a step with long
             prompts, see the README), and a mask of their square a pair. Needs attention to all
             earlier tokens by "sdpa" or "eager", and positions that can be given.
 
-    ``args.padding_free``, which TRL does not serve, keeps padding out of the model. It saves time
-    where attention skips what it masks (flash, flex).
+    ``args.padding_free``, which TRL does not serve, keeps padding out of the model. Attention
+    that does not skip what it masks (sdpa) multiplies every row with every other for it.
 
     Raises:
         ValueError: a column that the objective needs and the data set has not; settings of TRL that
@@ -82,11 +83,15 @@ class FastDPOTrainer(DPOTrainer):
                 f"{', '.join(kwargs)} belongs to an objective, and objective is None. Pass for "
                 'example objective="simpo"'
             )
-        config = signature.bind_partial(self, *args, **own).arguments.get("args")
+        bound = signature.bind_partial(self, *args, **own).arguments
+        config = bound.get("args")
+        loading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if objective is not None:
             self.preference_loss = loss_func(objective, **kwargs)
             self._columns = self._collator(pad_token_id=0).columns
-            _check_settings(config, own)
+            _check_settings(config, own, bool(self._columns.reference))
+            if not self._columns.reference:
+                loading = _without_reference(isinstance(bound.get("model"), str))
         padding_free = config is not None and config.padding_free
         put: Callable[..., None] = add_fused_lm_head
         if prefix_sharing:
@@ -94,7 +99,7 @@ class FastDPOTrainer(DPOTrainer):
             put = _put_sharing_head
         elif padding_free:
             put = functools.partial(add_fused_lm_head, form=PADDING_FREE)
-        with _left_to_the_head(config), heads_put(put):
+        with _left_to_the_head(config), heads_put(put), loading:
             super().__init__(*args, **own)
         if prefix_sharing and self.aux_loss_enabled:
             raise ValueError(
@@ -234,7 +239,23 @@ def _left_to_the_head(config: Any) -> Iterator[None]:
         config.padding_free = True
 
 
-def _check_settings(config: Any, own: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def _without_reference(by_name: bool) -> Iterator[None]:
+    """Within it TRL loads no reference model, which an objective without one would only hold; the
+    policy, where it is given ``by_name``, is loaded first."""
+    module: Any = trl_module("trl.trainer.dpo_trainer")
+    found = module.create_model_from_path
+    policies = [found] if by_name else []
+    module.create_model_from_path = lambda *args, **kwargs: (
+        policies.pop()(*args, **kwargs) if policies else None
+    )
+    try:
+        yield
+    finally:
+        module.create_model_from_path = found
+
+
+def _check_settings(config: Any, own: dict[str, Any], reference: bool) -> None:
     """Raise ValueError on what would be without effect."""
     odd = {"compute_metrics": own.get("compute_metrics")}
     if config is not None:
@@ -244,6 +265,9 @@ def _check_settings(config: Any, own: dict[str, Any]) -> None:
             "ld_alpha": config.ld_alpha,
             "use_weighting": config.use_weighting or None,
         }
+        if not reference:
+            names = ("sync_ref_model", "precompute_ref_log_probs")
+            odd |= {name: getattr(config, name) or None for name in names}
     found = [f"{name}={value!r}" for name, value in odd.items() if value is not None]
     if found:
         raise ValueError(

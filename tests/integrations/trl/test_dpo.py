@@ -110,6 +110,23 @@ def test_hyperparameters_and_columns_reach_the_objective(make_dpo: Any, preferen
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(("objective", "loaded"), [("simpo", False), ("dpo", True)])
+def test_no_reference_is_loaded_for_an_objective_without(
+    objective: str, loaded: bool, by_name: bool, make_dpo: Any, make_model: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = str(tmp_path / "model")
+    make_model().save_pretrained(path)
+    model = path if by_name else AutoModelForCausalLM.from_pretrained(path)
+    given = {"objective": objective, "model": model, "reference": False}
+    trainer = make_dpo(integration.FastDPOTrainer, **given)
+    assert (trainer.ref_model is not None) == loaded
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
 def test_missing_column_is_named(make_dpo: Any) -> None:
     with pytest.raises(ValueError, match="odpo needs the columns reward_margin of the data set"):
         make_dpo(integration.FastDPOTrainer, objective="odpo")
@@ -181,6 +198,11 @@ def test_lists_of_token_ids(make_dpo: Any) -> None:
         ({"objective": "no_such"}, ValueError, "no_such"),
         ({"objective": "simpo", "use_weighting": True}, ValueError, "use_weighting=True does not"),
         ({"objective": "wpo"}, ValueError, "wpo"),
+        (
+            {"objective": "simpo", "sync_ref_model": True},
+            ValueError,
+            "sync_ref_model=True does not",
+        ),
     ],
     ids=str,
 )

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ... import fuse_lm_head
+from .joined import Form, check, rows_of
 from .library import trl_utils
-from .packing import check_packing, packed_call
 
 SETTINGS = "_fastpref_trl_head"  # the attribute of a model
 
@@ -28,8 +28,8 @@ class Settings:
     temperature: float
     outputs: tuple[str, ...]
     fused: Callable[..., Any]  # the model's forward
-    padding_free: bool = False
-    packs: bool = False  # whether the model was seen to keep packed rows apart
+    form: Form | None = None  # of batches, None: as they come
+    checked: bool = False  # whether the model was seen to score that form right
 
 
 class NoLayer:
@@ -42,7 +42,7 @@ def add_fused_lm_head(
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
     *,
-    padding_free: bool = False,
+    form: Form | None = None,
 ) -> None:
     """Let ``model(..., labels=labels, fused_lm_head=True)`` return TRL's FusedCausalLMOutput.
 
@@ -51,7 +51,7 @@ def add_fused_lm_head(
         temperature: logits are divided by it.
         cast_lm_head_to_fp32: False only.
         outputs: statistics to compute beside ``log_probs``.
-        padding_free: leave padding out of such calls, see ``packing``.
+        form: in which the model is given the batches of such calls.
 
     Raises:
         ValueError: ``cast_lm_head_to_fp32``, or what ``fuse_lm_head`` refuses.
@@ -65,7 +65,7 @@ def add_fused_lm_head(
     fuse_lm_head(model)
     known = vars(model).get(SETTINGS)
     fused = model.forward if known is None else known.fused
-    setattr(model, SETTINGS, Settings(temperature, tuple(outputs), fused, padding_free))
+    setattr(model, SETTINGS, Settings(temperature, tuple(outputs), fused, form))
     model.forward = MethodType(_forward_of(type(model)), model)  # type: ignore[arg-type]
 
 
@@ -89,11 +89,13 @@ def _forward_of(kind: Any) -> Callable[..., Any]:
             outputs=settings.outputs,
             temperature=settings.temperature,
         )
-        if settings.padding_free:
-            settings.packs = settings.packs or check_packing(self, call, kwargs)
-            output = packed_call(call, kwargs)
-        else:
+        form = settings.form
+        if form is None:
             output = call(**kwargs)
+        else:
+            rows = rows_of(form.setting, kwargs)
+            settings.checked = settings.checked or check(self, call, form, rows)
+            output = form.call(self, call, rows)
         values = {name: _as_trl_has(name, value) for name, value in output.items()}
         return trl_utils().FusedCausalLMOutput(**values)
 

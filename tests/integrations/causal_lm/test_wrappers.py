@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpref
+from fastpref import TokenScores
+from fastpref.integrations.causal_lm import scores
 from tests.integrations.causal_lm.models import (
     batch,
     check_gradients,
@@ -286,3 +288,24 @@ def test_tensor_parallel_heads(two_ranks: Any, architecture: str, fields: dict[s
 def test_a_shard_within_the_heads_forward_is_refused(two_ranks: Any) -> None:
     for said in two_ranks(_sharded_elsewhere):
         assert "output head's weight is a DTensor" in said and "fully_shard" in said
+
+
+def test_a_head_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta device stands for a second one: what a head on it is scored with is there, and what
+    comes of it stays there."""
+    devices: dict[str, Any] = {}
+
+    def recording(hidden: Tensor, weight: Tensor, target: Tensor, **given: Any) -> Any:
+        tensors = {"hidden": hidden, "weight": weight, "target": target, **given}
+        devices.update({n: v.device.type for n, v in tensors.items() if isinstance(v, Tensor)})
+        return TokenScores(torch.zeros(target.shape, device=weight.device, dtype=torch.float32))
+
+    monkeypatch.setattr(scores, "linear_logprob", recording)
+    model, inputs = fastpref.fuse_lm_head(make("phi"), check=False), batch()
+    model.lm_head.to("meta")
+    temperature = torch.ones(len(inputs["labels"]), 1)
+    output = model(**inputs, fused_lm_head=True, temperature=temperature)
+    names = ("hidden", "weight", "target", "bias", "temperature")
+    assert devices == dict.fromkeys(names, "meta")
+    found = (output.log_probs, output.label_mask, output.loss)
+    assert {one.device.type for one in found} == {"meta"}

@@ -29,6 +29,11 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
+def distinct_letters(completions: list[str], **_: Any) -> list[float]:
+    """A reward."""
+    return [float(len(set(completion))) for completion in completions]
+
+
 def through_head(trainer: Any) -> Any:
     """TRL 1.14 scores through its fused head where Liger's kernels are asked for, which are not
     there, nor needed for that."""

@@ -11,44 +11,14 @@ import torch
 from fastpref import objectives
 from fastpref.integrations import trl as integration
 from tests.integrations.conftest import WORDS
-from tests.integrations.trl.runs import ARGUMENTS, RELEASE
+from tests.integrations.trl.runs import RELEASE
 
 pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning"),
-    pytest.mark.skipif(RELEASE < (1, 16), reason="stock runs on GPUs only, or has other heads"),
+    pytest.mark.skipif(RELEASE < (1, 15), reason="TRL puts a head on models from 1.15 on"),
+    pytest.mark.usefixtures("trl_utils"),  # the stock head of 1.15 runs on GPUs only
 ]
-
-
-@pytest.fixture
-def make(tmp_path: Path, tokenizer: Any, preferences: Any, make_model: Any) -> Any:
-    """``make(kind, **arguments)``: a trainer of that class; arguments of DPOConfig go to it."""
-    from trl import DPOConfig
-
-    def make(kind: Any, architecture: str = "llama", reference: bool = True, **more: Any) -> Any:
-        settings = {
-            name: more.pop(name) for name in list(more) if name in DPOConfig.__dataclass_fields__
-        }
-        if "objective" in more and "beta" in settings:
-            more["beta"] = settings.pop("beta")
-        config = DPOConfig(output_dir=str(tmp_path), **{**ARGUMENTS, **settings})
-        more.setdefault("train_dataset", preferences)
-        model = more.pop("model", None)
-        return kind(
-            model=make_model(architecture) if model is None else model,
-            ref_model=make_model(architecture, seed=1) if reference else None,
-            args=config,
-            processing_class=tokenizer,
-            **more,
-        )
-
-    return make
-
-
-def stock(make: Any, **arguments: Any) -> Any:
-    from trl import DPOTrainer
-
-    return make(DPOTrainer, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +35,14 @@ def test_training_is_that_of_trl(
     objective: dict[str, Any],
     of_trl: dict[str, Any],
     padding_free: bool,
-    make: Any,
+    make_dpo: Any,
     compare_trainers: Any,
-    trl_utils: Any,
 ) -> None:
     ours = {**objective} or of_trl
     more = {"beta": 0.5, "gradient_accumulation_steps": 2}
     training = compare_trainers(
-        lambda: stock(make, **of_trl, **more),
-        lambda: make(integration.FastDPOTrainer, padding_free=padding_free, **ours, **more),
+        lambda: make_dpo(**of_trl, **more),
+        lambda: make_dpo(integration.FastDPOTrainer, padding_free=padding_free, **ours, **more),
         stock_products=False,
     )
     assert {"rewards/margins", "mean_token_accuracy", "entropy"} <= set(training.logs[0])
@@ -81,7 +50,7 @@ def test_training_is_that_of_trl(
 
 @pytest.mark.heavy
 def test_precomputed_reference_and_evaluation(
-    make: Any, preferences: Any, compare_trainers: Any
+    make_dpo: Any, preferences: Any, compare_trainers: Any
 ) -> None:
     more = {
         "beta": 0.5,
@@ -91,14 +60,14 @@ def test_precomputed_reference_and_evaluation(
         "eval_steps": 2,
     }
     compare_trainers(
-        lambda: stock(make, **more),
-        lambda: make(integration.FastDPOTrainer, objective="dpo", **more),
+        lambda: make_dpo(**more),
+        lambda: make_dpo(integration.FastDPOTrainer, objective="dpo", **more),
         stock_products=False,
     )
 
 
-def test_packed_rows_reach_the_model_without_padding(make: Any) -> None:
-    trainer = make(integration.FastDPOTrainer, objective="dpo", padding_free=True)
+def test_packed_rows_reach_the_model_without_padding(make_dpo: Any) -> None:
+    trainer = make_dpo(integration.FastDPOTrainer, objective="dpo", padding_free=True)
     assert trainer.args.padding_free and trainer.padding_free
     seen = []
     trainer.model.model.register_forward_pre_hook(
@@ -110,7 +79,9 @@ def test_packed_rows_reach_the_model_without_padding(make: Any) -> None:
     assert not (seen[-1] == 0).any()
 
 
-def test_model_that_lets_packed_rows_see_each_other_is_refused(make: Any, make_model: Any) -> None:
+def test_model_that_lets_packed_rows_see_each_other_is_refused(
+    make_dpo: Any, make_model: Any
+) -> None:
     """Attention that is causal and nothing else."""
     model = make_model("llama")
     for layer in model.model.layers:
@@ -118,16 +89,16 @@ def test_model_that_lets_packed_rows_see_each_other_is_refused(make: Any, make_m
         layer.self_attn.forward = lambda *args, own=own, **given: own(
             *args, **{**given, "attention_mask": None}
         )
-    trainer = make(integration.FastDPOTrainer, objective="dpo", padding_free=True, model=model)
+    trainer = make_dpo(integration.FastDPOTrainer, objective="dpo", padding_free=True, model=model)
     with pytest.raises(RuntimeError, match="keeps packed rows apart by their positions"):
         trainer.train()
 
 
-def test_hyperparameters_and_columns_reach_the_objective(make: Any, preferences: Any) -> None:
+def test_hyperparameters_and_columns_reach_the_objective(make_dpo: Any, preferences: Any) -> None:
     """A margin for each pair, of the data set."""
     margins = [0.1 * (i + 1) for i in range(len(WORDS))]
     data = preferences.add_column("reward_margin", margins)
-    found = make(integration.FastDPOTrainer, objective="odpo", beta=0.3, train_dataset=data)
+    found = make_dpo(integration.FastDPOTrainer, objective="odpo", beta=0.3, train_dataset=data)
     batch = next(iter(found.get_train_dataloader()))
     loss = found.compute_loss(found.model, dict(batch))
     reference = found.compute_ref_log_probs(found.ref_model, batch)
@@ -139,12 +110,29 @@ def test_hyperparameters_and_columns_reach_the_objective(make: Any, preferences:
     torch.testing.assert_close(loss, expected)
 
 
-def test_missing_column_is_named(make: Any) -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(("objective", "loaded"), [("simpo", False), ("dpo", True)])
+def test_no_reference_is_loaded_for_an_objective_without(
+    objective: str, loaded: bool, by_name: bool, make_dpo: Any, make_model: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = str(tmp_path / "model")
+    make_model().save_pretrained(path)
+    model = path if by_name else AutoModelForCausalLM.from_pretrained(path)
+    given = {"objective": objective, "model": model, "reference": False}
+    trainer = make_dpo(integration.FastDPOTrainer, **given)
+    assert (trainer.ref_model is not None) == loaded
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_missing_column_is_named(make_dpo: Any) -> None:
     with pytest.raises(ValueError, match="odpo needs the columns reward_margin of the data set"):
-        make(integration.FastDPOTrainer, objective="odpo")
+        make_dpo(integration.FastDPOTrainer, objective="odpo")
 
 
-def test_resumed_training_is_the_same_to_the_bit(make: Any, tmp_path: Path) -> None:
+def test_resumed_training_is_the_same_to_the_bit(make_dpo: Any, tmp_path: Path) -> None:
     """With the running mean of rewards, and momentum."""
     more = {
         "objective": "bco_pair",
@@ -155,12 +143,12 @@ def test_resumed_training_is_the_same_to_the_bit(make: Any, tmp_path: Path) -> N
         "max_steps": 4,
         "gradient_accumulation_steps": 2,
     }
-    whole = make(integration.FastDPOTrainer, **more)
+    whole = make_dpo(integration.FastDPOTrainer, **more)
     whole.train()
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     moments = state["stateful_callbacks"]["PreferenceLossState"]["attributes"]["moments"]
     assert moments["chosen"]["updates"] == 2 and moments["chosen"]["mean"] != 0
-    resumed = make(integration.FastDPOTrainer, **more)
+    resumed = make_dpo(integration.FastDPOTrainer, **more)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -169,10 +157,12 @@ def test_resumed_training_is_the_same_to_the_bit(make: Any, tmp_path: Path) -> N
     assert last[0]["loss"] == last[1]["loss"] and last[0]["grad_norm"] == last[1]["grad_norm"]
 
 
-def test_lora_on_the_head_trains(make: Any) -> None:
+def test_lora_on_the_head_trains(make_dpo: Any) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    trainer = make(integration.FastDPOTrainer, objective="dpo", reference=False, peft_config=config)
+    trainer = make_dpo(
+        integration.FastDPOTrainer, objective="dpo", reference=False, peft_config=config
+    )
     adapter = trainer.model.get_output_embeddings().lora_B["default"].weight
     trainer.train()
     assert adapter.abs().sum() > 0
@@ -181,7 +171,7 @@ def test_lora_on_the_head_trains(make: Any) -> None:
 
 
 @pytest.mark.heavy
-def test_lists_of_token_ids(make: Any) -> None:
+def test_lists_of_token_ids(make_dpo: Any) -> None:
     from datasets import Dataset
 
     rows = [
@@ -193,11 +183,11 @@ def test_lists_of_token_ids(make: Any) -> None:
         for i in range(8)
     ]
     data = Dataset.from_list(rows)
-    trainer = make(integration.FastDPOTrainer, objective="lipo", train_dataset=data)
+    trainer = make_dpo(integration.FastDPOTrainer, objective="lipo", train_dataset=data)
     trainer.train()
     assert all(entry["grad_norm"] > 0 for entry in trainer.state.log_history[:-1])
     with pytest.raises(ValueError, match="prompt_ids, completions_ids, of token ids; got prompt"):
-        make(integration.FastDPOTrainer, objective="lipo")
+        make_dpo(integration.FastDPOTrainer, objective="lipo")
 
 
 @pytest.mark.parametrize(
@@ -208,11 +198,16 @@ def test_lists_of_token_ids(make: Any) -> None:
         ({"objective": "no_such"}, ValueError, "no_such"),
         ({"objective": "simpo", "use_weighting": True}, ValueError, "use_weighting=True does not"),
         ({"objective": "wpo"}, ValueError, "wpo"),
+        (
+            {"objective": "simpo", "sync_ref_model": True},
+            ValueError,
+            "sync_ref_model=True does not",
+        ),
     ],
     ids=str,
 )
 def test_bad_arguments_are_refused(
-    arguments: dict[str, Any], error: type[Exception], said: str, make: Any
+    arguments: dict[str, Any], error: type[Exception], said: str, make_dpo: Any
 ) -> None:
     with pytest.raises(error, match=said):
-        make(integration.FastDPOTrainer, **arguments)
+        make_dpo(integration.FastDPOTrainer, **arguments)

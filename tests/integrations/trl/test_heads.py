@@ -2,7 +2,6 @@
 """Models whose head TRL has wrong or refuses, in TRL's trainers with ``fix_heads``."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.integrations import trl as integration
-from tests.integrations.trl.runs import ARGUMENTS, RELEASE
+from tests.integrations.trl.runs import RELEASE
 
 pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
 pytestmark = [
@@ -108,26 +107,9 @@ def test_unpatched_trainers_put_trl_heads(trl_utils: Any) -> None:
     assert trl_utils._ChunkedLogProbFunction is integration.LogProbAdapter
 
 
-@pytest.fixture
-def dpo(tmp_path: Path, tokenizer: Any, preferences: Any) -> Any:
-    from trl import DPOConfig, DPOTrainer
-
-    def make(model: Any, reference: Any, **more: Any) -> Any:
-        return DPOTrainer(
-            model=model,
-            ref_model=reference,
-            args=DPOConfig(output_dir=str(tmp_path), **{**ARGUMENTS, "beta": 0.5}),
-            train_dataset=preferences,
-            processing_class=tokenizer,
-            **more,
-        )
-
-    return make
-
-
-def test_dpo_trains_a_model_that_trl_has_wrong(trl_utils: Any, dpo: Any) -> None:
+def test_dpo_trains_a_model_that_trl_has_wrong(trl_utils: Any, make_dpo: Any) -> None:
     with integration.patched(fix_heads=True):
-        trainer = dpo(capped_model(), capped_model(seed=1))
+        trainer = make_dpo(model=capped_model(), reference=capped_model(seed=1))
         batch = next(iter(trainer.get_train_dataloader()))
         found = trainer.compute_ref_log_probs(trainer.ref_model, batch)
         trainer.train()
@@ -140,15 +122,15 @@ def test_dpo_trains_a_model_that_trl_has_wrong(trl_utils: Any, dpo: Any) -> None
     assert all(entry["grad_norm"] > 0 for entry in trainer.state.log_history[:-1])
 
 
-def test_dpo_trains_lora_on_the_head(trl_utils: Any, dpo: Any, make_model: Any) -> None:
+def test_dpo_trains_lora_on_the_head(trl_utils: Any, make_dpo: Any) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
     )
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
-        dpo(make_model(), None, peft_config=config)
+        make_dpo(reference=False, peft_config=config)
     with integration.patched(fix_heads=True):
-        trainer = dpo(make_model(), None, peft_config=config)
+        trainer = make_dpo(reference=False, peft_config=config)
         ids = torch.randint(3, VOCABULARY, (2, 12))
         trainer.model.eval()
         found = trainer.model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs

@@ -60,29 +60,8 @@ def test_patch_reaches_every_module_that_has_the_name(trl_utils: Any) -> None:
 @in_trainers
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sft"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_dpo(
-    loss: str,
-    architecture: str,
-    tmp_path: Path,
-    tokenizer: Any,
-    preferences: Any,
-    make_model: Any,
-    compare: Any,
-) -> None:
-    from trl import DPOConfig, DPOTrainer
-
-    arguments = {**ARGUMENTS, "beta": 0.5, "loss_type": [loss]}
-    compare(
-        lambda: through_head(
-            DPOTrainer(
-                model=make_model(architecture),
-                ref_model=make_model(architecture, seed=1),
-                args=DPOConfig(output_dir=str(tmp_path), **arguments),
-                train_dataset=preferences,
-                processing_class=tokenizer,
-            )
-        )
-    )
+def test_dpo(loss: str, architecture: str, make_dpo: Any, compare: Any) -> None:
+    compare(lambda: through_head(make_dpo(architecture=architecture, loss_type=[loss])))
 
 
 @in_trainers
@@ -103,27 +82,7 @@ def test_kto(tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, com
 
 
 @in_trainers
-def test_grpo(tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, compare: Any) -> None:
+def test_grpo(make_sampling: Any, compare: Any) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
-    def distinct_letters(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(set(completion))) for completion in completions]
-
-    make_model().save_pretrained(tmp_path / "model")
-    compare(
-        lambda: through_head(
-            GRPOTrainer(
-                model=str(tmp_path / "model"),
-                reward_funcs=distinct_letters,
-                args=GRPOConfig(
-                    output_dir=str(tmp_path),
-                    **ARGUMENTS,
-                    num_generations=2,
-                    max_completion_length=8,
-                    temperature=0.7,
-                ),
-                train_dataset=labelled.select_columns("prompt"),
-                processing_class=tokenizer,
-            )
-        )
-    )
+    compare(lambda: through_head(make_sampling(GRPOTrainer, GRPOConfig)))

@@ -11,7 +11,7 @@ import torch
 
 from fastpref.integrations import trl as integration
 from tests.integrations.conftest import WORDS
-from tests.integrations.trl.runs import ARGUMENTS
+from tests.integrations.trl.runs import ARGUMENTS, distinct_letters
 
 pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
 pytestmark = [
@@ -125,9 +125,6 @@ def test_online_dpo(
     compare_trainers: Any,
 ) -> None:
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
-    def distinct_letters(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(set(completion))) for completion in completions]
 
     def make(trainer: Any) -> Any:
         return trainer(

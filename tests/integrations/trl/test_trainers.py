@@ -18,64 +18,35 @@ pytestmark = [
 DPO_LOSSES = (*loss_types("pair"), "sft")
 
 
-@pytest.fixture
-def dpo(tmp_path: Path, tokenizer: Any, preferences: Any, make_model: Any) -> Any:
-    """``dpo(architecture, reference=True, peft_config=None, **arguments)`` makes a trainer.
-
-    The reference is another model than the policy, so that no metric starts at 0.
-    """
-    from trl import DPOConfig, DPOTrainer
-
-    def make(
-        architecture: str = "llama",
-        reference: bool = True,
-        peft_config: Any = None,
-        model: Any = None,
-        eval_dataset: Any = None,
-        **arguments: Any,
-    ) -> Any:
-        return DPOTrainer(
-            model=make_model(architecture) if model is None else model,
-            ref_model=make_model(architecture, seed=1) if reference else None,
-            args=DPOConfig(output_dir=str(tmp_path), **{**ARGUMENTS, "beta": 0.5, **arguments}),
-            train_dataset=preferences,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-        )
-
-    return make
-
-
 @pytest.mark.parametrize(
     "loss", [DPO_LOSSES[0], *(pytest.param(one, marks=pytest.mark.heavy) for one in DPO_LOSSES[1:])]
 )
-def test_dpo_loss(loss: str, dpo: Any, compare: Any) -> None:
+def test_dpo_loss(loss: str, make_dpo: Any, compare: Any) -> None:
     smoothing = 0.1 if loss in ("exo_pair", "robust", "aot") else 0.0
-    training = compare(lambda: dpo(loss_type=loss, label_smoothing=smoothing))
+    training = compare(lambda: make_dpo(loss_type=loss, label_smoothing=smoothing))
     logged = set(training.logs[0])
     assert {"loss", "grad_norm", "entropy", "logits/chosen", "mean_token_accuracy"} <= logged
     assert {"rewards/margins", "rewards/accuracies", "logps/rejected"} <= logged
 
 
 @pytest.mark.heavy
-def test_dpo_weighted_sum_of_losses(dpo: Any, compare: Any) -> None:
+def test_dpo_weighted_sum_of_losses(make_dpo: Any, compare: Any) -> None:
     losses = ["sigmoid", "bco_pair", "sft"]
-    compare(lambda: dpo(loss_type=losses, loss_weights=[0.8, 0.2, 1.0]))
+    compare(lambda: make_dpo(loss_type=losses, loss_weights=[0.8, 0.2, 1.0]))
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "cohere", "phi"])
-def test_dpo_of_other_heads(architecture: str, dpo: Any, compare: Any) -> None:
+def test_dpo_of_other_heads(architecture: str, make_dpo: Any, compare: Any) -> None:
     """Tied embeddings, a soft cap, a scale of the logits, a bias."""
-    compare(lambda: dpo(architecture))
+    compare(lambda: make_dpo(architecture=architecture))
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
-def test_dpo_f_divergence(divergence: str, dpo: Any, compare: Any) -> None:
+def test_dpo_f_divergence(divergence: str, make_dpo: Any, compare: Any) -> None:
     # A small beta: 1 - exp(-x) is large where the policy is far from its reference.
-    compare(lambda: dpo(f_divergence_type=divergence, f_alpha_divergence_coef=0.5, beta=0.05))
+    compare(lambda: make_dpo(f_divergence_type=divergence, f_alpha_divergence_coef=0.5, beta=0.05))
 
 
 @pytest.mark.heavy
@@ -84,24 +55,26 @@ def test_dpo_f_divergence(divergence: str, dpo: Any, compare: Any) -> None:
     [{"ld_alpha": 0.3}, {"use_weighting": True}, {"gradient_accumulation_steps": 2}],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_dpo_option(arguments: dict[str, Any], dpo: Any, compare: Any) -> None:
-    compare(lambda: dpo(**arguments))
+def test_dpo_option(arguments: dict[str, Any], make_dpo: Any, compare: Any) -> None:
+    compare(lambda: make_dpo(**arguments))
 
 
 @pytest.mark.heavy
-def test_dpo_with_precomputed_reference(dpo: Any, compare: Any) -> None:
-    compare(lambda: dpo(precompute_ref_log_probs=True))
+def test_dpo_with_precomputed_reference(make_dpo: Any, compare: Any) -> None:
+    compare(lambda: make_dpo(precompute_ref_log_probs=True))
 
 
 @pytest.mark.heavy
-def test_dpo_evaluation(dpo: Any, preferences: Any, compare: Any) -> None:
-    training = compare(lambda: dpo(eval_dataset=preferences, eval_strategy="steps", eval_steps=1))
+def test_dpo_evaluation(make_dpo: Any, preferences: Any, compare: Any) -> None:
+    training = compare(
+        lambda: make_dpo(eval_dataset=preferences, eval_strategy="steps", eval_steps=1)
+    )
     assert sum("eval_rewards/margins" in entry for entry in training.logs) == 3
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["head frozen", "head trained"])
-def test_dpo_with_lora(saved: list[str] | None, dpo: Any, compare: Any) -> None:
+def test_dpo_with_lora(saved: list[str] | None, make_dpo: Any, compare: Any) -> None:
     """The reference is the policy without its adapter."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
@@ -111,13 +84,13 @@ def test_dpo_with_lora(saved: list[str] | None, dpo: Any, compare: Any) -> None:
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    compare(lambda: dpo(reference=False, peft_config=config))
+    compare(lambda: make_dpo(reference=False, peft_config=config))
 
 
 @pytest.mark.heavy
-def test_dpo_under_autocast(dpo: Any, compare: Any) -> None:
+def test_dpo_under_autocast(make_dpo: Any, compare: Any) -> None:
     """Both heads multiply in bfloat16; TRL's also rounds the target's logit to it."""
-    compare(lambda: dpo(bf16=True), rtol=1e-2, atol=5e-2, update=2e-2)
+    compare(lambda: make_dpo(bf16=True), rtol=1e-2, atol=5e-2, update=2e-2)
 
 
 # Each step scores with policy and reference; kto estimates a KL divergence with both once more.
@@ -165,52 +138,16 @@ def test_sft(
     )
 
 
-def distinct_letters(completions: list[str], **_: Any) -> list[float]:
-    return [float(len(set(completion))) for completion in completions]
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("GRPO", {"beta": 0.1, "entropy_coef": 0.1}),
+        pytest.param("RLOO", {"beta": 0.1}, marks=pytest.mark.heavy),
+    ],
+)
+def test_sampling(name: str, arguments: dict[str, Any], make_sampling: Any, compare: Any) -> None:
+    """A temperature, and of GRPO an entropy bonus whose gradient passes through the head."""
+    import trl
 
-
-def test_grpo(tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, compare: Any) -> None:
-    """A temperature, and an entropy bonus whose gradient passes through the head."""
-    from trl import GRPOConfig, GRPOTrainer
-
-    make_model().save_pretrained(tmp_path / "model")
-    compare(
-        lambda: GRPOTrainer(
-            model=str(tmp_path / "model"),
-            reward_funcs=distinct_letters,
-            args=GRPOConfig(
-                output_dir=str(tmp_path),
-                **ARGUMENTS,
-                num_generations=2,
-                max_completion_length=8,
-                temperature=0.7,
-                beta=0.1,
-                entropy_coef=0.1,
-            ),
-            train_dataset=labelled.select_columns("prompt"),
-            processing_class=tokenizer,
-        )
-    )
-
-
-@pytest.mark.heavy
-def test_rloo(tmp_path: Path, tokenizer: Any, labelled: Any, make_model: Any, compare: Any) -> None:
-    from trl import RLOOConfig, RLOOTrainer
-
-    make_model().save_pretrained(tmp_path / "model")
-    compare(
-        lambda: RLOOTrainer(
-            model=str(tmp_path / "model"),
-            reward_funcs=distinct_letters,
-            args=RLOOConfig(
-                output_dir=str(tmp_path),
-                **ARGUMENTS,
-                num_generations=2,
-                max_completion_length=8,
-                temperature=0.7,
-                beta=0.1,
-            ),
-            train_dataset=labelled.select_columns("prompt"),
-            processing_class=tokenizer,
-        )
-    )
+    kind, config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    compare(lambda: make_sampling(kind, config, **arguments))

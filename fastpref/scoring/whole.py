@@ -18,8 +18,8 @@ _REMEDY = (
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Of one whose type is among ``PLAIN``: whether it has memory, which FSDP frees under views of a
-    flat parameter, and is not ``full_tensor()`` of a sharded one, in whose backward every rank
+    """Of one whose type is among ``PLAIN``: whether it has memory, which FSDP frees under the views
+    of a flat parameter, and is not ``full_tensor()`` of a sharded one, in whose backward every rank
     keeps its rows of its own gradient."""
     return not (_is_freed(tensor) or _is_gathered(tensor))
 

@@ -33,11 +33,14 @@ def _is_freed(tensor: Tensor) -> bool:
 def _is_gathered(tensor: Tensor) -> bool:
     """Whether nobody said what becomes of its gradient."""
     node = tensor.grad_fn
-    if node is None or type(node).__name__ != "_ToTorchTensorBackward":
-        return False
-    if getattr(node, "grad_placements", ()) is not None:
-        return False
-    return "Redistribute" in str(node.next_functions)  # to_local() has none before it
+    for _ in range(3):  # a cast or a view may have come after
+        if node is None or len(node.next_functions) != 1:
+            return False
+        if type(node).__name__ == "_ToTorchTensorBackward":
+            unsaid = getattr(node, "grad_placements", ()) is None
+            return unsaid and "Redistribute" in str(node.next_functions)  # not to_local()
+        node = node.next_functions[0][0]
+    return False
 
 
 def check_whole(name: str, tensor: Tensor, matrix: bool = True) -> None:

@@ -76,6 +76,10 @@ def fsdp2_gathered(mesh: Any) -> Tensor:
     return whole
 
 
+def fsdp2_cast(mesh: Any) -> Tensor:
+    return fsdp2_gathered(mesh).to(torch.bfloat16)
+
+
 def zero3(mesh: Any) -> Tensor:
     """With the fields that DeepSpeed puts on a partitioned parameter."""
     weight: Any = nn.Parameter(torch.randn(V, H))
@@ -89,6 +93,7 @@ def zero3(mesh: Any) -> Tensor:
 WAYS = {
     fsdp2: r"got a DTensor",
     fsdp2_gathered: r"got full_tensor\(\) of a DTensor.*grad_placements",
+    fsdp2_cast: r"got full_tensor\(\) of a DTensor.*grad_placements",
     zero3: r"got a partitioned ZeRO-3 parameter without data.*weight_context",
 }
 

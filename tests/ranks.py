@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of one gloo group that run a test's function on every rank: the fixture ``two_ranks``.
+"""Processes of one gloo group that run a test's function on every rank: the fixtures ``two_ranks``
+and ``four_ranks``.
 
-They are started once and serve every test of a pytest process, as importing torch takes seconds.
+They are started when a test first calls them, and serve every test of a pytest process, as
+importing torch takes seconds.
 """
 
 import faulthandler
@@ -21,6 +23,7 @@ from typing import Any
 
 COLLECTIVE = timedelta(seconds=60)  # after which gloo raises on the ranks that wait
 CALL = 120.0  # seconds
+START = 300.0  # in which processes import torch and meet, on a loaded machine
 
 
 class Ranks:
@@ -56,9 +59,13 @@ class Ranks:
             self._stop()
         if not self._processes:
             self._start()
+            self._returned(START)
         for connection in self._connections:
             connection.send_bytes(call)
-        returned, failed = self._answers()
+        return self._returned(self.timeout)
+
+    def _returned(self, timeout: float) -> list[Any]:
+        returned, failed = self._answers(timeout)
         if failed:
             self._stop()
             raise AssertionError("\n".join(f"rank {rank}: {failed[rank]}" for rank in failed))
@@ -89,11 +96,11 @@ class Ranks:
         if self._directory is not None:
             self._directory.cleanup()
 
-    def _answers(self) -> tuple[dict[int, Any], dict[int, str]]:
+    def _answers(self, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
         """What the ranks returned, and what became of those that returned nothing."""
         returned: dict[int, Any] = {}
         failed: dict[int, str] = {}
-        until = time.monotonic() + self.timeout
+        until = time.monotonic() + timeout
         while pending := [
             rank for rank in range(self._world) if rank not in returned and rank not in failed
         ]:
@@ -124,6 +131,7 @@ class Ranks:
 def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGTERM, chain=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
     import torch
     import torch.distributed as dist
 
@@ -135,6 +143,7 @@ def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
         world_size=world,
         timeout=COLLECTIVE,
     )
+    connection.send_bytes(pickle.dumps((True, None)))
     while True:
         try:
             call = connection.recv_bytes()

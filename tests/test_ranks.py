@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from tests.ranks import Ranks
 
@@ -63,6 +64,25 @@ def test_a_failure_is_reported_and_the_next_call_gets_a_fresh_pair(
         ranks(on_the_second, fault)
     assert not any(Path(f"/proc/{pid}").exists() for pid in before)
     assert not {pid for pid, _ in ranks(total, 1.0)} & set(before)
+
+
+def in_a_mesh(rank: int) -> tuple[float, float, str | None]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    sums = []
+    for name in ("dp", "tp"):
+        value = torch.tensor([10.0**rank], dtype=torch.float64)
+        dist.all_reduce(value, group=mesh.get_group(name))
+        sums.append(value.item())
+    return sums[0], sums[1], os.environ.get("OMP_NUM_THREADS")
+
+
+def test_four_make_a_mesh(four_ranks: Ranks) -> None:
+    assert four_ranks(in_a_mesh) == [
+        (101, 11, "1"),
+        (1010, 11, "1"),
+        (101, 1100, "1"),
+        (1010, 1100, "1"),
+    ]
 
 
 def test_a_pair_that_died_between_calls_is_replaced(ranks: Ranks) -> None:

@@ -70,20 +70,21 @@ def causal_lm(rank: int, how: str, fields: dict[str, Any]) -> None:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from tests.integrations.causal_lm.models import make
-    from tests.integrations.trl import test_sharded_heads as heads
+    from tests.integrations.trl.test_sharded_heads import patch_of, put_head
+    from tests.parallel import causal_lms as lms
 
     model = make(**fields)
-    heads.put_head(model, how)
+    put_head(model, how)
     engine = engine_of(rank, model)
     # By which transformers and TRL know of it; it is alive as long as something refers to it.
     known = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
-    items = heads.count() / 2
-    with heads.patch_of(how):
+    items = lms.count() / 2
+    with patch_of(how):
         for _ in range(2):
-            output = engine(**heads.own_part(rank), fused_lm_head=True, num_items_in_batch=items)
+            output = engine(**lms.own_part(rank), fused_lm_head=True, num_items_in_batch=items)
             found = gradients_of(engine, model, output.loss)
     del known
-    check(found, heads.expected("llama", **fields))
+    check(found, lms.expected("llama", **fields))
 
 
 @pytest.mark.parametrize("split", [2, 3])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..objectives.checks import no_tensor
+from ..scoring.whole import check_whole
 
 
 def check_head(
@@ -45,6 +46,7 @@ def _check_kinds(names: tuple[str, str, str], values: tuple[Tensor, Tensor, Tens
 
 
 def _check_weight(names: tuple[str, str, str], states: Tensor, weight: Tensor) -> None:
+    check_whole(names[1], weight)
     if weight.dim() != 2 or weight.shape[1] != states.shape[-1]:
         raise ValueError(
             f"{names[1]} must be (V, H) with H = {states.shape[-1]} of {names[0]}, got "

@@ -96,8 +96,10 @@ def preference_loss(
             policy finds likeliest).
         reduction: of the losses, over units.
         denominator: what the sum of the losses is divided by instead of their number, for
-            accumulation over several batches: the number of units in all of them. Objectives that
-            divide by the batch's scored tokens (``bnpo``, ``dapo``, ``cispo``, ``vespo``) take
+            accumulation over several batches: the number of units in all of them. A pipeline's
+            schedule cuts micro-batches from rows in their order, between pairs where these are
+            "interleaved"; "halves" would be cut apart. Objectives that divide by the batch's
+            scored tokens (``bnpo``, ``dapo``, ``cispo``, ``vespo``) take
             B N / n, with B rows and n tokens in this batch and N tokens in all.
         seq_group: process group over which the tokens of each row are spread, in any way:
             contiguous parts, the pairs of parts of ring attention, whole rows, none on some ranks.

@@ -20,6 +20,7 @@ from ..objectives.registry import extra_names, unset
 from ..scoring import ScoringOptions
 from ..scoring.head import Lora
 from ..scoring.validation import check_group
+from ..scoring.whole import check_whole
 from ..sequences.sums import check_boundaries
 from ..units.filling import check_extras
 from ..units.layouts import LayoutName
@@ -106,6 +107,8 @@ def check_kinds(given: Arguments) -> None:
         value = getattr(given, name)
         if not isinstance(value, Tensor) and (value is not None or name in ("target", "weight")):
             raise no_tensor(name, value, "use torch.tensor()")
+        if value is not None and name in ("weight", "ref_weight"):
+            check_whole(name, value)
     ref_logps = given.ref_logps
     if ref_logps is not None and not ref_logps.is_floating_point():
         raise TypeError(f"ref_logps must be floating point, got {ref_logps.dtype}")

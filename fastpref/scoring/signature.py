@@ -11,22 +11,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
 
 from .types import ScoringOptions
+from .whole import PLAIN, is_whole
 
 T = TypeVar("T")
 
 _VALUES = frozenset({int, float, bool, str, ScoringOptions})
-# Of others, fake and sharded ones among them, the type counts too.
-_TENSORS = frozenset({Tensor, Parameter})
 
 
 def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """None where an argument is neither an ordinary tensor with data nor a plain value, such as a
-    process group or a number of another library, or where something traces or transforms the
-    call."""
+    sharded parameter, a process group or a number of another library, or where something traces or
+    transforms the call."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     found: list[Any] = [torch.is_grad_enabled()]
@@ -38,7 +35,7 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
         # The type beside the value: 1 and True are equal.
         if kind in _VALUES:
             found += name, kind, one
-        elif kind in _TENSORS and not one.is_meta:
+        elif kind in PLAIN and not one.is_meta and is_whole(one):
             device = one.device
             found += name, kind, one.shape, one.dtype, device, one.layout, one.requires_grad
         elif kind is tuple and all(type(part) in _VALUES for part in one):

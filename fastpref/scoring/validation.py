@@ -15,6 +15,7 @@ from torch import Tensor
 from ..objectives.checks import as_python, closest, hint, is_integer, is_number, no_tensor
 from .statistics import OUTPUTS
 from .types import DEFAULT_OPTIONS, DTYPES, LogitMap, ScoringOptions
+from .whole import check_whole
 
 LEAST, MOST = 1e-15, 1e15
 
@@ -47,7 +48,13 @@ def _check_tensors(
             continue
         if not isinstance(tensor, Tensor):
             raise no_tensor(name, tensor)
-        _check_whole(name, tensor)
+        if name != hidden_name:
+            check_whole(name, tensor, matrix=name == weight_name)
+        elif type(tensor).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor() where "
+                f"all ranks score the same tokens, {name}.to_local() where each has its own"
+            )
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be dense, got {tensor.layout}; use {name}.to_dense()")
         if tensor.dtype not in DTYPES:
@@ -98,22 +105,6 @@ def _remedy(dtype: torch.dtype, is_weight: bool) -> str:
     if quantised and not dtype.is_complex and dtype != torch.bool:
         return "dequantise it first: its values mean nothing without the scales beside them"
     return "cast it first"
-
-
-def _check_whole(name: str, tensor: Tensor) -> None:
-    """A sharded parameter silently gives wrong gradients in a functional call."""
-    remedy = (
-        "run the loss inside the forward of the module that owns it, or gather it first; "
-        "for a vocabulary-sharded head pass the local shard with tp_group"
-    )
-    if type(tensor).__name__ == "DTensor":
-        raise ValueError(
-            f"{name} must be a plain tensor, got a DTensor (sharded parameter); {remedy}"
-        )
-    if getattr(tensor, "ds_status", None) is not None and tensor.numel() == 0:
-        raise ValueError(
-            f"{name} must be whole, got a partitioned ZeRO-3 parameter without data; {remedy}"
-        )
 
 
 def _check_target(target: Tensor, hidden: Tensor) -> None:
@@ -187,7 +178,7 @@ def _check_lora(lora: Any, weight: Tensor, prefix: str) -> None:
     for name, tensor in (("A", a), ("B", b)):
         if not isinstance(tensor, Tensor):
             raise no_tensor(f"{own}'s {name}", tensor)
-        _check_whole(f"{own}'s {name}", tensor)
+        check_whole(f"{own}'s {name}", tensor)
         if tensor.dtype not in DTYPES or tensor.device != weight.device:
             raise TypeError(
                 f"{own}'s {name} must be floating point on {weight.device}, where {prefix}weight "
@@ -254,6 +245,8 @@ def check_two_heads(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise no_tensor(name, tensor)
+        if name.endswith("weight"):
+            check_whole(name, tensor)
         if tensor.dim() < 1 or (name.endswith("weight") and not tensor.numel()):
             wanted = "rows and columns" if name.endswith("weight") else "a last dimension"
             raise ValueError(f"{name} must have {wanted}, got shape {tuple(tensor.shape)}")

@@ -108,8 +108,8 @@ def arrange(
         )
     if rows % 2:
         raise ValueError(
-            f"layout={layout!r} makes pairs of an even number of rows, got {rows}; pass a (P, 2) "
-            "tensor of rows where some are in no pair"
+            f"layout={layout!r} makes pairs of an even number of rows, got {rows}; cut "
+            "micro-batches between pairs, and pass a (P, 2) tensor of rows where some are in none"
         )
     return Halves() if layout == "halves" else Interleaved()
 
@@ -139,8 +139,9 @@ def _lists(
         raise ValueError(f"{name} compares lists: pass layout='groups' and group_size")
     if rows % group_size:
         raise ValueError(
-            f"group_size must divide the number of rows, got {group_size} and {rows} rows; fill "
-            "short lists up and pass extras={'mask': ...}, False for what is filled in"
+            f"group_size must divide the number of rows, got {group_size} and {rows} rows; cut "
+            "micro-batches between lists, fill short ones up and pass extras={'mask': ...}, False "
+            "for what is filled in"
         )
     return Lists(int(group_size))
 

@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ...preference import explain
 from ...scoring import Plan, ScoringOptions, WeightContext, linear_logprob
 from .budget import default_budget
 from .library import trl_utils
+from .sharding import with_mean_gradient
 
 logger = logging.getLogger("fastpref")
 
@@ -74,6 +75,7 @@ class LogProbAdapter:
                 "This TRL may be newer than this fastpref: upgrade fastpref, or call "
                 "fastpref.integrations.trl.unpatch()"
             )
+        weight, bias = cast(Tensor, with_mean_gradient(weight)), with_mean_gradient(bias)
         given: dict[str, Any] = {
             "bias": bias,
             "ignore_index": -1,  # no token: TRL has put 0 where it does not score

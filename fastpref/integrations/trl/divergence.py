@@ -11,10 +11,10 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ...scoring import linear_divergence, linear_logprob
 from .adapters import products_in_hidden_dtype
+from .sharding import gathered
 
 logger = logging.getLogger("fastpref")
 
@@ -55,10 +55,6 @@ def divergence_supported(given: dict[str, Any]) -> str | None:
         student, teacher = given[f"student_{name}"], given[f"teacher_{name}"]
         if student != teacher:
             return f"{name} is {student} of the student and {teacher} of the teacher"
-    if isinstance(given["student_lm_head_weight"], DTensor):
-        return "the student's head is sharded (FSDP2)"
-    if isinstance(given["teacher_lm_head_weight"], DTensor):
-        return "the teacher's head is sharded (FSDP2)"
     deepspeed = importlib.import_module("transformers.integrations.deepspeed")
     if deepspeed.is_deepspeed_zero3_enabled():
         return "heads are partitioned (ZeRO-3)"
@@ -66,8 +62,17 @@ def divergence_supported(given: dict[str, Any]) -> str | None:
 
 
 def _loss(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = given["student_hidden_states"], given["student_lm_head_weight"]
-    bias, beta = given["student_lm_head_bias"], given["beta"]
+    hidden, beta = given["student_hidden_states"], given["beta"]
+    weight, bias, teacher_weight, teacher_bias = (
+        gathered(given[name])
+        for name in (
+            "student_lm_head_weight",
+            "student_lm_head_bias",
+            "teacher_lm_head_weight",
+            "teacher_lm_head_bias",
+        )
+    )
+    weight, teacher_weight = cast(Tensor, weight), cast(Tensor, teacher_weight)
     mask = given["completion_mask"] != 0
     head = {
         "temperature": given["temperature"],
@@ -82,12 +87,12 @@ def _loss(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
             hidden,
             weight,
             given["teacher_hidden_states"],
-            given["teacher_lm_head_weight"],
+            teacher_weight,
             mask,
             divergence=kind,
             beta=beta,
             student_bias=bias,
-            teacher_bias=given["teacher_lm_head_bias"],
+            teacher_bias=teacher_bias,
             **head,
         )
         with torch.no_grad():

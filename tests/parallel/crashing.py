@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of two processes that train under DDP: ``python -m tests.parallel.crashing RANK STORE HOW``.
+In its second step rank 1 raises in the loss, or is killed in backward."""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.parallel.policies import PAIRS, make_policy, rows_of, whole_batch
+
+TIMEOUT = 30.0  # seconds, of the process group
+
+
+def kill(gradient: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(rank: int, store: str, how: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, 2),
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+    policy = make_policy()
+    module = DistributedDataParallel(policy)
+    part = rows_of(whole_batch(), rank * PAIRS // 2, (rank + 1) * PAIRS // 2)
+    module(part, denominator=PAIRS / 2).backward()
+    print("a step", flush=True)
+    if rank == 1 and how == "raises":
+        part["labels"] = part["labels"].float()
+    if rank == 1 and how == "killed":
+        policy.norm.weight.register_hook(kill)
+    began = time.monotonic()
+    try:
+        module(part, denominator=PAIRS / 2).backward()
+    except RuntimeError as error:
+        print(f"after {time.monotonic() - began:.1f} s: {error}", flush=True)
+        raise
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

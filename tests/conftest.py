@@ -66,6 +66,15 @@ def two_ranks():
         yield ranks
 
 
+@pytest.fixture(scope="session")
+def four_ranks():
+    """``two_ranks``, of four."""
+    from tests.ranks import Ranks
+
+    with Ranks(4) as ranks:
+        yield ranks
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

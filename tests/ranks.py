@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of one gloo group that run a test's function on every rank: the fixture ``two_ranks``.
+"""Processes of one gloo group that run a test's function on every rank: the fixtures ``two_ranks``
+and ``four_ranks``.
 
-They are started once and serve every test of a pytest process, as importing torch takes seconds.
+Where the machine has a GPU for each, CUDA tensors go by NCCL; ``device()`` is a rank's own.
+They are started when a test first calls them, and serve every test of a pytest process, as
+importing torch takes seconds.
 """
 
 import faulthandler
@@ -17,10 +20,39 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 COLLECTIVE = timedelta(seconds=60)  # after which gloo raises on the ranks that wait
 CALL = 120.0  # seconds
+START = 300.0  # in which processes import torch and meet, on a loaded machine
+
+
+def backends(gpus: int, world: int) -> str:
+    """Of a group of ``world`` ranks, each of which takes a GPU of its own where there are as
+    many."""
+    return "cpu:gloo,cuda:nccl" if gpus >= world else "gloo"
+
+
+def device() -> "torch.device":
+    """Where a rank's tensors are to be."""
+    import torch
+    import torch.distributed as dist
+
+    if "nccl" in dist.get_backend_config():
+        return torch.device("cuda", dist.get_rank())
+    return torch.device("cpu")
+
+
+def on_host(value: Any) -> Any:
+    """What a rank returns: the GPU of another process is none of the test's."""
+    if isinstance(value, dict):
+        return {key: on_host(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(on_host, value))
+    return value.cpu() if hasattr(value, "cpu") else value
 
 
 class Ranks:
@@ -56,9 +88,13 @@ class Ranks:
             self._stop()
         if not self._processes:
             self._start()
+            self._returned(START)
         for connection in self._connections:
             connection.send_bytes(call)
-        returned, failed = self._answers()
+        return self._returned(self.timeout)
+
+    def _returned(self, timeout: float) -> list[Any]:
+        returned, failed = self._answers(timeout)
         if failed:
             self._stop()
             raise AssertionError("\n".join(f"rank {rank}: {failed[rank]}" for rank in failed))
@@ -89,11 +125,11 @@ class Ranks:
         if self._directory is not None:
             self._directory.cleanup()
 
-    def _answers(self) -> tuple[dict[int, Any], dict[int, str]]:
+    def _answers(self, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
         """What the ranks returned, and what became of those that returned nothing."""
         returned: dict[int, Any] = {}
         failed: dict[int, str] = {}
-        until = time.monotonic() + self.timeout
+        until = time.monotonic() + timeout
         while pending := [
             rank for rank in range(self._world) if rank not in returned and rank not in failed
         ]:
@@ -124,17 +160,22 @@ class Ranks:
 def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGTERM, chain=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gpus = torch.cuda.device_count()
+    if gpus >= world:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backends(gpus, world),
         store=dist.FileStore(store, world),
         rank=rank,
         world_size=world,
         timeout=COLLECTIVE,
     )
+    connection.send_bytes(pickle.dumps((True, None)))
     while True:
         try:
             call = connection.recv_bytes()
@@ -143,7 +184,7 @@ def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
         try:
             function, args = pickle.loads(call)
             torch.manual_seed(0)
-            answer = pickle.dumps((True, function(rank, *args)))
+            answer = pickle.dumps((True, on_host(function(rank, *args))))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)

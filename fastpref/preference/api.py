@@ -28,7 +28,7 @@ from ..units.loss import LossReduction
 from .arguments import Arguments
 from .plan import PreferencePlan, in_two_passes, plan_task
 from .result import result_of
-from .task import Task, make_task
+from .task import Task, compare_ranks, make_task
 
 
 def preference_loss(
@@ -60,14 +60,17 @@ def preference_loss(
     options: ScoringOptions | None = None,
     lora: Lora | None = None,
     ref_lora: Lora | None = None,
+    vocab_range: tuple[int, int] | None = None,
+    reduce_hidden_grad: bool = True,
     **hyperparameters: Any,
 ) -> PreferenceOutput:
     """The preference loss of a batch, from the hidden states that its head would take.
 
     Args:
         hidden: (B, T, H), or packed (N, H) or (1, N, H) with ``cu_seqlens``.
-        weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, options: as
-            in ``linear_logprob``. The reference is scored at the same temperature.
+        weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, vocab_range,
+            reduce_hidden_grad, options: as in ``linear_logprob``. The reference is scored at the
+            same temperature, and its head holds the same ids.
         target: (B, T), or packed (N,) or (1, N); int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there
@@ -95,7 +98,13 @@ def preference_loss(
             accumulation over several batches: the number of units in all of them. Objectives that
             divide by the batch's scored tokens (``bnpo``, ``dapo``, ``cispo``, ``vespo``) take
             B N / n, with B rows and n tokens in this batch and N tokens in all.
-        seq_group: process group over which the tokens of each row are spread.
+        seq_group: process group over which the tokens of each row are spread, in any way:
+            contiguous parts, the pairs of parts of ring attention, whole rows, none on some ranks.
+            Every rank passes its own tokens of all B rows, in the same order, and everything that
+            is one a row alike. Shift before you spread: ``target`` of a rank's last token is the
+            first token of the next part. A rank's gradients are those of its own tokens: those of
+            the head and the model add up over the group (where DDP or FSDP average over it,
+            multiply the loss by its size). Not for objectives of tokens.
         dp_group: process group of batch-wide statistics. Its ranks hold any number of rows each,
             none too, and every one of them must make the call, and run backward. With
             ``reduction="sum"`` the ranks' losses add up to that of one process with the whole
@@ -121,6 +130,7 @@ def preference_loss(
 def _run(task: Task) -> PreferenceOutput:
     if needs_operators(task.given.hidden):
         return _traced(task)
+    compare_ranks(task)
     call = plan_task(task)
     reference = None
     if task.reference is not None and call.reference is not None:

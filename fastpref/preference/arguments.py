@@ -70,13 +70,16 @@ class Arguments:
     options: ScoringOptions | None
     lora: Lora | None
     ref_lora: Lora | None
+    vocab_range: tuple[int, int] | None
+    reduce_hidden_grad: bool
     hyperparameters: Mapping[str, Any]
 
     @property
     def scoring(self) -> dict[str, Any]:
         """What policy and reference are both scored with, as keywords of ``ask``."""
-        names = ("ignore_index", "temperature", "logit_scale", "softcap", "tp_group", "options")
-        return {name: getattr(self, name) for name in names}
+        names = ("ignore_index", "temperature", "logit_scale", "softcap", "options")
+        ranks = ("tp_group", "vocab_range", "reduce_hidden_grad")
+        return {name: getattr(self, name) for name in names + ranks}
 
     def are_sums(self, batch: Batch) -> bool:
         """Whether ``ref_logps`` are one number a row, and not one a token."""
@@ -142,9 +145,11 @@ def check_rows(given: Arguments, objective: Objective) -> None:
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, target.shape[0])
     if objective.unit == "token" and (cu_seqlens is not None or given.seq_group is not None):
-        name = "cu_seqlens" if cu_seqlens is not None else "seq_group"
+        name, remedy = "cu_seqlens", "pad the batch"
+        if cu_seqlens is None:
+            name, remedy = "seq_group", "gather each row's hidden states on one rank"
         raise ValueError(
-            f"{objective.name} works on tokens of padded (B, T) rows, got {name}; pad the batch"
+            f"{objective.name} works on tokens of padded (B, T) rows, got {name}; {remedy}"
         )
     if token_weights is not None and token_weights.shape != target.shape:
         raise ValueError(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective
+from ..scoring.agreement import Own, agree, compare, refused_together
 from ..scoring.api import Asked, ask
 from ..scoring.request import make_request
 from ..scoring.rules.compared import WithDivergence, WithMixture
 from ..scoring.rules.scores import Scores
-from ..scoring.vocab_parallel import shard_range
 from ..units.configuration import configure, traced_units
 from ..units.filling import to_be_filled
 from ..units.layouts import Arrangement, arrange
@@ -54,8 +54,11 @@ class Task:
     @property
     def vocabulary_size(self) -> int:
         """Of all ranks together."""
-        hidden, head = self.main.models[0]
-        return shard_range(head.form.group, head.weight.shape[0], hidden.device).total
+        head = self.main.models[0].head
+        group, own = head.form.group, Own(head.columns, head.form.start)
+        if group is None:
+            return head.columns
+        return agree(group, head.weight, own, {"taken of it": "vocabulary size"}).shard.total
 
 
 def make_task(given: Arguments) -> Task:
@@ -64,6 +67,34 @@ def make_task(given: Arguments) -> Task:
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
+    with (
+        refused_together(given.dp_group, "dp_group"),
+        refused_together(given.seq_group, "seq_group"),
+        refused_together(given.tp_group),
+    ):
+        return _made(given)
+
+
+def compare_ranks(task: Task) -> None:
+    """Raise on every rank where those of ``seq_group`` or ``dp_group`` make different calls."""
+    given, device = task.given, task.batch.target.device
+    common: dict[str, object] = {
+        "objective": task.objective.name,
+        "reduction": given.reduction,
+    }
+    compare(given.dp_group, "dp_group", common, {}, device)
+    common |= {
+        "layout": given.layout if isinstance(given.layout, str) else "indices",
+        "outputs": tuple(given.outputs),
+        "cu_seqlens": given.cu_seqlens is not None,
+        "ref_logps and ref_hidden": (given.ref_logps is not None, given.ref_hidden is not None),
+        "token_weights": given.token_weights is not None,
+        "dtype": task.main.request.dtype,
+    }
+    compare(given.seq_group, "seq_group", common, {"rows": task.batch.rows}, device)
+
+
+def _made(given: Arguments) -> Task:
     check_kinds(given)
     check_hyperparameters(given)
     given = flattened(given)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import operators, straight
+from .agreement import refused_together
 from .autograd import Outputs
 from .head import Form, Head, Lora, Model, WeightContext, opened
 from .packing import Packing
@@ -16,6 +17,7 @@ from .request import Call, Planned, Request, make_model, make_request, plan_targ
 from .restricted import restricted_scores
 from .rules import Rule
 from .rules.scores import Scores
+from .sharded import local_parts
 from .signature import Kept, signature_of
 from .statistics import DIFFERENTIABLE, TokenScores
 from .temperature import check_temperature
@@ -41,6 +43,7 @@ def linear_logprob(
     lora: Lora | None = None,
     weight_context: WeightContext | None = None,
     restrict_to: Tensor | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> TokenScores:
     """Per-token log-probabilities of a linear head, without ever holding the (tokens, vocabulary)
     logits.
@@ -73,9 +76,13 @@ def linear_logprob(
             does their gradient: label smoothing by s is ``-(1 - s) logp - s (mean_logits - lse)``.
         tp_group: process group over which the vocabulary is sharded, in rank order; ``weight`` and
             ``bias`` are the local shard, ``hidden`` and ``target`` (global ids) are the same on
-            every rank. Gradients of hidden are summed over the group.
+            every rank. Gradients of hidden are summed over the group. Weight and bias may be
+            DTensors, Shard(0) over exactly these ranks, and hidden one of Replicate(). Ranks
+            compare what decides how they run once for each weight and signature, and all raise
+            where they differ; see "Several ranks" in fastpref/scoring/README.md.
         vocab_range: vocabulary ids [start, stop) of the weight's rows; rows beyond stop - start
-            (padding) take no part. None: all rows, shards in rank order.
+            (padding) take no part. None: all rows, shards in rank order. Ranks of ``tp_group`` must
+            hold ranges that follow on one another, in any order.
         options: see ScoringOptions.
         lora: (A, B, scale), A (r, H), B (V, r): the head's weight is weight + scale B A, which is
             never formed. Gradients go to A and B; ``weight`` must not need one. Costs a copy of the
@@ -91,6 +98,8 @@ def linear_logprob(
             counted once. A target that is not among them, or an id of V or more, gives NaN without
             gradient in its row. All outputs but ``log_sum_sq_probs`` and ``is_top1`` are
             differentiable.
+        reduce_hidden_grad: with ``tp_group``, whether gradients of hidden, and of A of a ``lora``,
+            are summed over it. False leaves each rank its own part, for a framework that sums them.
 
     Returns:
         TokenScores, tensors shaped like ``target``, float32 (float64 for float64 products), 0 at
@@ -167,6 +176,30 @@ def ask(
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
+    with refused_together(head.get("tp_group")):
+        return _asked(
+            *local_parts(hidden, weight, head),
+            target,
+            ignore_index=ignore_index,
+            outputs=outputs,
+            differentiable=differentiable,
+            options=options,
+            temperature=temperature,
+        )
+
+
+def _asked(
+    hidden: Tensor,
+    weight: Tensor,
+    head: dict[str, Any],
+    target: Tensor,
+    *,
+    ignore_index: int,
+    outputs: tuple[str, ...],
+    differentiable: tuple[str, ...],
+    options: ScoringOptions | None,
+    temperature: float | Tensor,
+) -> Asked:
     by_row = temperature if isinstance(temperature, Tensor) else None
     number = 1.0 if isinstance(temperature, Tensor) else temperature
 

@@ -198,7 +198,7 @@ def row_gradients(
     call: Call, gradient: Tensor, rows: Tensor, model: Model
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient at wide ``rows`` -> at hidden's rows, and at the update's A."""
-    own = vocab_parallel.sum_over_ranks(gradient, call.group)
+    own = vocab_parallel.sum_over_ranks(gradient, call.reducing_group)
     return model.head.narrowed(own, rows, call.plan.product_room)
 
 

@@ -105,7 +105,9 @@ def _through_logits(
         d_hidden = _combined(run, kept.direct, factors)
         without = ~active_rows(upstream)[:, None]
         return Gradients(d_hidden.masked_fill_(without, 0), None, None)
-    active = _indices_of_active(upstream) if hidden.device.type == "cpu" else None
+    # Two heads side by side have collectives in backward, which must not depend on what is 0.
+    skips = hidden.device.type == "cpu" and (run.heads.group is None or run.rule.models == 1)
+    active = _indices_of_active(upstream) if skips else None
     gradients = _products(run, rows, kept, upstream, active, onto)
     if gradients.hidden is None or active is None:
         return gradients

@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives.checks import hint, is_integer, is_number
+from .agreement import Own, agree, refused_together
 from .api import Asked, run
 from .backends.divergences import DIVERGENCES, unavailable_reason
 from .head import Lora
 from .plan import Plan
 from .request import make_model, make_request
 from .rules.divergence import Divergence
+from .sharded import local_parts
 from .types import ScoringOptions
 from .validation import check_two_heads, check_vocab_range
-from .vocab_parallel import shard_sizes
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "bhattacharyya", "cosine"]
 
@@ -47,6 +48,7 @@ def linear_divergence(
     tp_group: dist.ProcessGroup | None = None,
     vocab_range: tuple[int, int] | None = None,
     options: ScoringOptions | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> Tensor:
     """The divergence of a student's distribution over the vocabulary from a teacher's, per token,
     without ever holding the (tokens, vocabulary) logits of either.
@@ -80,6 +82,7 @@ def linear_divergence(
             in no divergence either.
         tp_group, vocab_range: as there, of both weights, which hold the same ids on each rank; with
             ``vocab_size`` those of them below it, of which each rank must hold some.
+        reduce_hidden_grad: as there, of student_hidden.
         options: see ScoringOptions; products run in the wider dtype of the two models.
 
     Returns:
@@ -95,7 +98,9 @@ def linear_divergence(
         RuntimeError: on a second derivative, and on one in forward mode.
         torch.OutOfMemoryError: where 64 rows at a time do not fit.
     """
-    asked, target = _ask(**locals())  # here the arguments alone, by name
+    arguments = locals()  # here those alone, by name
+    with refused_together(tp_group):
+        asked, target = _ask(**arguments)
     (value,) = run(asked, target)
     if value is None:
         raise RuntimeError("no divergence was asked for")
@@ -149,6 +154,16 @@ def _ask(
     _check_beta(beta)
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"
+    (student_hidden, student_weight, student), (teacher_hidden, teacher_weight, teacher) = (
+        local_parts(
+            hidden, weight, {"bias": bias, "lora": lora, "vocab_range": vocab_range} | shared, name
+        )
+        for name, hidden, weight, bias, lora in (
+            ("student_", student_hidden, student_weight, student_bias, student_lora),
+            ("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_lora),
+        )
+    )
+    vocab_range = student["vocab_range"]
     check_two_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, mask)
     shape = student_hidden.shape[:-1]
     target = student_hidden.new_full(shape, SCORED, dtype=torch.int64)
@@ -167,17 +182,15 @@ def _ask(
         held = min(columns, others)
         if vocab_range is not None:
             check_vocab_range(vocab_range, held)
-        common = _ids_below(
-            vocab_size, vocab_range, held, shared["tp_group"], student_hidden.device
-        )
+        common = _ids_below(vocab_size, vocab_range, held, shared["tp_group"], student_weight)
     models, recording = [], torch.is_grad_enabled()
-    for prefix, hidden, weight, bias, lora in (
-        ("student_", student_hidden, student_weight, student_bias, student_lora),
-        ("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_lora),
+    for prefix, hidden, weight, head in (
+        ("student_", student_hidden, student_weight, student),
+        ("teacher_", teacher_hidden, teacher_weight, teacher),
     ):
-        own: dict[str, Any] = {"bias": bias, "lora": lora, "vocab_range": common, "prefix": prefix}
+        own = head | {"vocab_range": common, "prefix": prefix}
         with torch.set_grad_enabled(recording and prefix == "student_"):
-            models.append(make_model(hidden, weight, target, **own, **shared))
+            models.append(make_model(hidden, weight, target, **own))
     models[1] = models[1].detached()
     request = make_request(models, ignore_index=IGNORED, options=options)
     if request.options.schedule == "batches":
@@ -196,7 +209,7 @@ def _ids_below(
     ids: tuple[int, int] | None,
     columns: int,
     group: dist.ProcessGroup | None,
-    device: torch.device,
+    weight: Tensor,
 ) -> tuple[int, int]:
     """Those of ``ids``; None: of the ``columns`` held here, and of all ranks' in their order.
 
@@ -212,8 +225,8 @@ def _ids_below(
     elif group is not None:
         if torch.compiler.is_compiling():
             raise ValueError("vocab_size under tp_group is not traced without vocab_range: pass it")
-        sizes = shard_sizes(group, columns, device)
-        start = sum(sizes[: dist.get_rank(group)])
+        agreed = agree(group, weight, Own(columns), {"vocab_size": vocab_size})
+        sizes, start = agreed.columns, agreed.shard.start
         stop = start + columns
         # The same on all ranks, so that none goes on alone.
         least, most = sum(sizes[:-1]) + 1, sum(sizes)

@@ -30,6 +30,14 @@ WeightContext = Callable[[Tensor, Tensor | None], AbstractContextManager[Any]]
 Lora = tuple[Tensor, Tensor, float]  # A (r, H), B (V, r), scale
 
 
+class Sharding(NamedTuple):
+    """Whose ranks hold rows of a head each, and whether gradients of hidden are summed over them
+    here."""
+
+    group: dist.ProcessGroup
+    reduces: bool = True
+
+
 class Shard(NamedTuple):
     """The columns of the vocabulary that this rank holds, of those that all hold in rank order."""
 
@@ -54,8 +62,18 @@ class Form:
     columns: int | None = None  # rows of the weight in use; None: all
     start: int | None = None  # first vocabulary id of the weight; None: shards in rank order
     lora_scale: float = 0.0
-    group: dist.ProcessGroup | None = None  # over which the vocabulary is sharded
+    sharding: Sharding | None = None  # of the vocabulary
     context: WeightContext | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Over which the vocabulary is sharded."""
+        return None if self.sharding is None else self.sharding.group
+
+    @property
+    def reducing_group(self) -> dist.ProcessGroup | None:
+        """Over which gradients of hidden are summed here."""
+        return self.group if self.sharding is not None and self.sharding.reduces else None
 
 
 class Head(NamedTuple):

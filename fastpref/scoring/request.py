@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import backends, scaled, vocab_parallel
+from . import backends, scaled
+from .agreement import Agreed, Own, agree
 from .backends import RowBackend
 from .backends.choice import Size
 from .backends.tiled import Tiled
-from .head import Form, Head, Lora, Model, Shard, Sizes, WeightContext
+from .head import Form, Head, Lora, Model, Shard, Sharding, Sizes, WeightContext
 from .mean_logit import MeanRow
 from .memory import total_memory
 from .packing import Packing, pack, pack_whole
@@ -34,6 +35,7 @@ from .types import ScoringOptions, in_dtype, statistics_dtype
 from .validation import (
     check_map,
     check_model,
+    check_reduction_of_hidden,
     check_request,
 )
 
@@ -82,6 +84,11 @@ class Call(NamedTuple):
     @property
     def group(self) -> dist.ProcessGroup | None:
         return self.forms[0].group
+
+    @property
+    def reducing_group(self) -> dist.ProcessGroup | None:
+        """Over which gradients of hidden are summed here."""
+        return self.forms[0].reducing_group
 
     def heads(self, models: Sequence[Model], mean: MeanRow | None = None) -> Heads:
         """What multiplies and reduces the rows of ``models``, the first ones of the call; ``mean``
@@ -138,6 +145,7 @@ def make_model(
     lora: Lora | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_range: tuple[int, int] | None = None,
+    reduce_hidden_grad: bool = True,
     weight_context: WeightContext | None = None,
     prefix: str = "",
 ) -> Model:
@@ -148,13 +156,14 @@ def make_model(
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
     check_model(hidden, weight, target, bias, lora, tp_group, vocab_range, prefix)
+    check_reduction_of_hidden(reduce_hidden_grad)
     a, b, scale = (None, None, 0.0) if lora is None else lora
     form = Form(
         map=check_map(temperature, logit_scale, softcap),
         columns=None if vocab_range is None else int(vocab_range[1] - vocab_range[0]),
         start=None if vocab_range is None else int(vocab_range[0]),
         lora_scale=float(scale),
-        group=tp_group,
+        sharding=None if tp_group is None else Sharding(tp_group, reduce_hidden_grad),
         context=weight_context,
     )
     return Model(hidden, Head(weight, bias, a, b, form))
@@ -248,13 +257,10 @@ def _planned(
     """``by_row`` says that rows have maps of their own."""
     device = models[0].hidden.device
     forms = tuple(model.head.form for model in models)
-    shards = tuple(
-        vocab_parallel.shard_range(form.group, form.columns or model.head.weight.shape[0], device)
-        for form, model in zip(forms, models, strict=True)
-    )
+    agreed = _agreed(request, rule, models, by_row, scored)
     sizes = tuple(model.head.sizes(request.dtype) for model in models)
     # Each chunk of rows has its collectives: all ranks must cut their rows alike.
-    widest, sharded = shards[0].widest, forms[0].group is not None
+    widest, sharded = agreed.shard.widest, forms[0].group is not None
     heavy = rule.statistics or forms[0].map.cap != 0
     # Ranks may have been tuned apart, and their plans must agree. What is tuned is the product of
     # one head.
@@ -264,11 +270,45 @@ def _planned(
     if by_row and backend == "triton":
         # Its fused kernels take one map for all rows.
         backend, _ = backends.next_tier(backend, device.type)
-    widens = slow_reason(request.dtype, device) is not None
     capped = forms[0].map.cap != 0
     problem = sizes, scored, widest, sharded, capped, active
-    plan = _plan(request, rule, *problem, backend, device, widens)
-    return Planned(forms, shards, plan, _is_straight(request, rule, models, plan) and not by_row)
+    plan = _plan(request, rule, *problem, backend, device, agreed)
+    straight = _is_straight(request, rule, models, plan) and not by_row
+    return Planned(forms, (agreed.shard,) * len(models), plan, straight)
+
+
+def _agreed(
+    request: Request, rule: Rule, models: Sequence[Model], by_row: bool, scored: int
+) -> Agreed:
+    """What all ranks have, or this one alone where the vocabulary is not sharded. Several heads
+    hold the same ids on each rank."""
+    hidden, head = models[0]
+    form, device = head.form, hidden.device
+    memory = total_memory(device)
+    own = Own(head.columns, form.start, memory, slow_reason(request.dtype, device) is not None)
+    if form.group is None:
+        return Agreed.alone(own)
+    common: dict[str, object] = {
+        "options": request.options,
+        "outputs": rule,
+        "dtype": request.dtype,
+        "ignore_index": request.ignore_index,
+        "needed gradients": request.needed(models[0]),
+        "temperatures of tokens": by_row,
+        "backends": backends.available(device.type),
+        "device": device.type,
+        "reduce_hidden_grad": form.reducing_group is not None,
+    }
+    for name, model in zip(("", "second "), models, strict=False):
+        _, bias, lora_a, _, its_form = model.head
+        common |= {
+            f"dtype of {name}hidden and weight": (model.hidden.dtype, model.head.weight.dtype),
+            f"{name}hidden size": model.hidden.shape[-1],
+            f"{name}bias": bias is not None,
+            f"rank of {name}lora": None if lora_a is None else lora_a.shape[0],
+            f"{name}temperature, logit_scale and softcap": its_form.map,
+        }
+    return agree(form.group, head.weight, own, common, {"scored tokens": scored})
 
 
 LOGP_ALONE = Scores(("logp",), ("logp",))
@@ -300,7 +340,7 @@ def _plan(
     active: float,
     backend: str,
     device: torch.device,
-    widens: bool,
+    agreed: Agreed,
 ) -> Plan:
     dtype, head, serving = request.dtype, heads[0], backends.load(backend)
     partner = heads[1] if len(heads) > 1 else None
@@ -330,8 +370,8 @@ def _plan(
             scored, vocab_size, device.type, dtype, rule.statistics
         )
         + (scaled.temporary_bytes(dtype) if request.needs_grad and means else 0),
-        total_memory=total_memory(device),
-        widens=widens and isinstance(serving, Tiled),
+        total_memory=agreed.memory,
+        widens=agreed.widens and isinstance(serving, Tiled),
     )
     return choose(problem, request.options)
 

@@ -16,6 +16,8 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
     _resolve_process_group,
 )
 
+from .head import Sharding
+
 T = TypeVar("T")
 
 
@@ -27,13 +29,16 @@ class Kind(NamedTuple):
     take: Callable[[Any], Any] | None = None
 
 
-def _name_of_group(group: dist.ProcessGroup | None) -> str | None:
-    return None if group is None else group.group_name
+def _name_of_sharding(sharding: Sharding | None) -> str | None:
+    """One argument for both fields: a schema has 64 of them at most."""
+    if sharding is None:
+        return None
+    return f"{'+' if sharding.reduces else '-'}{sharding.group.group_name}"
 
 
-def _group_of_name(name: str | None) -> dist.ProcessGroup | None:
+def _sharding_of_name(name: str | None) -> Sharding | None:
     resolve: Callable[[Any], dist.ProcessGroup] = _resolve_process_group
-    return None if name is None else resolve(name)
+    return None if name is None else Sharding(resolve(name[1:]), name[0] == "+")
 
 
 def _names(joined: str) -> tuple[str, ...]:
@@ -49,7 +54,7 @@ _KINDS: dict[Any, Kind] = {
     float | None: Kind("float?"),
     torch.dtype: Kind("ScalarType"),
     tuple[str, ...]: Kind("str", ",".join, _names),
-    dist.ProcessGroup | None: Kind("str?", _name_of_group, _group_of_name),
+    Sharding | None: Kind("str?", _name_of_sharding, _sharding_of_name),
 }
 
 

@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .agreement import refused_together
 from .api import linear_logprob
 from .chosen import chosen_logits
 from .head import Lora, WeightContext, opened
 from .request import make_model, make_request
+from .sharded import local_parts
 from .types import ScoringOptions
 from .validation import check_ids, check_mask, check_teacher_logps
 
@@ -51,6 +53,7 @@ def sparse_divergence(
     options: ScoringOptions | None = None,
     lora: Lora | None = None,
     weight_context: WeightContext | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> Tensor:
     """The divergence of a student from a teacher of which only the log-probabilities of K ids a
     token are known, such as its top-k, stored once; per token, without ever holding the (tokens,
@@ -82,7 +85,8 @@ def sparse_divergence(
         bias, temperature, logit_scale, softcap, lora, weight_context: the student's, as in
             ``linear_logprob``; ``teacher_logps`` must have been taken at the same temperature, a
             number.
-        tp_group, vocab_range: as there; ids are global and the same on every rank.
+        tp_group, vocab_range, reduce_hidden_grad: as there; ids are global and the same on every
+            rank.
         options: see ScoringOptions.
 
     Returns:
@@ -99,13 +103,6 @@ def sparse_divergence(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where even the least tile does not fit.
     """
-    if divergence not in _KINDS:
-        raise ValueError(f"divergence must be one of {', '.join(_KINDS)}; got {divergence!r}")
-    if tail not in _TAILS:
-        raise ValueError(f"tail must be one of {', '.join(_TAILS)}; got {tail!r}")
-    check_ids(ids, hidden, "ids")
-    check_teacher_logps(teacher_logps, ids)
-    check_mask(mask, hidden, "hidden")
     head: dict[str, Any] = {
         "bias": bias,
         "temperature": temperature,
@@ -115,11 +112,20 @@ def sparse_divergence(
         "vocab_range": vocab_range,
         "lora": lora,
         "weight_context": weight_context,
+        "reduce_hidden_grad": reduce_hidden_grad,
     }
-    given = ids >= 0
-    wanted = given.any(-1) if mask is None else given.any(-1) & mask
-    target = torch.zeros_like(wanted, dtype=torch.int64).masked_fill(~wanted, _IGNORED)
-    with opened(weight_context, weight, bias):
+    with refused_together(tp_group), opened(weight_context, weight, bias):
+        if divergence not in _KINDS:
+            raise ValueError(f"divergence must be one of {', '.join(_KINDS)}; got {divergence!r}")
+        if tail not in _TAILS:
+            raise ValueError(f"tail must be one of {', '.join(_TAILS)}; got {tail!r}")
+        hidden, weight, head = local_parts(hidden, weight, head)
+        check_ids(ids, hidden, "ids")
+        check_teacher_logps(teacher_logps, ids)
+        check_mask(mask, hidden, "hidden")
+        given = ids >= 0
+        wanted = given.any(-1) if mask is None else given.any(-1) & mask
+        target = torch.zeros_like(wanted, dtype=torch.int64).masked_fill(~wanted, _IGNORED)
         model = make_model(hidden, weight, target, **head)
         request = make_request([model], ignore_index=_IGNORED, options=options)
         logits = chosen_logits(request, model, ids, target)

@@ -304,6 +304,11 @@ def check_group(group: Any, name: str = "tp_group") -> None:
         )
 
 
+def check_reduction_of_hidden(reduces: Any) -> None:
+    if not isinstance(reduces, bool):
+        raise TypeError(f"reduce_hidden_grad must be a bool, got {type(reduces).__name__}")
+
+
 def check_map(temperature: float, logit_scale: float, softcap: float | None) -> LogitMap:
     for name, value in (
         ("temperature", temperature),

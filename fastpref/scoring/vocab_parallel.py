@@ -14,25 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .head import Shard
 from .statistics import RowSums, merge
-
-
-def shard_range(group: dist.ProcessGroup | None, columns: int, device: torch.device) -> Shard:
-    if group is None:
-        return Shard(0, columns, columns)
-    counts = shard_sizes(group, columns, device)
-    return Shard(sum(counts[: dist.get_rank(group)]), sum(counts), max(counts))
-
-
-def shard_sizes(group: dist.ProcessGroup, columns: int, device: torch.device) -> list[int]:
-    """The columns of each rank."""
-    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-    sizes[dist.get_rank(group)] = columns
-    dist.all_reduce(sizes, group=group)
-    # Once per call and before any product; equal shards could be computed, uneven ones cannot.
-    counts: list[int] = sizes.tolist()
-    return counts
 
 
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

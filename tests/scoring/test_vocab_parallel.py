@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vocabulary-sharded head on 2 and 3 processes against one process and the float64 reference."""
+"""A vocabulary-sharded head on 2 and 4 processes against one process and the float64 reference."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch.distributed as dist
 
 from fastpref import ScoringOptions, linear_logprob
 from fastpref.scoring.statistics import OUTPUTS
-from tests.ranks import Ranks
 from tests.scoring.cases import INPUTS, check_scores, make_case, references, upstream_of
 
 V = 2051
@@ -127,15 +125,9 @@ def on_a_rank(rank: int, name: str) -> dict[str, torch.Tensor]:
     return results
 
 
-@pytest.fixture(scope="module")
-def three_ranks() -> Iterator[Ranks]:
-    with Ranks(3) as ranks:
-        yield ranks
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("world", ["two_ranks", "three_ranks"])
+@pytest.mark.parametrize("world", ["two_ranks", "four_ranks"])
 def test_against_the_whole_vocabulary(name, world, request):
     spec, ranks = CASES[name], request.getfixturevalue(world)
     results = ranks(on_a_rank, name)

@@ -124,6 +124,11 @@ def next_tier(name: str, device_type: str) -> tuple[str, RowBackend]:
     return serving, load(serving)
 
 
+def available(device_type: str) -> tuple[str, ...]:
+    """Those that can serve there."""
+    return tuple(name for name in (*TIERS, "cpp") if unavailable_reason(name, device_type) is None)
+
+
 def choose(name: str, device: Device, size: Size) -> str:
     """The backend that serves ``name`` for a projection of ``size`` on ``device``.
 

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..agreement import refused_together
 from ..head import Lora, Model, WeightContext, opened
 from ..request import Request, make_model, make_request
+from ..sharded import local_parts
 from ..temperature import check_temperature, factor_of
 from ..types import ScoringOptions, statistics_dtype
 from ..validation import check_ids
@@ -32,6 +36,7 @@ def linear_logits(
     options: ScoringOptions | None = None,
     lora: Lora | None = None,
     weight_context: WeightContext | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> Tensor:
     """The logits of chosen vocabulary ids, K for each hidden state, at the cost of gathering K rows
     of the weight: no product with the whole of it, and never more gathered rows in memory than the
@@ -52,8 +57,8 @@ def linear_logits(
         temperature: greater than 0; a number, or a tensor that broadcasts to ids' shape without
             its last dimension, as in ``linear_logprob``.
         logit_scale, softcap, lora, weight_context: as there.
-        tp_group, vocab_range: as there; ids are global and the same on every rank, and so are the
-            logits, since each id has one owner.
+        tp_group, vocab_range, reduce_hidden_grad: as there; ids are global and the same on every
+            rank, and so are the logits, since each id has one owner.
         options: ``memory_budget`` bounds the gathered rows; see ScoringOptions.
 
     Returns:
@@ -67,23 +72,22 @@ def linear_logits(
         RuntimeError: on a second derivative.
         torch.OutOfMemoryError: where one gathered row does not fit.
     """
-    check_ids(ids, hidden, "ids")
-    by_row = temperature if isinstance(temperature, Tensor) else None
-    number = 1.0 if isinstance(temperature, Tensor) else temperature
-    with opened(weight_context, weight, bias):
-        model = make_model(
-            hidden,
-            weight,
-            ids[..., 0],
-            bias=bias,
-            temperature=number,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            lora=lora,
-            tp_group=tp_group,
-            vocab_range=vocab_range,
-            weight_context=weight_context,
-        )
+    head: dict[str, Any] = {
+        "bias": bias,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "lora": lora,
+        "tp_group": tp_group,
+        "vocab_range": vocab_range,
+        "weight_context": weight_context,
+        "reduce_hidden_grad": reduce_hidden_grad,
+    }
+    with refused_together(tp_group), opened(weight_context, weight, bias):
+        hidden, weight, head = local_parts(hidden, weight, head)
+        check_ids(ids, hidden, "ids")
+        by_row = temperature if isinstance(temperature, Tensor) else None
+        number = 1.0 if isinstance(temperature, Tensor) else temperature
+        model = make_model(hidden, weight, ids[..., 0], temperature=number, **head)
         request = make_request([model], ignore_index=_NONE_IGNORED, options=options)
         own = None
         if by_row is not None:

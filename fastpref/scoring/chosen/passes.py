@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import vocab_parallel
+from ..agreement import Agreed, Own, agree
 from ..autograd import like, products_of
 from ..head import Form, Model
 from ..memory import total_memory
@@ -52,11 +53,26 @@ def plan_chosen(
         # A copy: a batch's labels may be overwritten until backward.
         own = target.to(torch.int64, copy=True)
         packing = pack_for(request, own, bounded=traced)
-    start = form.start
-    if start is None:
-        start = vocab_parallel.shard_range(form.group, model.head.columns, hidden.device).start
-    budget = options.memory_budget or total_memory(hidden.device) // BUDGET_SHARE
-    return ChosenCall(request, form, start, own, packing, budget)
+    agreed = _agreed(request, model)
+    budget = options.memory_budget or agreed.memory // BUDGET_SHARE
+    return ChosenCall(request, form, agreed.shard.start, own, packing, budget)
+
+
+def _agreed(request: Request, model: Model) -> Agreed:
+    """What all ranks have, or this one alone where the vocabulary is not sharded."""
+    head, form = model.head, model.head.form
+    held = Own(head.columns, form.start, total_memory(model.hidden.device))
+    if form.group is None:
+        return Agreed.alone(held)
+    common = {
+        "function": "linear_logits",
+        "dtype": request.dtype,
+        "needed gradients": request.needed(model),
+        "bias": head.bias is not None,
+        "logit_scale and softcap": form.map,
+        "reduce_hidden_grad": form.reducing_group is not None,
+    }
+    return agree(form.group, head.weight, held, common)
 
 
 def run_forward(call: ChosenCall, model: Model, ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +123,7 @@ def run_backward(
             chosen_rows.add_rows(d_bias, chosen.index.reshape(-1), d.reshape(-1).double())
         if needs_hidden or needs_a:
             wide = torch.cat([chosen_rows.row_gradient(d, one, chosen) for _, one in factors], 1)
-            wide = vocab_parallel.sum_over_ranks(wide, call.form.group).to(rows.dtype)
+            wide = vocab_parallel.sum_over_ranks(wide, call.form.reducing_group).to(rows.dtype)
             d_rows, d_a = head.narrowed(wide, rows, _room(call, rows))
             d_hidden = call.packing.spread(d_rows).view(model.hidden.shape)
         found = d_hidden, d_weight, d_bias, d_a, d_b

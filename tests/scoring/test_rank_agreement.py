@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks of a vocabulary-sharded head compare, how often, and what each of them raises."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastpref import (
+    ScoringOptions,
+    linear_divergence,
+    linear_logits,
+    linear_logprob,
+    preference_loss,
+    sparse_divergence,
+)
+from fastpref.scoring import agreement
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.heavy
+
+N, H, V = 12, 6, 40
+EXCHANGE = ("all_gather", 8)  # of what a rank says of itself, in int64
+Counted = list[tuple[str, int]]  # collectives and the numbers in each
+
+
+@contextmanager
+def counted() -> Iterator[Counted]:
+    """The collectives made within."""
+    made: Counted = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            own = args[1] if name.startswith("all_gather") else args[0]
+            made.append((name, own.numel() if isinstance(own, torch.Tensor) else -1))
+            return original(*args, **kwargs)
+
+        return call
+
+    names = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "reduce_scatter")
+    with mock.patch.multiple(dist, **{name: watched(name) for name in names}):
+        yield made
+
+
+def tensors(rank: int, world: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    rows = V // world
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    return {
+        "hidden": draw(N, H).requires_grad_(),
+        "weight": draw(V, H)[rank * rows : (rank + 1) * rows].clone().requires_grad_(),
+        "target": torch.randint(V, (N,), generator=generator),
+    }
+
+
+TARGETS = {
+    "drawn": lambda target: target,
+    "one shard": lambda target: target % 3,
+    "nobody's": lambda target: target + V,
+    "some masked": lambda target: target.where(target % 2 == 0, -100),
+}
+
+
+def sequences(rank: int) -> dict[str, tuple[Counted, Counted]]:
+    """Of the first call and of the next, by what the targets and the logits are."""
+    found = {}
+    group, world = dist.group.WORLD, dist.get_world_size()
+    for schedule in ("keep", "recompute"):
+        for name, change in TARGETS.items():
+            given = tensors(rank, world)
+            given["target"] = change(given["target"])
+            options = ScoringOptions(schedule=schedule)
+            twice = []
+            for scale in (1.0, 300.0):  # logits far beyond what exponentials hold
+                with counted() as made:
+                    scores = linear_logprob(
+                        given["hidden"] * scale,
+                        given["weight"],
+                        given["target"],
+                        tp_group=group,
+                        options=options,
+                    )
+                    scores.logp.nan_to_num().sum().backward()
+                twice.append(made)
+            found[f"{schedule}, {name}"] = tuple(twice)
+    return found
+
+
+def test_collectives_depend_on_no_data(four_ranks: Ranks) -> None:
+    """But for N. Of [2 N] target logits and owners, of three numbers a row, and of the hidden
+    gradient; before them, for a new head, one of eight numbers."""
+    target = tensors(0, 4)["target"]
+    for of_rank in four_ranks(sequences):
+        for name, (first, second) in of_rank.items():
+            n = int((TARGETS[name.split(", ")[1]](target) != -100).sum())
+            expected = [("all_reduce", 2 * n), ("all_gather", 3 * n), ("all_reduce", n * H)]
+            assert first == [EXCHANGE, *expected], name
+            assert second == expected, name
+
+
+def all_masked(rank: int) -> tuple[Counted, float]:
+    given = tensors(rank, dist.get_world_size())
+    target = torch.full_like(given["target"], -100)
+    with counted() as made:
+        scores = linear_logprob(given["hidden"], given["weight"], target, tp_group=dist.group.WORLD)
+        scores.logp.sum().backward()
+    return made, given["hidden"].grad.abs().sum().item()
+
+
+def test_nothing_scored(two_ranks: Ranks) -> None:
+    """The same collectives, of nothing."""
+    for made, grad in two_ranks(all_masked):
+        assert made == [EXCHANGE, ("all_reduce", 0), ("all_gather", 0), ("all_reduce", 0)]
+        assert grad == 0
+
+
+def of_other_functions(rank: int) -> dict[str, tuple[Counted, Counted]]:
+    group, world, found = dist.group.WORLD, dist.get_world_size(), {}
+    given = tensors(rank, world)
+    hidden, weight, target = given["hidden"], given["weight"], given["target"]
+    ids, logps = target[:, None], torch.full((N, 1), -1.0)
+    other = torch.randn(V // world, H)
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "logits": lambda: linear_logits(hidden, weight, ids, tp_group=group),
+        "sparse": lambda: sparse_divergence(hidden, weight, ids, logps, tp_group=group),
+        "divergence": lambda: linear_divergence(
+            hidden, weight, hidden.detach(), other, tp_group=group, vocab_size=V
+        ),
+        "ref_entropy": lambda: (
+            preference_loss(
+                hidden.view(4, 3, H),
+                weight,
+                target.view(4, 3),
+                "mallows_po",
+                ref_hidden=hidden.detach().view(4, 3, H),
+                ref_weight=other,
+                tp_group=group,
+            ).loss
+        ),
+    }
+    for name, call in calls.items():
+        twice = []
+        for _ in range(2):
+            with counted() as made:
+                call().sum().backward()
+            twice.append(made)
+        found[name] = (twice[0], twice[1])
+    return found
+
+
+def test_later_calls_compare_nothing(two_ranks: Ranks) -> None:
+    for of_rank in two_ranks(of_other_functions):
+        for name, (first, second) in of_rank.items():
+            assert EXCHANGE in first, name
+            assert second == [one for one in first if one != EXCHANGE], name
+
+
+def heads_alike_here(rank: int) -> list[float]:
+    """Two heads of which rank 0 holds as many rows, and the other rank does not."""
+    sums, generator = [], torch.Generator().manual_seed(5)
+    hidden = torch.randn(N, H, generator=generator)
+    whole = torch.randn(V, H, generator=generator)
+    for total in (V, V - 7, V):
+        rows = slice(0, 10) if rank == 0 else slice(10, total)
+        weight = whole[rows].clone()
+        scores = linear_logprob(
+            hidden, weight, torch.arange(N), tp_group=dist.group.WORLD, outputs=("lse",)
+        )
+        sums.append(scores.lse.sum().item())
+    return [*sums, (hidden @ whole.T).logsumexp(1).sum().item()]
+
+
+def test_heads_that_differ_elsewhere(two_ranks: Ranks) -> None:
+    for first, second, third, whole in two_ranks(heads_alike_here):
+        assert first == third == pytest.approx(whole, rel=1e-6) and second < first
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "options": (
+        {"options": ScoringOptions(memory_budget=1)},
+        r"differ in options: ScoringOptions\(.*\) on rank 0, ScoringOptions\(.*=1.*\) on rank 1",
+    ),
+    "dtype": ({"dtype": torch.float64}, r"dtype.*float32.* on rank 0, .*float64.* on rank 1"),
+    "outputs": ({"outputs": ("logp", "entropy")}, "outputs: .* on rank 0, .*entropy.* on rank 1"),
+    "softcap": ({"softcap": 3.0}, "softcap: .* on rank 0, .* on rank 1"),
+    "frozen": ({"frozen": True}, "needed gradients: .* on rank 0, .* on rank 1"),
+    "reduction": ({"reduce_hidden_grad": False}, "reduce_hidden_grad: True on rank 0, False on"),
+    "version": ({"version": "0.0.9"}, "version of fastpref: '.*' on rank 0, '0.0.9' on rank 1"),
+    "overlap": ({"vocab_range": (15, 35)}, r"ranks 0 and 1 overlap; .* rank 0 \[0, 20\), rank 1"),
+    "gap": ({"vocab_range": (22, 42)}, r"ranks 0 and 1 leave ids out; .* rank 1 \[22, 42\)"),
+}
+
+
+def at_fault(rank: int, name: str) -> str:
+    """What is raised where the second rank differs."""
+    changes = dict(FAULTS[name][0]) if rank == 1 else {}
+    group = dist.new_group([0, 1])
+    given = tensors(rank, 2, changes.pop("dtype", torch.float32))
+    given["weight"].requires_grad_(not changes.pop("frozen", False))
+    version = changes.pop("version", None)
+    own = agreement._versions() if version is None else {"version of fastpref": version}
+    with mock.patch.object(agreement, "_versions", lambda: own):
+        try:
+            linear_logprob(**given, tp_group=group, **changes)
+        except ValueError as error:
+            return str(error)
+    return "nothing raised"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_differs_is_raised_on_every_rank(name: str, two_ranks: Ranks) -> None:
+    first, second = two_ranks(at_fault, name)
+    assert first == second
+    with pytest.raises(ValueError, match=FAULTS[name][1]):
+        raise ValueError(first)
+
+
+def refused_here(rank: int, function: str) -> tuple[str, str]:
+    given, group = tensors(rank, 4), dist.new_group(list(range(4)))
+    if rank == 2:
+        given["target"] = given["target"].float()
+    try:
+        if function == "preference_loss":
+            given = {"hidden": given["hidden"].view(4, 3, H), "weight": given["weight"]} | {
+                "target": given["target"].view(4, 3)
+            }
+            preference_loss(**given, objective="simpo", tp_group=group)
+        elif function == "linear_divergence":
+            hidden, weight, mask = given["hidden"], given["weight"], given["target"] > 3
+            mask = mask.float() if rank == 2 else mask
+            linear_divergence(hidden, weight, hidden, weight, mask, tp_group=group)
+        else:
+            linear_logprob(**given, tp_group=group)
+    except (RuntimeError, TypeError) as error:
+        return type(error).__name__, str(error)
+    return "", "nothing raised"
+
+
+@pytest.mark.parametrize("function", ["linear_logprob", "preference_loss", "linear_divergence"])
+def test_arguments_refused_on_one_rank(function: str, four_ranks: Ranks) -> None:
+    """At a group's first call its other ranks, which would wait, say which rank and why."""
+    found = four_ranks(refused_here, function)
+    assert found[2][0] == "TypeError"
+    for rank in (0, 1, 3):
+        kind, said = found[rank]
+        assert kind == "RuntimeError" and "rank 2: TypeError: " in said and found[2][1] in said

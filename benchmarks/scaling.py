@@ -12,9 +12,10 @@ python benchmarks/scaling.py --model 70b --gpu H200 --tp 8 --cp 2 --dp 4 64 --le
                  keys and values passed round cp, while the backbone computes; what takes longer
                  is added
 
-A rank has D positions and N scored ones. A collective takes its bytes of a ring over the slowest
-link between its ranks, and a latency. The objective is a sum over pairs, as DPO is, the reference
-given; a live one adds 1u and 2 P D flop.
+What ranks compare once, at the first of calls that are alike, is no part of a step. A rank has D
+positions and N scored ones. A collective takes its bytes of a ring over the slowest link between
+its ranks, and a latency. The objective is a sum over pairs, as DPO is, the reference given; a live
+one adds 1u and 2 P D flop.
 """
 
 from __future__ import annotations
@@ -123,9 +124,14 @@ class Collective(NamedTuple):
         return self.sent / speed + LATENCY * math.log2(self.ranks)
 
 
+def agreement(ranks: int) -> list[Collective]:
+    """What ranks of any group send once, before the first of calls that are alike."""
+    return [Collective("all_gather", 8 * 8, ranks)] if ranks > 1 else []
+
+
 def vocabulary_collectives(plan: Plan | BatchedPlan, ranks: int) -> list[Collective]:
     """What a call for log-probabilities sends with ``tp_group``, in order; ``plan`` is a rank's."""
-    sizes = [("all_reduce", 8 * ranks)]  # the columns of each rank
+    sizes: list[tuple[str, int]] = []
     for part in plan.plans if isinstance(plan, BatchedPlan) else (plan,):
         exact = 8 if part.dtype == torch.float64 else 4
         for chunk in part.chunks:

@@ -12,6 +12,9 @@ try:
 except PackageNotFoundError:
     RELEASE = (0, 0)
 
+# Of TRL 1.15 plain_head stands for the stock head, which runs on GPUs only.
+STOCK_MAKES_LOGITS = RELEASE == (1, 15)
+
 # Plain descent: an optimizer that divides by the gradient would magnify rounding.
 ARGUMENTS: dict[str, Any] = {
     "use_cpu": True,

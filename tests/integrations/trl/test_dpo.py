@@ -11,13 +11,13 @@ import torch
 from fastpref import objectives
 from fastpref.integrations import trl as integration
 from tests.integrations.conftest import WORDS
-from tests.integrations.trl.runs import RELEASE
+from tests.integrations.trl.runs import RELEASE, STOCK_MAKES_LOGITS
 
 pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning"),
     pytest.mark.skipif(RELEASE < (1, 15), reason="TRL puts a head on models from 1.15 on"),
-    pytest.mark.usefixtures("trl_utils"),  # the stock head of 1.15 runs on GPUs only
+    pytest.mark.usefixtures("trl_utils"),
 ]
 
 
@@ -43,7 +43,7 @@ def test_training_is_that_of_trl(
     training = compare_trainers(
         lambda: make_dpo(**of_trl, **more),
         lambda: make_dpo(integration.FastDPOTrainer, padding_free=padding_free, **ours, **more),
-        stock_products=False,
+        stock_products=STOCK_MAKES_LOGITS,
     )
     assert {"rewards/margins", "mean_token_accuracy", "entropy"} <= set(training.logs[0])
 
@@ -62,7 +62,7 @@ def test_precomputed_reference_and_evaluation(
     compare_trainers(
         lambda: make_dpo(**more),
         lambda: make_dpo(integration.FastDPOTrainer, objective="dpo", **more),
-        stock_products=False,
+        stock_products=STOCK_MAKES_LOGITS,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.integrations import trl as integration
-from tests.integrations.trl.runs import RELEASE
+from tests.integrations.trl.runs import RELEASE, STOCK_MAKES_LOGITS
 
 pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[trl]")')
 
@@ -21,7 +21,7 @@ from tests.integrations.causal_lm.models import LAST_WORD, check_gradients, grad
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning"),
     pytest.mark.skipif(RELEASE < (1, 15), reason="TRL puts a head on models from 1.15 on"),
-    pytest.mark.usefixtures("trl_utils"),  # the stock head of 1.15 runs on GPUs only
+    pytest.mark.usefixtures("trl_utils"),
 ]
 
 
@@ -147,7 +147,7 @@ def test_training_is_that_of_trl(
     compare_trainers(
         lambda: make_dpo(**of_trl, **more),
         lambda: make_dpo(integration.FastDPOTrainer, **fast, **more),
-        stock_products=False,
+        stock_products=STOCK_MAKES_LOGITS,
     )
 
 
@@ -164,7 +164,7 @@ def test_lora_whose_reference_is_the_model_without_it(
     compare_trainers(
         lambda: make_dpo(**more),
         lambda: make_dpo(integration.FastDPOTrainer, prefix_sharing=True, **objective, **more),
-        stock_products=False,
+        stock_products=STOCK_MAKES_LOGITS,
     )
 
 

@@ -28,9 +28,11 @@ def add_parser(subparsers: Any) -> None:
         help="train a small model on preferences with TRL and fastpref, and compare",
         description=(
             "Trains a small language model on preferences: a warm-up on both completions, then "
-            "preference training through TRL's DPOTrainer scoring with fastpref, measured before "
-            "and after on held-out pairs. Then compares fastpref with TRL's own head; or, with "
-            "--compare, several objectives with each other."
+            "preference training with TRL's DPOTrainer scoring with fastpref, or FastDPOTrainer "
+            "for objectives that it has no loss for, measured before and after on held-out pairs. "
+            "Then compares fastpref with TRL's own head under a loss of TRL's: the objective, or "
+            "DPO where TRL has not the objective. With --compare instead several objectives with "
+            "each other."
         ),
     )
     parser.add_argument(
@@ -206,6 +208,7 @@ def _train_one(
 ) -> dict[str, Any]:
     """Train with one objective, show what changed, and compare the two heads."""
     from ..demo import model as models
+    from ..demo.objective import trainer_name
 
     held_out = prepared.held_out
     before = _measure(prepared, "before", console)
@@ -215,6 +218,7 @@ def _train_one(
     _show_samples(held_out, before["completions"], after["completions"], console)
     return {
         "objective": objective.name,
+        "trainer": trainer_name(objective),
         "before": before,
         "after": after,
         "losses": losses,
@@ -252,8 +256,10 @@ def _train(
 ) -> list[float]:
     """Train `model` on the preferences and return the losses."""
     from ..demo.model import load_model
+    from ..demo.objective import trainer_name
     from ..demo.training import preference_trainer
 
+    console.say(objective.name, f"training with {trainer_name(objective)}")
     progress = console.progress(objective.name)
     reference, _ = load_model(prepared.start)
     trainer = preference_trainer(
@@ -275,6 +281,7 @@ def _train_each(
 ) -> dict[str, Any]:
     """Train with each objective from the same model, and show what became of it."""
     from ..demo.model import load_model
+    from ..demo.objective import trainer_name
     from ..demo.variants import Outcome, table
 
     share, before = _held_out(prepared.model, prepared, "before", console)
@@ -295,7 +302,13 @@ def _train_each(
     )
     return {
         "before": {"preferred_share": share},
-        "objectives": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        "objectives": {
+            objective.name: {
+                "trainer": trainer_name(objective),
+                **asdict(outcomes[objective.name]),
+            }
+            for objective in chosen
+        },
     }
 
 
@@ -320,29 +333,44 @@ def _show_samples(
 def _compare_heads(
     args: argparse.Namespace, objective: Objective, prepared: Prepared, console: Console
 ) -> dict[str, Any]:
-    """Run both heads, show the table, draw the losses, and return all that was measured."""
+    """Run both heads under a loss of TRL's, show the table, draw the losses, and return all that
+    was measured."""
     from ..demo import compare
+    from ..demo.objective import config_arguments, for_both_heads
     from ..demo.training import batch_size
 
     recipe = prepared.recipe.to_compare()
-    needed = recipe.steps * batch_size(objective, prepared.train, recipe)
+    compared = for_both_heads(objective)
+    needed = recipe.steps * batch_size(compared, prepared.train, recipe)
+    (loss_type,) = config_arguments(compared)["loss_type"]
+    title = f"the two heads under TRL's own {compared.name} loss"
+    if compared is not objective:
+        title += " on the best against the worst completion"
+        console.say(
+            "compare",
+            f"TRL's DPOTrainer has no loss for {objective.name}; what follows is under its "
+            f"{compared.name} loss",
+        )
     names = {"stock": f"TRL {version('trl')}", "fastpref": "fastpref"}
     results = compare.run(
         prepared.start,
         prepared.train[:needed],
-        objective.name,
+        compared.name,
         recipe,
         lambda head: console.progress(names[head]),
     )
     console.block(
         [
+            f"{title[0].upper()}{title[1:]}:",
             f"{recipe.steps} steps of about {recipe.batch} completions from the same weights, each "
-            "side in a process of its own; times of the fastest step:",
+            "side in a process of its own; times of the fastest step.",
             *compare.table(results, names["stock"]),
         ]
     )
-    compare.picture(results, names["stock"], args.out / "loss.png")
+    compare.picture(results, names["stock"], title, args.out / "loss.png")
     return {
+        "objective": compared.name,
+        "loss_type": loss_type,
         "recipe": asdict(recipe),
         "largest_loss_difference": compare.largest_difference(results),
         **{head: asdict(measured) for head, measured in results.items()},

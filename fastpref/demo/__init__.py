@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A preference training from end to end: data, warm-up, any objective through TRL, a comparison.
+"""A preference training from end to end: data, warm-up, TRL's DPOTrainer or FastDPOTrainer, a
+comparison of heads.
 
 `arithmetic`, `console`, `data`, `objective` and `recipe` need nothing but torch. The other modules
 import transformers, TRL and datasets at their top; import them after `require_libraries`.

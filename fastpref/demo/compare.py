@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same preference steps with TRL's head and with fastpref's, each in a process of its own."""
+"""The same preference steps of TRL's DPOTrainer, under a loss of its own, with TRL's head and with
+fastpref's, each in a process of its own."""
 
 import json
 import os
@@ -48,6 +49,9 @@ def run(
     progress: Callable[[Head], Progress],
 ) -> dict[Head, Measured]:
     """Train from the model in `start` once with each head.
+
+    Args:
+        objective: one that TRL's DPOTrainer has a loss for.
 
     Raises:
         RuntimeError: with the end of its output, if a process fails.
@@ -127,7 +131,7 @@ def table(results: Mapping[Head, Measured], stock_name: str) -> list[str]:
     return lines
 
 
-def picture(results: Mapping[Head, Measured], stock_name: str, path: Path) -> None:
+def picture(results: Mapping[Head, Measured], stock_name: str, title: str, path: Path) -> None:
     """Draw both loss curves, and their difference, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -136,6 +140,7 @@ def picture(results: Mapping[Head, Measured], stock_name: str, path: Path) -> No
     steps = range(1, len(stock) + 1)
     figure = Figure(figsize=(7, 5), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize="medium")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot(steps, stock, color="tab:orange", linewidth=6, alpha=0.4, label=stock_name)
     above.plot(steps, ours, color="tab:blue", linewidth=1.5, marker="o", label="with fastpref")

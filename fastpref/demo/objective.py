@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which objectives the demo can train with, by fastpref's names, and what they need of the data.
 
-A name that TRL has a loss type for runs as TRL's own loss, with fastpref's hyperparameters; the
-others run as fastpref's (`trainer.PairTrainer`, `trainer.ListTrainer`).
+An objective that TRL's DPOTrainer has a loss for trains with that loss, and with fastpref's
+hyperparameters; any other one with `fastpref.integrations.trl.FastDPOTrainer`.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from .. import objectives
+from ..integrations.transformers import PreferenceCollator
 from ..objectives.signature import Domain
 from . import DemoError
 
 _CONFIG_NAMES = {"beta": "beta", "label_smoothing": "label_smoothing", "tau": "discopop_tau"}
-# What a batch gives of itself, by family.
-_GIVEN: Mapping[str, tuple[str, ...]] = {
-    "pair": ("chosen_lengths", "rejected_lengths"),
-    "unit": ("lengths", "labels"),
-    "list": ("lengths", "mask", "scores"),
-    "token": (),
-}
+_GIVEN = ("labels", "scores")  # columns that preferences have of themselves
 
 
 def choices() -> tuple[str, ...]:
@@ -42,12 +36,16 @@ def find(name: str) -> objectives.Objective:
 
 def columns(*chosen: objectives.Objective) -> dict[str, Domain]:
     """The extras of the objectives that must be columns of the data set, and the numbers allowed
-    there."""
+    there.
+
+    Raises:
+        ValueError: FastDPOTrainer has not what an objective needs.
+    """
     found: dict[str, Domain] = {}
     for objective in chosen:
-        for name, facts in objective.extras.items():
-            if facts.required and name not in _GIVEN[objective.unit]:
-                found[name] = facts.domain or found.get(name, Domain())
+        for name in PreferenceCollator(objective, pad_token_id=0).columns.needed:
+            if name not in _GIVEN:
+                found[name] = objective.extras[name].domain or found.get(name, Domain())
     return found
 
 
@@ -55,26 +53,35 @@ def _refusal(name: str) -> str | None:
     """Why the demo cannot train with the objective, or None if it can."""
     try:
         objective = objectives.get(name)
-    except TypeError as error:
+        if objective.unit == "token":
+            return "needs sampled completions with advantages, not preferences"
+        extras = {extra: objective.extras[extra] for extra in columns(objective)}
+    except (TypeError, ValueError) as error:
         return str(error).removeprefix(f"{name} ")
-    if objective.unit == "token":
-        return "needs sampled completions with advantages, not preferences"
-    extras = {extra: objective.extras[extra] for extra in columns(objective)}
     filled = [extra for extra, facts in extras.items() if facts.filled]
-    state = [extra for extra, facts in extras.items() if facts.shapes == ("number",)]
     other = [extra for extra, facts in extras.items() if not facts.aligned]
     if filled:
         return f"needs {', '.join(filled)}, which only fastpref.preference_loss fills in"
-    if state:
-        return f"needs {', '.join(state)}, state of a training, which the demo does not keep"
     if other or (extras and objective.unit != "pair"):
         return f"needs {', '.join(other or extras)}, which preference data does not have"
     return None
 
 
+def trainer_name(objective: objectives.Objective) -> str:
+    """What the demo trains with."""
+    fast = "fastpref.integrations.trl.FastDPOTrainer"
+    return "trl.DPOTrainer" if config_arguments(objective) else fast
+
+
+def for_both_heads(objective: objectives.Objective) -> objectives.Objective:
+    """What TRL's head is compared with fastpref's under: the objective, if TRL's DPOTrainer has a
+    loss for it, else DPO."""
+    return objective if config_arguments(objective) else objectives.get("dpo")
+
+
 def config_arguments(objective: objectives.Objective) -> dict[str, Any]:
-    """The arguments of DPOConfig that make TRL's loss the objective; none where TRL has no such
-    loss."""
+    """The arguments of DPOConfig that make the loss of TRL's DPOTrainer the objective; none where
+    it has no such loss."""
     registration = objective.registration
     if objective.unit != "pair" or registration is None or registration.loss_type is None:
         return {}

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -12,16 +13,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import DPOConfig
-from trl.trainer.utils import add_fused_lm_head
+from trl import DPOConfig, DPOTrainer
 
-from .. import linear_logprob, objectives, sequence_logp
+from .. import fuse_lm_head, linear_logprob, objectives, sequence_logp
+from ..integrations import trl
 from .data import Example
 from .objective import config_arguments
 from .recipe import Recipe
 from .settings import configured, silenced
 from .tokens import TokenIds, encode, pad
-from .trainer import make_trainer
 
 Head = Literal["stock", "fastpref"]
 Progress = Callable[[int, int, float], None]  # step, steps, loss
@@ -29,11 +29,7 @@ Progress = Callable[[int, int, float], None]  # step, steps, loss
 
 def scored_by(head: Head) -> AbstractContextManager[Any]:
     """A context in which TRL's trainers score with TRL's own head or with fastpref's."""
-    if head == "stock":
-        return nullcontext()
-    from ..integrations import trl
-
-    return trl.patched()
+    return nullcontext() if head == "stock" else trl.patched()
 
 
 def warm_up(
@@ -88,7 +84,7 @@ def _batches(sequences: Sequence[TokenIds], size: int, random: Random) -> Iterat
 def preference_gaps(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[float]:
     """How much larger, in nats, the log-probability of each chosen completion is than that of the
     rejected one."""
-    add_fused_lm_head(model)
+    fuse_lm_head(model)
     model.eval()
     gaps: list[float] = []
     for at in range(0, len(examples), 16):
@@ -138,25 +134,35 @@ class _Report(TrainerCallback):
 
 
 def batch_size(objective: objectives.Objective, examples: Sequence[Example], recipe: Recipe) -> int:
-    """Examples a batch, so that it has about ``recipe.batch`` completions."""
-    lists = objective.unit == "list"
-    completions = mean(len(example.completions) for example in examples) if lists else 2
+    """Rows of the data set a batch, so that it has about ``recipe.batch`` completions."""
+    if objective.unit == "list":
+        completions: float = mean(len(example.completions) for example in examples)
+    else:
+        completions = 2 if objective.unit == "pair" else 1
     return max(1, round(recipe.batch / completions))
 
 
 def _rows(
     tokenizer: Any, examples: Sequence[Example], objective: objectives.Objective
 ) -> list[dict[str, Any]]:
-    """The data set of a trainer: tokens for lists, text for pairs, of which TRL makes tokens."""
-    if objective.unit == "list":
+    """The data set of a trainer: text for pairs, of which TRL makes tokens, else tokens."""
+    if objective.unit == "pair":
         return [
-            {"prompt_ids": ids.prompt, "completion_ids": ids.completions, "scores": example.rewards}
-            for example, ids in zip(examples, encode(tokenizer, examples), strict=True)
+            {"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected, **e.numbers}
+            for e in examples
         ]
-    return [
-        {"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected, **e.numbers}
-        for e in examples
+    if objective.unit == "list":
+        encoded = zip(examples, encode(tokenizer, examples), strict=True)
+        return [
+            {"prompt_ids": ids.prompt, "completions_ids": ids.completions, "scores": e.rewards}
+            for e, ids in encoded
+        ]
+    rows = [
+        {"prompt_ids": prompt, "completion_ids": completion, "label": at % 2 == 0}
+        for at, (prompt, completion) in enumerate(_chosen_and_rejected(tokenizer, examples))
     ]
+    # Without labels an objective unlearns whatever it is given.
+    return rows if "labels" in objective.extras else rows[1::2]
 
 
 def preference_trainer(
@@ -170,12 +176,14 @@ def preference_trainer(
     directory: Path,
     progress: Progress,
 ) -> Any:
-    """A trainer of TRL over `examples`; ``train()`` does ``recipe.steps`` steps and saves nothing.
+    """TRL's DPOTrainer over `examples`, or FastDPOTrainer where TRL has not the objective as a
+    loss; ``train()`` does ``recipe.steps`` steps and saves nothing.
 
     Args:
         model: the policy; trained in place.
         reference: another copy of the model that training starts from.
     """
+    of_trl = config_arguments(objective)
     config = configured(
         DPOConfig,
         directory,
@@ -186,10 +194,10 @@ def preference_trainer(
         max_length=recipe.max_length,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        **config_arguments(objective),
+        **of_trl,
     )
-    trainer = make_trainer(
-        objective,
+    make = DPOTrainer if of_trl else partial(trl.FastDPOTrainer, objective=objective)
+    trainer = make(
         model=model,
         ref_model=reference,
         args=config,

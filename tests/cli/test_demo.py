@@ -135,14 +135,17 @@ def test_demo_runs_from_end_to_end(tmp_path, tiny, capsys):
     assert out.count("held-out prompt") == 2  # of at most three
     assert "largest difference in loss" in out
 
+    assert "The two heads under TRL's own dpo loss:" in out
     assert results["objective"] == "dpo" and len(results["losses"]) == 2
+    assert results["trainer"] == "trl.DPOTrainer"
     assert 0 <= results["after"]["preferred_share"] <= 1
-    assert_heads_agree(results["comparison"])
+    assert_heads_agree(results["comparison"], "dpo", "sigmoid")
     assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "out" / "model" / "config.json").exists()
 
 
-def assert_heads_agree(compared):
+def assert_heads_agree(compared, objective, loss_type):
+    assert (compared["objective"], compared["loss_type"]) == (objective, loss_type)
     assert compared["largest_loss_difference"] < 1e-5
     for head in ("stock", "fastpref"):
         assert len(compared[head]["losses"]) == 2
@@ -173,9 +176,14 @@ def lists_file(directory):
 def test_demo_trains_on_lists_with_both_heads(tmp_path, tiny, capsys):
     data = lists_file(tmp_path)
     results = results_of("--data", data, "--model", tiny, "--objective", "adpo")
-    assert "adpo       step 2 of 2" in capsys.readouterr().out
+    out, _ = capsys.readouterr()
+    assert "adpo       training with fastpref.integrations.trl.FastDPOTrainer" in out
+    assert "adpo       step 2 of 2" in out
+    assert "TRL's DPOTrainer has no loss for adpo; what follows is under its dpo loss" in out
+    assert "under TRL's own dpo loss on the best against the worst completion:" in out
+    assert results["trainer"] == "fastpref.integrations.trl.FastDPOTrainer"
     assert results["examples"] == {"trained_on": 14, "held_out": 2, "of_equal_rewards": 2}
-    assert_heads_agree(results["comparison"])
+    assert_heads_agree(results["comparison"], "dpo", "sigmoid")
 
 
 @pytest.mark.heavy
@@ -189,6 +197,7 @@ def test_objectives_are_compared_from_the_same_model(tmp_path, tiny, capsys):
     assert list(results["objectives"]) == ["dpo", "madpo", "kto", "adpo"]
     for name, outcome in results["objectives"].items():
         assert f"\n  {name} " in out
+        assert ("FastDPOTrainer" in outcome["trainer"]) == (name != "dpo")
         assert len(outcome["losses"]) == 2 and outcome["seconds"] > 0
         assert 0 <= outcome["preferred_share"] <= 1 and outcome["log_ratio_margin"] != 0
     # At the first step the policy is the reference.

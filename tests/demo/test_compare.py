@@ -44,19 +44,22 @@ def test_table_has_both_sides_and_their_ratio():
     assert float(words[5][-1]) == pytest.approx(0.1) == largest_difference(RESULTS)
 
 
-def test_picture_is_a_png(tmp_path):
-    picture(RESULTS, "TRL 9", tmp_path / "loss.png")
+def test_picture_is_a_png_under_its_title(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.suptitle", lambda figure, text, **_: titles.append(text)
+    )
+    picture(RESULTS, "TRL 9", "under a loss", tmp_path / "loss.png")
+    assert titles == ["under a loss"]
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("objective", ["madpo", "adpo"])
-def test_job_survives_json_and_is_done_alike_with_both_heads(
-    tiny, pairs, lists, tmp_path, objective
-):
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("ipo", marks=pytest.mark.slow)])
+def test_job_survives_json_and_is_done_alike_with_both_heads(tiny, lists, tmp_path, objective):
+    """Of lists the best against the worst completion, whatever columns there are."""
     save(*tiny, tmp_path)
-    numbers = {"reward_margin": 1.5}
-    examples = [replace(e, numbers=numbers) for e in (pairs if objective == "madpo" else lists)]
+    examples = [replace(example, numbers={"reward_margin": 1.5}) for example in lists]
     recipe = Recipe(warm_up_steps=0, steps=3, batch=16, rate=1e-3)
     losses = {}
     for head in HEADS:

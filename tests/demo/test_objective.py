@@ -8,12 +8,20 @@ from torch import Tensor
 
 from fastpref import objectives
 from fastpref.demo import DemoError
-from fastpref.demo.objective import choices, columns, config_arguments, find
+from fastpref.demo.objective import (
+    choices,
+    columns,
+    config_arguments,
+    find,
+    for_both_heads,
+    trainer_name,
+)
 from fastpref.objectives.signature import Domain, ExtraFacts
 
 
 def test_common_objectives_can_be_chosen():
     assert {"dpo", "ipo", "simpo", "madpo", "kto", "orpo", "cpo", "adpo"} <= set(choices())
+    assert {"beta_dpo", "alpha_dpo", "bco"} <= set(choices())  # whose state the trainer keeps
     assert all(find(name).name == name for name in choices())
 
 
@@ -29,10 +37,8 @@ def test_unknown_name_is_refused_with_the_valid_ones():
     [
         ("grpo", "needs sampled completions"),
         ("dpo_shift", "needs a value for shift"),
-        ("tdpo", "needs chosen_kl, rejected_kl, which only fastpref.preference_loss fills in"),
+        ("tdpo", "needs chosen_kl and rejected_kl, which .*preference_loss, which fills them in"),
         ("mallows_po", "needs ref_entropy, which only fastpref.preference_loss fills in"),
-        ("alpha_dpo", "needs running_mean, running_std, state of a training"),
-        ("beta_dpo", "needs running_mean, state of a training"),
         ("relative_po", "needs prompt_embeddings, which preference data does not have"),
     ],
 )
@@ -70,3 +76,19 @@ def test_trl_gets_the_hyperparameters_of_the_objective():
     assert config_arguments(objectives.get("kto")) == {}
     own = objectives.Objective(lambda chosen, rejected: chosen, unit="pair", scope="pair")
     assert config_arguments(own) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer", "compared"),
+    [
+        ("dpo", "trl.DPOTrainer", "dpo"),
+        ("hinge", "trl.DPOTrainer", "hinge"),
+        ("beta_dpo", "fastpref.integrations.trl.FastDPOTrainer", "dpo"),
+        ("kto", "fastpref.integrations.trl.FastDPOTrainer", "dpo"),
+        ("adpo", "fastpref.integrations.trl.FastDPOTrainer", "dpo"),
+    ],
+)
+def test_heads_are_compared_under_a_loss_of_trl(name, trainer, compared):
+    objective = objectives.get(name)
+    assert trainer_name(objective) == trainer
+    assert for_both_heads(objective).name == compared

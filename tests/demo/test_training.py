@@ -18,6 +18,7 @@ import torch
 from fastpref.demo.model import ModelSize, build_model, load_model, save, train_tokenizer
 from fastpref.demo.tokens import sequence_lengths
 from fastpref.demo.training import (
+    batch_size,
     complete,
     preference_gaps,
     preference_trainer,
@@ -25,6 +26,7 @@ from fastpref.demo.training import (
     scored_by,
     warm_up,
 )
+from fastpref.integrations.trl import FastDPOTrainer
 
 pytestmark = [
     pytest.mark.heavy,
@@ -102,6 +104,107 @@ def test_training_on_lists_makes_their_best_the_likeliest(tiny, lists, tmp_path)
         train(tiny, lists, tmp_path, objective="softmax_dpo")
         gaps = preference_gaps(*tiny, lists)
     assert preferred_share(before) < 0.7 < 0.9 < preferred_share(gaps)
+
+
+@pytest.mark.parametrize("name", ["adpo", "rrhf", "kto", "npo", "odpo"])
+def test_first_loss_is_that_of_plain_log_softmax(tiny, lists, tmp_path, name):
+    """Ragged lists, their best and worst as single responses or the worst alone, and pairs with a
+    column; the policy is not the reference."""
+    model, tokenizer = tiny
+    torch.manual_seed(1)
+    reference = type(model)(model.config)
+    objective = objectives.get(name)
+    examples = [replace(e, numbers={"reward_margin": n + 1.0}) for n, e in enumerate(lists[:5])]
+    losses = []
+    trainer = preference_trainer(
+        model,
+        reference,
+        tokenizer,
+        examples,
+        objective,
+        replace(RECIPE, steps=1, batch=32),
+        directory=tmp_path,
+        progress=lambda step, steps, loss: losses.append(loss),
+    )
+    expected = expected_loss(objective, (model, reference), tokenizer, examples)
+    trainer.train()
+    assert isinstance(trainer, FastDPOTrainer)
+    assert losses == [pytest.approx(expected, rel=1e-3, abs=1e-3)]
+
+
+@torch.no_grad()
+def expected_loss(objective, models, tokenizer, examples):
+    """The mean over units of one batch of all ``examples``."""
+
+    def given(completions):
+        """Of a prompt's completions, the log-probabilities by each model, and their lengths."""
+        prompt = len(tokenizer(example.prompt)["input_ids"])
+        logps, lengths = [[] for _ in models], []
+        for completion in completions:
+            ids = torch.tensor([tokenizer(example.prompt + completion + "<eos>")["input_ids"]])
+            lengths.append(ids.shape[1] - prompt)
+            for found, model in zip(logps, models, strict=True):
+                logp = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+                found.append(logp[prompt - 1 :].sum())
+        return [torch.stack(found) for found in logps], torch.tensor(lengths)
+
+    units = []  # of log-probabilities by policy and reference, (r,) each, and extras
+    for example in examples:
+        if objective.unit == "list":
+            logps, lengths = given(example.completions)
+            units.append((logps, {"scores": torch.tensor(example.rewards), "lengths": lengths}))
+            continue
+        logps, _ = given([example.chosen, example.rejected])
+        margin = torch.tensor(example.numbers["reward_margin"])
+        extras = {"reward_margin": margin, "labels": torch.tensor([True, False])}
+        units.append((logps, extras))
+
+    def losses(logps, extras):
+        extras = {name: value for name, value in extras.items() if name in objective.extras}
+        return objective(*logps, **extras).losses
+
+    if objective.unit == "list":  # each by itself, so that none has a place to fill
+        found = [
+            losses(
+                [row[None] for row in logps[: 1 + objective.needs_reference]],
+                {name: value[None] for name, value in extras.items()},
+            )
+            for logps, extras in units
+        ]
+        return torch.cat(found).mean().item()
+    policy, ref = (torch.stack([logps[m] for logps, _ in units], dim=1) for m in (0, 1))
+    columns = {n: torch.stack([e[n] for _, e in units], dim=-1) for n in units[0][1]}
+    if objective.unit == "pair":
+        return losses([*policy, *ref], columns).mean().item()
+    columns = {"labels": columns["labels"].flatten()}
+    if "labels" not in objective.extras:
+        policy, ref = policy[1], ref[1]
+    return losses([policy.flatten(), ref.flatten()], columns).mean().item()
+
+
+@pytest.mark.parametrize("name", ["ipo", pytest.param("hinge", marks=pytest.mark.slow)])
+def test_objective_that_trl_has_trains_alike_with_fastdpotrainer(
+    pairs, tiny, tmp_path, monkeypatch, name
+):
+    model, tokenizer = tiny
+    save(model, tokenizer, tmp_path / "fresh")
+    recipe = replace(RECIPE, steps=3)
+    runs = []
+    for directory in ("trl", "fast"):
+        fresh, _ = load_model(tmp_path / "fresh")
+        runs.append(train((fresh, tokenizer), pairs, tmp_path / directory, name, recipe))
+        monkeypatch.setattr("fastpref.demo.training.config_arguments", lambda objective: {})
+    assert runs[1] == pytest.approx(runs[0], rel=1e-3) and len(runs[0]) == 3
+
+
+def test_a_batch_has_about_as_many_completions_whatever_the_unit(pairs, lists):
+    recipe = replace(RECIPE, batch=30)
+    assert batch_size(objectives.get("dpo"), lists, recipe) == 15
+    assert batch_size(objectives.get("kto"), pairs, recipe) == 30
+    assert batch_size(objectives.get("adpo"), pairs, recipe) == 15
+    assert batch_size(objectives.get("adpo"), lists, recipe) == 10  # they have 2.97 on average
+    long = [Example("a", ["b"] * 90, [*[0.0] * 89, 1.0])]
+    assert batch_size(objectives.get("adpo"), long, recipe) == 1
 
 
 def test_same_seed_trains_the_same_model(pairs, tmp_path, tiny):

@@ -33,14 +33,12 @@ def _is_freed(tensor: Tensor) -> bool:
 def _is_gathered(tensor: Tensor) -> bool:
     """Whether nobody said what becomes of its gradient."""
     node = tensor.grad_fn
-    for _ in range(3):  # a cast or a view may have come after
-        if node is None or len(node.next_functions) != 1:
-            return False
-        if type(node).__name__ == "_ToTorchTensorBackward":
-            unsaid = getattr(node, "grad_placements", ()) is None
-            return unsaid and "Redistribute" in str(node.next_functions)  # not to_local()
-        node = node.next_functions[0][0]
-    return False
+    while type(node).__name__ == "ToCopyBackward0":  # a cast
+        node = node.next_functions[0][0]  # type: ignore[union-attr]
+    if node is None or type(node).__name__ != "_ToTorchTensorBackward":
+        return False
+    unsaid = getattr(node, "grad_placements", ()) is None
+    return unsaid and "Redistribute" in str(node.next_functions)  # to_local() has none before it
 
 
 def check_whole(name: str, tensor: Tensor, matrix: bool = True) -> None:

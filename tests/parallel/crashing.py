@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._dynamo  # which DDP takes long to import, while its peer waits
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +37,7 @@ def main(rank: int, store: str, how: str) -> None:
     part = rows_of(whole_batch(), rank * PAIRS // 2, (rank + 1) * PAIRS // 2)
     module(part, denominator=PAIRS / 2).backward()
     print("a step", flush=True)
+    dist.barrier()
     if rank == 1 and how == "raises":
         part["labels"] = part["labels"].float()
     if rank == 1 and how == "killed":

@@ -21,7 +21,7 @@ def with_mean_gradient(value: Tensor | None) -> Tensor | None:
     if value is None or parameter is None:
         return value
     mesh = parameter.device_mesh
-    made = value.view_as(value)  # TRL may use its own again
+    made = value.view_as(value)  # which scoring does not refuse, as it does full_tensor()
     made.register_hook(lambda gradient: _mean(gradient, mesh))
     return made
 

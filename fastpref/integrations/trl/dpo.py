@@ -23,7 +23,7 @@ from .library import trl_module
 from .metrics import log_pairs, log_tokens
 from .packing import PADDING_FREE
 from .parts import heads_put
-from .sharing import PREFIX_SHARING, sharing_supported
+from .prefix_sharing import PREFIX_SHARING, sharing_supported
 
 # Names under which batches have what is not for the model.
 REFERENCE = "ref_logps"

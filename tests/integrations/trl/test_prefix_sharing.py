@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason='TRL is not installed (pip install "fastpref[t
 
 from fastpref.architectures.configurations import FIRST_WORD
 from fastpref.integrations.trl.heads import add_fused_lm_head
-from fastpref.integrations.trl.sharing import PREFIX_SHARING, sharing_supported
+from fastpref.integrations.trl.prefix_sharing import PREFIX_SHARING, sharing_supported
 from tests.integrations.causal_lm.models import LAST_WORD, check_gradients, gradients, make
 
 pytestmark = [

@@ -10,6 +10,7 @@ prompt. What is measured is how good the answers of the trained policies are.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpref import preference_loss
@@ -17,7 +18,7 @@ from fastpref.curriculum import StageSampler, ranked_pairs
 from fastpref.reference import frozen_copy, update_
 
 VOCABULARY, LENGTH, GROUP = 24, 8, 4
-PROMPTS, UNSEEN, BATCH, PASSES, BETA, SEEDS = 64, 512, 16, 3, 0.5, 2
+PROMPTS, UNSEEN, BATCH, PASSES, BETA = 64, 512, 16, 3, 0.5
 
 
 class Model(nn.Module):
@@ -49,6 +50,21 @@ def make_lists(count: int) -> Tensor:
 def scores(lists: Tensor) -> Tensor:
     """(count, GROUP): the share of tokens that count on."""
     return ((lists[..., 1:] - lists[..., :-1]) % VOCABULARY == 1).float().mean(-1)
+
+
+def pretrain(model: Model) -> None:
+    """It knows how to count a little: one token in four."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        ids = torch.randint(VOCABULARY, (64, 1 + LENGTH))
+        for place in range(1, 1 + LENGTH):
+            counts = torch.rand(64) < 0.25
+            ids[counts, place] = (ids[counts, place - 1] + 1) % VOCABULARY
+        logits = model.head(model(ids)[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def train(model: Model, pairs: Tensor, order: list[int], new_reference: list[int]) -> Model:
@@ -87,32 +103,29 @@ def quality(policy: Model, prompts: Tensor) -> float:
     return float(scores(ids).mean())
 
 
-def compare(seed: int) -> dict[str, float]:
-    torch.manual_seed(seed)
+def main() -> None:
+    torch.manual_seed(0)
     model, lists = Model(), make_lists(PROMPTS)
+    pretrain(model)
     # A list's widest pair is in the first stage, its narrowest in the last.
     found = ranked_pairs(scores(lists))
     rows = lists.flatten(0, 1)
     pairs = torch.stack([rows[found.chosen_index], rows[found.rejected_index]], 1)
-    stages = StageSampler(-found.gap, GROUP - 1, seed=seed)
+    stages = StageSampler(-found.gap, GROUP - 1)
     easy_to_hard = [one.tolist() for one in torch.tensor(list(stages)).split(stages.sizes)]
     curriculum = [pair for stage in easy_to_hard for pair in PASSES * stage]
     ends = [PASSES * step for step in stages.last_steps(BATCH)]
     shuffled = [pair for _ in range(PASSES) for pair in torch.randperm(len(pairs)).tolist()]
+    easiest = (GROUP - 1) * PASSES * easy_to_hard[0]
     policies = {
         "before": model,
         "curriculum": train(model, pairs, curriculum, ends),
         "random order": train(model, pairs, shuffled, []),
-        "easiest pairs": train(model, pairs, (GROUP - 1) * PASSES * easy_to_hard[0], []),
+        "easiest pairs": train(model, pairs, easiest, []),
     }
     unseen = torch.randint(VOCABULARY, (UNSEEN,))
-    return {name: quality(policy, unseen) for name, policy in policies.items()}
-
-
-def main() -> None:
-    found = [compare(seed) for seed in range(SEEDS)]
-    for name in found[0]:
-        print(f"{name:13}   score {sum(one[name] for one in found) / SEEDS:.3f}")
+    for name, policy in policies.items():
+        print(f"{name:13}   score {quality(policy, unseen):.3f}")
 
 
 if __name__ == "__main__":

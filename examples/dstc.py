@@ -19,7 +19,7 @@ from fastpref import preference_loss
 from fastpref.curriculum import minimax_pairs
 from fastpref.reference import frozen_copy
 
-FUNCTIONS, OPERANDS, ARGUMENTS, LARGEST = 12, 6, 6, 40
+FUNCTIONS, ARGUMENTS, LARGEST = 8, 5, 24
 SAMPLES, ROUNDS, STEPS, BETA = 12, 3, 8, 0.5
 # Tokens: functions, two operations, numbers.
 PLUS, TIMES, NUMBERS = FUNCTIONS, FUNCTIONS + 1, FUNCTIONS + 2
@@ -51,7 +51,7 @@ class Model(nn.Module):
 
 def true_programs(functions: Tensor) -> Tensor:
     """(B, 2): operation and operand."""
-    return torch.stack([PLUS + functions % 2, NUMBERS + functions // 2], 1)
+    return torch.stack([PLUS + functions % 2, NUMBERS + 2 + functions // 2], 1)
 
 
 def run(programs: Tensor, arguments: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def write(count: int, right: float) -> Tensor:
 
 def pretrain(model: Model) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
+    for _ in range(180):
         ids = write(96, right=0.45)
         logits = model.head(model(ids)[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -105,7 +105,7 @@ def execute(programs: Tensor, tests: Tensor) -> Tensor:
 def select(policy: Model) -> tuple[Tensor, Tensor, Tensor]:
     """Chosen and rejected responses (P, 5), program and test joined, and for comparison those that
     pass the first test."""
-    functions = torch.arange(FUNCTIONS).repeat(12)
+    functions = torch.arange(FUNCTIONS).repeat(8)
     prompts = functions.repeat_interleave(SAMPLES)
     programs, tests = (policy.sample(prompts).view(-1, SAMPLES, 5) for _ in range(2))
     passes = execute(programs, tests)

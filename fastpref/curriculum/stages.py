@@ -56,11 +56,12 @@ class StageSampler(Sampler[int]):
         generator = torch.Generator(device="cpu")
         generator.manual_seed(self.seed + self._epoch)
         for stage in self._order.split(self.sizes):
-            places = torch.arange(len(stage), dtype=torch.int64, device="cpu")
             if self.shuffle:
-                where = {"dtype": torch.int64, "device": "cpu"}
-                places = torch.randperm(len(stage), generator=generator, **where)
-            yield from stage[places].tolist()
+                places = torch.randperm(
+                    len(stage), generator=generator, dtype=torch.int64, device="cpu"
+                )
+                stage = stage[places]
+            yield from stage.tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Another order within the stages."""

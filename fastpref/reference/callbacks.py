@@ -83,6 +83,8 @@ def ReferenceCallback(
             moving.after_epoch(given["model"])
 
         def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.is_hyper_param_search:  # in folders of its trials, which nothing resumes
+                return
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
             moving.save(folder, given["model"], writes=args.should_save)
             if args.should_save:

@@ -60,7 +60,7 @@ def update_(reference: Weights, policy: Weights, *, decay: float) -> None:
         if decay == 0 or name in copied or not mine.is_floating_point():
             mine.copy_(theirs)
         else:
-            mine.lerp_(theirs.to(mine.dtype), 1 - decay)
+            mine.lerp_(theirs.to(device=mine.device, dtype=mine.dtype), 1 - decay)
 
 
 def frozen_copy(model: Model) -> Model:

@@ -29,7 +29,7 @@ class AdapterPair:
         optimizer = torch.optim.AdamW(pair.parameter_groups(fast_lr=1e-4, slow_lr=2e-5))
         with pair.active("fast"):
             ...                                      # the policy is the fast adapter
-        pair.record(fast_loss, slow_loss)
+        pair.record(fast_dpo_loss, slow_dpo_loss)
         pair.switch(optimizer)                       # now and then
 
     Args:
@@ -83,7 +83,11 @@ class AdapterPair:
             self._activate(before)
 
     def record(self, fast_loss: Tensor, slow_loss: Tensor) -> None:
-        """Take in the losses of a batch, of any shape, for the next ``switch``."""
+        """Take in the losses of a batch, of any shape, for the next ``switch``.
+
+        Of the same objective for both (``dpo``): those of ``ofs_dpo`` hold the chase with opposite
+        signs, and the slow one's is the lower by that alone.
+        """
         both = []
         for argument, one in (("fast_loss", fast_loss), ("slow_loss", slow_loss)):
             if not isinstance(one, Tensor):

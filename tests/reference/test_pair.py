@@ -105,7 +105,7 @@ class Chasing(Live):
                 other_rejected_logps=rejected,
                 role=role,
             ).losses.mean()
-        self.pair.record(losses["fast"], losses["slow"])
+        self.pair.record(*(objectives.dpo(*found[one], *fixed).losses for one in found))
         return losses["fast"] + losses["slow"]
 
 

@@ -31,6 +31,7 @@ def make_trainer(folder, **options):
         args=trl.DPOConfig(
             output_dir=str(folder),
             use_cpu=True,
+            bf16=False,
             per_device_train_batch_size=2,
             num_train_epochs=1,
             learning_rate=0.01,

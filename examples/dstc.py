@@ -123,7 +123,7 @@ def train(policy: Model, chosen: Tensor, rejected: Tensor) -> None:
     reference, rows = frozen_copy(policy), torch.cat([chosen, rejected])
     with torch.no_grad():
         ref_hidden = reference(rows)[:, :-1]
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
     for _ in range(STEPS):
         output = preference_loss(
             policy(rows)[:, :-1],

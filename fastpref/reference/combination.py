@@ -45,6 +45,8 @@ def combine_adapters(
             raise ValueError(f"weights must be finite, got {one!r}")
     if not isinstance(new_name, str) or not new_name:
         raise TypeError(f"new_name must be a name, got {new_name!r}")
+    if "." in new_name:
+        raise ValueError(f"new_name must have no '.', as it names modules, got {new_name!r}")
     if new_name in model.peft_config:
         raise ValueError(
             f"new_name must be of no adapter yet, got {new_name!r}; model.delete_adapter removes it"

@@ -177,6 +177,7 @@ def test_a_combination_is_exact():
         (["a", "z"], [1.0, 1.0], "n", "names must be one of the model's adapters, a, b, got 'z'"),
         (["a", "b"], [1.0], "n", "weights must be one for each of 2 names, got 1"),
         (["a", "b"], [1.0, float("inf")], "n", "weights must be finite"),
+        (["a", "b"], [1.0, 1.0], "n.1", "new_name must have no '.'"),
         (["a", "b"], [1.0, 1.0], "a", "new_name must be of no adapter yet, got 'a'"),
     ],
 )

@@ -97,11 +97,18 @@ def madpo(
     """
     chosen = log_ratio(policy_chosen_logps, ref_chosen_logps)
     rejected = log_ratio(policy_rejected_logps, ref_rejected_logps)
-    strength = _strength(reward_margin.abs(), c_min, c_max, slope, tau)
-    weights = torch.exp(softplus(-reward_margin) - softplus(-strength * reward_margin))
-    weights = torch.where(reward_margin > -tau, weights, 1)
+    weights = madpo_weights(reward_margin, c_min, c_max, slope, tau)
     losses = weights * softplus(-beta * (chosen - rejected))
     return PairLosses(losses, beta * chosen, beta * rejected)
+
+
+def madpo_weights(
+    reward_margin: Tensor, c_min: PerUnit, c_max: PerUnit, slope: PerUnit, tau: PerUnit
+) -> Tensor:
+    """(P,), as in ``madpo``."""
+    strength = _strength(reward_margin.abs(), c_min, c_max, slope, tau)
+    weights = torch.exp(softplus(-reward_margin) - softplus(-strength * reward_margin))
+    return torch.where(reward_margin > -tau, weights, 1)
 
 
 def _strength(size: Tensor, c_min: PerUnit, c_max: PerUnit, slope: PerUnit, tau: PerUnit) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..objectives import Objective
 from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
 from ..scoring.api import ask, run_traced
+from ..scoring.basis import WeightGradBasis
 from ..scoring.head import Lora, opened
 from ..scoring.transforms import needs_operators
 from ..units import PreferenceOutput
@@ -60,14 +61,16 @@ def preference_loss(
     options: ScoringOptions | None = None,
     lora: Lora | None = None,
     ref_lora: Lora | None = None,
+    weight_grad_basis: WeightGradBasis | tuple[Tensor, Tensor] | None = None,
     **hyperparameters: Any,
 ) -> PreferenceOutput:
     """The preference loss of a batch, from the hidden states that its head would take.
 
     Args:
         hidden: (B, T, H), or packed (N, H) or (1, N, H) with ``cu_seqlens``.
-        weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, options: as
-            in ``linear_logprob``. The reference is scored at the same temperature.
+        weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, options,
+            weight_grad_basis: as in ``linear_logprob``. The reference is scored at the same
+            temperature.
         target: (B, T), or packed (N,) or (1, N); int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there

@@ -18,6 +18,7 @@ from ..objectives import Objective
 from ..objectives.checks import closest, no_tensor
 from ..objectives.registry import extra_names, unset
 from ..scoring import ScoringOptions
+from ..scoring.basis import WeightGradBasis
 from ..scoring.head import Lora
 from ..scoring.validation import check_group
 from ..sequences.sums import check_boundaries
@@ -70,6 +71,7 @@ class Arguments:
     options: ScoringOptions | None
     lora: Lora | None
     ref_lora: Lora | None
+    weight_grad_basis: WeightGradBasis | tuple[Tensor, Tensor] | None
     hyperparameters: Mapping[str, Any]
 
     @property

@@ -204,13 +204,14 @@ def test_bad_use() -> None:
 @pytest.mark.heavy
 def test_trains_to_the_loss_of_the_dense_gradient() -> None:
     """Rows of which three directions decide the next token: on a quarter of the columns, the held
-    out loss is that of AdamW on the dense gradient, but for a tenth of what that learns."""
+    out loss is that of AdamW on the dense gradient, but for a twentieth of what that learns."""
 
     def draw(*shape: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
-    teacher = draw(V, 3, seed=0) @ dct_matrix(H)[:, [2, 5, 11]].t()
+    vocab, steps = 64, 100
+    teacher = draw(vocab, 3, seed=0) @ dct_matrix(H)[:, [2, 5, 11]].t()
     held = draw(1000, H, seed=1)
 
     def loss_of(weight: Tensor) -> float:
@@ -218,14 +219,15 @@ def test_trains_to_the_loss_of_the_dense_gradient() -> None:
         return float(-(known * (held @ weight.detach().t()).log_softmax(-1)).sum(-1).mean())
 
     def trained(rank: int | None) -> float:
-        weight = torch.zeros(V, H, dtype=torch.float32, requires_grad=rank is None)
+        weight = torch.zeros(vocab, H, dtype=torch.float32, requires_grad=rank is None)
         optimizer: torch.optim.Optimizer
         if rank is None:
-            optimizer = torch.optim.AdamW([weight], lr=0.02, weight_decay=0)
+            optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0)
         else:
-            optimizer = DCTAdamW(weight, rank=rank, lr=0.02, update_every=20)
-        for step in range(100):
-            hidden = draw(300, H, seed=100 + step)
+            optimizer = DCTAdamW(weight, rank=rank, lr=0.1, update_every=20)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        for step in range(steps):
+            hidden = draw(200, H, seed=100 + step)
             chances = (hidden @ teacher.t()).softmax(-1)
             generator = torch.Generator().manual_seed(step)
             target = torch.multinomial(chances, 1, generator=generator)[:, 0]
@@ -234,9 +236,10 @@ def test_trains_to_the_loss_of_the_dense_gradient() -> None:
             (-found.logp.mean()).backward()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
+            decay.step()
         return loss_of(weight)
 
-    start, dense, low = math.log(V), trained(None), trained(RANK)
+    start, dense, low = math.log(vocab), trained(None), trained(RANK)
     print(f"held out: {start:.3f} at first, {dense:.3f} dense, {low:.3f} on {RANK} of {H} columns")
-    assert low <= dense + 0.1 * (start - dense)
+    assert low <= dense + 0.05 * (start - dense)
     assert dense < start - 1

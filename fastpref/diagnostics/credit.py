@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens a policy credits, after "From r to Q*" (arXiv:2404.12358)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..objectives.checks import is_number
+from .checks import check_floats
+
+
+def token_credit(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1) -> Tensor:
+    """beta (log policy - log ref) of each token, like both: the advantage implied by the policy in
+    the paper's token-level reading, r_t + V(s_t+1) - V(s_t), whose sum is the response's implicit
+    reward.
+
+    Of the paper it is this quantity alone; for its search by the same sum see the examples.
+    """
+    check_floats(
+        policy_logps.dim() if isinstance(policy_logps, Tensor) else 1,
+        "of any shape",
+        policy_logps=policy_logps,
+        ref_logps=ref_logps,
+    )
+    if not is_number(beta) or not beta > 0:
+        raise ValueError(f"beta must be a number greater than 0, got {beta!r}")
+    return beta * (policy_logps.detach() - ref_logps.detach())
+
+
+def credit_map(
+    tokens: Sequence[str], credit: Any, path: str | Path, *, title: str = ""
+) -> tuple[Path, Path]:
+    """A response coloured by the credit of its tokens, blue where it is positive and red where it
+    is negative, the strongest colour at the largest size: ``path`` with .html, each number shown
+    under the pointer, and with .png. Needs matplotlib.
+
+    Args:
+        tokens: T texts, as ``tokenizer.decode`` gives one id at a time.
+        credit: (T,), a tensor or numbers.
+        path: where they go, without suffix or with either of the two.
+        title: above them.
+
+    Returns:
+        The two paths, HTML and PNG.
+
+    Raises:
+        ValueError, TypeError: where texts and numbers do not belong together.
+        ImportError: matplotlib is not installed.
+    """
+    from .pages import credit_page
+    from .pictures import draw_credit
+
+    numbers = checked(tokens, credit)
+    base = Path(path)
+    if base.suffix in (".html", ".png"):
+        base = base.with_suffix("")
+    page, picture = (base.with_name(base.name + end) for end in (".html", ".png"))
+    page.write_text(credit_page(tokens, numbers, title), encoding="utf-8")
+    draw_credit(tokens, numbers, picture, title)
+    return page, picture
+
+
+def checked(tokens: Any, credit: Any) -> list[float]:
+    """``credit`` as numbers, one for each of ``tokens``."""
+    if isinstance(tokens, str) or not all(isinstance(one, str) for one in tokens):
+        raise TypeError(
+            "tokens must be a list of texts, one for each token; make it with "
+            "[tokenizer.decode([one]) for one in ids]"
+        )
+    numbers = torch.as_tensor(credit, dtype=torch.float64, device="cpu")
+    if numbers.shape != (len(tokens),) or not len(tokens):
+        raise ValueError(
+            f"credit must be one number for each of {len(tokens)} tokens, at least one, got "
+            f"{tuple(numbers.shape)}"
+        )
+    if not numbers.isfinite().all():
+        raise ValueError("credit must be finite, got an infinity or NaN among it")
+    found: list[float] = numbers.tolist()
+    return found

@@ -9,7 +9,7 @@ side; ``python -m fastpref diagnose``) are built. ``pictures`` and ``pages`` dra
 
 from typing import TYPE_CHECKING, Any
 
-from .credit import credit_map, token_credit
+from .credit import credit_map
 from .information import did_entropy, log_margin_order
 from .layers import SpinalTrace, layer_contraction, layer_transport, spinal
 from .lengths import LengthBias, length_bias
@@ -34,7 +34,6 @@ __all__ = [
     "length_bias",
     "log_margin_order",
     "spinal",
-    "token_credit",
 ]
 
 

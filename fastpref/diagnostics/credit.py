@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens a policy credits, after "From r to Q*" (arXiv:2404.12358)."""
+"""Which tokens a policy credits, after "From r to Q*" (arXiv:2404.12358), as a picture.
+
+The credit of a token is ``fastpref.sequences.token_credit``: beta (log policy - log ref), in the
+paper's token-level reading r_t + V(s_t+1) - V(s_t). Of the paper it is this quantity; not its
+search by the same sum.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from ..objectives.checks import is_number
-from .checks import check_floats
-
-
-def token_credit(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1) -> Tensor:
-    """beta (log policy - log ref) of each token, like both: the advantage implied by the policy in
-    the paper's token-level reading, r_t + V(s_t+1) - V(s_t), whose sum is the response's implicit
-    reward.
-
-    Of the paper it is this quantity alone; for its search by the same sum see the examples.
-    """
-    check_floats(
-        policy_logps.dim() if isinstance(policy_logps, Tensor) else 1,
-        "of any shape",
-        policy_logps=policy_logps,
-        ref_logps=ref_logps,
-    )
-    if not is_number(beta) or not beta > 0:
-        raise ValueError(f"beta must be a number greater than 0, got {beta!r}")
-    return beta * (policy_logps.detach() - ref_logps.detach())
 
 
 def credit_map(
@@ -41,7 +24,7 @@ def credit_map(
 
     Args:
         tokens: T texts, as ``tokenizer.decode`` gives one id at a time.
-        credit: (T,), a tensor or numbers.
+        credit: (T,), a tensor or numbers, such as a row of ``token_credit``.
         path: where they go, without suffix or with either of the two.
         title: above them.
 

@@ -86,7 +86,7 @@ def layer_contraction(hidden: Tensor, *, tail: float = TAIL) -> Tensor:
     if not is_number(tail) or not 0 < tail <= 1:
         raise ValueError(f"tail must be a number in (0, 1], got {tail!r}; 0.5 fits the lower half")
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    values = torch.linalg.svdvals(hidden.detach().to(exact)).to(torch.float64)
+    values: Tensor = torch.linalg.svdvals(hidden.detach().to(exact)).to(torch.float64)
     least = values[0] * torch.finfo(exact).eps * max(hidden.shape)
     values = values[values > least]
     count = len(values)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .credit import token_credit
+from ..sequences import token_credit
 from .information import did_entropy, log_margin_order
 from .layers import SpinalTrace, spinal
 from .lengths import length_bias

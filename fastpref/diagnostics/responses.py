@@ -104,5 +104,6 @@ def score_responses(
         if hook is not None:
             hook.remove()
     mask = inputs["labels"][:, 1:] != IGNORE
-    found = states[0].view(*inputs["input_ids"].shape, -1)[:, :-1] if states else None
+    # The last: before its first fused call a model is measured, on a few inputs.
+    found = states[-1].view(*inputs["input_ids"].shape, -1)[:, :-1] if states else None
     return Responses(output.log_probs, mask, found)

@@ -19,7 +19,6 @@ from fastpref.diagnostics import (
     layer_transport,
     length_bias,
     log_margin_order,
-    token_credit,
 )
 
 
@@ -136,13 +135,6 @@ def test_length_bias() -> None:
     assert math.isnan(same.slope) and math.isnan(same.accuracy_longer)
 
 
-def test_token_credit() -> None:
-    policy, ref = draw(3, 5).requires_grad_(), draw(3, 5, seed=1)
-    found = token_credit(policy, ref, beta=0.3)
-    torch.testing.assert_close(found, 0.3 * (policy - ref).detach())
-    assert not found.requires_grad
-
-
 @pytest.mark.parametrize("form", [{}, {"bias": True, "softcap": 3.0}])
 def test_layer_transport_is_the_angle(form: dict[str, Any]) -> None:
     a, b, weight = draw(20, 8), draw(20, 8, seed=1), draw(53, 8, seed=2)
@@ -216,7 +208,6 @@ def test_bad_use() -> None:
         (lambda: displacement(draw(4), pair), TypeError, r"before must be \(chosen, rejected\)"),
         (lambda: log_margin_order(draw(4), draw(4).long()), TypeError, "use margins_b.float"),
         (lambda: length_bias(draw(4), draw(4), draw(5)), ValueError, "rejected_lengths must have"),
-        (lambda: token_credit(draw(4), draw(4), beta=0), ValueError, "beta must be a number"),
         (lambda: layer_contraction(draw(4, 3), tail=0.0), ValueError, r"tail must .* in \(0, 1\]"),
         (lambda: layer_contraction(draw(4)), ValueError, r"hidden must be \(N, H\)"),
     ):  # fmt: skip

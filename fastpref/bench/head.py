@@ -74,14 +74,12 @@ def low_rank_experiment(case: Case) -> Experiment:
     candidates = list(_experiment(case, [_own(lane, ("logp",), case.device)]).candidates)
     matrix = dct_matrix(size, device=case.device)
     for rank in (size // 32, size // 8):
-        for measured in (False, True):
+        for transform in (None, matrix):
             columns = matrix[:, :rank]
             candidates.append(
                 Candidate(
-                    f"{rank} columns" + (", choosing" if measured else ""),
-                    functools.partial(
-                        _projected, lane, packed, columns, matrix if measured else None
-                    ),
+                    f"{rank} columns" + ("" if transform is None else ", choosing"),
+                    functools.partial(_projected, lane, packed, columns, transform),
                     functools.partial(_exact_projected, packed.answer, columns),
                     lane.unavailable(case.device),
                     sampled=functools.partial(_picked, packed.answer),

@@ -21,7 +21,7 @@ from .lengths import length_bias
 from .likelihood import Likelihoods, displacement
 from .pages import credit_spans, page, table
 from .pictures import draw_credit, draw_layers, draw_lengths, draw_likelihoods
-from .responses import IGNORE, Responses, fused, score_responses
+from .responses import IGNORE, Responses, base_model, fused, score_responses
 from .similarity import ches
 
 HOST: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
@@ -83,18 +83,13 @@ def diagnose(
     for name, model in (("reference", reference), ("policy", policy)):
         say(f"layers of the {name}", 0, 1)
         few = rows[: settings.layers]
-        traces[name] = spinal(_base(model), _batch(few, tokenizer))
+        traces[name] = spinal(base_model(model), _batch(few, tokenizer))
         say(f"layers of the {name}", 1, 1)
     say("pictures and page", 0, 1)
     found = _numbers(pairs, scored, samples, traces, settings)
     _write(found, pairs, scored, traces, tokenizer, folder, settings)
     say("pictures and page", 1, 1)
     return found
-
-
-def _base(model: nn.Module) -> nn.Module:
-    get_base_model = getattr(model, "get_base_model", None)  # PEFT's
-    return get_base_model() if callable(get_base_model) else model
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:

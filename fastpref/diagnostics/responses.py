@@ -54,11 +54,17 @@ def moved(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     return {n: one.to(device) if isinstance(one, Tensor) else one for n, one in batch.items()}
 
 
+def base_model(model: nn.Module) -> nn.Module:
+    """What PEFT has wrapped, with its adapters."""
+    get_base_model = getattr(model, "get_base_model", None)
+    found: nn.Module = get_base_model() if callable(get_base_model) else model
+    return found
+
+
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[Any]:
     """``model`` with a fused head, as it was afterwards."""
-    get_base_model = getattr(model, "get_base_model", None)  # PEFT's
-    owner: Any = get_base_model() if callable(get_base_model) else model
+    owner: Any = base_model(model)
     before = vars(owner).get("forward")
     fuse_lm_head(owner)
     try:

@@ -114,10 +114,11 @@ def test_in_trl(tmp_path: Path) -> None:
     args = trl.DPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=2, logging_steps=1,
         per_device_train_batch_size=2, report_to="none", save_strategy="no", disable_tqdm=True,
-        learning_rate=0.01, gradient_checkpointing=False,
+        learning_rate=0.01,
     )  # fmt: skip
     trainer = trl.DPOTrainer(
         model=model,
+        ref_model=copy.deepcopy(model),
         args=args,
         processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list(rows),
@@ -150,7 +151,7 @@ def test_cost_at_the_default_interval(tmp_path: Path) -> None:
     trainer.train()
     share = sum(spent) / (time.process_time() - began)
     print(f"{share:.2%} of the processor's time")
-    assert trainer.state.log_history[-1].keys() | {"monitor/share"}
+    assert any("monitor/share" in one for one in trainer.state.log_history)
     assert share < 0.01
 
 

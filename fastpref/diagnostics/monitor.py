@@ -20,7 +20,6 @@ from .likelihood import Likelihoods, displacement
 from .responses import base_model, fused, score_responses, scored_labels
 from .similarity import ches
 
-
 logger = logging.getLogger("fastpref")
 
 

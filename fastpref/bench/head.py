@@ -69,9 +69,8 @@ def call_experiment(case: Case) -> Experiment:
 def low_rank_experiment(case: Case) -> Experiment:
     """The gradient of the weight, and its projection on some columns of the DCT in its place."""
     packed = _packed_of(case)
-    lane = lanes(case.device)[0]
     size = case.shape.hidden_size
-    candidates = list(_experiment(case, [_own(lane, ("logp",), case.device)]).candidates)
+    candidates = list(_experiment(case, [Way("dense", _dense)]).candidates)
     matrix = dct_matrix(size, device=case.device)
     for rank in (size // 32, size // 8):
         for transform in (None, matrix):
@@ -79,9 +78,8 @@ def low_rank_experiment(case: Case) -> Experiment:
             candidates.append(
                 Candidate(
                     f"{rank} columns" + ("" if transform is None else ", choosing"),
-                    functools.partial(_projected, lane, packed, columns, transform),
+                    functools.partial(_projected, packed, columns, transform),
                     functools.partial(_exact_projected, packed.answer, columns),
-                    lane.unavailable(case.device),
                     sampled=functools.partial(_picked, packed.answer),
                 )
             )
@@ -89,15 +87,21 @@ def low_rank_experiment(case: Case) -> Experiment:
     return Experiment(limit, candidates, packed.work.entropy)
 
 
-def _projected(lane: Lane, packed: _Packed, columns: Tensor, transform: Tensor | None) -> Outcome:
+def _dense(hidden: Tensor, weight: Tensor, target: Tensor) -> Found:
+    logp = linear_logprob(hidden, weight, target).logp
+    if logp is None:
+        raise RuntimeError("logp was asked for")
+    return -logp.mean(), (logp,)
+
+
+def _projected(packed: _Packed, columns: Tensor, transform: Tensor | None) -> Outcome:
     hidden, weight = packed.hidden.detach().requires_grad_(), packed.work.weight.detach()
     exact: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     basis = WeightGradBasis(columns, torch.zeros((len(weight), columns.shape[1]), **exact))
     if transform is not None:
         norms = torch.zeros(transform.shape[1], **exact)
         basis = basis._replace(transform=transform, norms=norms)
-    options = lane.options()
-    found = linear_logprob(hidden, weight, packed.target, weight_grad_basis=basis, options=options)
+    found = linear_logprob(hidden, weight, packed.target, weight_grad_basis=basis)
     if found.logp is None:
         raise RuntimeError("logp was asked for")
     loss = -found.logp.mean()

@@ -100,8 +100,8 @@ def _diagnose(args: argparse.Namespace, console: Console) -> None:
     moved = found["displacement"]
     console.say(
         "found",
-        f"accuracy {found['accuracy']:.1%}; chosen responses became {moved['chosen_drop']:.3g} "
-        f"nats less likely, rejected ones {moved['rejected_drop']:.3g}",
+        f"accuracy {found['accuracy']:.1%}; log-probability of chosen responses "
+        f"{-moved['chosen_drop']:+.3g} nats, of rejected ones {-moved['rejected_drop']:+.3g}",
     )
     console.say("done", f"open {args.out / 'index.html'}")
 

@@ -20,7 +20,8 @@ def credit_map(
 ) -> tuple[Path, Path]:
     """A response coloured by the credit of its tokens, blue where it is positive and red where it
     is negative, the strongest colour at the largest size: ``path`` with .html, each number shown
-    under the pointer, and with .png. Needs matplotlib.
+    under the pointer, and with .png, in which letters that matplotlib's font lacks are boxes. Needs
+    matplotlib.
 
     Args:
         tokens: T texts, as ``tokenizer.decode`` gives one id at a time.

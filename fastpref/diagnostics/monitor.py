@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,10 +15,8 @@ from ..objectives.checks import is_integer, is_number
 from .information import log_margin_order
 from .lengths import length_bias
 from .likelihood import Likelihoods, displacement
-from .responses import base_model, fused, score_responses, scored_labels
+from .responses import fused, score_responses, scored_labels
 from .similarity import ches
-
-logger = logging.getLogger("fastpref")
 
 
 class _Measured(NamedTuple):
@@ -91,11 +87,9 @@ class PreferenceMonitorCallback(TrainerCallback):
         self._before: _Measured | None = None
         self._waiting: dict[str, float] = {}
         self._ended = 0.0  # when the last measurement did
-        self._open = contextlib.ExitStack()
+        self._head: list[Any] = []  # what is known of it
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        # For as long as the training: a model is measured anew each time that it is fused.
-        self._open.enter_context(fused(given["model"]))
         self._before = self._measure(given["model"])
         self._ended = time.perf_counter()
 
@@ -113,13 +107,6 @@ class PreferenceMonitorCallback(TrainerCallback):
         else:
             self._waiting = values
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        try:
-            self._open.close()
-        except RuntimeError as error:
-            # No reason for a training to fail at its end.
-            logger.warning("the monitor leaves the model's head fused: %s", error)
-
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
@@ -130,9 +117,10 @@ class PreferenceMonitorCallback(TrainerCallback):
             self._waiting = {}
 
     def _measure(self, model: nn.Module) -> _Measured:
-        own: Any = base_model(model)
-        found = score_responses(own, self.probe, hidden=True)
-        unseen = None if self.unseen is None else score_responses(own, self.unseen).sums
+        # For a moment: TRL's own calls of its fused head must reach that.
+        with fused(model, self._head) as own:
+            found = score_responses(own, self.probe, hidden=True)
+            unseen = None if self.unseen is None else score_responses(own, self.unseen).sums
         if found.hidden is None:
             raise RuntimeError("hidden states were asked for")
         halves = zip(found.hidden.chunk(2), found.mask.chunk(2), strict=True)

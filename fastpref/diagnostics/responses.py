@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.causal_lm import fuse_lm_head, unfuse_lm_head
+from ..integrations.causal_lm.fuse import STATE
 
 IGNORE = -100
 NAMES = ("fused_labels", "completion_mask", "labels")  # in this order, which a batch may hold
@@ -62,13 +63,22 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def fused(model: nn.Module) -> Iterator[Any]:
-    """``model`` with a fused head, as it was afterwards."""
+def fused(model: nn.Module, known: list[Any] | None = None) -> Iterator[Any]:
+    """``model`` with a fused head, as it was afterwards.
+
+    Args:
+        known: empty at first, and then what the model was found to make of its head's outputs, so
+            that it is measured once.
+    """
     owner: Any = base_model(model)
     before = vars(owner).get("forward")
-    fuse_lm_head(owner)
+    state = vars(fuse_lm_head(owner))[STATE]
+    if known:
+        (state.measured,) = known
     try:
         yield owner
+        if known is not None:
+            known[:] = [state.measured]
     finally:
         if vars(owner).get("forward") is not before:
             unfuse_lm_head(owner)

@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
     trainer.train()
     for entry in trainer.state.log_history:
         if "monitor/margin" in entry:
-            names = ("margin", "chosen_drop", "rejected_drop", "length_slope")
+            names = ("margin", "accuracy", "chosen_drop", "rejected_drop")
             shown = ", ".join(f"{name} {entry[f'monitor/{name}']:.3f}" for name in names)
             print(f"step {entry['step']}: {shown}")
     with torch.no_grad():

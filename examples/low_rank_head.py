@@ -41,9 +41,9 @@ def trained(rank: int | None) -> list[float]:
     )
     optimizer: torch.optim.Optimizer
     if rank is None:
-        optimizer = torch.optim.AdamW([weight.requires_grad_()], lr=1e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW([weight.requires_grad_()], lr=2e-2, weight_decay=0.0)
     else:
-        optimizer = DCTAdamW(weight, rank=rank, lr=1e-3, update_every=10)
+        optimizer = DCTAdamW(weight, rank=rank, lr=2e-2, update_every=10)
     losses = []
     ref_logps = torch.zeros(2 * PAIRS, dtype=torch.float32, device="cpu")
     for step in range(STEPS):
@@ -58,7 +58,7 @@ def trained(rank: int | None) -> list[float]:
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(output.loss))
+        losses.append(output.loss.item())
     return losses
 
 

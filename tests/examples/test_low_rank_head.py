@@ -10,6 +10,8 @@ from tests.examples.loading import load
 def test_it_learns(capsys: pytest.CaptureFixture[str]) -> None:
     example = load("low_rank_head")
     dense, low = example.trained(None), example.trained(example.RANK)
-    assert low[-1] < 0.2 * low[0] and low[-1] < 2 * dense[-1] + 0.05
+    # In 40 steps at the same rate, on a quarter of the columns.
+    assert dense[-1] < 0.5 * dense[0]
+    assert low[0] - low[-1] > 0.7 * (dense[0] - dense[-1])
     said = capsys.readouterr().out
-    assert "rank 64: 3.00 products" in said and "rank 16: 2.25 products" in said
+    assert "rank 64: 2.00 products" in said and "rank 16: 1.25 products" in said

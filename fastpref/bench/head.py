@@ -8,13 +8,14 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import linear_logprob
+from ..optim import WeightGradBasis, dct_matrix
 from . import scorers, trl_head
 from .exact_head import Sample, sample
 from .experiment import Candidate, Case, Experiment, Mode, Outcome, bare_products, missing
@@ -65,9 +66,62 @@ def call_experiment(case: Case) -> Experiment:
     return _experiment(case, ways)
 
 
+def low_rank_experiment(case: Case) -> Experiment:
+    """The gradient of the weight, and its projection on some columns of the DCT in its place."""
+    packed = _packed_of(case)
+    size = case.shape.hidden_size
+    candidates = list(_experiment(case, [Way("dense", _dense)]).candidates)
+    matrix = dct_matrix(size, device=case.device)
+    for rank in (size // 32, size // 8):
+        for transform in (None, matrix):
+            columns = matrix[:, :rank]
+            candidates.append(
+                Candidate(
+                    f"{rank} columns" + ("" if transform is None else ", choosing"),
+                    functools.partial(_projected, packed, columns, transform),
+                    functools.partial(_exact_projected, packed.answer, columns),
+                    sampled=functools.partial(_picked, packed.answer),
+                )
+            )
+    limit = bare_products(packed.work, case.mode)
+    return Experiment(limit, candidates, packed.work.entropy)
+
+
+def _dense(hidden: Tensor, weight: Tensor, target: Tensor) -> Found:
+    logp = linear_logprob(hidden, weight, target).logp
+    if logp is None:
+        raise RuntimeError("logp was asked for")
+    return -logp.mean(), (logp,)
+
+
+def _projected(packed: _Packed, columns: Tensor, transform: Tensor | None) -> Outcome:
+    hidden, weight = packed.hidden.detach().requires_grad_(), packed.work.weight.detach()
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
+    basis = WeightGradBasis(columns, torch.zeros((len(weight), columns.shape[1]), **exact))
+    if transform is not None:
+        norms = torch.zeros(transform.shape[1], **exact)
+        basis = basis._replace(transform=transform, norms=norms)
+    found = linear_logprob(hidden, weight, packed.target, weight_grad_basis=basis)
+    if found.logp is None:
+        raise RuntimeError("logp was asked for")
+    loss = -found.logp.mean()
+    loss.backward()
+    gradients = (one for one in (hidden.grad, basis.out) if one is not None)
+    return Outcome(loss.detach(), tuple(gradients), (found.logp.detach(),))
+
+
+def _exact_projected(answer: Callable[[], Sample], columns: Tensor) -> Outcome:
+    found = answer()
+    return Outcome(found.loss, (found.d_hidden, found.d_weight @ columns.double()), found.scores)
+
+
+def _packed_of(case: Case) -> _Packed:
+    """Whatever the mode and the call."""
+    return _packed(replace(case, mode="forward", what="head"))
+
+
 def _experiment(case: Case, ways: list[Way]) -> Experiment:
-    # Whatever the mode and the call.
-    packed = _packed(replace(case, mode="forward", what="head"))
+    packed = _packed_of(case)
     exact = functools.partial(_exact, packed.answer, case.mode)
     pick = functools.partial(_picked, packed.answer)
     candidates = [

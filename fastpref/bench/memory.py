@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import ScoringOptions, explain, preference_loss
 from ..integrations.trl import default_budget
+from ..optim import dct_matrix
 from ..scoring import workspace
 from ..scoring.memory import total_memory
 from .experiment import Case, Loss, Mode, step
@@ -27,6 +28,8 @@ from .timing import MEBIBYTE, Clock
 from .work import Shape, Work
 
 MODE: Mode = "trainable head"
+RANK = 64
+PROJECTED = f"fastpref, {RANK} columns of d weight"
 
 
 def own_options(case: Case, budget: int) -> dict[str, ScoringOptions]:
@@ -63,7 +66,7 @@ def names(case: Case, budget: int, compiling: bool) -> list[str]:
         and one.unavailable is None
         and (compiling or not one.compiles)
     ]
-    return [*own_options(case, budget), *peers]
+    return [*own_options(case, budget), PROJECTED, *peers]
 
 
 def measure(case: Case, name: str, budget: int) -> dict[str, Any]:
@@ -108,6 +111,8 @@ def _measure(case: Case, name: str, budget: int) -> dict[str, Any]:
 
 def _implementation(case: Case, work: Work, name: str, budget: int) -> tuple[Loss, float | None]:
     """And the workspace that its plan allows, in MiB."""
+    if name == PROJECTED:
+        return _projected(work)
     options = own_options(case, budget).get(name)
     if options is None:
         peers = {one.name: one.loss for one in score_implementations(case)}
@@ -121,6 +126,25 @@ def _implementation(case: Case, work: Work, name: str, budget: int) -> tuple[Los
 
     leaves = work.leaves(hidden=True, weight=True)
     plan = explain(*leaves, work.target, "dpo", ref_logps=reference, options=options)
+    return loss, plan.policy.workspace_bytes / MEBIBYTE
+
+
+def _projected(work: Work) -> tuple[Loss, float]:
+    """The weight's gradient on some columns, which are part of the peak in its place."""
+    reference = torch.zeros(work.hidden.shape[0], device=work.hidden.device, dtype=torch.float32)
+    columns = dct_matrix(work.weight.shape[1], device=work.weight.device)[:, :RANK]
+
+    def given(hidden: Tensor, weight: Tensor) -> dict[str, Any]:
+        shape = weight.shape[0], columns.shape[1]
+        out = torch.zeros(shape, device=weight.device, dtype=torch.float32)
+        return {"ref_logps": reference, "weight_grad_basis": (columns, out)}
+
+    def loss(work: Work, hidden: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        return preference_loss(hidden, weight, work.target, "dpo", **given(hidden, weight)).loss
+
+    hidden, weight = work.leaves(hidden=True, weight=False)
+    plan = explain(hidden, weight, work.target, "dpo", **given(hidden, weight))
     return loss, plan.policy.workspace_bytes / MEBIBYTE
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .divergences import divergence_experiment
 from .experiment import MODES, Case, Experiment, Mode, missing
-from .head import call_experiment, head_experiment
+from .head import call_experiment, head_experiment, low_rank_experiment
 from .heads import heads_experiment
 from .losses import KINDS, loss_experiment, score_experiment
 from .training import training_experiment
@@ -38,6 +38,11 @@ SUITES = {
     },
     "divergence": Suite("linear_divergence, forward KL", divergence_experiment),
     "head": Suite("the head alone, packed rows", head_experiment),
+    "low-rank": Suite(
+        "the head's gradient, dense and projected on columns of the DCT",
+        low_rank_experiment,
+        ("trainable head",),
+    ),
     "call": Suite(
         "TRL's call: log-probabilities, entropy, mean logits, top token", call_experiment
     ),

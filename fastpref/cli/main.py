@@ -15,6 +15,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "env": "what this installation can do, and why it cannot do the rest",
     "demo": "a preference training inside TRL, stock against fastpref",
+    "diagnose": "what a preference training has done to a model, as a report",
     "objectives": "every objective with its formula, its paper and what it needs",
     "architectures": "which models of transformers fuse_lm_head is exact for",
     "kernels": "registers, shared memory and matrix instructions of the Triton kernels",

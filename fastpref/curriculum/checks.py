@@ -18,10 +18,10 @@ def numbers(name: str, value: Any, dims: str) -> Tensor:
 
     That they are numbers is seen on a CPU only; elsewhere it would wait for the device.
     """
-    tensor(name, value, dims)
-    if value.dtype == torch.bool or value.is_complex():
-        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
-    wide = value.detach()
+    found = tensor(name, value, dims)
+    if found.dtype == torch.bool or found.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {found.dtype}")
+    wide = found.detach()
     wide = wide if wide.dtype == torch.float64 else wide.float()
     if readable(wide) and bool(wide.isnan().any()):
         place = tuple(wide.isnan().nonzero()[0].tolist())
@@ -39,10 +39,10 @@ def tensor(name: str, value: Any, dims: str) -> Tensor:
 
 
 def integers(name: str, value: Any, dims: str) -> Tensor:
-    tensor(name, value, dims)
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {value.dtype}")
-    return value.detach()
+    found = tensor(name, value, dims)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {found.dtype}")
+    return found.detach()
 
 
 def marks(name: str, value: Any, like: str, shape: torch.Size) -> Tensor:

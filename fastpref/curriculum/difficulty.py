@@ -35,7 +35,7 @@ def vote_difficulty(scores: Tensor) -> Tensor:
     std = centred.square().mean(1, keepdim=True).sqrt()
     # What rounding leaves of equal gaps is no distribution.
     flat = std <= 1e-12 * wide.abs().amax(1, keepdim=True) if wide.shape[1] else std == 0
-    votes = torch.special.ndtr(torch.where(flat, 0.0, centred / std))
+    votes: Tensor = torch.special.ndtr(torch.where(flat, 0.0, centred / std))
     right = ((wide > 0).double() + 0.5 * (wide == 0).double()).mean(1)
     total = right.sum()
     weights = torch.where(total > 0, right / total, 1 / len(right))

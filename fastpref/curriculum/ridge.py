@@ -48,7 +48,8 @@ def ridge_difficulty(features: Tensor, targets: Tensor, *, ridge: float = 1e-3) 
     # The intercept takes 1/N of each row's own target.
     own = smoother.diagonal() + 1 / len(rows)
     missed = (wanted - smoother @ wanted) / (1 - own)[:, None]
-    return torch.linalg.vector_norm(missed, dim=1).to(torch.promote_types(rows.dtype, values.dtype))
+    far: Tensor = torch.linalg.vector_norm(missed, dim=1)
+    return far.to(torch.promote_types(rows.dtype, values.dtype))
 
 
 def linear_smoother(train: Tensor, test: Tensor, ridge: float) -> Tensor:

@@ -72,7 +72,9 @@ class Preferences:
         return replace(self, examples=pairs)
 
 
-def load(path: Path, columns: Mapping[str, Domain] | None = None) -> Preferences:
+def load(
+    path: Path, columns: Mapping[str, Domain] | None = None, least: int = MIN_EXAMPLES
+) -> Preferences:
     """What a file with one JSON object a line prefers; blank lines are passed over.
 
     Args:
@@ -82,6 +84,7 @@ def load(path: Path, columns: Mapping[str, Domain] | None = None) -> Preferences
         columns: names of further fields that must be there, and the numbers allowed in them. Where
             there is no "reward_margin" it is the difference of "score_chosen" and "score_rejected",
             which for a list are its largest and its smallest reward.
+        least: examples that there must be.
 
     Raises:
         DemoError: naming the file, the line and what was expected there.
@@ -101,11 +104,10 @@ def load(path: Path, columns: Mapping[str, Domain] | None = None) -> Preferences
                 undecided += 1
             else:
                 examples.append(example)
-    if len(examples) < MIN_EXAMPLES:
+    if len(examples) < least:
         without = f", without {undecided} lists of equal rewards" if undecided else ""
         raise DemoError(
-            f"{path}: {len(examples)} examples{without}, expected at least {MIN_EXAMPLES}, "
-            "one a line"
+            f"{path}: {len(examples)} examples{without}, expected at least {least}, one a line"
         )
     return Preferences(examples, undecided)
 

@@ -73,8 +73,9 @@ def build_model(tokenizer: Any, size: ModelSize) -> Any:
     )
 
 
-def load_model(directory: Path) -> tuple[Any, Any]:
-    """The causal language model (fp32) and the tokenizer saved in `directory`.
+def load_model(directory: Path, option: str = "--model") -> tuple[Any, Any]:
+    """The causal language model (fp32) and the tokenizer saved in `directory`, which `option`
+    named.
 
     Raises:
         DemoError: if it is not a directory that ``save_pretrained`` made of both.
@@ -82,15 +83,15 @@ def load_model(directory: Path) -> tuple[Any, Any]:
     expected = "expected a local directory with a transformers causal LM and its tokenizer"
     if not (directory / "config.json").is_file():
         missing = "has no config.json" if directory.is_dir() else "is not a directory"
-        raise DemoError(f"--model {directory}: {missing}; {expected}")
+        raise DemoError(f"{option} {directory}: {missing}; {expected}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
         reason = str(error).strip().split("\n")[0]
-        raise DemoError(f"--model {directory}: {reason}; {expected}") from None
+        raise DemoError(f"{option} {directory}: {reason}; {expected}") from None
     if tokenizer.eos_token is None:
-        raise DemoError(f"--model {directory}: the tokenizer has no end-of-sequence token")
+        raise DemoError(f"{option} {directory}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..objectives import Objective
 from ..scoring import Plan, ScoringOptions, autograd, batches, linear_logprob
 from ..scoring.api import ask, run_traced
+from ..scoring.basis import WeightGradBasis
 from ..scoring.head import Lora, opened
 from ..scoring.transforms import needs_operators
 from ..units import PreferenceOutput
@@ -62,6 +63,7 @@ def preference_loss(
     ref_lora: Lora | None = None,
     vocab_range: tuple[int, int] | None = None,
     reduce_hidden_grad: bool = True,
+    weight_grad_basis: WeightGradBasis | tuple[Tensor, Tensor] | None = None,
     **hyperparameters: Any,
 ) -> PreferenceOutput:
     """The preference loss of a batch, from the hidden states that its head would take.
@@ -69,8 +71,8 @@ def preference_loss(
     Args:
         hidden: (B, T, H), or packed (N, H) or (1, N, H) with ``cu_seqlens``.
         weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, vocab_range,
-            reduce_hidden_grad, options: as in ``linear_logprob``. The reference is scored at the
-            same temperature, and its head holds the same ids.
+            reduce_hidden_grad, options, weight_grad_basis: as in ``linear_logprob``. The reference
+            is scored at the same temperature, and its head holds the same ids.
         target: (B, T), or packed (N,) or (1, N); int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there

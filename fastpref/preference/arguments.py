@@ -18,6 +18,7 @@ from ..objectives import Objective
 from ..objectives.checks import closest, no_tensor
 from ..objectives.registry import extra_names, unset
 from ..scoring import ScoringOptions
+from ..scoring.basis import WeightGradBasis
 from ..scoring.head import Lora
 from ..scoring.validation import check_group
 from ..scoring.whole import check_whole
@@ -73,6 +74,7 @@ class Arguments:
     ref_lora: Lora | None
     vocab_range: tuple[int, int] | None
     reduce_hidden_grad: bool
+    weight_grad_basis: WeightGradBasis | tuple[Tensor, Tensor] | None
     hyperparameters: Mapping[str, Any]
 
     @property

@@ -175,6 +175,9 @@ def _why_no_groups(task: Task) -> str | None:
         return "each loss may have a gradient of its own, with reduction='none'"
     if task.batch.seq_group is not None:
         return "the tokens of a row lie on several ranks"
+    basis = task.main.models[0].head.form.basis
+    if basis is not None and basis.measured:
+        return "columns are measured of the whole gradient, not of a batch's"
     arrangement = task.arrangement
     if isinstance(arrangement, Indexed) and arrangement.pairs.device.type != "cpu":
         return "the host would wait for the GPU to learn the pairs of an index layout"

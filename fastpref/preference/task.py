@@ -123,6 +123,7 @@ def _policy(given: Arguments, filled: Sequence[str]) -> Asked:
         given.target,
         bias=given.bias,
         lora=given.lora,
+        weight_grad_basis=given.weight_grad_basis,
         outputs=tuple(sorted(scores)),
         differentiable=("logp",),
         **given.scoring,

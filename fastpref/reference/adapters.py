@@ -39,7 +39,10 @@ def named_adapter(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             continue
         for layer in module.adapter_layer_names:
             try:
-                held = module.get_submodule(layer) if "." in layer else getattr(module, layer, None)
+                wrapper: Any = module
+                held = (
+                    wrapper.get_submodule(layer) if "." in layer else getattr(wrapper, layer, None)
+                )
             except AttributeError:
                 continue
             if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or name not in held:
@@ -88,9 +91,10 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
         active = [one for one in module.active_adapters if one in module.scaling]
         if any(module.lora_variant.get(one) or module.lora_bias.get(one) for one in active):
             raise ValueError(_cannot_merge(path, "has DoRA or another variant of LoRA, or a bias"))
-        outside += [f"{path}.{layer}." for layer in module.adapter_layer_names]
+        outside += [f"{path}.{one}." for one in module.adapter_layer_names]
         if active and not module.merged:
-            deltas = [module.get_delta_weight(one) for one in active]
+            layer: Any = module
+            deltas = [layer.get_delta_weight(one) for one in active]
             added[f"{path}.weight"] = torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
     weights: dict[str, Tensor] = {}
     tensors = [*base.named_parameters(), *base.named_buffers()]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.tensor import DTensor
 
 from ..objectives.checks import is_integer
@@ -65,7 +66,7 @@ class MovingReference:
         """On all ranks; ``writes`` on the one that writes what is not sharded."""
         tensors = self._tensors(policy)
         if any(isinstance(one, DTensor) for one in tensors.values()):
-            dcp.save(tensors, checkpoint_id=folder)
+            save_sharded(tensors, checkpoint_id=folder)
         elif writes:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save({name: one.detach().cpu() for name, one in tensors.items()}, folder / FILE)
@@ -75,7 +76,7 @@ class MovingReference:
         """In place, what ``save`` wrote."""
         tensors = self._tensors(policy)
         if any(isinstance(one, DTensor) for one in tensors.values()):
-            dcp.load(tensors, checkpoint_id=folder)
+            load_sharded(tensors, checkpoint_id=folder)
             return
         stored = torch.load(folder / FILE, map_location="cpu", weights_only=True)
         shapes = [{name: one.shape for name, one in each.items()} for each in (stored, tensors)]

@@ -83,7 +83,7 @@ def named(weights: Weights, like: Mapping[str, Tensor] | None = None) -> dict[st
         raise TypeError("weights must be a module or several tensors, got one Tensor; put it in []")
     if isinstance(weights, nn.Module):
         module = bare(weights)
-        found = dict(module.named_parameters(remove_duplicate=False))
+        found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         found |= dict(module.named_buffers(remove_duplicate=False))
         return _each_once(found) if like is None else _as_named_there(found, like)
     if isinstance(weights, Mapping):
@@ -154,8 +154,8 @@ def _paired(
             "reference must be another model than policy, got the same tensors; take a "
             "frozen_copy of the policy before the training"
         )
-    for name, (mine, theirs) in pairs.items():
-        _check_pair(name, mine, theirs)
+    for name, (own, other) in pairs.items():
+        _check_pair(name, own, other)
     return pairs
 
 

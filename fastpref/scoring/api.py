@@ -11,6 +11,7 @@ from torch import Tensor
 from . import autograd, operators
 from .agreement import refused_together
 from .autograd import Outputs
+from .basis import WeightGradBasis
 from .head import Form, Head, Lora, Model, WeightContext, opened
 from .packing import Packing
 from .request import Call, Planned, Request, make_model, make_request, plan_target
@@ -23,7 +24,7 @@ from .statistics import DIFFERENTIABLE, TokenScores
 from .temperature import check_temperature
 from .transforms import needs_operators
 from .types import ScoringOptions
-from .validation import check_ids, check_outputs
+from .validation import check_ids, check_measured, check_outputs
 
 
 def linear_logprob(
@@ -44,6 +45,7 @@ def linear_logprob(
     weight_context: WeightContext | None = None,
     restrict_to: Tensor | None = None,
     reduce_hidden_grad: bool = True,
+    weight_grad_basis: WeightGradBasis | tuple[Tensor, Tensor] | None = None,
 ) -> TokenScores:
     """Per-token log-probabilities of a linear head, without ever holding the (tokens, vocabulary)
     logits.
@@ -100,6 +102,14 @@ def linear_logprob(
             differentiable.
         reduce_hidden_grad: with ``tp_group``, whether gradients of hidden, and of A of a ``lora``,
             are summed over it. False leaves each rank its own part, for a framework that sums them.
+        weight_grad_basis: (Q, out), Q (H, r) with orthonormal columns, out (V, r) float32: every
+            backward adds (gradient of the weight) @ Q to ``out``, in place, at r / H of that
+            gradient's product, and forms nothing of the weight's size; ``weight`` must not need a
+            gradient itself. ``out`` is this rank's: the shard's rows under ``tp_group``, its own
+            tokens' under data parallelism, where the caller reduces it. Ask for it with a
+            ``WeightGradBasis`` and the sums of squares of the gradient's columns in a transform are
+            added to ``norms`` too, for one product more; not of mean_logits' gradient. See
+            ``fastpref.optim``.
 
     Returns:
         TokenScores, tensors shaped like ``target``, float32 (float64 for float64 products), 0 at
@@ -122,6 +132,11 @@ def linear_logprob(
     with opened(weight_context, weight, bias):
         asked = ask(**arguments)
         if restrict_to is not None:
+            if weight_grad_basis is not None:
+                raise ValueError(
+                    "weight_grad_basis does not go with restrict_to, which gathers rows of the "
+                    "weight and forms no product; leave one of them None"
+                )
             check_ids(restrict_to, hidden, "restrict_to")
             model, names = asked.models[0], asked.rule.outputs
             own = asked.temperature
@@ -206,6 +221,8 @@ def _asked(
     def checked() -> _Checked:
         model = make_model(hidden, weight, target, temperature=number, **head)
         names = check_outputs(outputs)
+        if "mean_logits" in names and "mean_logits" in differentiable:
+            check_measured(model.head.form.basis)
         rule = Scores(names, tuple(name for name in differentiable if name in names))
         request = make_request([model], ignore_index=ignore_index, options=options)
         return _Checked(request, rule, model.head.form, Kept(MOST_PLANS))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import canary, straight, vocab_parallel
-from .backward import backward
+from .backward import Gradients, backward
 from .forward import Kept, Run, forward
 from .head import TENSORS, Model
 from .plan import Plan, less
@@ -32,9 +32,19 @@ def run(call: Call, models: Sequence[Model]) -> Outputs:
     if not call.request.needs_grad and forward_ad._current_level < 0:
         with torch.no_grad():
             return run_forward(call, models).outputs
-    tensors = [one for model in models for one in model.tensors]
+    tensors = inputs_of(models, call)
     outputs: Outputs = Engine.apply(call, *tensors)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def inputs_of(models: Sequence[Model], call: Call) -> list[Tensor | None]:
+    """The tensors of a node, one of which needs a gradient where ``call`` does."""
+    tensors = [one for model in models for one in model.tensors]
+    if call.forms[0].basis is not None and call.request.needs_grad:
+        # What is projected on a basis is a gradient at none of them.
+        hidden = models[0].hidden
+        tensors[0] = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+    return tensors
 
 
 class Engine(Differentiable):
@@ -144,20 +154,21 @@ def run_backward(
     upstream: Upstream,
     heads: Heads | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients at each tensor of the first model; None where none is needed. Where memory runs out
-    the matrices in ``kept`` are given back and formed again, of ``models``: those that the rule
-    needs for it.
+    """Gradients at each tensor of the first model; None where none is needed. What is projected on
+    a basis is added to where that says. Where memory runs out the matrices in ``kept`` are given
+    back and formed again, of ``models``: those that the rule needs for it.
 
     ``upstream`` are gradients at the outputs of the rule.
     """
     model, held = models[0], kept
+    basis = model.head.form.basis
 
-    def attempt(plan: Plan) -> tuple[Tensor | None, ...]:
+    def attempt(plan: Plan) -> tuple[tuple[Tensor | None, ...], Gradients | None]:
         own = _under(plan, call)
         if straight.serves(own, model):
             found = straight.backward(own, model, held, upstream)
             if found is not None:
-                return found
+                return found, None
         rows = [own.rows(one) for one in models]
         run = Run(
             call.rule, own.heads(models, held.mean) if heads is None else own.fitted(heads), plan
@@ -169,7 +180,7 @@ def run_backward(
             d_rows, d_a = row_gradients(call, gradients.hidden, rows[0], model)
             d_hidden = call.packing.spread(d_rows).view(model.hidden.shape)
         found = d_hidden, *model.head.by_tensor(gradients.weight, gradients.bias, d_a)
-        return like(found, model.tensors)
+        return like(found, model.tensors), gradients
 
     def recomputing(plan: Plan) -> Plan | None:
         nonlocal held
@@ -178,7 +189,12 @@ def run_backward(
 
     with _opened(models), products_of(model.hidden):
         device = model.hidden.device
-        return with_less(attempt, call.plan, recomputing, device, call.group)
+        found, gradients = with_less(attempt, call.plan, recomputing, device, call.group)
+        if basis is not None and gradients is not None:
+            # Once, whatever ran out of memory before.
+            basis.add(gradients.weight)
+            basis.add_norms(gradients.norms)
+        return found
 
 
 def _opened(models: Sequence[Model]) -> contextlib.AbstractContextManager[Any]:

@@ -7,7 +7,8 @@ single matrix
     d hidden = c (K W),   d weight = K^T (c hidden),   d bias = K^T c,
 
 so that only rows of (N, H) matrices are scaled. Rows that were not kept, and all where the matrices
-do not hold what is asked for, have D formed again.
+do not hold what is asked for, have D formed again. Where the weight's gradient is projected on a
+basis, hidden in it is (N, r) instead (basis.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    norms: Tensor | None = None  # (m,), what is measured beside a basis
 
 
 class RowGroup(NamedTuple):
@@ -70,7 +72,8 @@ def backward(
         head = run.heads.projectors[0]
         if kept.factor is not None:
             apart = torch.where(apart == 0, 0, apart * kept.factor)
-        run.heads.mean.add_gradients(apart, hidden[:, head.trained :], head.bias, *gradients)
+        trained = head.trained_rows(hidden, run.heads.room)
+        run.heads.mean.add_gradients(apart, trained, head.bias, *gradients[:3])
     return gradients
 
 
@@ -80,10 +83,10 @@ def _nothing(run: Run, hidden: Tensor, onto: Gradients | torch.dtype) -> Gradien
     d_hidden = torch.zeros_like(hidden) if plan.needs_hidden else None
     if isinstance(onto, Gradients):
         return onto._replace(hidden=d_hidden)
-    columns, width = head.weight.shape
+    columns = head.weight.shape[0]
     d_weight = d_bias = None
     if plan.needs_weight:
-        d_weight = hidden.new_zeros((columns, width - head.trained), dtype=onto)
+        d_weight = hidden.new_zeros((columns, head.trained_size), dtype=onto)
     if plan.needs_bias:
         d_bias = hidden.new_zeros(columns, dtype=torch.float64)
     return Gradients(d_hidden, d_weight, d_bias)
@@ -161,8 +164,9 @@ def _row_groups(
         tile = plan.backward_room(
             max(gathered, total - inside), vocab, kept.rows, beside=0 < inside < total
         )
-    first_trained = run.heads.projectors[0].trained
-    trained = rows[0][:, first_trained:] if first_trained else rows[0]
+    trained = rows[0]
+    if plan.needs_weight:
+        trained = run.heads.projectors[0].trained_rows(trained, run.heads.room)
     groups = []
 
     def add(at: slice, source: Callable[[slice, Tensor], Tensor], factor: Tensor | None) -> None:
@@ -242,19 +246,21 @@ def _products(
     groups, tile = _row_groups(run, rows, kept, upstream, active)
     plan, hidden, head = run.plan, rows[0], run.heads.projectors[0]
     weight, dtype, exact = head.weight, hidden.dtype, statistics_dtype(hidden.dtype)
-    slabs = split(0, weight.shape[0], tile.cols)
-    d_hidden = d_weight = d_bias = None
+    slabs = split(0, weight.shape[0], min(tile.cols, plan.measured_cols))
+    d_hidden = d_weight = d_bias = norms = None
     if plan.needs_hidden:
         d_hidden = hidden.new_empty(hidden.shape, dtype=dtype if len(slabs) == 1 else exact)
     if isinstance(onto, Gradients):
         d_weight, d_bias = onto.weight, onto.bias
     else:
         if plan.needs_weight:
-            shape = weight.shape[0], weight.shape[1] - head.trained
+            shape = weight.shape[0], head.trained_size
             new = weight.new_empty if groups else weight.new_zeros
             d_weight = new(shape, dtype=onto)
         if plan.needs_bias:
             d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float64)
+    if plan.needs_weight and plan.measured_size:
+        norms = hidden.new_zeros(plan.measured_size, dtype=exact)
     room = run.rule.models * tile.rows * row_stride(tile.cols, dtype, hidden.device)
     work = lease((room,), dtype, hidden.device)
     for columns in slabs if groups else ():
@@ -262,7 +268,9 @@ def _products(
         slab = None
         if d_weight is not None:
             slab = cut(d_weight, columns)
-            if len(groups) > 1 and slab.dtype != exact:
+            if norms is not None:
+                slab = slab.new_empty((slab.shape[0], plan.trained_size), dtype=exact)
+            elif len(groups) > 1 and slab.dtype != exact:
                 slab = torch.empty_like(slab, dtype=exact)
         for group in groups:
             matrix = group.tile(columns, work)
@@ -274,7 +282,12 @@ def _products(
                 add_product(own, matrix, cut(weight, columns), begins, run.heads.room)
             if d_bias is not None:
                 add_column_sums(d_bias[columns], matrix, group.factor)
-        if slab is not None and d_weight is not None and slab.dtype != d_weight.dtype:
+        if slab is None or d_weight is None:
+            continue
+        if norms is not None:
+            norms += slab[:, head.trained_size :].square_().sum(0)
+            d_weight[columns] = slab[:, : head.trained_size]
+        elif slab.dtype != d_weight.dtype:
             d_weight[columns] = slab
     if d_hidden is not None:
         for group in groups:
@@ -282,4 +295,4 @@ def _products(
                 own = cut(d_hidden, group.rows)
                 run.heads.backend.scale_rows(own, group.factor, own)
         d_hidden = in_dtype(d_hidden, dtype)
-    return Gradients(d_hidden, d_weight, d_bias)
+    return Gradients(d_hidden, d_weight, d_bias, norms)

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from . import autograd, canary
-from .autograd import Outputs, models_of, once_differentiable, products_of, row_gradients
+from .autograd import (
+    Outputs,
+    inputs_of,
+    models_of,
+    once_differentiable,
+    products_of,
+    row_gradients,
+)
 from .backward import Gradients, backward
 from .forward import Run, forward
 from .head import TENSORS, Model
@@ -35,9 +42,9 @@ from .types import ScoringOptions, statistics_dtype
 ACCUMULATION_ROWS = {"cpu": 100, "cuda": 700}
 
 LossOfOutputs = Callable[[Outputs], Tensor]
-# The loss, all outputs of the rule, the gradient at the rows of the positions, and at the head's
-# tensors.
-Outcome = tuple[Tensor, Outputs, Tensor | None, tuple[Tensor | None, ...]]
+# The loss, all outputs of the rule, the gradient at the rows of the positions, at the head's
+# tensors, and what of it is projected on a basis.
+Outcome = tuple[Tensor, Outputs, Tensor | None, tuple[Tensor | None, ...], Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +180,7 @@ def score_with_loss(
         if isinstance(plan, Plan):
             found = autograd.run(call._replace(plan=plan), models)
             return loss(found), found
-        tensors = [one for model in models for one in model.tensors]
+        tensors = inputs_of(models, call)
         value, *outputs = BatchedLoss.apply(call, plan, positions, loss, *tensors)  # type: ignore[no-untyped-call]
         return value, tuple(outputs)
 
@@ -199,9 +206,9 @@ class BatchedLoss(Differentiable):
         models = [model.detached() for model in models_of(tensors, call)]
         with products_of(models[0].hidden):
             one_pass = _OnePass(call, plan, positions, loss)
-            value, outputs, d_rows, gradients = one_pass.run(models)
+            value, outputs, d_rows, gradients, projected = one_pass.run(models)
         ctx.call, ctx.plan = call, plan
-        ctx.save_for_backward(*tensors, positions, d_rows, *gradients)
+        ctx.save_for_backward(*tensors, positions, d_rows, projected, *gradients)
         names, differentiable = call.rule.output_names, call.rule.differentiable
         named = zip(names, outputs, strict=True)
         ctx.mark_non_differentiable(
@@ -215,7 +222,7 @@ class BatchedLoss(Differentiable):
     ) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
         count = TENSORS * call.rule.models
-        tensors, (positions, d_rows, *d_head) = saved[:count], saved[count:]
+        tensors, (positions, d_rows, projected, *d_head) = saved[:count], saved[count:]
         models = models_of(tensors, call)
         hidden, head = models[0]
 
@@ -238,6 +245,8 @@ class BatchedLoss(Differentiable):
                     return [_added(a, b) for a, b in zip(gradients, more, strict=True)]
 
                 gradients = with_less(added, call.plan, nothing_less, hidden.device, call.group)
+            if head.form.basis is not None and d_loss is not None:
+                head.form.basis.add(projected, d_loss)
             return tuple(gradients)
 
         with torch.no_grad():
@@ -273,7 +282,9 @@ class _OnePass:
                 )
                 d_a = _added(d_a, None if d_a_part is None else d_a_part.to(value.dtype))
             start += plan.scored
-        return value, outputs, d_rows, head.by_tensor(totals.weight, totals.bias, d_a)
+        projected = None if head.form.basis is None else totals.weight
+        d_head = head.by_tensor(totals.weight, totals.bias, d_a)
+        return value, outputs, d_rows, d_head, projected
 
     def _batch(
         self, run: Run, rows: list[Tensor], at: Tensor, outputs: Outputs, totals: Gradients
@@ -309,7 +320,7 @@ class _OnePass:
         request, head = self.call.request, heads.projectors[0]
         d_weight = d_bias = None
         if request.needs_weight:
-            shape = head.weight.shape[0], head.weight.shape[1] - head.trained
+            shape = head.weight.shape[0], head.trained_size
             d_weight = head.weight.new_zeros(shape, dtype=statistics_dtype(head.weight.dtype))
         if request.needs_bias:
             d_bias = head.weight.new_zeros(head.weight.shape[0], dtype=torch.float64)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .basis import Basis
 from .products import cut, product
 from .slab import Slab
 from .types import AS_IT_IS, LogitMap, in_dtype, statistics_dtype
@@ -50,8 +51,9 @@ class Sizes(NamedTuple):
     """Of a head, what its costs follow from beside its columns."""
 
     inner: int  # of the products: H, with an update H + r
-    trained: int  # inner columns that can have a weight gradient: all, or an update's own
+    trained: int  # inner columns of the weight gradient: all, an update's own, or a basis's
     copies_weight: bool  # products are of a copy
+    rank: int = 0  # of a basis, of whose columns sums of squares are taken beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,7 @@ class Form:
     lora_scale: float = 0.0
     sharding: Sharding | None = None  # of the vocabulary
     context: WeightContext | None = None
+    basis: Basis | None = None  # what the weight's gradient is projected on
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -103,15 +106,20 @@ class Head(NamedTuple):
 
     def sizes(self, dtype: torch.dtype) -> Sizes:
         """Of products in ``dtype``."""
-        width = self.weight.shape[1]
+        width, basis = self.weight.shape[1], self.form.basis
+        copies = self.weight.dtype != dtype
+        if basis is not None:
+            return Sizes(width, basis.rank + basis.measured, copies, basis.rank)
         if self.lora_a is None:
-            return Sizes(width, width, self.weight.dtype != dtype)
+            return Sizes(width, width, copies)
         rank = self.lora_a.shape[0]
         return Sizes(width + rank, rank, True)
 
     @property
     def trained_weight(self) -> Tensor:
         """The matrix that has those."""
+        if self.form.basis is not None:
+            return self.form.basis.given.out
         return self.weight if self.lora_b is None else self.lora_b
 
     def opened(self) -> AbstractContextManager[Any]:
@@ -128,7 +136,7 @@ class Head(NamedTuple):
         if bias is not None:
             bias = bias[used].to(statistics_dtype(dtype)).contiguous()
         start = shard.start if form.start is None else form.start
-        return Projector(weight, bias, form.map, start, shard.total, trained)
+        return Projector(weight, bias, form.map, start, shard.total, trained, form.basis)
 
     def widened(self, rows: Tensor, room: int) -> Tensor:
         """(N, H) -> (N, H + r) with an update; ``room`` is that of products.py."""
@@ -151,8 +159,10 @@ class Head(NamedTuple):
         self, d_weight: Tensor | None, d_bias: Tensor | None, d_a: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the trained matrix, the bias and A in the order of ``tensors``, 0 in rows
-        beyond those in use."""
+        beyond those in use. What is projected on a basis is none of a tensor's."""
         d_bias = _padded(d_bias, self.bias)
+        if self.form.basis is not None:
+            return None, d_bias, None, None
         if self.lora_b is None:
             return _padded(d_weight, self.weight), d_bias, None, None
         return None, d_bias, d_a, _padded(d_weight, self.lora_b)
@@ -168,6 +178,19 @@ class Projector(NamedTuple):
     start: int = 0
     vocab_size: int = 0  # columns held by all ranks together
     trained: int = 0  # first inner column with a weight gradient, where the weight has one
+    basis: Basis | None = None  # what it is projected on
+
+    @property
+    def trained_size(self) -> int:
+        """Columns of the weight gradient."""
+        return self.weight.shape[1] - self.trained if self.basis is None else self.basis.rank
+
+    def trained_rows(self, rows: Tensor, room: int) -> Tensor:
+        """Of rows what the weight gradient is formed with: their columns from ``trained`` on, or
+        their projection on a basis and what is measured beside it."""
+        if self.basis is not None:
+            return product(rows, self.basis.matrix(rows.dtype), room)
+        return rows[:, self.trained :] if self.trained else rows
 
     def slab(self, columns: slice | None = None) -> Slab:
         if columns is None:

@@ -126,6 +126,7 @@ class Operators(Generic[R]):
         settings = [*REQUEST.put(request), *self.rule.put(rule)]
         for form, model in zip(self.forms, models, strict=True):
             refuse_context(model.head.form)
+            _refuse_basis(model.head.form)
             settings += form.put(model.head.form)
         return (*tensors, target, temperature, *settings)
 
@@ -267,6 +268,16 @@ def refuse_context(form: Form) -> None:
         raise ValueError(
             "weight_context is known to neither torch.compile, torch.func nor fake tensors; leave "
             "it None, or call without them"
+        )
+
+
+def _refuse_basis(form: Form) -> None:
+    """Nor is what a backward pass adds to."""
+    if form.basis is not None:
+        raise ValueError(
+            "weight_grad_basis is known to neither torch.compile, torch.func nor fake tensors, "
+            "whose backward may not add to a tensor of the caller's; leave it None, or call "
+            "without them (torch.compiler.disable on the function that calls)"
         )
 
 

@@ -32,6 +32,7 @@ from .types import Schedule, ScoringOptions, statistics_dtype
 BUDGET_SHARE = 16  # of the device's total memory, or of the container's
 LEAST_ROWS = 64
 LEAST_COLS = 1024
+MEASURED_BYTES = 1 << 24  # a slab of the weight's gradient whose columns are measured
 # Below about 512 rows a product spends its time packing the weight. On a CPU chunks above 2048 only
 # take memory; on a GPU each chunk has its launches.
 FEWEST_GOOD_ROWS = 512
@@ -65,7 +66,8 @@ class Problem:
     partner_size: int = 0  # that of a second model, looked at side by side
     matrices: int = 1  # kept of a row, each as large as its logits
     formed_again: int = 1  # models whose products are formed again where rows are not kept
-    trained_size: int  # columns of the weight gradient, H or the update's rank
+    trained_size: int  # columns of the weight gradient, H, an update's rank or a basis's columns
+    projected_size: int = 0  # of them, those of the basis itself; others are measured, not kept
     vocab_size: int  # V, columns held by the rank that holds the most
     dtype: torch.dtype  # of the products
     needs_hidden: bool
@@ -101,6 +103,20 @@ class Problem:
     @property
     def itemsize(self) -> int:
         return self.dtype.itemsize
+
+    @property
+    def measured_size(self) -> int:
+        return self.trained_size - self.projected_size if self.projected_size else 0
+
+    @property
+    def measured_cols(self) -> int:
+        """Of the vocabulary, at most, that a product in backward spans; all unless columns of the
+        weight's gradient are measured, for which it lies in memory a slab at a time."""
+        whole = max(1, self.vocab_size)
+        if not self.measured_size:
+            return whole
+        column = self.trained_size * statistics_dtype(self.dtype).itemsize
+        return min(whole, max(1, MEASURED_BYTES // column))
 
     @property
     def needs_grad(self) -> bool:
@@ -225,19 +241,32 @@ class Plan(Problem):
             if self.device_type == "cpu" or not self.only_logp:
                 again = recompute_tile(self.scored, self.vocab_size, self.itemsize, spare)
         backward += self.models * again.nbytes(self.itemsize) + self.temporary_bytes + room
-        backward += self._sum_bytes(again)
+        backward += self._sum_bytes(again) + self._basis_bytes
         if self.needs_bias:
             # Kept rows are summed where they lie, whole.
             shape = max(again.rows, self.kept_rows), self.vocab_size
             backward += column_sums.temporary_bytes(*shape, self.device_type, self.dtype)
         return self.saved_bytes + max(forward, backward)
 
+    @property
+    def _basis_bytes(self) -> int:
+        """Of a basis: its columns, rows projected on them, scaled too, the gradient before it is
+        added to the caller's, and a slab of what is measured."""
+        if not self.projected_size or not self.needs_weight:
+            return 0
+        exact = statistics_dtype(self.dtype).itemsize
+        rows = 2 * self.scored * self.trained_size * self.itemsize
+        columns = 2 * self.hidden_size * self.trained_size * self.itemsize
+        slab = self.measured_cols * self.trained_size * exact if self.measured_size else 0
+        return rows + columns + self.vocab_size * self.projected_size * exact + 2 * slab
+
     def _sum_bytes(self, tile: Tile) -> int:
         """Of products that add up in float32: those of 16 bits over slabs and row groups, and the
         gradient of a weight in another dtype."""
         exact = statistics_dtype(self.dtype).itemsize
         sums, products = 0, [0]
-        if self.needs_hidden and self.itemsize < exact and tile.cols < self.vocab_size:
+        cols = min(tile.cols, self.measured_cols)
+        if self.needs_hidden and self.itemsize < exact and cols < self.vocab_size:
             sums += self.scored * self.hidden_size * exact
             products.append(self._row_bytes)
         several = 0 < self.kept_rows < self.scored or tile.rows < self.scored - self.kept_rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from .temperature import factor_of
 from .transforms import requires_grad, without_values
 from .types import ScoringOptions, in_dtype, statistics_dtype
 from .validation import (
+    check_basis,
     check_map,
     check_model,
     check_reduction_of_hidden,
@@ -147,6 +148,7 @@ def make_model(
     vocab_range: tuple[int, int] | None = None,
     reduce_hidden_grad: bool = True,
     weight_context: WeightContext | None = None,
+    weight_grad_basis: Any = None,
     prefix: str = "",
 ) -> Model:
     """The arguments of ``linear_logprob`` that make a model, checked; ``prefix`` stands before the
@@ -157,6 +159,7 @@ def make_model(
     """
     check_model(hidden, weight, target, bias, lora, tp_group, vocab_range, prefix)
     check_reduction_of_hidden(reduce_hidden_grad)
+    basis = check_basis(weight_grad_basis, weight, lora)
     a, b, scale = (None, None, 0.0) if lora is None else lora
     form = Form(
         map=check_map(temperature, logit_scale, softcap),
@@ -165,6 +168,7 @@ def make_model(
         lora_scale=float(scale),
         sharding=None if tp_group is None else Sharding(tp_group, reduce_hidden_grad),
         context=weight_context,
+        basis=basis,
     )
     return Model(hidden, Head(weight, bias, a, b, form))
 
@@ -188,7 +192,7 @@ def make_request(
         dtype=dtype,
         ignore_index=int(ignore_index),
         needs_hidden=needs(hidden, head.lora_a),
-        needs_weight=needs(head.weight, head.lora_b),
+        needs_weight=needs(head.weight, head.lora_b) or (recording and head.form.basis is not None),
         needs_bias=needs(head.bias),
         options=options,
         whole=without_values(hidden),
@@ -349,6 +353,7 @@ def _plan(
         scored=scored,
         hidden_size=head.inner,
         trained_size=head.trained,
+        projected_size=head.rank,
         partner_size=0 if partner is None else partner.inner,
         matrices=rule.matrices,
         formed_again=rule.formed_again,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives.checks import as_python, closest, hint, is_integer, is_number, no_tensor
+from .basis import Basis, WeightGradBasis
 from .statistics import OUTPUTS
 from .types import DEFAULT_OPTIONS, DTYPES, LogitMap, ScoringOptions
 from .whole import check_whole
@@ -205,6 +206,92 @@ def _check_lora(lora: Any, weight: Tensor, prefix: str) -> None:
         raise ValueError(
             f"{prefix}weight must be frozen beside {own}, which is what is trained; call "
             f"{prefix}weight.requires_grad_(False) or pass {prefix}weight.detach()"
+        )
+
+
+def check_basis(given: Any, weight: Tensor, lora: Any) -> Basis | None:
+    """``weight_grad_basis``, for a weight that is checked elsewhere."""
+    name = "weight_grad_basis"
+    if given is None:
+        return None
+    if not isinstance(given, (tuple, list)) or len(given) not in (2, len(WeightGradBasis._fields)):
+        got = f"{len(given)} values" if isinstance(given, (tuple, list)) else type(given).__name__
+        raise TypeError(
+            f"{name} must be (Q, out) or a fastpref.optim.WeightGradBasis, got {got}; make out "
+            "with torch.zeros(V, r, dtype=torch.float32)"
+        )
+    basis = WeightGradBasis(*given)
+    if lora is not None:
+        raise ValueError(
+            f"{name} does not go with lora, whose own gradients are low-rank already; leave one of "
+            "them None"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"weight must not need a gradient beside {name}, which takes its place; call "
+            "weight.requires_grad_(False) or pass weight.detach()"
+        )
+    vocab = weight.shape[0]
+    _check_columns(f"{name}'s Q", basis.columns, weight)
+    rank = basis.columns.shape[1]
+    _check_sum(f"{name}'s out", basis.out, (vocab, rank), weight)
+    if (basis.transform is None) != (basis.norms is None):
+        raise ValueError(
+            f"{name} must have both transform and norms, or neither; got "
+            f"{'norms' if basis.transform is None else 'transform'} alone"
+        )
+    if basis.transform is not None:
+        _check_columns(f"{name}'s transform", basis.transform, weight)
+        _check_sum(f"{name}'s norms", basis.norms, (basis.transform.shape[1],), weight)
+    return Basis(basis)
+
+
+def _check_columns(name: str, columns: Any, weight: Tensor) -> None:
+    """(H, some)."""
+    if not isinstance(columns, Tensor):
+        raise no_tensor(name, columns)
+    check_whole(name, columns)
+    if columns.dtype not in DTYPES or columns.device != weight.device:
+        raise TypeError(
+            f"{name} must be floating point on {weight.device}, where weight is; got "
+            f"{columns.dtype} on {columns.device}"
+        )
+    width = weight.shape[1]
+    if columns.dim() != 2 or columns.shape[0] != width or not 0 < columns.shape[1] <= width:
+        raise ValueError(
+            f"{name} must be ({width}, r) with 0 < r <= {width} for weight {tuple(weight.shape)}, "
+            f"got {tuple(columns.shape)}; columns lie one beside the other"
+        )
+    if columns.requires_grad:
+        raise ValueError(f"{name} gets no gradient; pass {name.rsplit(' ', 1)[1]}.detach()")
+
+
+def _check_sum(name: str, total: Any, shape: tuple[int, ...], weight: Tensor) -> None:
+    """What backward adds to."""
+    if not isinstance(total, Tensor):
+        raise no_tensor(name, total)
+    check_whole(name, total)
+    wanted = f"torch.zeros({', '.join(map(str, shape))}, dtype=torch.float32)"
+    if total.dtype != torch.float32 or total.device != weight.device:
+        raise TypeError(
+            f"{name} must be float32 on {weight.device}, where weight is; got {total.dtype} on "
+            f"{total.device}; make it with {wanted}"
+        )
+    if tuple(total.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(total.shape)}; make it with {wanted}")
+    if total.requires_grad:
+        raise ValueError(f"{name} is added to in backward and must not need a gradient itself")
+    if any(step == 0 and size > 1 for step, size in zip(total.stride(), shape, strict=True)):
+        raise ValueError(
+            f"{name} must have memory for each of its numbers, got an expanded tensor; use .clone()"
+        )
+
+
+def check_measured(basis: Basis | None) -> None:
+    if basis is not None and basis.measured:
+        raise ValueError(
+            "weight_grad_basis with norms does not measure the gradient of mean_logits; leave "
+            "mean_logits out of outputs, or pass (Q, out) alone"
         )
 
 

@@ -91,6 +91,17 @@ def test_every_candidate_is_right_and_what_is_missing_is_named(
     assert row["warnings"] == []
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_projected_gradient_is_right_beside_the_dense_one(dtype: str) -> None:
+    shape = Shape(4, 40, 64, 500, masked=0.25)
+    row = measure(Case("low-rank", "trainable head", dtype, shape), 1, lambda text: None)
+    names = {"dense", "2 columns", "2 columns, choosing", "8 columns", "8 columns, choosing"}
+    assert set(row["timings"]) == {LIMIT, *names} and not row["skipped"]
+    for name in names:
+        assert row["timings"][name]["error"] < (1e-5 if dtype == "float32" else 3e-2), name
+
+
 def test_the_work_of_a_shape_is_made_once() -> None:
     head._packed.cache_clear()
     for mode in MODES:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fastpref.bench.experiment import Case
-from fastpref.bench.memory import measure, names
+from fastpref.bench.memory import PROJECTED, RANK, measure, names
 from fastpref.bench.work import Shape
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -54,14 +54,22 @@ def test_of_an_alternative() -> None:
 
 def test_names() -> None:
     found = names(CASE, BUDGET, compiling=True)
-    assert found[:4] == [
+    assert found[:5] == [
         "fastpref",
         "fastpref, recompute, 16 MiB",
         "fastpref, batches, 16 MiB",
         "fastpref in TRL",
+        PROJECTED,
     ]
     assert {"plain torch", "torch.compile"} <= set(found)
     assert "torch.compile" not in names(CASE, BUDGET, compiling=False)
+
+
+@pytest.mark.heavy
+def test_a_projected_gradient_takes_less_than_the_weight() -> None:
+    case = Case("score", "trainable head", shape=Shape(2, 64, 1024, 8000))
+    dense, low = (measure(case, name, BUDGET)["peak"] for name in ("fastpref", PROJECTED))
+    assert low < dense - 8000 * (1024 - 3 * RANK) * 4 / 2**20
 
 
 @pytest.mark.heavy

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a policy prefers responses for their length (the bias that R-DPO, arXiv:2403.19159, and
+LD-DPO, arXiv:2409.06411, set out to remove)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_floats, wide
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """NaN where there is nothing to measure it on."""
+
+    correlation: float  # of margins with chosen minus rejected tokens
+    slope: float  # margin a token more, by least squares
+    chosen_longer: float  # share of pairs
+    accuracy_longer: float  # share of positive margins, of pairs whose chosen response is longer
+    accuracy_shorter: float  # and of those whose chosen response is shorter
+
+
+def length_bias(margins: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> LengthBias:
+    """A report in plain statistics, no test of the papers.
+
+    Args:
+        margins: (P,) rewards of chosen minus rejected responses, such as beta times the difference
+            of log-ratios.
+        chosen_lengths, rejected_lengths: (P,) tokens, of any integer or floating-point dtype.
+    """
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    numbers: dict[str, Any] = {
+        name: one.to(torch.float64) if isinstance(one, Tensor) else one
+        for name, one in lengths.items()
+    }
+    check_floats(1, "(P,)", margins=margins, **numbers)
+    margin, more = wide(margins), numbers["chosen_lengths"] - numbers["rejected_lengths"]
+    margin_off, more_off = margin - margin.mean(), more - more.mean()
+    together, spread = (margin_off * more_off).sum(), more_off.square().sum()
+    right = wide(margin > 0)
+    return LengthBias(
+        correlation=float(together / (spread * margin_off.square().sum()).sqrt()),
+        slope=float(together / spread),
+        chosen_longer=float(wide(more > 0).mean()),
+        accuracy_longer=float(right[more > 0].mean()),
+        accuracy_shorter=float(right[more < 0].mean()),
+    )

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diagnostics of a training while it runs. This module needs transformers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..objectives.checks import is_integer, is_number
+from .information import log_margin_order
+from .lengths import length_bias
+from .likelihood import Likelihoods, displacement
+from .responses import fused, score_responses, scored_labels
+from .similarity import ches
+
+
+class _Measured(NamedTuple):
+    likelihoods: Likelihoods
+    lengths: tuple[Tensor, Tensor]  # of chosen and rejected responses
+    ches: float
+
+
+class PreferenceMonitorCallback(TrainerCallback):
+    """Scores a few pairs that stay the same every so many steps, in TRL's trainers and in
+    transformers' own, and logs what has become of them since the training began::
+
+        monitor = PreferenceMonitorCallback(collator(rows[:8]))
+        trainer = DPOTrainer(..., callbacks=[monitor])
+        monitor.trainer = trainer       # for reports to trackers, see below
+
+    - ``monitor/chosen_drop``, ``monitor/rejected_drop``, ``monitor/dispersion``,
+      ``monitor/chosen_fell``, ``monitor/both_fell``: ``displacement``, dispersion with ``unseen``;
+    - ``monitor/margin``, ``monitor/accuracy``: rewards against the model that the training began
+      with, beta times the log-ratio;
+    - ``monitor/length_correlation``, ``monitor/length_slope``: ``length_bias`` of these margins;
+    - ``monitor/margin_order``: ``log_margin_order`` of the log margins now and at the beginning;
+    - ``monitor/ches``: the mean over the pairs, of the model as it is;
+    - ``monitor/seconds``, ``monitor/share``: what this measurement took, and its share of the time
+      since the last.
+
+    It costs one forward pass over the probe every ``every`` steps, and one before the first. With
+    a probe no larger than the batch of a step that is under 1% of the training at the default; the
+    share that is logged says what it was. Under FSDP or ZeRO all ranks run it.
+
+    Args:
+        probe: a batch of chosen responses, then as many rejected ones, as the collators of
+            fastpref and TRL make them: ``input_ids``, ``attention_mask``, and ``fused_labels``,
+            ``completion_mask`` or ``labels``. Held-out pairs, as a rule.
+        unseen: a batch of responses of which the training sees none.
+        every: steps.
+        beta: of the rewards.
+        trainer: whose ``log`` is called. Without one, numbers join the next entry that the trainer
+            logs, in ``state.log_history`` and for callbacks after this one: not for trackers, which
+            come first.
+    """
+
+    def __init__(
+        self,
+        probe: Mapping[str, Any],
+        *,
+        unseen: Mapping[str, Any] | None = None,
+        every: int = 100,
+        beta: float = 0.1,
+        trainer: Any = None,
+    ) -> None:
+        for name, batch in (("probe", probe), ("unseen", unseen)):
+            if batch is not None and "input_ids" not in batch:
+                raise ValueError(f"{name} must hold input_ids (B, T), got {', '.join(batch)}")
+            if batch is not None:
+                scored_labels(batch)
+        if probe["input_ids"].shape[0] % 2:
+            raise ValueError(
+                "probe must hold chosen responses and as many rejected ones, got "
+                f"{probe['input_ids'].shape[0]} rows"
+            )
+        if not is_integer(every) or every < 1:
+            raise ValueError(f"every must be an int of at least 1, got {every!r}")
+        if not is_number(beta) or not beta > 0:
+            raise ValueError(f"beta must be a number greater than 0, got {beta!r}")
+        self.probe, self.unseen = probe, unseen
+        self.every, self.beta, self.trainer = every, beta, trainer
+        self._before: _Measured | None = None
+        self._waiting: dict[str, float] = {}
+        self._ended = 0.0  # when the last measurement did
+        self._head: list[Any] = []  # what is known of it
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._before = self._measure(given["model"])
+        self._ended = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step % self.every:
+            return
+        began = time.perf_counter()
+        values = self._values(self._measure(given["model"]))
+        ended = time.perf_counter()
+        values["monitor/seconds"] = ended - began
+        values["monitor/share"] = (ended - began) / (ended - self._ended)
+        self._ended = ended
+        if self.trainer is not None:
+            self.trainer.log(values)
+        else:
+            self._waiting = values
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if self._waiting and logs is not None:
+            logs.update(self._waiting)
+            if state.log_history:
+                state.log_history[-1].update(self._waiting)
+            self._waiting = {}
+
+    def _measure(self, model: nn.Module) -> _Measured:
+        # For a moment: TRL's own calls of its fused head must reach that.
+        with fused(model, self._head) as own:
+            found = score_responses(own, self.probe, hidden=True)
+            unseen = None if self.unseen is None else score_responses(own, self.unseen).sums
+        if found.hidden is None:
+            raise RuntimeError("hidden states were asked for")
+        halves = zip(found.hidden.chunk(2), found.mask.chunk(2), strict=True)
+        (chosen, own_mask), (rejected, other_mask) = halves
+        scores = ches(chosen, rejected, own_mask, other_mask)
+        sums, lengths = found.sums.chunk(2), found.lengths.chunk(2)
+        return _Measured(
+            Likelihoods(sums[0], sums[1], unseen), (lengths[0], lengths[1]), float(scores.mean())
+        )
+
+    def _values(self, now: _Measured) -> dict[str, float]:
+        before = self._before
+        if before is None:
+            raise RuntimeError("the training has not begun")
+        old, new = before.likelihoods, now.likelihoods
+        moved = displacement(old, new)
+        values = {name: one for name, one in vars(moved).items() if one is not None}
+        first, last = old.chosen - old.rejected, new.chosen - new.rejected
+        margins = self.beta * (last - first)
+        bias = length_bias(margins, *now.lengths)
+        values |= {
+            "margin": float(margins.mean()),
+            "accuracy": float((margins > 0).to(torch.float64).mean()),
+            "length_correlation": bias.correlation,
+            "length_slope": bias.slope,
+            "margin_order": float(log_margin_order(first, last)),
+            "ches": now.ches,
+        }
+        # Not a number where there is nothing to measure: no tracker wants it.
+        return {f"monitor/{name}": one for name, one in values.items() if one == one}

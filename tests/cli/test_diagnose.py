@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``diagnose``: two models of a directory, a file of pairs, and the folder that comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastpref.cli import main as cli
+from tests.diagnostics.tiny import moved_from, plain_logps
+
+PAIRS = [
+    {"prompt": f"{a} plus {b} is", "chosen": f" {a + b}.", "rejected": f" {a * b + 1}, I think <b>"}
+    for a, b in ((1, 2), (3, 4), (5, 6), (2, 9), (7, 1), (4, 4))
+]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    from fastpref.demo.data import Example
+    from fastpref.demo.model import ModelSize, build_model, save, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("diagnose")
+    examples = [Example.pair(one["prompt"], one["chosen"], one["rejected"]) for one in PAIRS]
+    tokenizer = train_tokenizer(examples, 400)
+    torch.manual_seed(0)
+    size = ModelSize(vocabulary=400, hidden=16, layers=2, heads=2, positions=64)
+    reference = build_model(tokenizer, size)
+    policy = moved_from(reference, 0.05)
+    save(policy, tokenizer, folder / "policy")
+    save(reference, tokenizer, folder / "reference")
+    lines = [json.dumps(one) for one in PAIRS]
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return {"folder": folder, "policy": policy, "reference": reference, "tokenizer": tokenizer}
+
+
+def run(folder: Path, out: Path, *more: str) -> int:
+    arguments = ["--model", str(folder / "policy"), "--reference", str(folder / "reference")]
+    arguments += ["--data", str(folder / "pairs.jsonl"), "--out", str(out), *more]
+    return cli.main(["diagnose", *arguments])
+
+
+@pytest.mark.heavy
+def test_a_report(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(given["folder"], tmp_path / "out", "--samples", "3", "--beta", "0.5") == 0
+    said = capsys.readouterr().out
+    assert "pairs under the policy: 6 of 6" in said and "index.html" in said
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    ratios: dict[str, list[float]] = {"chosen": [], "rejected": []}
+    tokenizer = given["tokenizer"]
+    for pair in PAIRS:
+        prompt = tokenizer(pair["prompt"])["input_ids"]
+        for kind, values in ratios.items():
+            ids = torch.tensor([tokenizer(pair["prompt"] + pair[kind] + "<eos>")["input_ids"]])
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+            sums = [plain_logps(given[name], batch).sum() for name in ("policy", "reference")]
+            values.append(float(sums[0] - sums[1]))
+    for kind, values in ratios.items():
+        assert found["log_ratios"][kind] == pytest.approx(values, rel=1e-3, abs=1e-3)
+    assert found["displacement"]["chosen_drop"] == pytest.approx(
+        -sum(ratios["chosen"]) / len(PAIRS), rel=1e-3, abs=1e-3
+    )
+    margins = [0.5 * (a - b) for a, b in zip(ratios["chosen"], ratios["rejected"], strict=True)]
+    assert found["margins"] == pytest.approx(margins, rel=1e-3, abs=1e-3)
+    assert len(found["did"]["entropy"]) == len(PAIRS)
+    assert all(1 <= one <= 3.001 for one in found["did"]["effective_samples"])
+    assert len(found["spinal"]["policy"]["transport"]) == 2
+    page = (tmp_path / "out" / "index.html").read_text()
+    pictures = re.findall(r'src="(.*?)"', page)
+    assert len(pictures) == 3 and "I think &lt;b&gt;" in re.sub("</?span.*?>", "", page)
+    for name in [*pictures, "credit-1-chosen.png", "credit-3-rejected.png"]:
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    rewards = [float(one) for one in re.findall(r"<h3>chosen, reward (\S+)</h3>", page)]
+    assert rewards == pytest.approx([0.5 * one for one in ratios["chosen"][:3]], rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.heavy
+def test_of_a_model_beside_itself(given: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing has moved, and JSON has no NaN for what cannot be measured."""
+    folder = given["folder"]
+    arguments = ["--model", str(folder / "policy"), "--reference", str(folder / "policy")]
+    arguments += ["--data", str(folder / "pairs.jsonl"), "--out", str(tmp_path), "--limit", "2"]
+    assert cli.main(["diagnose", *arguments]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["pairs"] == 2 and found["did"] is None
+    assert found["displacement"]["chosen_drop"] == 0
+    assert found["log_margin_order"] == pytest.approx(1)
+    assert found["length_bias"]["correlation"] is None or math.isfinite(
+        found["length_bias"]["correlation"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--limit", "0"), "--limit 0: expected at least 1"),
+        (("--beta", "0"), "--beta 0.0: expected a number greater than 0"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
+        (("--reference", "nowhere"), "--reference nowhere: is not a directory"),
+    ],
+)
+def test_misuse(
+    given: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    said: str,
+) -> None:
+    assert run(given["folder"], tmp_path, *more) == 2
+    assert said in capsys.readouterr().err

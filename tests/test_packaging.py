@@ -194,7 +194,14 @@ def test_kernels_directory_does_not_shadow_a_package_of_that_name() -> None:
 
 def test_importing_loads_no_compiler_and_no_trainer() -> None:
     """Each takes a second or more, of every command and every worker process."""
-    heavy = ("torch._dynamo", "triton", "transformers", "trl", "matplotlib")
+    heavy = (
+        "torch._dynamo",
+        "torch.distributed.tensor",
+        "triton",
+        "transformers",
+        "trl",
+        "matplotlib",
+    )
     code = f"import sys, fastpref; print([one for one in {heavy!r} if one in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

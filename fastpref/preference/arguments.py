@@ -109,7 +109,8 @@ def check_kinds(given: Arguments) -> None:
         value = getattr(given, name)
         if not isinstance(value, Tensor) and (value is not None or name in ("target", "weight")):
             raise no_tensor(name, value, "use torch.tensor()")
-        if value is not None and name in ("weight", "ref_weight"):
+        # Of a sharded head ``ask`` takes the parts, and checks those.
+        if value is not None and name in ("weight", "ref_weight") and given.tp_group is None:
             check_whole(name, value)
     ref_logps = given.ref_logps
     if ref_logps is not None and not ref_logps.is_floating_point():

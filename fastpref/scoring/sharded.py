@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-ROWS, WHOLE = Shard(0), Replicate()
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def local_parts(
@@ -23,18 +23,26 @@ def local_parts(
         ValueError: a DTensor of another mesh, or of other placements, or of no group.
     """
     group, own = head.get("tp_group"), dict(head)
-    if isinstance(weight, DTensor) and isinstance(group, dist.ProcessGroup):
-        if own.get("vocab_range") is None:
-            own["vocab_range"] = _rows_of_rank(weight)
-        weight = _local(weight, group, ROWS, f"{prefix}weight")
-    hidden = _local(hidden, group, WHOLE, f"{prefix}hidden")
+    if not isinstance(group, dist.ProcessGroup):
+        return hidden, weight, own  # a DTensor is refused elsewhere
+    # It takes as long to import as all of fastpref.
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    rows, whole = Shard(0), Replicate()
+
+    def local(tensor: Any, placed: Placement, name: str) -> Any:
+        sharded = isinstance(tensor, DTensor)
+        return _local(tensor, group, placed, f"{prefix}{name}") if sharded else tensor
+
+    if isinstance(weight, DTensor) and own.get("vocab_range") is None:
+        own["vocab_range"] = _rows_of_rank(weight)
+    weight, hidden = local(weight, rows, "weight"), local(hidden, whole, "hidden")
     if "bias" in own:
-        own["bias"] = _local(own["bias"], group, ROWS, f"{prefix}bias")
+        own["bias"] = local(own["bias"], rows, "bias")
     lora = own.get("lora")
     if isinstance(lora, (tuple, list)) and len(lora) == 3:
         a, b, scale = lora
-        a = _local(a, group, WHOLE, f"{prefix}lora's A")
-        own["lora"] = a, _local(b, group, ROWS, f"{prefix}lora's B"), scale
+        own["lora"] = local(a, whole, "lora's A"), local(b, rows, "lora's B"), scale
     return hidden, weight, own
 
 
@@ -46,9 +54,7 @@ def _rows_of_rank(weight: DTensor) -> tuple[int, int]:
     return start, min(total, start + each)
 
 
-def _local(tensor: Any, group: Any, expected: Placement, name: str) -> Any:
-    if not isinstance(tensor, DTensor) or not isinstance(group, dist.ProcessGroup):
-        return tensor  # refused elsewhere
+def _local(tensor: DTensor, group: dist.ProcessGroup, expected: Placement, name: str) -> Tensor:
     mesh = tensor.device_mesh
     ranks = dist.get_process_group_ranks(group)
     if mesh.ndim != 1 or mesh.mesh.tolist() != ranks:
@@ -61,7 +67,7 @@ def _local(tensor: Any, group: Any, expected: Placement, name: str) -> Any:
         raise ValueError(
             f"{name} is a DTensor placed {tensor.placements}, expected ({expected!r},) under "
             f"tp_group; {name}.redistribute(placements=[{type(expected).__name__}"
-            f"({'0' if expected == ROWS else ''})]) makes it so"
+            f"({'0' if expected.is_shard() else ''})]) makes it so"
         )
     local: Tensor = tensor.to_local()
     return local

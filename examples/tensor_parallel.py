@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DPO with a head whose vocabulary is spread over the processes:
 
-    torchrun --nproc-per-node 2 examples/tensor_parallel.py
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py    # or by python, on one
 
 Every process runs the same body on the same tokens and holds some rows of the head; no process
 ever has all of them, nor any logits. What is trained on every process alike, here the body, gets
@@ -60,7 +60,8 @@ def main() -> list[float]:
 
 if __name__ == "__main__":
     # On GPUs: backend="nccl", and tensors on torch.device("cuda", rank).
-    dist.init_process_group("gloo")
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **({} if dist.is_torchelastic_launched() else alone))
     try:
         main()
     finally:

@@ -2,6 +2,7 @@
 """Processes of one gloo group that run a test's function on every rank: the fixtures ``two_ranks``
 and ``four_ranks``.
 
+Where the machine has a GPU for each, CUDA tensors go by NCCL; ``device()`` is a rank's own.
 They are started when a test first calls them, and serve every test of a pytest process, as
 importing torch takes seconds.
 """
@@ -19,11 +20,40 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-COLLECTIVE = timedelta(seconds=60)  # after which gloo raises on the ranks that wait
-CALL = 120.0  # seconds
+if TYPE_CHECKING:
+    import torch
+
+# Long: the first optimizer imports torch._dynamo, minutes of a loaded machine.
+COLLECTIVE = timedelta(seconds=240)  # after which gloo raises on the ranks that wait
+CALL = 300.0  # seconds
 START = 300.0  # in which processes import torch and meet, on a loaded machine
+
+
+def backends(gpus: int, world: int) -> str:
+    """Of a group of ``world`` ranks, each of which takes a GPU of its own where there are as
+    many."""
+    return "cpu:gloo,cuda:nccl" if gpus >= world else "gloo"
+
+
+def device() -> "torch.device":
+    """Where a rank's tensors are to be."""
+    import torch
+    import torch.distributed as dist
+
+    if "nccl" in dist.get_backend_config():
+        return torch.device("cuda", dist.get_rank())
+    return torch.device("cpu")
+
+
+def on_host(value: Any) -> Any:
+    """What a rank returns: the GPU of another process is none of the test's."""
+    if isinstance(value, dict):
+        return {key: on_host(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(on_host, value))
+    return value.cpu() if hasattr(value, "cpu") else value
 
 
 class Ranks:
@@ -136,9 +166,16 @@ def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    files = dist.FileStore(store, world)
+    # On a loaded machine one may be here minutes before another, more than a collective waits.
+    files.set(f"here {rank}", "")
+    files.wait([f"here {other}" for other in range(world)], timedelta(seconds=START))
+    gpus = torch.cuda.device_count()
+    if gpus >= world:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, world),
+        backends(gpus, world),
+        store=files,
         rank=rank,
         world_size=world,
         timeout=COLLECTIVE,
@@ -152,7 +189,7 @@ def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
         try:
             function, args = pickle.loads(call)
             torch.manual_seed(0)
-            answer = pickle.dumps((True, function(rank, *args)))
+            answer = pickle.dumps((True, on_host(function(rank, *args))))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)

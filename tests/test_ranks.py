@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.ranks import Ranks
+from tests.ranks import Ranks, backends, device
 
 pytestmark = pytest.mark.heavy
 
@@ -20,6 +20,15 @@ def total(rank: int, share: float) -> tuple[int, torch.Tensor]:
     value = torch.tensor([share * (rank + 1)], dtype=torch.float64)
     dist.all_reduce(value)
     return os.getpid(), value
+
+
+def where(rank: int, gpus: int) -> tuple[str, str]:
+    """What one GPU more or less changes once the group is there: nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: gpus)
+        value = torch.ones(1, dtype=torch.float64, device=device())
+        dist.all_reduce(value)
+        return str(device().type), f"{value.item():.0f}"
 
 
 def on_the_second(rank: int, fault: str) -> None:
@@ -64,6 +73,18 @@ def test_a_failure_is_reported_and_the_next_call_gets_a_fresh_pair(
         ranks(on_the_second, fault)
     assert not any(Path(f"/proc/{pid}").exists() for pid in before)
     assert not {pid for pid, _ in ranks(total, 1.0)} & set(before)
+
+
+def test_gpus_decide_the_backend(ranks: Ranks) -> None:
+    assert [backends(gpus, 2) for gpus in (0, 1, 2, 8)] == [
+        "gloo",
+        "gloo",
+        "cpu:gloo,cuda:nccl",
+        "cpu:gloo,cuda:nccl",
+    ]
+    kind = "cuda" if torch.cuda.device_count() > 1 else "cpu"
+    for gpus in (0, 8):
+        assert ranks(where, gpus) == [(kind, "2"), (kind, "2")]
 
 
 def in_a_mesh(rank: int) -> tuple[float, float, str | None]:

@@ -23,13 +23,13 @@ def test_as_one_process(two_ranks: Ranks) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one.dist, "get_rank", lambda: 0)
         patch.setattr(one.dist, "get_world_size", lambda: 1)
-        patch.setattr(one.dist.group, "WORLD", None, raising=False)
         whole = one.main()
     assert whole[0] == pytest.approx(math.log(2)) and whole[-1] < 0.1
     for losses in two_ranks(on_a_rank):
         assert losses == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_by_torchrun() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from fastpref import ScoringOptions, objectives, preference_loss
-from tests.ranks import Ranks
+from tests.ranks import Ranks, device
 
 pytestmark = pytest.mark.heavy
 
@@ -127,14 +127,15 @@ LABELS = torch.arange(B) % 3 == 0
 
 def on_a_rank(rank: int, sizes: dict[str, int], form: str, names: tuple[str, ...]) -> Any:
     """What the rank finds, and where it is in the mesh."""
-    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mesh = init_device_mesh(device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     spread = {one: (mesh.get_local_rank(one), size) for one, size in sizes.items()}
     groups = {f"{one}_group": mesh.get_group(one) for one in sizes}
     labels = LABELS
     if "dp" in spread:
         index, size = spread["dp"]
         labels = LABELS.split([2 * pairs for pairs in PAIRS[size]])[index]
-    part = place(batch(), spread, form)
+    here = {key: one.to(device()) for key, one in batch().items()}
+    part, labels = place(here, spread, form), labels.to(device())
     return spread, {name: run(part, name, labels, **groups) for name in names}
 
 

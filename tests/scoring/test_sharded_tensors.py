@@ -13,25 +13,25 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from fastpref import linear_divergence, linear_logits, linear_logprob, preference_loss
-from tests.ranks import Ranks
+from tests.ranks import Ranks, device
 
 pytestmark = pytest.mark.heavy
 
 N, H, V = 12, 6, 42  # not a multiple of four
 
 
-def drawn() -> dict[str, Tensor]:
+def drawn(where: str | torch.device = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(where)
 
     return {
         "hidden": draw(N, H).requires_grad_(),
         "weight": draw(V, H).requires_grad_(),
         "bias": draw(V).requires_grad_(),
         "other": draw(V, H),
-        "target": torch.randint(V, (N,), generator=generator),
+        "target": torch.randint(V, (N,), generator=generator).to(where),
     }
 
 
@@ -67,10 +67,10 @@ def of_whole(name: str) -> dict[str, Tensor]:
 
 def sharded(rank: int, kind: str) -> dict[str, dict[str, Tensor]]:
     """``kind`` says what hidden is, and who sums its gradient."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     found = {}
     for name in NAMES:
-        given = drawn()
+        given = drawn(device())
         leaf = given["hidden"]
         for one in ("weight", "bias", "other"):
             local = distribute_tensor(given[one].detach(), mesh, [Shard(0)])
@@ -120,8 +120,8 @@ class Scoring(nn.Linear):
 
 
 def colwise(rank: int) -> dict[str, Tensor]:
-    given, mesh = drawn(), init_device_mesh("cpu", (dist.get_world_size(),))
-    head = Scoring(H, V, dtype=torch.float64)
+    given, mesh = drawn(device()), init_device_mesh(device().type, (dist.get_world_size(),))
+    head = Scoring(H, V, dtype=torch.float64, device=device())
     head.load_state_dict({one: given[one].detach() for one in ("weight", "bias")})
     head.target, head.group = given["target"], mesh.get_group()
     parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()))
@@ -152,8 +152,8 @@ REFUSED = {
 
 
 def refused(rank: int, name: str) -> str:
-    given, world = drawn(), dist.get_world_size()
-    mesh = init_device_mesh("cpu", (2, 2) if name == "another mesh" else (world,))
+    given, world = drawn(device()), dist.get_world_size()
+    mesh = init_device_mesh(device().type, (2, 2) if name == "another mesh" else (world,))
     placements: list[Any] = {
         "columns": [Shard(1)],
         "replicated": [Replicate()],

@@ -91,6 +91,7 @@ def main(folder: Path, batch: int, how: str, at: str) -> None:
         learning_rate=1e-3,
         logging_steps=1,
         save_steps=SAVED,
+        train_sampling_strategy="sequential",  # drawn orders depend on the number of processes
         report_to="none",
         disable_tqdm=True,
         ddp_timeout=TIMEOUT,

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-COLLECTIVE = timedelta(seconds=60)  # after which gloo raises on the ranks that wait
-CALL = 120.0  # seconds
+# Long: the first optimizer imports torch._dynamo, minutes of a loaded machine.
+COLLECTIVE = timedelta(seconds=240)  # after which gloo raises on the ranks that wait
+CALL = 300.0  # seconds
 START = 300.0  # in which processes import torch and meet, on a loaded machine
 
 
@@ -165,12 +166,16 @@ def _serve(rank: int, world: int, store: str, connection: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    files = dist.FileStore(store, world)
+    # On a loaded machine one may be here minutes before another, more than a collective waits.
+    files.set(f"here {rank}", "")
+    files.wait([f"here {other}" for other in range(world)], timedelta(seconds=START))
     gpus = torch.cuda.device_count()
     if gpus >= world:
         torch.cuda.set_device(rank)
     dist.init_process_group(
         backends(gpus, world),
-        store=dist.FileStore(store, world),
+        store=files,
         rank=rank,
         world_size=world,
         timeout=COLLECTIVE,

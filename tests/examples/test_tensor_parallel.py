@@ -29,6 +29,7 @@ def test_as_one_process(two_ranks: Ranks) -> None:
         assert losses == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_by_torchrun() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

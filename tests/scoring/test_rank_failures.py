@@ -50,7 +50,10 @@ def run_as_process(rank: int, store: str) -> None:
         world_size=2,
         timeout=timedelta(minutes=30),  # torch's own
     )
-    second_call(rank, dist.group.WORLD)
+    try:
+        second_call(rank, dist.group.WORLD)
+    finally:
+        print("raised at", time.time(), flush=True)
 
 
 def test_a_process_that_ends(tmp_path: Path) -> None:
@@ -61,21 +64,23 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
     try:
-        _, raised = ranks[1].communicate(timeout=300)
-        ended = time.monotonic()
-        _, peer = ranks[0].communicate(timeout=60)
+        _, raised = ranks[1].communicate(timeout=600)
+        ended = time.time()
+        said, peer = ranks[0].communicate(timeout=600)
     finally:
         for one in ranks:
             one.kill()
     assert ranks[1].returncode == 1 and "under tp_group all ranks must run alike" in raised
     assert ranks[0].returncode != 0 and "RuntimeError" in peer and "peer" in peer
-    assert time.monotonic() - ended < 60
+    # Not when it ended: on a loaded machine the interpreter's own exit may take as long.
+    assert float(said.split()[-1]) - ended < 60
 
 
 def lives_on(rank: int) -> tuple[str, float]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused preference losses: hidden states to log-probabilities to losses, without the logits."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import _extension, nn, objectives
@@ -18,6 +19,7 @@ from .scoring import (
 from .sequences import sequence_logp
 
 if TYPE_CHECKING:
+    from . import diffusion
     from .integrations.causal_lm import fuse_lm_head, unfuse_lm_head
 
 __version__ = "0.1.0"
@@ -26,6 +28,7 @@ __all__ = [
     "ScoringOptions",
     "TokenScores",
     "__version__",
+    "diffusion",
     "explain",
     "explain_divergence",
     "fuse_lm_head",
@@ -48,6 +51,8 @@ def __getattr__(name: str) -> Any:
         from .integrations import causal_lm
 
         return getattr(causal_lm, name)
+    if name in ("diffusion",):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,6 +14,7 @@ from ..objectives.reading import readable
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 _REDUCTIONS = ("mean", "sum")
+_POSITIVE = "positive", "a step without noise has no density"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -72,10 +73,10 @@ def check_per_sample(name: str, value: Any, like: Tensor, *, zero: bool) -> None
     """Raise TypeError or ValueError unless it is a finite number or one a sample of ``like``, none
     of them negative and, without ``zero``, none 0. What lies on another device than the CPU is not
     looked at."""
-    least = "not be negative" if zero else "be positive"
+    wanted, remedy = ("not negative", "0 weighs a sample out") if zero else _POSITIVE
     if is_number(value):
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise ValueError(f"{name} must {least} and finite, got {value}")
+            raise ValueError(f"{name} must be finite and {wanted}, got {value}; {remedy}")
         return
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -93,4 +94,5 @@ def check_per_sample(name: str, value: Any, like: Tensor, *, zero: bool) -> None
             f"{name} is on {value.device} and the predictions on {like.device}; move it there"
         )
     if readable(value) and bool(((value < 0) if zero else (value <= 0)).any()):
-        raise ValueError(f"{name} must {least}, got {float(value.min())}")
+        least = float(value.min())
+        raise ValueError(f"{name} must be finite and {wanted}, got {least}; {remedy}")

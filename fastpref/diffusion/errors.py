@@ -64,16 +64,14 @@ def _reduced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     ref = None if ref is None else ref.detach()
     target = target.detach()
-    if mask is not None:
+    if mask is not None and mask.dtype != torch.bool:
         mask = mask != 0
     if model.dim() == 1:  # one element a sample
         model, target = model.unsqueeze(1), target.unsqueeze(1)
         ref = None if ref is None else ref.unsqueeze(1)
         mask = mask.unsqueeze(-1) if mask is not None and mask.dim() else mask
     size = math.prod(model.shape[1:])
-    divisor = 1.0
-    if reduction == "mean" and mask is None:
-        divisor = float(max(size, 1))
+    divisor = max(size, 1) if reduction == "mean" and mask is None else 1
     errors: tuple[Tensor, Tensor, Tensor]
     if model.numel() and untransformed(model, ref, target, mask):
         errors = _SquaredErrors.apply(model, ref, target, mask, divisor)  # type: ignore[no-untyped-call]
@@ -94,7 +92,7 @@ def _counts(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _differentiable(
-    model: Tensor, ref: Tensor | None, target: Tensor, mask: Tensor | None, divisor: float
+    model: Tensor, ref: Tensor | None, target: Tensor, mask: Tensor | None, divisor: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gap, model, reference), by operations that torch differentiates, traces and transforms."""
     exact = backends.exact_dtype(model, ref, target)
@@ -129,13 +127,12 @@ class _SquaredErrors(torch.autograd.Function):
         ref: Tensor | None,
         target: Tensor,
         mask: Tensor | None,
-        divisor: float,
+        divisor: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = [model, target] if ref is None else [model, target, ref]
         (model_view, target_view, *ref_view), kept = walk(given, mask)[1:]
-        found = backends.of(model_view).squared_errors(
-            model_view, ref_view[0] if ref_view else None, target_view, kept, divisor
-        )
+        views = model_view, ref_view[0] if ref_view else None, target_view, kept
+        found = backends.of(*views).squared_errors(*views, divisor)
         ctx.save_for_backward(model, target, mask)
         ctx.divisor = divisor
         ctx.set_materialize_grads(False)
@@ -147,7 +144,7 @@ class _SquaredErrors(torch.autograd.Function):
         ctx: Any, grad_gap: Tensor | None, grad_model: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
         model, target, mask = ctx.saved_tensors
-        upstream = [one for one in (grad_gap, grad_model) if one is not None and one.numel()]
+        upstream = [one for one in (grad_gap, grad_model) if one is not None]
         if not upstream:
             return None, None, None, None, None
         factor = sum(upstream[1:], upstream[0]) * (2 / ctx.divisor)
@@ -157,9 +154,8 @@ class _SquaredErrors(torch.autograd.Function):
             (_, out, _), (model_view, out_view, target_view), kept = walk(
                 [model, torch.empty_like(model), target], mask
             )
-            backends.of(model_view).error_gradient(
-                out_view, model_view, target_view, kept, factor.contiguous()
-            )
+            serving = backends.of(model_view, None, target_view, kept)
+            serving.error_gradient(out_view, model_view, target_view, kept, factor.contiguous())
             gradient = out
         return gradient, None, None, None, None
 

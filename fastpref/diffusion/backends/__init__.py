@@ -7,15 +7,18 @@ Each backend is a module with ``squared_errors(model, ref, target, mask, divisor
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..._extension import ops_unavailable_reason
+
 
 class Backend(Protocol):
     def squared_errors(
-        self, model: Tensor, ref: Tensor | None, target: Tensor, mask: Tensor | None, divisor: float
+        self, model: Tensor, ref: Tensor | None, target: Tensor, mask: Tensor | None, divisor: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def error_gradient(
@@ -29,8 +32,18 @@ def exact_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def of(*tensors: Tensor | None) -> Backend:
+def of(model: Tensor, ref: Tensor | None, target: Tensor, mask: Tensor | None) -> Backend:
     """What serves these, views (B, S, R) of one device."""
+    if model.is_cpu and ops_unavailable_reason() is None:
+        from . import cpp
+
+        return cpp
+    if model.is_cuda and importlib.util.find_spec("triton") is not None:
+        from . import triton
+
+        dtypes = (model.dtype, target.dtype, *(() if ref is None else (ref.dtype,)))
+        if triton.serves(model.device, dtypes, mask is not None):
+            return triton
     from . import plain
 
     return plain

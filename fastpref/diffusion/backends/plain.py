@@ -10,7 +10,7 @@ from . import exact_dtype
 
 
 def squared_errors(
-    model: Tensor, ref: Tensor | None, target: Tensor, mask: Tensor | None, divisor: float
+    model: Tensor, ref: Tensor | None, target: Tensor, mask: Tensor | None, divisor: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gap, model, reference), (B,) each, sums over ``divisor``.
 

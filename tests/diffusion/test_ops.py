@@ -61,7 +61,7 @@ def test_arguments_of_error_gradient(given: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_opcheck(alone: bool) -> None:
     model, target = torch.randn(2, 1, 3, 8).bfloat16()[:, 0], torch.randn(2, 3, 8)
     reference = None if alone else torch.randn(2, 3, 8).half()
@@ -92,9 +92,11 @@ for side in guard.SIDES:
             # Apart, so that a piece is followed by what is not its own.
             drawn = [torch.randn(2, pieces, length + 3).to(dtype)[..., :length] for _ in range(4)]
             mask = torch.rand(2, pieces, length) < 0.5
-            for kept in (None, mask, mask[:, :1, :1].expand(2, pieces, length)):
+            for kept in (None, mask, mask[:, :1, :1]):
                 p, r, t, out = (guard.guarded(one, side) for one in drawn)
-                given = p, r, t, None if kept is None else guard.guarded(kept, side)
+                if kept is not None:
+                    kept = guard.guarded(kept, side).expand(mask.shape)
+                given = p, r, t, kept
                 exact = plain.squared_errors(*(one.double() for one in (p, r, t)), kept, 7)
                 for one, other in zip(cpp.squared_errors(*given, 7), exact):
                     worst = max(worst, far(one, other))
@@ -110,7 +112,10 @@ print(json.dumps([torch.ops.fastpref.cpu_capability(), worst]))
 
 @pytest.mark.heavy
 @pytest.mark.skipif(guard.unavailable_reason() is not None, reason=str(guard.unavailable_reason()))
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "capability",
+    ["baseline", *(pytest.param(one, marks=pytest.mark.slow) for one in ("avx2", "avx512"))],
+)
 def test_instruction_sets(capability: str) -> None:
     """On tensors beside pages that nothing may touch."""
     level = ["baseline", "avx2", "avx512"].index(capability)

@@ -61,7 +61,7 @@ def test_the_least(
 
     found: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        both = moved(
+        first = moved(
             lambda: found.append(log_ratio(model, ref, target, weight=weight)), monkeypatch
         )
     assert first == forward

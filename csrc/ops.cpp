@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "cpu/chosen.h"
 #include "cpu/row_kernels.h"
 #include "cpu_features.h"
 
@@ -19,19 +20,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-const fastpref::cpu::RowKernels& row_kernels() {
-#if defined(__x86_64__)
-  switch (fastpref::cpu_capability()) {
-    case fastpref::CpuCapability::avx512:
-      return fastpref::cpu::row_kernels_avx512;
-    case fastpref::CpuCapability::avx2:
-      return fastpref::cpu::row_kernels_avx2;
-    case fastpref::CpuCapability::baseline:
-      break;
-  }
-#endif
-  return fastpref::cpu::row_kernels_baseline;
-}
+using fastpref::cpu::row_kernels;
 
 // Rows per thread below which a second thread costs more than it brings.
 int64_t grain(int64_t width) { return 1 + 32768 / (width + 1); }
@@ -270,6 +259,10 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
       "pair_head(Tensor policy_chosen_logps, Tensor policy_rejected_logps, Tensor? ref_chosen_logps, "
       "Tensor? ref_rejected_logps, Tensor? chosen_lengths, Tensor? rejected_lengths, int link, float scale, "
       "float shift, float flipped, float reward_scale, bool rewards_per_token) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "squared_errors(Tensor model, Tensor? reference, Tensor target, Tensor? mask, float divisor) -> (Tensor, Tensor, "
+      "Tensor)");
+  m.def("error_gradient_(Tensor(a!) out, Tensor model, Tensor target, Tensor? mask, Tensor factor) -> ()");
   m.def("cpu_capability() -> int");
 }
 

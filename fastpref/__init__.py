@@ -19,7 +19,7 @@ from .scoring import (
 from .sequences import sequence_logp
 
 if TYPE_CHECKING:
-    from . import curriculum, reference
+    from . import curriculum, diagnostics, diffusion, optim, reference
     from .integrations.causal_lm import fuse_lm_head, unfuse_lm_head
 
 __version__ = "0.1.0"
@@ -29,6 +29,8 @@ __all__ = [
     "TokenScores",
     "__version__",
     "curriculum",
+    "diagnostics",
+    "diffusion",
     "explain",
     "explain_divergence",
     "fuse_lm_head",
@@ -37,6 +39,7 @@ __all__ = [
     "linear_logprob",
     "nn",
     "objectives",
+    "optim",
     "preference_loss",
     "reference",
     "release_workspace",
@@ -52,7 +55,7 @@ def __getattr__(name: str) -> Any:
         from .integrations import causal_lm
 
         return getattr(causal_lm, name)
-    if name in ("curriculum", "reference"):
+    if name in ("curriculum", "diagnostics", "diffusion", "optim", "reference"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

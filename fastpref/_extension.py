@@ -73,21 +73,22 @@ def cuda_ops_unavailable_reason() -> str | None:
 def operators_serve(*tensors: Tensor | None) -> bool:
     """Whether operators that are on CPU and CUDA take these tensors, None aside: nothing traces or
     transforms them, and they are on the CPU, or on GPUs that run the kernels."""
+    if not untransformed(*tensors):
+        return False
+    given = [one for one in tensors if one is not None]
+    if all(one.is_cpu for one in given):
+        return ops_unavailable_reason() is None
+    return all(one.is_cuda and _kernels_serve(one.device) for one in given)
+
+
+def untransformed(*tensors: Tensor | None) -> bool:
+    """Whether nothing traces or transforms these tensors, None aside."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    on_cpu = on_cuda = True
-    for one in tensors:
-        if one is None:
-            continue
-        # Neither fake and distributed tensors nor tangents know the operators.
-        if type(one) not in _PLAIN or has_tangent(one):
-            return False
-        on_cpu, on_cuda = on_cpu and one.is_cpu, on_cuda and one.is_cuda
-    if on_cpu:
-        return ops_unavailable_reason() is None
-    return on_cuda and all(_kernels_serve(one.device) for one in tensors if one is not None)
+    # Neither fake and distributed tensors nor tangents know operators of one's own.
+    return all(one is None or (type(one) in _PLAIN and not has_tangent(one)) for one in tensors)
 
 
 def has_tangent(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import column_sums, exp_rows, instructions, join_shares
+from . import column_sums, exp_rows, instructions, join_shares, squared_errors
 from .variants import Variant
 
 # In the disassembly, by compute capability. Float32 is multiplied on the ordinary units, exactly,
@@ -51,6 +51,7 @@ _POINTERS = {
     "flag": "*i8",
     "flagged": "*i32",
     "count": "*i32",
+    "mask": "*u8",
 }
 _FLOATS = (
     *("bias", "anchor", "sums", "largest", "sum", "raw", "logit", "best", "factor", "norm", "logp"),
@@ -58,8 +59,12 @@ _FLOATS = (
     "weights",
     *("student_bias", "teacher_bias", "values"),
 )
-_MATRICES = ("hidden", "weight", "exps", "grads", "matrix", "student", "teacher", "tile")
+_ERRORS = (squared_errors.squared_errors_kernel, squared_errors.error_gradient_kernel)
+_MATRICES = ("hidden", "weight", "exps", "grads", "matrix", "student", "teacher", "tile", "model")
+_PREDICTIONS = ("reference", "target")
 _ROWS = (exp_rows.exp_rows_kernel, join_shares.join_shares_kernel)
+# Their results are sums in float32.
+_SUMS = (*_ROWS, squared_errors.join_parts_kernel)
 _MAP = ("scale", "inner", "cap")
 _NUMBERS = (*_MAP, "student_weight", "teacher_weight")
 
@@ -70,6 +75,8 @@ def _type(variant: Variant, argument: str) -> str:
     if argument in variant.descriptors:
         rows, cols = variant.descriptors[argument]
         return f"tensordesc<{variant.element}[{rows}, {cols}]>"
+    if argument in _PREDICTIONS and variant.kernel in _ERRORS:
+        return f"*{variant.element}"
     if argument in _POINTERS:
         return _POINTERS[argument]
     if argument == "best_index":
@@ -81,7 +88,7 @@ def _type(variant: Variant, argument: str) -> str:
     if argument == "out" and variant.kernel is column_sums.column_sums_kernel:
         return "*fp64"
     if argument == "out":  # of sums in float32, or a matrix
-        return "*fp32" if variant.kernel in _ROWS else f"*{variant.element}"
+        return "*fp32" if variant.kernel in _SUMS else f"*{variant.element}"
     if argument in _MAP and variant.constants.get("BY_ROW"):
         return "*fp32"
     return "fp32" if argument in _NUMBERS else "i32"

@@ -20,6 +20,7 @@ from . import (
     row_scores,
     row_sums,
     scale_rows,
+    squared_errors,
     target_logits,
     tiles,
 )
@@ -62,6 +63,7 @@ def variants(capability: int, element: str) -> Iterator[Variant]:
     yield from _columns(element)
     yield from rows_in_place(element)
     yield from _divergences(element)
+    yield from _errors(element)
 
 
 def products(chip: tiles.Chip, element: str) -> Iterator[Variant]:
@@ -338,3 +340,54 @@ def _divergences(element: str) -> Iterator[Variant]:
             divergence_rows.WARPS,
             registers=divergence_rows.REGISTERS,
         )
+
+
+def _errors(element: str) -> Iterator[Variant]:
+    """Of predictions of one dtype: dense samples, and short pieces that share a mask's element."""
+    for lie, compared, masked in itertools.product(("", " odd", " unaligned"), _ON_OFF, _ON_OFF):
+        blocks: dict[str, Any] = {"BLOCK_PIECES": 1, "BLOCK_LENGTH": squared_errors.ELEMENTS}
+        blocks |= {"mask_stride": 1} if masked else _absent(mask=False)
+        yield Variant(
+            squared_errors.squared_errors_kernel,
+            _label("squared_errors", masked=masked, alone=not compared) + lie,
+            blocks | _absent(reference=compared),
+            {},
+            element,
+            squared_errors.WARPS,
+            unaligned=_lying(lie, model=True, target=True, reference=compared, mask=masked),
+        )
+        if not compared:
+            yield Variant(
+                squared_errors.error_gradient_kernel,
+                _label("error_gradient", masked=masked) + lie,
+                blocks,
+                {},
+                element,
+                squared_errors.WARPS,
+                unaligned=_lying(lie, model=True, target=True, out=True, mask=masked),
+            )
+    # channels_last, and a mask that all channels share.
+    short = {"BLOCK_PIECES": squared_errors.ELEMENTS // 4, "BLOCK_LENGTH": 4}
+    for kernel, name, third in (
+        (squared_errors.squared_errors_kernel, "squared_errors", "reference"),
+        (squared_errors.error_gradient_kernel, "error_gradient", "out"),
+    ):
+        yield Variant(
+            kernel,
+            f"{name} masked short",
+            short,
+            {},
+            element,
+            squared_errors.WARPS,
+            unaligned=_lying(" odd", model=True, target=True, mask=True, **{third: True}),
+        )
+    constants = {"BLOCK_PARTS": squared_errors.MOST_PARTS}
+    yield Variant(squared_errors.join_parts_kernel, "join_parts", constants, {}, element)
+
+
+def _lying(lie: str, **given: bool) -> tuple[str, ...]:
+    """What is no multiple of 16 of predictions of an odd size, and of such at any address."""
+    tensors = tuple(name for name, here in given.items() if here)
+    strides = tuple(f"{name}_{of}" for name in tensors for of in ("sample", "piece"))
+    odd = ("length", *strides) if lie else ()
+    return odd + tensors if lie == " unaligned" else odd

@@ -30,6 +30,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     importlib.import_module("fastpref.scoring.backends.triton")
     importlib.import_module("fastpref.scoring.backends.rows")
     importlib.import_module("fastpref.scoring.backends.divergence_launch")
+    importlib.import_module("fastpref.diffusion.backends.triton")
     # Triton imports it later on, which fails once the variable is gone.
     importlib.import_module("triton.experimental.gluon")
     del os.environ["TRITON_INTERPRET"]

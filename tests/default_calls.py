@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastpref
-from fastpref import ScoringOptions, nn, objectives, sequences
+from fastpref import ScoringOptions, diffusion, nn, objectives, sequences
 from fastpref.integrations import trl
 from fastpref.objectives import registry
 from fastpref.scoring.backends.divergences import DIVERGENCES
@@ -194,6 +194,29 @@ def sequence_calls() -> dict[str, Call]:
     return {f"sequences.{name}": call for name, call in made.items()}
 
 
+def diffusion_calls() -> dict[str, Call]:
+    model, ref, target = (draw(4, 3, 5, seed=seed) for seed in (8, 9, 10))
+    weight, mask = draw(4, seed=11).abs(), MASK[:, None]
+    path = weight + 1, torch.full((4,), 0.5, dtype=torch.float32, device="cpu")
+    ratio = functools.partial(with_gradients, diffusion.log_ratio, model, ref)
+    kinds = {"source": diffusion.NOISE, "target": diffusion.FLOW}
+    made: dict[str, Call] = {
+        "log_ratio": lambda: ratio(target, weight=weight),
+        "log_ratio mask": lambda: ratio(target, mask=mask),
+        "log_ratio strided": lambda: ratio(target.transpose(1, 2).contiguous().transpose(1, 2)),
+        "log_ratio of nothing": lambda: diffusion.log_ratio(
+            *(one[:0] for one in (model, ref, ref))
+        ),
+        "step_log_prob": lambda: with_gradients(diffusion.step_log_prob, model, ref, std=weight),
+        "step_log_ratio": lambda: diffusion.step_log_ratio(model, ref, target, std=0.5),
+        "convert": lambda: with_gradients(diffusion.convert, model, ref, path=path, **kinds),
+        "error_weight": lambda: diffusion.error_weight(path, **kinds),
+        "velocity": lambda: diffusion.velocity(*path).a,
+        "k_prediction": lambda: diffusion.k_prediction(weight).b,
+    }
+    return {f"diffusion.{name}": call for name, call in made.items()}
+
+
 def module_calls() -> dict[str, Call]:
     pairs = peers.leaves(peers.tensors(torch.float32))
     plain = {name: one for name, one in pairs.items() if not name.startswith("ref_")}
@@ -226,5 +249,8 @@ def module_calls() -> dict[str, Call]:
 
 @functools.cache
 def every_call() -> dict[str, Call]:
-    made = (scoring_calls, preference_calls, objective_calls, sequence_calls, module_calls)
+    made = (
+        *(scoring_calls, preference_calls, objective_calls, sequence_calls, diffusion_calls),
+        module_calls,
+    )
     return {name: call for calls in made for name, call in calls().items()}

@@ -15,7 +15,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten
 
 import fastpref
-from fastpref import nn, objectives, sequences
+from fastpref import diffusion, nn, objectives, sequences
 from fastpref.scoring import workspace
 from tests.default_calls import every_call
 
@@ -102,8 +102,9 @@ def test_every_public_function_is_called() -> None:
     called = {name.split()[0].split(".")[-1] for name in every_call()}
     results = {"PreferenceOutput", "ScoringOptions", "TokenScores", "Objective"}
     results |= {"ListLosses", "PairLosses", "TokenLosses", "UnitLosses"}
+    results |= {"PredictionTarget"}
     results |= {"fuse_lm_head", "unfuse_lm_head"}  # which compute nothing
-    for module in (fastpref, nn, objectives, sequences):
+    for module in (fastpref, nn, objectives, sequences, diffusion):
         public = {name for name in module.__all__ if callable(getattr(module, name))}
         assert public - results <= called, module.__name__
         assert not any(inspect.ismodule(getattr(module, name)) for name in public)

@@ -106,6 +106,41 @@ struct DivergenceRows {
   bool write;   // the student's tile becomes the gradient
 };
 
+// A tensor (samples, pieces, length) whose elements lie next to each other within a piece.
+struct Pieces {
+  void* data;  // null: there is none
+  Element element;
+  int64_t sample_stride, piece_stride;
+};
+
+// Which elements count; null: all.
+struct Kept {
+  const bool* data;
+  int64_t sample_stride, piece_stride, stride;
+};
+
+// A sample is walked in parts of so many elements, whatever the number of threads: its sums are the same with any.
+constexpr int64_t kErrorPart = 16384;
+
+// Of each part: the sums of d (d + 2 (reference - target)), d = model - reference; (model - target)^2; and
+// (reference - target)^2. Without a reference the second alone.
+constexpr int kErrorSums = 3;
+
+struct SquaredErrors {
+  Pieces model, reference, target;
+  Kept kept;
+  int64_t pieces, length, parts;
+  double* sums;  // (samples, parts, kErrorSums)
+};
+
+// out = factor[sample] (model - target), 0 where left out, rounded once
+struct ErrorGradient {
+  Pieces model, target, out;  // the elements of `out` are those of `model`
+  Kept kept;
+  int64_t pieces, length, parts;
+  const void* factor;  // (samples,), of the arithmetic's type
+};
+
 struct RowKernels {
   void (*exp_rows[kElements])(const ExpRows&, int64_t begin, int64_t end);
   void (*logit_grad[kElements])(const LogitGrad&, int64_t begin, int64_t end);
@@ -113,6 +148,9 @@ struct RowKernels {
   void (*settle_rows[kElements])(const SettleRows&, int64_t begin, int64_t end);
   void (*scale_rows[kElements])(const ScaleRows&, int64_t begin, int64_t end);
   void (*divergence_rows[kElements])(const DivergenceRows&, int64_t begin, int64_t end);
+  // Of parts, all samples' one after the other; in double where a tensor is, otherwise in float.
+  void (*squared_errors[2])(const SquaredErrors&, int64_t begin, int64_t end);
+  void (*error_gradient[2])(const ErrorGradient&, int64_t begin, int64_t end);
 };
 
 extern const RowKernels row_kernels_baseline;

@@ -433,6 +433,7 @@ void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
 }
 
 #include "divergence_rows.inl"
+#include "squared_errors.inl"
 
 }  // namespace
 
@@ -444,6 +445,8 @@ const RowKernels FASTPREF_ROW_KERNELS = {
     {settle_rows<double>, settle_rows<float>, settle_rows<BFloat16>, settle_rows<Float16>},
     {scale_rows<double>, scale_rows<float>, scale_rows<BFloat16>, scale_rows<Float16>},
     {divergence_rows<double>, divergence_rows<float>, divergence_rows<BFloat16>, divergence_rows<Float16>},
+    {squared_errors<double>, squared_errors<float>},
+    {error_gradient<double>, error_gradient<float>},
 };
 
 }  // namespace fastpref::cpu

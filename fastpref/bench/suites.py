@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .denoising import denoising_experiment
 from .divergences import divergence_experiment
 from .experiment import MODES, Case, Experiment, Mode, missing
 from .head import call_experiment, head_experiment, low_rank_experiment
@@ -51,6 +52,11 @@ SUITES = {
         heads_experiment,
         ("forward", "trainable head"),
         computes_in="float32",
+    ),
+    "denoising": Suite(
+        "Diffusion-DPO's loss alone, beside the products of one head on as many rows",
+        denoising_experiment,
+        ("forward", "frozen head"),
     ),
     "step": Suite(
         "a training step with a two-layer model", training_experiment, needs="transformers"

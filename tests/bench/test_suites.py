@@ -20,7 +20,7 @@ from fastpref.bench.work import Shape, Work, make_work
 
 SHAPE = Shape(8, 16, 32, 300)
 # The others have no rows to tell apart, or tests of their own.
-LOSSES = [what for what in SUITES if what not in ("heads", "step", "head", "call")]
+LOSSES = [what for what in SUITES if what not in ("heads", "step", "head", "call", "denoising")]
 EVERY = [(what, mode) for what, suite in SUITES.items() for mode in suite.modes]
 
 

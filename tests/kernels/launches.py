@@ -23,6 +23,9 @@ from triton.runtime import JITFunction
 from triton.runtime.jit import create_function_from_signature
 
 from fastpref import ScoringOptions, linear_divergence, linear_logprob
+from fastpref.diffusion import backends as diffusion_backends
+from fastpref.diffusion import log_ratio, step_log_prob
+from fastpref.diffusion.backends import triton as diffusion_triton
 from fastpref.kernels import resources, variants
 from fastpref.scoring import backward, forward, workspace
 from fastpref.scoring.backends import probe, tiled
@@ -63,6 +66,7 @@ class Recorder:
         rows_backend._processors = lambda device: properties.multi_processor_count
         # What is tried is arbitrary here, and the same kernels once more.
         probe.passes = lambda tier, kernel, device, check: True
+        diffusion_backends.of = lambda *tensors: diffusion_triton
         torch.cuda.current_device = lambda: 0
         for module in (workspace, forward, backward, tiled):
             for name, stand_in in (("lease", _lease), ("row_stride", _row_stride)):
@@ -133,6 +137,17 @@ def diverge(rows: int, dtype: torch.dtype, vocab: int = 512, **changes: Any) -> 
     ).sum().backward()
 
 
+def denoise(samples: int, dtype: torch.dtype, *sizes: int, masked: bool = False) -> None:
+    model, ref = (torch.zeros(samples, *sizes, dtype=dtype, requires_grad=n == 0) for n in (0, 1))
+    mask = torch.ones(samples, *sizes, dtype=torch.bool) if masked else None
+    log_ratio(model, ref, ref, mask=mask).sum().backward()
+
+
+def take_a_step(samples: int, dtype: torch.dtype) -> None:
+    mean = torch.zeros(samples, 4, 8, 8, dtype=dtype, requires_grad=True)
+    step_log_prob(mean.detach(), mean, std=1.0).sum().backward()
+
+
 # Calls whose launches must be compiled beforehand and not anew for other numbers of rows. A tier
 # of its own adds its calls here.
 CASES: dict[str, Callable[[int, torch.dtype], None]] = {
@@ -172,6 +187,11 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     "triton: temperatures": lambda n, dtype: score(n, dtype, temperature=torch.ones(n)),
     "divergence": diverge,
     "cosine": lambda n, dtype: diverge(n, dtype, divergence="cosine"),
+    "denoising": lambda n, dtype: denoise(n, dtype, 4, 8, 8),
+    "denoising, masked": lambda n, dtype: denoise(n, dtype, 4, 8, 8, masked=True),
+    "denoising, odd": lambda n, dtype: denoise(n, dtype, 3, 5, 7),
+    "a step": take_a_step,
+    "denoising, large": lambda n, dtype: denoise(n, dtype, 1 << 14),
 }
 
 

@@ -74,5 +74,8 @@ def test_a_call_launches_what_it_should() -> None:
     assert set(cases["odd width"]) == rows | {"scale_rows_kernel"}
     assert set(cases["divergence"]) >= {"divergence_rows_kernel"}
     assert set(cases["cosine"]) >= {"cosine_rows_kernel"}
+    errors = {"squared_errors_kernel", "error_gradient_kernel"}
+    assert set(cases["denoising"]) == set(cases["denoising, masked"]) == errors
+    assert set(cases["denoising, large"]) == errors | {"join_parts_kernel"}
     halves = record(90)["fp16"]["forms"]
     assert set(halves["keep"]) == set(cases["keep"]) | {"probabilities_kernel"}

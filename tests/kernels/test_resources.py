@@ -40,6 +40,7 @@ SAMPLE = (
     "|linear_grad|linear_grad entropy lse bias ragged( capped)?|reanchor store"
     "|reanchor store statistics bias ragged|largest_logit|target_logits|row_sums statistics"
     "|sum_flagged statistics|row_scores store statistics|anchor|list_flagged|scale_rows"
+    "|squared_errors( masked)?|error_gradient masked( short)?|join_parts"
 )
 
 

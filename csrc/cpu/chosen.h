@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// The row kernels of the instructions that this processor has.
+#pragma once
+
+#include "../cpu_features.h"
+#include "row_kernels.h"
+
+namespace fastpref::cpu {
+
+inline const RowKernels& row_kernels() {
+#if defined(__x86_64__)
+  switch (cpu_capability()) {
+    case CpuCapability::avx512:
+      return row_kernels_avx512;
+    case CpuCapability::avx2:
+      return row_kernels_avx2;
+    case CpuCapability::baseline:
+      break;
+  }
+#endif
+  return row_kernels_baseline;
+}
+
+}  // namespace fastpref::cpu

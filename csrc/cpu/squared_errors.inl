@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Squared errors of predictions and their gradient, in blocks: what is not of the arithmetic's type A is converted into
+// a buffer first, so that tensors of any types meet in one loop. Sums of a block are of A, those of a part double.
+// Included by row_kernels.inl, once per instruction set.
+
+template <class A>
+struct ElementOf;
+template <>
+struct ElementOf<double> {
+  static constexpr Element value = Element::float64;
+};
+template <>
+struct ElementOf<float> {
+  static constexpr Element value = Element::float32;
+};
+
+template <class T, class A>
+inline void convert(const void* from, int64_t n, A* to) {
+  const T* x = static_cast<const T*>(from);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(load(x[i]));
+}
+
+template <class T>
+inline const void* element_at(const Pieces& tensor, int64_t sample, int64_t piece, int64_t i) {
+  return static_cast<const T*>(tensor.data) + sample * tensor.sample_stride + piece * tensor.piece_stride + i;
+}
+
+// n elements of a piece from `i` on, in A; in `buffer` where they are of another type.
+template <class A>
+const A* block_of(const Pieces& tensor, int64_t sample, int64_t piece, int64_t i, int64_t n, A* buffer) {
+  if (tensor.element == ElementOf<A>::value) {
+    return static_cast<const A*>(element_at<A>(tensor, sample, piece, i));
+  }
+  switch (tensor.element) {
+    case Element::float64:  // A is double then, and that was above
+      break;
+    case Element::float32:
+      convert<float>(element_at<float>(tensor, sample, piece, i), n, buffer);
+      break;
+    case Element::bfloat16:
+      convert<BFloat16>(element_at<BFloat16>(tensor, sample, piece, i), n, buffer);
+      break;
+    case Element::float16:
+      convert<Float16>(element_at<Float16>(tensor, sample, piece, i), n, buffer);
+      break;
+  }
+  return buffer;
+}
+
+// What of a block counts: all, nothing, or where `each` says so.
+struct KeptBlock {
+  bool any;
+  const bool* each;
+};
+
+inline KeptBlock kept_block(const Kept& kept, int64_t sample, int64_t piece, int64_t i, int64_t n, bool* buffer) {
+  if (kept.data == nullptr) return {true, nullptr};
+  const bool* first = kept.data + sample * kept.sample_stride + piece * kept.piece_stride + i * kept.stride;
+  if (kept.stride == 0) return {*first, nullptr};
+  if (kept.stride == 1) return {true, first};
+  for (int64_t k = 0; k < n; ++k) buffer[k] = first[k * kept.stride];
+  return {true, buffer};
+}
+
+// visit(sample, piece, i, n) for the blocks of a part.
+template <class Visit>
+inline void for_blocks(int64_t unit, int64_t pieces, int64_t length, int64_t parts, const Visit& visit) {
+  const int64_t sample = unit / parts, total = pieces * length;
+  int64_t at = unit % parts * kErrorPart;
+  const int64_t end = total - at < kErrorPart ? total : at + kErrorPart;
+  int64_t piece = at / length, i = at % length;
+  while (at < end) {
+    int64_t n = length - i < kBlock ? length - i : kBlock;
+    n = end - at < n ? end - at : n;
+    visit(sample, piece, i, n);
+    at += n;
+    i += n;
+    if (i == length) {
+      ++piece;
+      i = 0;
+    }
+  }
+}
+
+template <class A, bool kMasked>
+__attribute__((noinline)) void add_errors(const A* p, const A* r, const A* t, const bool* kept, int64_t n,
+                                          double* sums) {
+  A gap = 0, model = 0, reference = 0;
+#pragma omp simd reduction(+ : gap, model, reference)
+  for (int64_t i = 0; i < n; ++i) {
+    const bool counts = !kMasked || kept[i];
+    const A d = counts ? p[i] - r[i] : A(0), u = counts ? r[i] - t[i] : A(0), e = counts ? p[i] - t[i] : A(0);
+    gap += d * (d + 2 * u);
+    model += e * e;
+    reference += u * u;
+  }
+  sums[0] += gap;
+  sums[1] += model;
+  sums[2] += reference;
+}
+
+template <class A, bool kMasked>
+__attribute__((noinline)) void add_error(const A* p, const A* t, const bool* kept, int64_t n, double* sums) {
+  A model = 0;
+#pragma omp simd reduction(+ : model)
+  for (int64_t i = 0; i < n; ++i) {
+    const A e = !kMasked || kept[i] ? p[i] - t[i] : A(0);
+    model += e * e;
+  }
+  sums[1] += model;
+}
+
+template <class A>
+void squared_errors(const SquaredErrors& call, int64_t begin, int64_t end) {
+  alignas(64) A buffers[3][kBlock];
+  bool buffer[kBlock];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    double sums[kErrorSums] = {};
+    for_blocks(unit, call.pieces, call.length, call.parts, [&](int64_t b, int64_t piece, int64_t i, int64_t n) {
+      const KeptBlock kept = kept_block(call.kept, b, piece, i, n, buffer);
+      if (!kept.any) return;
+      const A* p = block_of(call.model, b, piece, i, n, buffers[0]);
+      const A* t = block_of(call.target, b, piece, i, n, buffers[1]);
+      if (call.reference.data == nullptr) {
+        (kept.each == nullptr ? add_error<A, false> : add_error<A, true>)(p, t, kept.each, n, sums);
+        return;
+      }
+      const A* r = block_of(call.reference, b, piece, i, n, buffers[2]);
+      (kept.each == nullptr ? add_errors<A, false> : add_errors<A, true>)(p, r, t, kept.each, n, sums);
+    });
+    for (int k = 0; k < kErrorSums; ++k) call.sums[unit * kErrorSums + k] = sums[k];
+  }
+}
+
+template <class T, class A>
+inline void store_block(const Pieces& out, int64_t sample, int64_t piece, int64_t i, int64_t n, const A* values) {
+  T* to = static_cast<T*>(out.data) + sample * out.sample_stride + piece * out.piece_stride + i;
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) store(to[k], static_cast<typename AccumulateType<T>::type>(values[k]));
+}
+
+template <class A>
+void error_gradient(const ErrorGradient& call, int64_t begin, int64_t end) {
+  alignas(64) A buffers[2][kBlock];
+  alignas(64) A values[kBlock];
+  bool buffer[kBlock];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const A factor = static_cast<const A*>(call.factor)[unit / call.parts];
+    for_blocks(unit, call.pieces, call.length, call.parts, [&](int64_t b, int64_t piece, int64_t i, int64_t n) {
+      const KeptBlock kept = kept_block(call.kept, b, piece, i, n, buffer);
+      const A* p = block_of(call.model, b, piece, i, n, buffers[0]);
+      const A* t = block_of(call.target, b, piece, i, n, buffers[1]);
+      if (!kept.any) {
+        for (int64_t k = 0; k < n; ++k) values[k] = 0;
+      } else if (kept.each == nullptr) {
+#pragma omp simd
+        for (int64_t k = 0; k < n; ++k) values[k] = factor * (p[k] - t[k]);
+      } else {
+#pragma omp simd
+        for (int64_t k = 0; k < n; ++k) values[k] = kept.each[k] ? factor * (p[k] - t[k]) : A(0);
+      }
+      switch (call.out.element) {
+        case Element::float64:
+          return store_block<double>(call.out, b, piece, i, n, values);
+        case Element::float32:
+          return store_block<float>(call.out, b, piece, i, n, values);
+        case Element::bfloat16:
+          return store_block<BFloat16>(call.out, b, piece, i, n, values);
+        case Element::float16:
+          return store_block<Float16>(call.out, b, piece, i, n, values);
+      }
+    });
+  }
+}

@@ -78,6 +78,8 @@ def make_task(given: Arguments) -> Task:
 def compare_ranks(task: Task) -> None:
     """Raise on every rank where those of ``seq_group`` or ``dp_group`` make different calls."""
     given, device = task.given, task.batch.target.device
+    if given.dp_group is None and given.seq_group is None:
+        return
     common: dict[str, object] = {
         "objective": task.objective.name,
         "reduction": given.reduction,

@@ -56,7 +56,7 @@ def of(target: PredictionTarget, data: Tensor, noise: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("source, target", itertools.product(KINDS, KINDS))
+@pytest.mark.parametrize("source, target", list(itertools.product(KINDS, KINDS)))
 def test_conversions(path: str, source: str, target: str) -> None:
     """Of an exact prediction the exact other one; of a wrong one, errors as much larger as said."""
     alpha, sigma = PATHS[path]

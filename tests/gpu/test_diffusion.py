@@ -32,7 +32,9 @@ def check(*given: torch.Tensor, mask: torch.Tensor | None = None) -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(
-    "dtypes", itertools.product((torch.bfloat16, torch.float32, torch.float64), repeat=2), ids=str
+    "dtypes",
+    list(itertools.product((torch.bfloat16, torch.float32, torch.float64), repeat=2)),
+    ids=str,
 )
 def test_numbers(size: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     given = predictions(*size)

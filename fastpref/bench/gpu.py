@@ -242,6 +242,8 @@ def cases(device: str) -> Iterator[tuple[Case, bool]]:
     for what in ("kto", "simpo", "orpo"):
         yield _case(what, "trainable head", padded, device), False
     yield replace(_case("head", "trainable head", small, device), logits="random"), False
+    yield _case("denoising", "frozen head", small, device), False
+    yield _case("low-rank", "trainable head", small, device), False
 
 
 def memory_cases(device: str) -> Iterator[Case]:

@@ -34,6 +34,7 @@ TESTS = {
     "the benchmark itself": ("tests/gpu/test_bench.py",),
     "scoring, every feature and schedule": ("tests/gpu/test_scoring.py", "-k", "test_logp"),
     "memory that runs out": ("tests/gpu/test_out_of_memory.py",),
+    "squared errors of diffusion": ("tests/gpu/test_diffusion.py",),
     "accesses out of bounds": ("tests/gpu/test_scoring.py", "-k", "out_of_bounds"),
 }
 

@@ -20,7 +20,8 @@ from fastpref.bench.work import Shape, Work, make_work
 
 SHAPE = Shape(8, 16, 32, 300)
 # The others have no rows to tell apart, or tests of their own.
-LOSSES = [what for what in SUITES if what not in ("heads", "step", "head", "call", "denoising")]
+OTHERS = ("heads", "step", "head", "call", "low-rank", "denoising")
+LOSSES = [what for what in SUITES if what not in OTHERS]
 EVERY = [(what, mode) for what, suite in SUITES.items() for mode in suite.modes]
 
 
@@ -85,9 +86,8 @@ def test_running_again_is_the_same_work(what: str) -> None:
     if SUITES[what].unavailable is not None:
         pytest.skip(str(SUITES[what].unavailable))
     found = experiment(what, "trainable head")
-    plain = next(
-        one for one in found.candidates if one.name in ("plain torch", "dpo", "fastpref, torch")
-    )
+    names = ("plain torch", "dpo", "fastpref, torch", "dense")
+    plain = next(one for one in found.candidates if one.name in names)
     first = plain.sampled(plain.run())
     found.limit()
     assert errors(plain.sampled(plain.run()), first).largest == 0

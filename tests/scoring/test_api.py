@@ -36,14 +36,16 @@ def test_signatures():
         "lora",
         "weight_context",
         "restrict_to",
+        "reduce_hidden_grad",
+        "weight_grad_basis",
     ]
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     assert (
         kinds
-        == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3 + [inspect.Parameter.KEYWORD_ONLY] * 12
+        == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3 + [inspect.Parameter.KEYWORD_ONLY] * 14
     )
     defaults = [parameter.default for parameter in signature.parameters.values()][3:]
-    assert defaults == [None, -100, 1.0, 1.0, None, ("logp",), None, None, None, None, None, None]
+    assert defaults == [None, -100, 1.0, 1.0, None, ("logp",), *[None] * 6, True, None]
     assert fastpref.linear_logprob is linear_logprob
     assert TokenScores._fields == (
         "logp",

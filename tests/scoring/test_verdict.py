@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from fastpref import ScoringOptions
-from fastpref.scoring import api, backends, head, validation, vocab_parallel
+from fastpref.scoring import api, backends, request, validation
+from fastpref.scoring.agreement import Agreed, Own
 from fastpref.scoring.backends import verdict, verdict_files
 from fastpref.scoring.backends.choice import Size
 from fastpref.scoring.backends.verdict_files import Verdict
@@ -451,7 +452,7 @@ def test_what_the_choice_is_asked_for(
     hidden, weight = torch.randn(6, 8), torch.randn(11, 8)
     monkeypatch.setattr(backends, "choose", choose)
     monkeypatch.setattr(validation, "check_group", lambda group: None)
-    monkeypatch.setattr(vocab_parallel, "shard_range", lambda *_: head.Shard(0, 11, 11))
+    monkeypatch.setattr(request, "agree", lambda *_: Agreed.alone(Own(11)))
     target = torch.arange(6)
     api.ask(hidden, weight, target, **changes).planned(target)
     (size,) = asked

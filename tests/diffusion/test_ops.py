@@ -135,7 +135,7 @@ def test_instruction_sets(capability: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     used, worst = json.loads(done.stdout)
     # Of a gap, which is a small sum of large terms.
-    assert used == level and worst < 1e-4
+    assert used == level and worst < 5e-4
 
 
 def test_pieces_beyond_an_int32() -> None:
@@ -146,4 +146,6 @@ def test_pieces_beyond_an_int32() -> None:
     mask = torch.zeros(1, pieces, 1, dtype=torch.bool)
     mask[:, -1] = True
     found = ops.squared_errors(model, None, target, mask.expand(model.shape), 1.0)[1]
-    torch.testing.assert_close(found.double(), block.double().square().sum((1, 2)))
+    torch.testing.assert_close(
+        found.double(), block.double().square().sum((1, 2)), rtol=5e-7, atol=0
+    )

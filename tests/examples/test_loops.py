@@ -54,6 +54,7 @@ def test_curry_dpo_is_better_than_either(capsys: pytest.CaptureFixture[str]) -> 
     assert found["random order"] > found["before"] + 0.02
 
 
+@pytest.mark.slow
 def test_dstc_learns_from_its_own_tests(capsys: pytest.CaptureFixture[str]) -> None:
     load("dstc").main()
     found = rows_of(capsys.readouterr().out)

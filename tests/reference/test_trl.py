@@ -28,6 +28,7 @@ def make_trainer(folder, **options):
 
     return trl.DPOTrainer(
         model=example.make_model(tokenizer),
+        ref_model=example.make_model(tokenizer),
         args=trl.DPOConfig(
             output_dir=str(folder),
             use_cpu=True,

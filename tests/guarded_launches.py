@@ -98,6 +98,8 @@ def cpu(launches: str, directory: str) -> Iterator[Launch]:
         yield from operator_launches.of_rows(dtype, map, cols)
     for cols in extent.widths:
         yield from operator_launches.of_vectors(cols)
+        for dtype in ELEMENTS:
+            yield from operator_launches.of_errors(dtype, cols)
     yield from divergences(compiled_divergence_rows, ELEMENTS, extent)
 
 

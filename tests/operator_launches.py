@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of compiled operators that serve a CPU alone: rows and batches scored at once, places,
-factors of gradients, and the pair head."""
+factors of gradients, the pair head, and squared errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -82,6 +82,27 @@ def pairs(dtype: torch.dtype, count: int, lengths: bool) -> Launch:
     return Launch(f"pair_head-{dtype}-{count}-{'lengths' if lengths else 'sums'}", run)
 
 
+def errors(dtype: torch.dtype, length: int, alone: bool) -> Launch:
+    """Of three samples in two pieces."""
+
+    def run(_: Any, place: Place) -> list[Tensor]:
+        ops, exact = torch.ops.fastpref, statistics_dtype(dtype)
+        shape = 3, 2, length
+        model, target, out = (
+            place(torch.randn(3, 2, length + 1).to(dtype)[..., :length]) for _ in range(3)
+        )
+        reference = placed(place, None if alone else torch.randn(shape).to(dtype))
+        mask, factor = place(torch.rand(shape) < 0.5), place(torch.randn(3, dtype=exact))
+        found = []
+        for kept in (None, mask):
+            found += ops.squared_errors(model, reference, target, kept, 2.0)
+            ops.error_gradient_(out, model, target, kept, factor)
+            found.append(out.clone())
+        return found
+
+    return Launch(f"squared_errors-{dtype}-{length}-{'alone' if alone else 'two'}", run)
+
+
 def of_rows(dtype: torch.dtype, map: str, cols: int) -> Iterator[Launch]:
     yield scored(dtype, map, cols, False, True)
     yield scored(dtype, map, cols, True, True, TOTAL)
@@ -94,3 +115,8 @@ def of_vectors(size: int) -> Iterator[Launch]:
         yield factors(dtype, size)
         for lengths in (False, True):
             yield pairs(dtype, size, lengths)
+
+
+def of_errors(dtype: torch.dtype, length: int) -> Iterator[Launch]:
+    for alone in (False, True):
+        yield errors(dtype, length, alone)

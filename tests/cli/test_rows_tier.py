@@ -23,7 +23,7 @@ MOST_INSTRUCTIONS = {
 }
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_counted_here() -> None:
     command = [sys.executable, "-m", "fastpref", "kernels", "--rows", "--json"]
     command += ["--capability", "90", "--element", "bf16"]

@@ -4,9 +4,12 @@ that made it, and a kernel that hangs never returns. Neither must cost what come
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -94,7 +97,8 @@ class Isolated:
             context = multiprocessing.get_context("spawn")
             self.connection, there = context.Pipe()
             self.process = context.Process(target=self.target, args=(there,), daemon=True)
-            self.process.start()
+            with _blocked_interrupts():  # a terminal's go to all of its processes; close() ends it
+                self.process.start()
             there.close()
         return self.connection
 
@@ -106,3 +110,18 @@ class Isolated:
             self.connection.close()
         self.process = self.connection = None
         self.begun = False
+
+
+@contextlib.contextmanager
+def _blocked_interrupts() -> Iterator[None]:
+    """Processes that start within it never see one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Which lets them through again when it starts, as it would within.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

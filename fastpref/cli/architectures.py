@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from typing import Any
 
+from ..objectives.checks import hint
 from .progress import clear, progress
 
 
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         print(
             f"architectures: transformers {transformers.__version__} has no causal language model "
-            f"{', '.join(unknown)}; without --only the command lists those it has",
+            f"{', '.join(unknown)}{hint(unknown[0], known)}; without --only the command lists "
+            "those it has",
             file=sys.stderr,
         )
         return 2

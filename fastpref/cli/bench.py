@@ -24,6 +24,7 @@ from ..bench.suites import SUITES
 from ..bench.trainers import runs as trainings
 from ..bench.work import MODELS, Shape
 from ..bench.worker import Worker
+from ..objectives.checks import hint
 from .progress import clear as _clear
 from .progress import progress as _progress
 
@@ -213,7 +214,9 @@ def _nothing(args: argparse.Namespace) -> str | None:
         known |= set(memory.names(Case("score", memory.MODE), MEMORY_BUDGET, compiling=True))
     unknown = set(args.implementation or ()) - known
     if unknown and known:
-        return f"--implementation {sorted(unknown)[0]!r} is none of: {', '.join(sorted(known))}"
+        name = sorted(unknown)[0]
+        nearest = hint(name, sorted(known))
+        return f"--implementation {name!r} is none of: {'; '.join(sorted(known))}{nearest}"
     return None
 
 

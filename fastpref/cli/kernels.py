@@ -11,18 +11,25 @@ H200, a prediction beside what is aimed at.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from multiprocessing.pool import Pool
+from typing import TYPE_CHECKING, Any
 
 from ..bench import launches, predictions
 from ..bench.predictions import Counts
 from . import rows_tier
+from .progress import counted
+
+if TYPE_CHECKING:
+    from ..kernels.variants import Variant
 
 CAPABILITIES = (80, 90, 100, 120)
 ELEMENTS = ("bf16", "fp16", "fp32")
@@ -61,16 +68,16 @@ def run(args: argparse.Namespace) -> int:
     wanted = list(itertools.product(args.capability or CAPABILITIES, args.element or ELEMENTS))
     rows: list[dict[str, Any]] = []
     if not args.rows:
-        with ProcessPoolExecutor() as pool:
-            rows = [row for part in pool.map(_compile, wanted) for row in part]
-    tier = {one: _compiled_tier(one) for one in wanted}
+        rows = _compiled_variants(wanted)
+    tiers = counted(map(_compiled_tier, wanted), len(wanted), "compiling the rows tier:")
+    tier = dict(zip(wanted, tiers, strict=True))
     launched = launches.measured()["rows"]
-    counted = {one: _counts(one, compiled, launched) for one, compiled in tier.items()}
+    costs = {one: _counts(one, compiled, launched) for one, compiled in tier.items()}
     if args.json:
-        print(json.dumps({"kernels": rows, "rows tier": _plain(counted, tier)}, indent=1))
+        print(json.dumps({"kernels": rows, "rows tier": _plain(costs, tier)}, indent=1))
     else:
         _print(rows)
-        for (capability, element), counts in counted.items():
+        for (capability, element), counts in costs.items():
             print(f"\n{rows_tier.table(capability, element, counts)}")
             for name, row in tier[capability, element].items():
                 if row["problems"]:
@@ -79,12 +86,32 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row["problems"] for row in all_rows) else 0
 
 
-def _compile(wanted: tuple[int, str]) -> list[dict[str, Any]]:
-    from ..kernels import resources, tiles, variants
+def _pool(processes: int | None = None) -> Pool:
+    """Processes that an interrupt of the command ends without a word of their own."""
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    return multiprocessing.get_context("spawn").Pool(processes, signal.signal, ignore)
 
-    capability, element = wanted
-    read = (resources.read(one, capability) for one in variants.variants(capability, element))
-    return [_checked(asdict(one), element, tiles.CHIPS[capability].shared_memory) for one in read]
+
+def _compiled_variants(wanted: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    tasks = [(*one, at) for one in wanted for at in range(len(_variants(*one)))]
+    with _pool() as pool:
+        return list(counted(pool.imap(_compile, tasks, 4), len(tasks), "compiling variants:"))
+
+
+@functools.cache
+def _variants(capability: int, element: str) -> list[Variant]:
+    from ..kernels import variants
+
+    return list(variants.variants(capability, element))
+
+
+def _compile(task: tuple[int, str, int]) -> dict[str, Any]:
+    """A variant by its place."""
+    from ..kernels import resources, tiles
+
+    capability, element, at = task
+    row = asdict(resources.read(_variants(capability, element)[at], capability))
+    return _checked(row, element, tiles.CHIPS[capability].shared_memory)
 
 
 def _checked(row: dict[str, Any], element: str, limit: int) -> dict[str, Any]:
@@ -97,9 +124,8 @@ def _checked(row: dict[str, Any], element: str, limit: int) -> dict[str, Any]:
 
 def _compiled_tier(wanted: tuple[int, str]) -> dict[str, dict[str, Any]]:
     # A new process, in which nothing is compiled yet, and which nothing else keeps waiting.
-    with ProcessPoolExecutor(1) as pool:
-        (compiled,) = pool.map(_compile_anew, [wanted])
-    return compiled
+    with _pool(1) as pool:
+        return pool.apply(_compile_anew, (wanted,))
 
 
 def _compile_anew(wanted: tuple[int, str]) -> dict[str, dict[str, Any]]:

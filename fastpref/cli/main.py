@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parser of ``python -m fastpref``; it imports only the module of the command asked for.
+"""The parser of the command ``fastpref``, which is ``python -m fastpref`` too; it imports only the
+module of the command asked for.
 
 A command ``name`` is the module ``fastpref.cli.name`` with ``add_parser(subparsers)``, which adds
 the parser of that name, and ``run(args)``, which returns the exit status.
@@ -9,8 +10,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
 
 COMMANDS = {
     "env": "what this installation can do, and why it cannot do the rest",
@@ -22,15 +30,46 @@ COMMANDS = {
     "tune": "check and time the kernels on this GPU, for backend='auto' to choose by",
     "bench": "measure fastpref against the alternatives",
 }
+# As a shell has them of what a signal ended.
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+
+class Parser(argparse.ArgumentParser):
+    """Names what is nearest to a wrong choice."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if found is not None:
+            known = [one.strip(" '") for one in found[2].split(",")]
+            nearest = get_close_matches(found[1], known, n=1)
+            message += f"; did you mean {nearest[0]!r}?" if nearest else ""
+        super().error(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. ``argv`` defaults to the process's arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m fastpref", description="Fused preference losses."
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is still in the buffer would raise again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    installed = Path(sys.argv[0]).stem == "fastpref"
+    parser = Parser(
+        prog="fastpref" if installed else "python -m fastpref",
+        description="Fused preference losses.",
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=f"fastpref {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
     asked = next((word for word in arguments if not word.startswith("-")), None)
     module = None
     for name, summary in COMMANDS.items():
@@ -41,5 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparsers.add_parser(name, help=summary, add_help=False)
     args = parser.parse_args(arguments)
     if module is None:
-        parser.error(f"unknown command {args.command!r}")
+        parser.print_help()
+        return 0
     return int(module.run(args))

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def progress(before: str = "") -> Callable[[str], None]:
@@ -19,3 +23,22 @@ def progress(before: str = "") -> Callable[[str], None]:
 
 def clear() -> None:
     progress()("")
+
+
+def counted(parts: Iterable[T], total: int, doing: str) -> Iterator[T]:
+    """``parts`` as they come, saying how many of ``total`` there are and how long the rest will
+    take at the same pace."""
+    say, begin = progress(f"{doing} "), time.monotonic()
+    say(f"0 of {total}")
+    for count, part in enumerate(parts, 1):
+        left = (time.monotonic() - begin) / count * (total - count)
+        say(f"{count} of {total}, about {duration(left)} left")
+        yield part
+    clear()
+
+
+def duration(seconds: float) -> str:
+    """To the minute, or below two of them to ten seconds."""
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{max(10, round(seconds, -1)):.0f} s"

@@ -93,10 +93,14 @@ def _run_one(job: Mapping[str, Any], directory: Path, progress: Progress) -> Mea
             text=True,
         ) as process,
     ):
-        for line in process.stdout or ():
-            if line.startswith("step "):  # libraries may print too
-                _, step, steps, loss = line.split()
-                progress(int(step), int(steps), float(loss))
+        try:
+            for line in process.stdout or ():
+                if line.startswith("step "):  # libraries may print too
+                    _, step, steps, loss = line.split()
+                    progress(int(step), int(steps), float(loss))
+        except KeyboardInterrupt:
+            process.kill()
+            raise
         if process.wait() != 0:
             errors.seek(0)
             raise RuntimeError(f"the {job['head']} process failed:\n{errors.read()[-2000:]}")

@@ -30,21 +30,22 @@ ROW = {
 
 
 def run(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], *options: str) -> int:
-    monkeypatch.setattr(kernels, "_compile", lambda wanted: [row | _of(wanted) for row in rows])
+    monkeypatch.setattr(kernels, "_variants", lambda capability, element: rows)
+    monkeypatch.setattr(kernels, "_compile", lambda task: rows[task[2]] | _of(task))
     monkeypatch.setattr(kernels, "_compile_anew", lambda wanted: COMPILED)
     monkeypatch.setattr(kernels.launches, "measured", lambda: {"rows": LAUNCHED})
-    monkeypatch.setattr(kernels, "ProcessPoolExecutor", _InProcess)
+    monkeypatch.setattr(kernels, "_pool", _InProcess)
     parser = argparse.ArgumentParser()
     kernels.add_parser(parser.add_subparsers())
     return kernels.run(parser.parse_args(["kernels", *options]))
 
 
-def _of(wanted: tuple[int, str]) -> dict[str, Any]:
-    return {"capability": wanted[0], "element": wanted[1]}
+def _of(task: tuple[int, str, int]) -> dict[str, Any]:
+    return {"capability": task[0], "element": task[1]}
 
 
 class _InProcess:
-    def __init__(self, workers: int | None = None) -> None:
+    def __init__(self, processes: int | None = None) -> None:
         pass
 
     def __enter__(self) -> "_InProcess":
@@ -53,8 +54,11 @@ class _InProcess:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def map(self, function: Any, values: Any) -> Any:
+    def imap(self, function: Any, values: Any, at_once: int) -> Any:
         return map(function, values)
+
+    def apply(self, function: Any, given: Any) -> Any:
+        return function(*given)
 
 
 def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,16 @@
 """The parser: commands, help, errors, and that only the command asked for is imported."""
 
 import importlib
+import os
+import signal
+import subprocess
 import sys
+import time
+from typing import Any
 
 import pytest
 
+import fastpref
 from fastpref.cli import main as cli
 
 
@@ -28,7 +34,12 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "required: command"), (["fly"], "invalid choice: 'fly'"), (["env", "--fly"], "--fly")],
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        (["bnech"], "did you mean 'bench'?"),
+        (["bench", "--model", "qwen2-5-0.5b"], "did you mean 'qwen2.5-0.5b'?"),
+        (["env", "--fly"], "--fly"),
+    ],
 )
 def test_misuse_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
@@ -37,6 +48,64 @@ def test_misuse_says_what_is_wrong(
         cli.main(arguments)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_without_arguments_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == f"fastpref {fastpref.__version__}"
+
+
+def _started(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """In a session of its own, as a terminal's foreground."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastpref", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Whatever is started in the background of a shell ignores it, and passes that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+def _family(pid: int) -> set[int]:
+    """Processes of the session that ``pid`` leads."""
+    found = subprocess.run(["ps", "-o", "pid=", "-s", str(pid)], capture_output=True, text=True)
+    return {int(one) for one in found.stdout.split()}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("whole", [True, False], ids=["from the terminal", "alone"])
+def test_an_interrupt_is_one_line_and_leaves_no_child(whole: bool) -> None:
+    """While processes of its own compare models."""
+    process = _started("architectures", "--only", "gpt2", "llama", stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()  # the first model
+    assert len(_family(process.pid)) > 1
+    (os.killpg if whole else os.kill)(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert [line for line in said.splitlines() if line] == ["interrupted"]
+    end = time.monotonic() + 60  # multiprocessing's tracker of resources goes once it is alone
+    while _family(process.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not _family(process.pid)
+
+
+@pytest.mark.heavy
+def test_a_closed_pipe_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = _started("objectives", stdout=write)
+    os.close(write)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (141, "")
 
 
 @pytest.mark.heavy

@@ -327,7 +327,7 @@ def test_measured_rates(scaling: ModuleType, tmp_path: Path) -> None:
         scaling.measured(card, report(tmp_path, mode="forward"))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_full_logits_in_plain_torch(scaling: ModuleType) -> None:
     shape = Shape(sequences=8, length=64, hidden_size=64, vocab_size=16000)
     case = Case("score", "trainable head", "bfloat16", shape, device="cpu")

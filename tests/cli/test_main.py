@@ -81,7 +81,7 @@ def _family(pid: int) -> set[int]:
     return {int(one) for one in found.stdout.split()}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["from the terminal", "alone"])
 def test_an_interrupt_is_one_line_and_leaves_no_child(whole: bool) -> None:
     """While processes of its own compare models."""

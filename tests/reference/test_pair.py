@@ -115,7 +115,7 @@ def test_resumed_to_the_bit(tmp_path):
 
     def train(folder, resume=None, **arguments):
         pair = make_pair()
-        groups = pair.parameter_groups(fast_lr=0.05, slow_lr=0.01)
+        groups = pair.parameter_groups(fast_lr=0.001, slow_lr=0.05)
         optimizer = torch.optim.Adam(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
         trainer = make_trainer(

@@ -75,8 +75,9 @@ def _pieces(tensors: Sequence[Tensor], order: Sequence[int], *mask: Tensor) -> _
         levels.append((size, strides))
     if len(levels) > 2 or (levels and set(levels[-1][1][: len(tensors)]) != {1}):
         return None
-    one_element = 1, (1,) * len(every)
-    (pieces, outer), (length, inner) = [one_element, one_element, *levels][-2:]
+    length, inner = levels.pop() if levels else (1, (1,) * len(every))
+    # A piece alone lies as a contiguous view's does: kernels are compiled for strides' alignment.
+    pieces, outer = levels.pop() if levels else (1, tuple(length * stride for stride in inner))
     return _Pieces((pieces, length), list(zip(outer, inner, strict=True)))
 
 

@@ -158,6 +158,12 @@ def _traced(task: Task) -> PreferenceOutput:
     """Two passes, whose operators choose their schedules when they run."""
     if torch.compiler.is_compiling() and task.main.request.options.schedule == "batches":
         raise ValueError("schedule='batches' is not traced by torch.compile; use schedule='auto'")
+    objective, group = task.objective, task.given.seq_group
+    if torch.compiler.is_compiling() and objective.unit == "token" and group is not None:
+        raise ValueError(
+            f"{objective.name} under seq_group is not traced by torch.compile: it waits for the "
+            "number of tokens of each rank; call it outside what is compiled"
+        )
     target, reference = task.batch.to_score, None
     if task.reference is not None:
         with torch.no_grad():

@@ -209,7 +209,9 @@ def test_combinations(form: str, two_ranks: Ranks) -> None:
     check(form, cases, two_ranks(on_a_rank, form, cases))
 
 
-def own_function(logp: Tensor, old: Tensor | None = None, *, mask: Any, ids: Any, gate: Any) -> Any:
+def own_function(
+    logp: Tensor, old: Tensor | None = None, *, mask: Tensor, ids: Tensor, gate: Tensor
+) -> Any:
     """Takes what no dtype of a loss holds: integers that float32 rounds, and a bool."""
     odd = torch.where(gate, ids % 2, 0)
     losses = torch.where(mask, logp * odd, 0).sum(1)
@@ -274,7 +276,7 @@ def refused(rank: int, what: str) -> str:
 
 
 REFUSED = {
-    "fewer rows, later": ["rank 0 has 6 rows, 17 bytes a token; rank 1 has 4 rows, 17 bytes"] * 2,
+    "fewer rows, later": ["rank 0 has 6 rows, 9 bytes a token; rank 1 has 4 rows, 9 bytes"] * 2,
     "whole rows": [
         r"under seq_group old_token_logp must be shaped like target, \(6, 4\), got \(6, 9\)",
         r"shaped like target, \(6, 5\), got \(6, 9\)",
@@ -302,6 +304,7 @@ def traced(rank: int) -> None:
         torch.compile(run, fullgraph=True, backend="eager")(part["hidden"])
 
 
+@pytest.mark.slow
 def test_it_is_not_traced(two_ranks: Ranks) -> None:
     two_ranks(traced)
 

@@ -203,10 +203,12 @@ def swept() -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["zigzag", "none on the first"])
 def test_combinations(form: str, two_ranks: Ranks) -> None:
     cases = list(swept())
-    check(form, cases, two_ranks(on_a_rank, form, cases))
+    for start in range(0, len(cases), 60):  # a call of the fixture is bounded in time
+        some = cases[start : start + 60]
+        check(form, some, two_ranks(on_a_rank, form, some))
 
 
 def own_function(

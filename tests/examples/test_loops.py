@@ -107,8 +107,8 @@ def test_cofs_forgets_less(capsys: pytest.CaptureFixture[str]) -> None:
         found[name] for name in ("after task 0", "without COFS", "with COFS")
     )
     assert first > 0.85 and without[1] > 0.85
-    assert without[0] < first - 0.1
-    assert with_cofs[0] > without[0] + 0.1 and with_cofs[1] > 0.6
+    assert without[0] < first - 0.25
+    assert with_cofs[0] > without[0] + 0.15 and with_cofs[1] > 0.65
     assert found["forgetting"] == pytest.approx(
         [first - without[0], first - with_cofs[0]], abs=2e-3
     )

@@ -18,7 +18,6 @@ from .likelihood import Likelihoods, displacement
 from .responses import fused, score_responses, scored_labels
 from .similarity import ches
 
-
 # Not the callback's own name: where the Trainer is told to restore callbacks it makes new ones of
 # those that it knows by name, without their probe.
 KEPT = "PreferenceMonitor"

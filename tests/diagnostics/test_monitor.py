@@ -99,9 +99,7 @@ def test_training_is_the_same_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("restored", [False, True])
-def test_a_resumed_training_goes_on_from_the_same_beginning(
-    tmp_path: Path, restored: bool
-) -> None:
+def test_a_resumed_training_goes_on_from_the_same_beginning(tmp_path: Path, restored: bool) -> None:
     probe, unseen = make_batch(), make_batch(3, seed=4)
     given = {
         "save_strategy": "steps",
@@ -122,10 +120,10 @@ def test_a_resumed_training_goes_on_from_the_same_beginning(
         assert again[1][name] == whole[1][name]
     assert whole[1]["monitor/margin"] != whole[0]["monitor/margin"]
     other = PreferenceMonitorCallback(make_batch(4), unseen=unseen)
-    with pytest.raises(ValueError, match="probe must be that of the training .* 6 rows, got 4"):
+    with pytest.raises(ValueError, match=r"probe must be that of the training .* 6 rows, got 4"):
         train(tmp_path, other, **given).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     other = PreferenceMonitorCallback(probe)
-    with pytest.raises(ValueError, match="unseen must be that of the training .* 3 rows, got 0"):
+    with pytest.raises(ValueError, match=r"unseen must be that of the training .* 3 rows, got 0"):
         train(tmp_path, other, **given).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

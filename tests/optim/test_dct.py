@@ -263,8 +263,10 @@ class Small(nn.Module):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_small_model_trains_to_the_same_loss(seed: int) -> None:
     """DPO on pairs that count on and pairs that count back, all weights but the head's with AdamW:
-    the loss on held-out pairs is that of a dense head, but for a twentieth of what that learns."""
-    vocab, width, steps, length = 60, 32, 60, 7
+    the loss on held-out pairs is that of a dense head, but for a twentieth of what that learns.
+    AdamW moves each number by about its rate; at twice the rate a row of a quarter of the numbers
+    goes as far."""
+    vocab, width, steps, length = 60, 32, 120, 7
 
     def pairs(count: int, generator: torch.Generator) -> Tensor:
         start = torch.randint(vocab, (count, 1), generator=generator)
@@ -297,7 +299,7 @@ def test_a_small_model_trains_to_the_same_loss(seed: int) -> None:
         if rank is None:
             optimizers.append(torch.optim.AdamW([weight], lr=2e-3, weight_decay=0))
         else:
-            head = DCTAdamW(weight, rank=rank, lr=2e-3, update_every=20)
+            head = DCTAdamW(weight, rank=rank, lr=4e-3, update_every=20)
             optimizers.append(head)
         generator = torch.Generator().manual_seed(seed)
         held = pairs(200, generator)

@@ -12,16 +12,15 @@ one value a unit.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..objectives import PairLosses, UnitLosses
-from ..objectives.checks import as_python, no_tensor
 from ..objectives.signature import Domain, Hyperparameter, PerUnit
 from ..objectives.terms import clamp, softplus
-from .checks import check_predictions
+from .checks import check_predictions, one_a_unit, per_unit
 from .errors import squared_error, squared_errors
 
 _BETA = Domain(low=0.0, per_unit=True, zero_per_unit=True)
@@ -64,9 +63,9 @@ def mapo(
     """
     errors = _errors(model_pred, target)
     chosen, rejected = _halves(errors)
-    beta = _per_unit("mapo: beta", beta, _BETA, chosen)
-    snr = _per_unit("mapo: snr", snr, _POSITIVE, chosen)
-    temperature = _per_unit("mapo: temperature", temperature, _POSITIVE, chosen)
+    beta = per_unit("mapo: beta", beta, _BETA, chosen)
+    snr = per_unit("mapo: snr", snr, _POSITIVE, chosen)
+    temperature = per_unit("mapo: temperature", temperature, _POSITIVE, chosen)
     likely = [temperature * _bernoulli(snr * one) for one in (chosen, rejected)]
     losses = chosen + beta * softplus(likely[1] - likely[0])
     return PairLosses(losses, *((beta * one).detach() for one in likely))
@@ -112,7 +111,7 @@ def dspo(
     gap, error, _ = squared_errors(model_pred, ref_pred, target, reduction="mean")
     gap_chosen, gap_rejected = _halves(gap)
     pairs = gap_chosen.shape[0]
-    beta = _per_unit("dspo: beta", beta, _BETA, gap_chosen)
+    beta = per_unit("dspo: beta", beta, _BETA, gap_chosen)
     apart = squared_error(model_pred[:pairs], ref_pred[:pairs].detach(), reduction="mean")
     rewards = [-0.5 * beta * one for one in (gap_chosen, gap_rejected)]
     share = beta * torch.sigmoid(rewards[1] - rewards[0])
@@ -141,7 +140,7 @@ def diffusion_orpo(model_pred: Tensor, target: Tensor, *, beta: PerUnit = 0.1) -
         TypeError, ValueError: naming the argument that is wrong.
     """
     chosen, rejected = _halves(_errors(model_pred, target))
-    beta = _per_unit("diffusion_orpo: beta", beta, _BETA, chosen)
+    beta = per_unit("diffusion_orpo: beta", beta, _BETA, chosen)
     losses = chosen + beta * softplus(chosen - rejected)
     return PairLosses(losses, *((-beta * one).detach() for one in (chosen, rejected)))
 
@@ -175,11 +174,11 @@ def negative_aware(
         TypeError, ValueError: naming the argument that is wrong.
     """
     check_predictions(model_pred=model_pred, old_pred=old_pred, target=target)
-    share = _scores("negative_aware: rewards", rewards, model_pred.shape[:1], model_pred.device)
+    share = one_a_unit("negative_aware: rewards", rewards, model_pred.shape[:1], model_pred.device)
     _UNIT_INTERVAL.check_values("negative_aware: rewards", share)
     gap, _, of_old = squared_errors(model_pred, old_pred, target, reduction="mean")
     apart = squared_error(model_pred, old_pred.detach(), reduction="mean")
-    beta = _per_unit("negative_aware: beta", beta, _BETA, gap)
+    beta = per_unit("negative_aware: beta", beta, _BETA, gap)
     signed = beta * (2 * share.to(gap.dtype) - 1)
     losses = of_old + signed * gap + (beta * beta - signed) * apart
     return UnitLosses(losses, (-beta * gap).detach())
@@ -208,12 +207,12 @@ def clipped_step_dpo(
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
     """
-    chosen = _scores("clipped_step_dpo: chosen_log_ratio", chosen_log_ratio)
-    rejected = _scores(
+    chosen = one_a_unit("clipped_step_dpo: chosen_log_ratio", chosen_log_ratio)
+    rejected = one_a_unit(
         "clipped_step_dpo: rejected_log_ratio", rejected_log_ratio, chosen.shape, chosen.device
     )
-    beta = _per_unit("clipped_step_dpo: beta", beta, _BETA, chosen)
-    clip = _per_unit("clipped_step_dpo: clip", clip, _SHARE, chosen)
+    beta = per_unit("clipped_step_dpo: beta", beta, _BETA, chosen)
+    clip = per_unit("clipped_step_dpo: clip", clip, _SHARE, chosen)
     low, high = _log1p(-clip), _log1p(clip)
     rewards = [beta * clamp(one, low, high) for one in (chosen, rejected)]
     losses = softplus(rewards[1] - rewards[0])
@@ -248,8 +247,8 @@ def smoothed_preference_scale(
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
     """
-    chosen = _scores("chosen_scores", chosen_scores)
-    rejected = _scores("rejected_scores", rejected_scores, chosen.shape, chosen.device)
+    chosen = one_a_unit("chosen_scores", chosen_scores)
+    rejected = one_a_unit("rejected_scores", rejected_scores, chosen.shape, chosen.device)
     for name, value, domain in (
         ("low", low, Domain()),
         ("high", high, Domain()),
@@ -278,35 +277,3 @@ def _halves(errors: Tensor) -> tuple[Tensor, Tensor]:
             "micro-batches between pairs"
         )
     return errors[: rows // 2], errors[rows // 2 :]
-
-
-def _per_unit(label: str, value: Any, domain: Domain, units: Tensor) -> PerUnit:
-    """``value`` checked, in the dtype of ``units``, (U,), where it is one value a unit."""
-    Hyperparameter(value, domain).check(label, value)
-    if not isinstance(value, Tensor):
-        return float(as_python(value))
-    if value.shape != units.shape:
-        raise ValueError(
-            f"{label} must be a number or one value a unit, {tuple(units.shape)}, got "
-            f"{tuple(value.shape)}"
-        )
-    return value.to(units.dtype)
-
-
-def _scores(
-    label: str,
-    values: Any,
-    shape: torch.Size | None = None,
-    device: torch.device | None = None,
-) -> Tensor:
-    """``values`` checked, in float32 or float64; of one dimension, and shape and device if said."""
-    if not isinstance(values, Tensor):
-        raise no_tensor(label, values, "one number a unit")
-    if values.is_complex() or values.dtype == torch.bool:
-        raise ValueError(f"{label} must be real numbers, got {values.dtype}; use .float()")
-    if values.dim() != 1 or (shape is not None and values.shape != shape):
-        wanted = "one number a unit, (P,)" if shape is None else f"of shape {tuple(shape)}"
-        raise ValueError(f"{label} must be {wanted}, got {tuple(values.shape)}")
-    if device is not None and values.device != device:
-        raise ValueError(f"{label} is on {values.device}, expected {device}; move it there")
-    return values if values.dtype == torch.float64 else values.float()

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import objectives
@@ -23,7 +24,7 @@ from ..objectives import Objective
 from ..objectives.checks import closest, hint, is_number, no_tensor
 from ..objectives.reading import readable
 from ..units import LayoutName, PreferenceOutput
-from .checks import Reduction, check_per_sample
+from .checks import Reduction, check_per_sample, check_predictions, one_a_unit
 from .loss import preference_loss
 from .methods import clipped_step_dpo, smoothed_preference_scale
 
@@ -33,8 +34,8 @@ class _Read:
     """What a method makes of its data, as arguments of ``preference_loss``."""
 
     weight: float | Tensor = 1.0  # times that of the preset
+    beta: Tensor | None = None  # times that of the objective, (P,)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     layout: LayoutName = "halves"
     group_size: int | None = None
 
@@ -82,11 +83,14 @@ class Preset:
         Raises:
             TypeError, ValueError: naming the argument that is wrong, or is missing.
         """
+        check_predictions(model_pred=model_pred, ref_pred=ref_pred, target=target)
+        check_per_sample("weight", weight, model_pred, zero=True)
         known = self.objective.signature.hyperparameters
         units = {name: extras.pop(name) for name in tuple(extras) if name in known}
         self._check_names(extras)
         read = self._read(model_pred, **extras)
-        check_per_sample("weight", weight, model_pred, zero=True)
+        if read.beta is not None:
+            units["beta"] = units.get("beta", self.objective.hyperparameters["beta"]) * read.beta
         return preference_loss(
             model_pred,
             ref_pred,
@@ -98,7 +102,7 @@ class Preset:
             reduction=self.reduction,
             mask=mask,
             extras=read.extras,
-            **{**read.hyperparameters, **units},
+            **units,
         )
 
     def _read(self, model_pred: Tensor) -> _Read:
@@ -106,6 +110,8 @@ class Preset:
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         """Raise TypeError unless these are what ``_read`` takes, and all that it needs."""
+        if torch.compiler.is_compiling():  # which traces no signature
+            return
         takes = tuple(inspect.signature(self._read).parameters.values())[1:]
         names = [one.name for one in takes]
         said = f"{self.name} takes {', '.join(names) or 'no extras'}"
@@ -129,6 +135,8 @@ class _Smoothed(Preset):
     def _read(  # type: ignore[override]
         self, model_pred: Tensor, chosen_scores: Tensor, rejected_scores: Tensor
     ) -> _Read:
+        pairs = torch.Size([model_pred.shape[0] // 2])
+        chosen_scores = one_a_unit("chosen_scores", chosen_scores, pairs, model_pred.device)
         scale = smoothed_preference_scale(
             chosen_scores, rejected_scores, low=self.low, high=self.high, gamma=self.gamma
         )
@@ -139,7 +147,7 @@ class _Smoothed(Preset):
                 f"got {float(chosen_scores[first]):g} and {float(rejected_scores[first]):g} for "
                 f"pair {first}; swap its rows"
             )
-        return _Read(hyperparameters={"beta": self.objective.hyperparameters["beta"] * scale})
+        return _Read(beta=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +181,13 @@ class _Ranked(Preset):
     def _read(self, model_pred: Tensor, scores: Tensor) -> _Read:  # type: ignore[override]
         if not isinstance(scores, Tensor):
             raise no_tensor("scores", scores, "(G, K)")
-        if scores.dim() != 2 or scores.numel() != model_pred.shape[0]:
+        rows = model_pred.shape[0]
+        if scores.dim() != 2 or scores.shape[1] < 2 or scores.numel() != rows:
             raise ValueError(
-                f"scores must be (G, K) for the {model_pred.shape[0]} rows of model_pred, got "
-                f"{tuple(scores.shape)}"
+                f"scores must be (G, K), lists of K >= 2 that make up the {rows} rows of "
+                f"model_pred, got {tuple(scores.shape)}"
             )
-        size = scores.shape[1]
-        return _Read(extras={"scores": scores}, layout="groups", group_size=size)
+        return _Read(extras={"scores": scores}, layout="groups", group_size=scores.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)

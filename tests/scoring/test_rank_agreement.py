@@ -107,6 +107,36 @@ def test_collectives_depend_on_no_data(four_ranks: Ranks) -> None:
             assert second == expected, name
 
 
+def over_budget(rank: int) -> dict[str, Counted]:
+    rows, vocab, found = 700, 32768, {}
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(rows, H, generator=generator).requires_grad_()
+    weight = torch.randn(vocab, H, generator=generator)[rank::2].clone().requires_grad_()
+    target = torch.arange(rows)
+    for schedule, logits in (("recompute", 2), ("keep", 2), ("keep", 5)):
+        budget = vocab // 2 * 4 * rows // logits
+        options = ScoringOptions(schedule=schedule, memory_budget=budget)
+        for _ in range(2):
+            with counted() as made:
+                given = {"tp_group": dist.group.WORLD, "options": options}
+                linear_logprob(hidden, weight, target, **given).logp.sum().backward()
+        found[f"{schedule}, {logits}"] = made
+    return found
+
+
+def test_a_small_budget_cuts_columns(two_ranks: Ranks) -> None:
+    """So that ranks meet as often as without one; twice where some rows are kept."""
+    for found in two_ranks(over_budget):
+        for name, parts in (
+            ("recompute, 2", [700]),
+            ("keep, 2", [256, 444]),
+            ("keep, 5", [64, 636]),
+        ):
+            meetings = [(("all_reduce", 2 * n), ("all_gather", 3 * n)) for n in parts]
+            expected = [*(one for pair in meetings for one in pair), ("all_reduce", 700 * H)]
+            assert found[name] == expected, name
+
+
 def all_masked(rank: int) -> tuple[Counted, float]:
     given = tensors(rank, dist.get_world_size())
     target = torch.full_like(given["target"], -100)

@@ -386,7 +386,7 @@ def _write_many(first: int, count: int) -> None:
 
 def test_two_processes_write_at_once() -> None:
     """Neither loses what the other wrote, and a reader never sees half a file."""
-    context, count = multiprocessing.get_context("fork"), 40
+    context, count = multiprocessing.get_context("fork"), 12
     writers = [context.Process(target=_write_many, args=(1000 * i, count)) for i in (1, 2)]
     for one in writers:
         one.start()

@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objectives import Objective
-from ..objectives.checks import closest, no_tensor
+from ..objectives.checks import check_group, closest, no_tensor
 from ..objectives.registry import extra_names, unset
 from ..scoring import ScoringOptions
 from ..scoring.basis import WeightGradBasis
 from ..scoring.head import Lora
-from ..scoring.validation import check_group
 from ..scoring.whole import check_whole
 from ..sequences.sums import check_boundaries
 from ..units.filling import check_extras

@@ -451,7 +451,7 @@ def test_what_the_choice_is_asked_for(
 
     hidden, weight = torch.randn(6, 8), torch.randn(11, 8)
     monkeypatch.setattr(backends, "choose", choose)
-    monkeypatch.setattr(validation, "check_group", lambda group: None)
+    monkeypatch.setattr(validation, "check_group", lambda group, name: None)
     monkeypatch.setattr(request, "agree", lambda *_: Agreed.alone(Own(11)))
     target = torch.arange(6)
     api.ask(hidden, weight, target, **changes).planned(target)

@@ -147,11 +147,11 @@ class PreferenceMonitorCallback(TrainerCallback):
                     f"{name} must be that of the training which the checkpoint is of, "
                     f"{len(stored)} rows, got {rows}"
                 )
-        exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        return Likelihoods(
-            *(None if one is None else torch.tensor(one, **exact)
-              for one in (kept[name] for name in Likelihoods._fields))
-        )  # fmt: skip
+        chosen, rejected, unseen = (
+            torch.tensor(kept[name] or [], dtype=torch.float64, device=device)
+            for name in Likelihoods._fields
+        )
+        return Likelihoods(chosen, rejected, None if self.unseen is None else unseen)
 
     def _measure(self, model: nn.Module) -> _Measured:
         # For a moment: TRL's own calls of its fused head must reach that.

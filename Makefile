@@ -83,6 +83,7 @@ gpu-more: ## what `make gpu` left (GPU_LEFT), within 5 minutes
 	$(GPU) --more $(GPU_LEFT) $(BENCH_ARGS)
 
 gpu-pack: $(PACKAGE) ## what `make gpu` needs beside the sources on a machine without a network, and its size
+	FASTPREF_BUILD_CUDA=auto $(BIN)/python setup.py -q build_ext --inplace
 	-$(PIP) install -q --no-deps --no-compile --upgrade --target $(GPU_PACK)/site \
 	  liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(BIN)/python benchmarks/pack.py $(GPU_PACK)

@@ -307,8 +307,8 @@ class BuildLibraries(build_ext):
     def build_extensions(self) -> None:
         if MISSING:
             raise SystemExit(f"fastpref: {MISSING}.")
-        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        ninja = Ninja(ROOT / "build" / f"ninja-{tag}")
+        # One for all Pythons: nothing of _ops depends on them, and _C has a name of its own.
+        ninja = Ninja(ROOT / "build" / f"ninja-{sysconfig.get_platform()}")
         plans = {"fastpref._ops": plan_ops, "fastpref._C": plan_module}
         targets = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
         self.facts: dict[str, str] = {}
@@ -353,6 +353,28 @@ def extensions() -> list[Extension]:
     return [*libraries, Extension("fastpref._C", ["csrc/module.cpp"])]
 
 
+def repository() -> str | None:
+    """The address of the repository, where pyproject.toml has one."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "(.+?)/?"$', text, re.MULTILINE)
+    return found and found[1]
+
+
+def absolute(text: str, address: str | None) -> str:
+    """Markdown whose relative links and pictures are those of the repository, as a package index
+    needs them; without an address, links to files are their text and pictures are left out."""
+
+    def link(match: re.Match[str]) -> str:
+        picture, name, target = match.groups()
+        if re.match(r"https?:|#|mailto:", target):
+            return match[0]
+        if address is None:
+            return "" if picture else name
+        return f"{picture}[{name}]({address}/{'raw' if picture else 'blob'}/main/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+
+
 OPS_REASON = MISSING = None
 try:
     require_ops()
@@ -366,6 +388,8 @@ except Unavailable as reason:
     print(f"fastpref: building without compiled libraries: {reason}.", file=sys.stderr)
 
 setup(
+    long_description=absolute((ROOT / "README.md").read_text(encoding="utf-8"), repository()),
+    long_description_content_type="text/markdown",
     ext_modules=[] if OPS_REASON else extensions(),
     cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython},
 )

@@ -286,7 +286,7 @@ def readme_script() -> Any:
 def test_a_section_of_the_readme(report: dict[str, Any]) -> None:
     script = readme_script()
     inside = script.section({"a/b.json": report}, {"a/b.json": ["a/b/memory.png"]})
-    assert inside.startswith("[a/b.json](a/b.json): a chip, 2 threads, torch 2.13.0")
+    assert inside.startswith("[b.json](a/b.json): a chip, 2 threads, torch 2.13.0")
     assert reporting.markdown(report) in inside and "![memory](a/b/memory.png)" in inside
     assert reporting.markdown_curves(report) in inside
     text = f"before\n{script.START}\nold\n{script.END}\nafter"
@@ -302,7 +302,7 @@ def test_the_readme_shows_the_results() -> None:
     results = script.load()
     if not results:
         pytest.skip("no results beside this copy of the tests")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = script.README.read_text(encoding="utf-8")
     folders = {path: (ROOT / path).with_suffix("") for path in results}
     drawn = {
         path: [f"{folder.relative_to(ROOT).as_posix()}/{name}" for name in _shown(text, folder)]
@@ -397,7 +397,7 @@ def test_the_readme_says_what_is_measured_and_what_is_predicted() -> None:
     found = script.gpu_section({"a/gpu.json": of_gpu()}, predictions)
     assert "| fastpref, rows: trainable head | 1.05 | 1.05 | 1.07 (a GPU) |" in found
     assert "| fastpref, rows: forward | 1.05 |  | no |" in found
-    assert "[a/gpu.json](a/gpu.json): a GPU" in found
+    assert "[gpu.json](a/gpu.json): a GPU" in found
     assert "- fastpref, rows: 1 of 2 checks passed; wrong: fp32" in found
     assert "| TRL fused head | 150.0ms, 1.50x, 900 MiB |" in found
     assert script.of_gpu(of_gpu())
@@ -405,7 +405,7 @@ def test_the_readme_says_what_is_measured_and_what_is_predicted() -> None:
 
 def test_the_gpu_section_of_the_readme_is_that_of_the_results() -> None:
     script = readme_script()
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = script.README.read_text(encoding="utf-8")
     predictions = json.loads(script.PREDICTIONS.read_text())
     inside = script.gpu_section(script.load(gpu=True), predictions)
     assert script.with_section(text, inside, script.GPU_START, script.GPU_END) == text

@@ -14,8 +14,11 @@ from .suites import SUITES
 
 # Of Okabe and Ito's colours, which most eyes tell apart; shapes and dashes differ too.
 OWN, PEER = "#0072b2", "#b9b4a7"
-COLOURS = ("#0072b2", "#009e73", "#56b4e9", "#d55e00", "#cc79a7", "#e69f00", "#7f7f7f", "#8c510a")
-MARKERS = "osDv^<>P"
+COLOURS = (
+    *("#0072b2", "#009e73", "#56b4e9", "#d55e00", "#cc79a7"),
+    *("#e69f00", "#7f7f7f", "#8c510a", "#332288", "#999933"),
+)
+MARKERS = "osDv^<>PX*"
 OVERVIEW = "overview"
 # Of fastpref what a user meets, beside all others.
 SHOWN = ("fastpref", "fastpref, recompute, 32 MiB")
@@ -101,7 +104,7 @@ def _overview(plt: Any, report: dict[str, Any], case: dict[str, Any]) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     first = rows[0]
     for panel, found, said, title in (
-        (left, times, share, f"Time, {case['dtype']}: times the bare products\n{sizes(case)}"),
+        (left, times, share, f"Time, {case['dtype']}; dashed: the bare products\n{sizes(case)}"),
         (
             right,
             peaks,
@@ -195,19 +198,23 @@ def _curves(plt: Any, report: dict[str, Any], curves: dict[str, list[dict[str, A
         time.loglog(at, [row["seconds"] for row in rows], "o-", color=OWN, label="fastpref")
         time.set_ylabel("seconds")
         time.set_title(growth(axis, rows).split(";")[0].replace(": ", ":\n"), fontsize="small")
-        time.legend(fontsize="small")
         for key, label, style in (
-            ("logits", "(N, V) logits", "k--"),
-            ("rows", "(N, H) rows", "k:"),
+            ("logits", "(N, V) logits", "--"),
+            ("rows", "(N, H) rows", ":"),
             ("workspace", f"workspace within {BUDGET} MiB", "o-"),
         ):
-            workspace.loglog(at, [row[key] for row in rows], style, label=label)
+            colour = OWN if key == "workspace" else "black"
+            workspace.loglog(at, [row[key] for row in rows], style, color=colour, label=label)
         for panel in (time, workspace):
             panel.set_xticks(at, [str(one) for one in at], fontsize=7, rotation=45)
             panel.set_xticks([], minor=True)
+            panel.yaxis.set_minor_formatter("")
+            # Room for a legend above all lines.
+            panel.set_ylim(top=panel.get_ylim()[1] * 30)
         workspace.set_ylabel("MiB")
         workspace.set_xlabel(axis)
-        workspace.legend(fontsize="small")
+        time.legend(fontsize="small", loc="upper left")
+        workspace.legend(fontsize="small", loc="upper left")
     figure.suptitle(
         "linear_logprob in float32, forward and backward, as one size grows. Lower is better; "
         f"dashed: the bare matrix products.\n{_ran(report)}",

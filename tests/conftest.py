@@ -47,15 +47,20 @@ def pytest_addoption(parser):
     )
 
 
-# After -m, so that what is left has each value.
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    from tests.quick import sample
+    from tests.sampling import sample, sweep
 
+    # Before -m, which then leaves these out.
+    for item in sweep(items):
+        item.add_marker("slow")
+    result = yield
+    # After it, so that what is left has each value.
     if config.getoption("quick"):
         kept = set(sample(items))
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+    return result
 
 
 @pytest.fixture(scope="session")

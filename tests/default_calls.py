@@ -213,8 +213,39 @@ def diffusion_calls() -> dict[str, Call]:
         "error_weight": lambda: diffusion.error_weight(path, **kinds),
         "velocity": lambda: diffusion.velocity(*path).a,
         "k_prediction": lambda: diffusion.k_prediction(weight).b,
+        **_diffusion_losses(model, ref, target),
     }
     return {f"diffusion.{name}": call for name, call in made.items()}
+
+
+def _diffusion_losses(model: Tensor, ref: Tensor, target: Tensor) -> dict[str, Call]:
+    lone = functools.partial(with_gradients, weight=torch.ones_like(WEIGHT[:4, 0]))
+    labels, shares = MASK[:, 0], draw(4, seed=12).sigmoid()
+    pairs = shares[:2], shares[2:]
+
+    def paired(function: Callable[..., Any], **options: Any) -> Call:
+        return lambda: with_gradients(function, model, ref, target, **options)
+
+    extras = {"labels": labels}
+    return {
+        "preference_loss": lambda: lone(
+            lambda *given, **more: diffusion.preference_loss(*given, "dpo", **more)[:5],
+            *(model, ref, target),
+        ),
+        "mapo": lambda: with_gradients(diffusion.mapo, model, target),
+        "dspo": paired(diffusion.dspo),
+        "diffusion_orpo": lambda: with_gradients(diffusion.diffusion_orpo, model, target),
+        "negative_aware": paired(lambda *given: diffusion.negative_aware(*given, shares)),
+        "clipped_step_dpo": lambda: with_gradients(diffusion.clipped_step_dpo, *pairs),
+        "smoothed_preference_scale": lambda: diffusion.smoothed_preference_scale(
+            *pairs, low=0.0, high=1.0
+        ),
+        "preset": paired(
+            lambda *given: diffusion.preset("ddo_edm")(*given, sigma=shares, **extras)[:5]
+        ),
+        "preset steps": paired(lambda *given: diffusion.preset("d3po")(*given, std=shares)[:5]),
+        "presets": lambda: diffusion.presets(),
+    }
 
 
 def module_calls() -> dict[str, Call]:

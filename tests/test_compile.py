@@ -2,6 +2,9 @@
 """torch.compile without graph breaks, over changing shapes: the numbers of eager mode; and the
 operators that make it possible."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -125,13 +128,25 @@ FUNCTIONS = {
 }
 
 
+def but(ordinary: str, names: Iterable[str]) -> list[Any]:
+    """All others are a sweep's."""
+    return [one if one == ordinary else pytest.param(one, marks=pytest.mark.slow) for one in names]
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("needs", [("hidden", "weight", "bias"), ("hidden",), ("weight",)])
+@pytest.mark.parametrize(
+    "needs",
+    [
+        ("hidden", "weight", "bias"),
+        ("hidden",),
+        pytest.param(("weight",), marks=pytest.mark.slow),
+    ],
+)
 def test_as_eager(name: str, needs) -> None:
     compare(FUNCTIONS[name], [Batch(*shape, needs) for shape in SHAPES])
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", but("preference_loss", FUNCTIONS))
 def test_with_the_default_backend(name: str) -> None:
     compare(FUNCTIONS[name], [Batch(*shape) for shape in SHAPES[:2]], backend="inductor")
 
@@ -211,7 +226,7 @@ USER_FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", USER_FUNCTIONS)
+@pytest.mark.parametrize("name", but("unit", USER_FUNCTIONS))
 def test_user_functions(name: str) -> None:
     function, changes = USER_FUNCTIONS[name]
     compare(
@@ -220,7 +235,7 @@ def test_user_functions(name: str) -> None:
     )
 
 
-REPRESENTATIVES = ("simpo", "ipo", "kto", "plackett_luce", "tdpo", "epsilon_dpo", "aot", "cispo")
+REPRESENTATIVES = ("ipo", "kto", "plackett_luce", "epsilon_dpo", "cispo")
 
 
 def compare_objective(name: str) -> None:
@@ -264,7 +279,7 @@ COMPOSITES = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSITES)
+@pytest.mark.parametrize("name", but("combine", COMPOSITES))
 def test_composites(name: str) -> None:
     objective = COMPOSITES[name]()
     compare(lambda batch: prefer(batch, objective), [Batch(*shape) for shape in SHAPES[:2]])
@@ -279,7 +294,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", but("simpo", MODULES))
 def test_modules(name: str) -> None:
     module = MODULES[name]
     compare(

@@ -107,7 +107,10 @@ def test_cuda_kernels_on_the_host(launches: str, tmp_path: Path) -> None:
 
 @interpreted
 @launches
-@pytest.mark.parametrize("family", ["glue", "rows", "triton", "divergence_launch"])
+@pytest.mark.parametrize(
+    "family",
+    ["glue", pytest.param("rows", marks=pytest.mark.slow), "triton", "divergence_launch"],
+)
 def test_triton_kernels(family: str, launches: str) -> None:
     check(run(family, launches, TRITON_INTERPRET="1"))
 

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     """An objective and what the work gives it."""
 
     objective: str
-    liger: Callable[[Extras], Loss]
+    liger: Callable[[Extras], Loss] | None  # None: it has none
     hyperparameters: dict[str, float]
     reference: bool = False
     extras: Callable[[Work], Extras] = lambda work: {}
@@ -127,8 +127,9 @@ def loss_experiment(kind: Kind, case: Case) -> Experiment:
         Implementation(way.name, _composed(kind, extras, way.logp), way.unavailable, way.compiles)
         for way in scorers.peers(case.device)
     ]
-    liger = kind.liger(extras)
-    found.append(Implementation("Liger", liger, missing("liger_kernel"), compiles=True))
+    if kind.liger is not None:
+        liger = kind.liger(extras)
+        found.append(Implementation("Liger", liger, missing("liger_kernel"), compiles=True))
     limit = bare_products(work, case.mode, models=1 + kind.reference)
     candidates = [one.candidate(work, case.mode, answer) for one in found]
     return Experiment(limit, candidates, work.entropy)
@@ -162,10 +163,11 @@ def _composed(kind: Kind, extras: Extras, scored: Logp) -> Loss:
 def _labels(work: Work) -> Extras:
     rows = torch.arange(work.target.shape[0], device=work.target.device, dtype=torch.int64)
     # As many of each kind would cancel.
-    return {
-        "labels": rows < 3 * len(rows) // 4,
-        "kl": work.hidden.new_zeros((), dtype=torch.float32),
-    }
+    return {"labels": rows < 3 * len(rows) // 4}
+
+
+def _labels_and_kl(work: Work) -> Extras:
+    return _labels(work) | {"kl": work.hidden.new_zeros((), dtype=torch.float32)}
 
 
 def _sampled(work: Work) -> Extras:
@@ -250,7 +252,8 @@ KINDS = {
         {"beta": 0.1},
         reference=True,
     ),
-    "kto": Kind("kto", _liger_kto, {"beta": 0.1}, reference=True, extras=_labels),
+    "kto": Kind("kto", _liger_kto, {"beta": 0.1}, reference=True, extras=_labels_and_kl),
+    "ddo": Kind("ddo", None, {"beta": 0.02}, reference=True, extras=_labels),
     "simpo": Kind(
         "simpo",
         _liger_pairs("LigerFusedLinearSimPOLoss", beta=2.5, gamma=1.0, compute_nll_loss=False),

@@ -29,6 +29,8 @@ MODELS = {
     "small": (1024, 32000),
     "tiny": (256, 8192),
 }
+# Of models whose tokens are images: VAR's, LlamaGen's, Chameleon's, Emu3's.
+IMAGE_VOCABULARIES = {"var": 4096, "llamagen": 16384, "chameleon": 65536, "emu3": 184622}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..bench.cases import measure
 from ..bench.experiment import MODES, Case
 from ..bench.suites import SUITES
 from ..bench.trainers import runs as trainings
-from ..bench.work import MODELS, Shape
+from ..bench.work import IMAGE_VOCABULARIES, MODELS, Shape
 from ..bench.worker import Worker
 from ..objectives.checks import hint
 from .progress import clear as _clear
@@ -33,11 +33,14 @@ T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORY = "memory"
 TRAINERS = "trainers"
-USUAL = ("score", "dpo", "divergence", "heads", "denoising", MEMORY, TRAINERS)
+IMAGES = "images"
+USUAL = ("score", "dpo", "divergence", "low-rank", "heads", "denoising", MEMORY, TRAINERS)
 MEMORY_TOKENS = (512, 1024, 2048)
 MEMORY_BUDGET = 32  # MiB
 ROUNDS = {"cpu": 3, "cuda": 15}
 QUICK = Shape(4, 64, 256, 8192)
+# H of what has a vocabulary of images, a fraction of theirs.
+IMAGE_WIDTH, QUICK_IMAGE_WIDTH = 256, 64
 
 
 def add_parser(subparsers: Any) -> None:
@@ -60,10 +63,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--what",
-        choices=(*SUITES, MEMORY, TRAINERS),
+        choices=(*SUITES, IMAGES, MEMORY, TRAINERS),
         action="append",
         help=f"default: {', '.join(USUAL)} (with --quick not the last); may be repeated, as those "
-        "below",
+        f"below. images: ddo at the vocabularies of {', '.join(IMAGE_VOCABULARIES)}, whatever "
+        f"--model and --masked, with H={IMAGE_WIDTH}",
     )
     parser.add_argument(
         "--implementation",
@@ -373,6 +377,21 @@ def _chosen(args: argparse.Namespace) -> Iterator[Case]:
         for mode in args.mode or MODES:
             if mode in SUITES[what].modes:
                 yield Case(what, mode, dtype, shape, args.logits, _device(args))
+    if IMAGES in _what(args):
+        yield from _of_images(args)
+
+
+def _of_images(args: argparse.Namespace) -> Iterator[Case]:
+    """Every token is scored: a class, or a prompt that the head never sees, comes before."""
+    rows = Shape(8, args.length, IMAGE_WIDTH, masked=0.0)
+    if args.quick:
+        rows = replace(rows, sequences=4, length=QUICK.length, hidden_size=QUICK_IMAGE_WIDTH)
+    for vocabulary, dtype in itertools.product(
+        IMAGE_VOCABULARIES.values(), args.dtype or DTYPES[:2]
+    ):
+        shape = replace(rows, vocab_size=vocabulary)
+        for mode in args.mode or MODES:
+            yield Case("ddo", mode, dtype, shape, args.logits, _device(args))
 
 
 def _redraw(path: Path, folder: Path | None) -> int:

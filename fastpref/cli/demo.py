@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
             "for objectives that it has no loss for, measured before and after on held-out pairs. "
             "Then compares fastpref with TRL's own head under a loss of TRL's: the objective, or "
             "DPO where TRL has not the objective. With --compare instead several objectives with "
-            "each other."
+            "each other; with --visual, a flow that makes images, and a picture before and after."
         ),
     )
     parser.add_argument(
@@ -62,19 +62,26 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME,NAME,...",
         help="train with each of these objectives from the same model and show what became of it",
     )
+    objective.add_argument(
+        "--visual",
+        action="store_true",
+        help="train a small flow to make images that are preferred instead, with Flow-DPO; needs "
+        "neither transformers nor TRL",
+    )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("demo-output"),
         metavar="DIR",
         help="where the model, results.json and loss.png go; with --compare results.json alone "
-        "and the model they all start from (default: demo-output)",
+        "and the model they all start from, with --visual results.json and samples.png "
+        "(default: demo-output)",
     )
     parser.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help="steps of preference training (default: by the length of the texts)",
+        help="steps of preference training (default: by the length of the texts, or of images 50)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
@@ -82,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 if it went through, 2 if the input has to be put right first."""
     try:
-        _demo(args, Console(sys.stdout))
+        (_visual if args.visual else _demo)(args, Console(sys.stdout))
     except DemoError as error:
         print(f"fastpref demo: {error}", file=sys.stderr)
         return 2
@@ -133,6 +140,24 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
     console.say("done", f"{made} in {args.out}")
 
 
+def _visual(args: argparse.Namespace, console: Console) -> None:
+    from ..demo import visual
+
+    for name in ("data", "model"):
+        given = getattr(args, name)
+        if given is not None:
+            raise DemoError(f"--{name} {given}: --visual makes its own; leave one of the two out")
+    _check_steps(args)
+    visual.require_matplotlib()
+    recipe = visual.Recipe() if args.steps is None else visual.Recipe(steps=args.steps)
+    visual.run(args.out, recipe, args.seed, console)
+
+
+def _check_steps(args: argparse.Namespace) -> None:
+    if args.steps is not None and args.steps < 1:
+        raise DemoError(f"--steps {args.steps}: expected at least 1")
+
+
 def _checked(args: argparse.Namespace) -> tuple[list[Objective], Preferences]:
     """The objectives and the data, once all that can be checked before the libraries are loaded
     is in order."""
@@ -140,8 +165,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[Objective], Preferences]:
     stay_offline()
     from ..demo.objective import columns, find
 
-    if args.steps is not None and args.steps < 1:
-        raise DemoError(f"--steps {args.steps}: expected at least 1")
+    _check_steps(args)
     names = [args.objective or "dpo"] if args.compare is None else args.compare.split(",")
     chosen = [find(name.strip()) for name in dict.fromkeys(names)]
     preferences = load(args.data or SHIPPED, columns(*chosen))

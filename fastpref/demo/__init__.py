@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A preference training from end to end: data, warm-up, TRL's DPOTrainer or FastDPOTrainer, a
-comparison of heads.
+comparison of heads. And one of images: `shapes`, `flow` and `visual`.
 
-`arithmetic`, `console`, `data`, `objective` and `recipe` need nothing but torch. The other modules
-import transformers, TRL and datasets at their top; import them after `require_libraries`.
+These, `arithmetic`, `console`, `data`, `objective` and `recipe` need nothing but torch. The other
+modules import transformers, TRL and datasets at their top; import them after `require_libraries`.
 """
 
 import logging

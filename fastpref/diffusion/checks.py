@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes in: predictions of one shape, and numbers of one value a sample."""
+"""What comes in: predictions of one shape, and numbers of one value a sample or a unit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..objectives.checks import hint, is_number, no_tensor
+from ..objectives.checks import as_python, hint, is_number, no_tensor
 from ..objectives.reading import readable
+from ..objectives.signature import Domain, Hyperparameter, PerUnit
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 _REDUCTIONS = ("mean", "sum")
@@ -96,3 +97,35 @@ def check_per_sample(name: str, value: Any, like: Tensor, *, zero: bool) -> None
     if readable(value) and bool(((value < 0) if zero else (value <= 0)).any()):
         least = float(value.min())
         raise ValueError(f"{name} must be finite and {wanted}, got {least}; {remedy}")
+
+
+def per_unit(name: str, value: Any, domain: Domain, units: Tensor) -> PerUnit:
+    """``value`` checked, in the dtype of ``units``, (U,), where it is one value a unit."""
+    Hyperparameter(value, domain).check(name, value)
+    if not isinstance(value, Tensor):
+        return float(as_python(value))
+    if value.shape != units.shape:
+        raise ValueError(
+            f"{name} must be a number or one value a unit, {tuple(units.shape)}, got "
+            f"{tuple(value.shape)}"
+        )
+    return value.to(units.dtype)
+
+
+def one_a_unit(
+    name: str,
+    values: Any,
+    shape: torch.Size | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """``values`` checked, in float32 or float64; of one dimension, and shape and device if said."""
+    if not isinstance(values, Tensor):
+        raise no_tensor(name, values, "one number a unit")
+    if values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name} must be real numbers, got {values.dtype}; use .float()")
+    if values.dim() != 1 or (shape is not None and values.shape != shape):
+        wanted = "one number a unit, (P,)" if shape is None else f"of shape {tuple(shape)}"
+        raise ValueError(f"{name} must be {wanted}, got {tuple(values.shape)}")
+    if device is not None and values.device != device:
+        raise ValueError(f"{name} is on {values.device}, expected {device}; move it there")
+    return values if values.dtype == torch.float64 else values.float()

@@ -79,16 +79,22 @@ def _reduced(
         errors = _differentiable(model, ref, target, mask, divisor)
     if reduction == "sum" or mask is None:
         return errors
-    counts = _counts(mask, model).clamp(min=1)
+    counts = element_counts(mask, model)
     gap, error, reference = (one / counts if one.numel() else one for one in errors)
     return gap, error, reference
 
 
-def _counts(mask: Tensor, like: Tensor) -> Tensor:
-    """How many elements of each sample are left in: (B,), or (1,) where all have the same."""
+def element_counts(mask: Tensor | None, like: Tensor) -> Tensor | int:
+    """How many elements of each sample are left in, 1 where none is: (B,), or (1,) or a number
+    where all have the same."""
+    if mask is None:
+        return max(1, math.prod(like.shape[1:]))
+    mask = mask != 0
+    if like.dim() == 1:  # one element a sample
+        like, mask = like.unsqueeze(1), mask.unsqueeze(-1) if mask.dim() else mask
     own = mask.reshape((1,) * (like.dim() - mask.dim()) + mask.shape)
     each = math.prod(like.shape[1:]) // max(1, math.prod(own.shape[1:]))
-    return own.flatten(1).sum(1) * each
+    return (own.flatten(1).sum(1) * each).clamp(min=1)
 
 
 def _differentiable(

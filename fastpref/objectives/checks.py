@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What arguments are told apart by, everywhere in the package: numbers, integers, known names and
-tensors."""
+"""What arguments are told apart by, everywhere in the package: numbers, integers, known names,
+tensors and process groups."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -59,3 +60,12 @@ def no_tensor(name: str, value: Any, remedy: str = "") -> TypeError:
         remedy = f"pass its .{'bias' if name.endswith('bias') else 'weight'}"
     got = f"{name} must be a torch.Tensor, got {type(value).__name__}"
     return TypeError(f"{got}; {remedy}" if remedy else got)
+
+
+def check_group(group: Any, name: str) -> None:
+    """Raise TypeError unless it is a process group, or none."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} must be a torch.distributed.ProcessGroup or None, got "
+            f"{type(group).__name__}; of a device mesh, pass mesh.get_group()"
+        )

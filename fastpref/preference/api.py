@@ -81,7 +81,8 @@ def preference_loss(
             ``group_size`` rows in turn are a list; "units": every row by itself. Objectives of
             single responses and of tokens take each row by itself.
         group_size: K, with layout="groups".
-        cu_seqlens: (B + 1,) integer boundaries of packed rows.
+        cu_seqlens: (B + 1,) integer boundaries of packed rows. Not for objectives of tokens, whose
+            rows are padded.
         bias: (V,), or None.
         ignore_index: target of a position that is not scored.
         temperature: greater than 0, of the policy and the reference; a number, or a tensor that
@@ -116,7 +117,10 @@ def preference_loss(
             is one a row alike. Shift before you spread: ``target`` of a rank's last token is the
             first token of the next part. A rank's gradients are those of its own tokens: those of
             the head and the model add up over the group (where DDP or FSDP average over it,
-            multiply the loss by its size). Not for objectives of tokens.
+            multiply the loss by its size). For objectives of tokens each rank passes the extras of
+            its own tokens, shaped like ``target``; every rank evaluates the loss of whole rows,
+            whose tokens are gathered in the order of the ranks, which only a function of one's own
+            may care for. They alone wait on the host, for the number of tokens of each rank.
         dp_group: process group of batch-wide statistics. Its ranks hold any number of rows each,
             none too, and every one of them must make the call, and run backward. With
             ``reduction="sum"`` the ranks' losses add up to that of one process with the whole
@@ -174,6 +178,12 @@ def _traced(task: Task) -> PreferenceOutput:
     """Two passes, whose operators choose their schedules when they run."""
     if torch.compiler.is_compiling() and task.main.request.options.schedule == "batches":
         raise ValueError("schedule='batches' is not traced by torch.compile; use schedule='auto'")
+    objective, group = task.objective, task.given.seq_group
+    if torch.compiler.is_compiling() and objective.unit == "token" and group is not None:
+        raise ValueError(
+            f"{objective.name} under seq_group is not traced by torch.compile: it waits for the "
+            "number of tokens of each rank; call it outside what is compiled"
+        )
     target, reference = task.batch.to_score, None
     if task.reference is not None:
         with torch.no_grad():

@@ -467,6 +467,9 @@ def _score_tile(problem: Problem, budget: int, options: ScoringOptions) -> Tile:
     """Of rows that are scored and not kept. Without products in memory, what bounds them is the
     backend's temporaries."""
     if problem.scores_in_tiles:
+        if problem.sharded and options.chunk_rows is None:
+            # Ranks meet once a tile of rows: cut columns instead.
+            return recompute_tile(problem.scored, problem.vocab_size, problem.itemsize, budget)
         return _forward_tile(problem, budget, options)
     row_bytes = max(1, problem.temporary_bytes // max(1, problem.scored))
     rows = min(most_chunk_rows(problem, options.chunk_rows), max(LEAST_ROWS, budget // row_bytes))

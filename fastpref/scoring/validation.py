@@ -9,10 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..objectives.checks import as_python, closest, hint, is_integer, is_number, no_tensor
+from ..objectives.checks import (
+    as_python,
+    check_group,
+    closest,
+    hint,
+    is_integer,
+    is_number,
+    no_tensor,
+)
 from .basis import Basis, WeightGradBasis
 from .statistics import OUTPUTS
 from .types import DEFAULT_OPTIONS, DTYPES, LogitMap, ScoringOptions
@@ -35,7 +42,7 @@ def check_model(
     _check_tensors(hidden, weight, target, bias, prefix)
     if lora is not None:
         _check_lora(lora, weight, prefix)
-    check_group(group)
+    check_group(group, "tp_group")
     if vocab_range is not None:
         check_vocab_range(vocab_range, weight.shape[0])
 
@@ -374,14 +381,6 @@ def _check_ignore_index(ignore_index: Any) -> None:
         )
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit int64, as target does; got {ignore_index}")
-
-
-def check_group(group: Any, name: str = "tp_group") -> None:
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{name} must be a torch.distributed.ProcessGroup or None, got "
-            f"{type(group).__name__}; of a device mesh, pass mesh.get_group()"
-        )
 
 
 def check_reduction_of_hidden(reduces: Any) -> None:

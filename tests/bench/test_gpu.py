@@ -58,6 +58,7 @@ def test_the_trainings_are_of_half_a_billion_parameters() -> None:
     assert {(one.hidden, one.layers, one.vocabulary) for one in found} == {(896, 24, 151936)}
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_a_training_within_its_time_and_without(tmp_path: Path) -> None:
     """At the size that a CPU tries."""

@@ -152,22 +152,28 @@ def of_sequences(rank: int, objective: str) -> list[list[tuple[str, int]]]:
     hidden, weight, target = batch(torch.bfloat16)
     part = slice(rank * T // 2, (rank + 1) * T // 2)
     leaves = hidden[:, part].clone().requires_grad_(), weight.requires_grad_()
-    given = {} if objective == "simpo" else {"ref_logps": torch.zeros(B, dtype=torch.float32)}
-    asked: dict[str, Any] = {"seq_group": dist.group.WORLD, **given}
+    asked: dict[str, Any] = {"seq_group": dist.group.WORLD}
+    if objective == "dpo":
+        asked["ref_logps"] = torch.zeros(B, dtype=torch.float32)
+    if objective == "grpo":
+        old = torch.zeros(target[:, part].shape, dtype=torch.float32)
+        asked["extras"] = {"advantages": torch.ones(B), "old_token_logp": old}
     return counted(
         lambda: preference_loss(*leaves, target[:, part], objective, **asked).loss.backward()
     )
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["dpo", "simpo", "grpo"])
 def test_bytes_over_sequences(two_ranks: Ranks, scaling: ModuleType, objective: str) -> None:
-    wanted = sizes(scaling.sequence_collectives(B, 2, lengths=objective == "simpo"))
+    wanted = sizes(scaling.sequence_collectives(B, 2, lengths=objective != "dpo"))
+    if objective == "grpo":
+        wanted = sizes(scaling.token_collectives(B, T // 2, 2)) + wanted
     for first, later in two_ranks(of_sequences, objective):
         # Other tests may have made the first call.
         assert first in (wanted, sizes(scaling.agreement(2)) + wanted)
         assert later == wanted
-    assert scaling.sequence_collectives(B, 1) == []
+    assert scaling.sequence_collectives(B, 1) == scaling.token_collectives(B, T, 1) == []
 
 
 def of_batches(rank: int, objective: str) -> list[list[tuple[str, int]]]:

@@ -30,12 +30,14 @@ def test_recompute_stays_within_gradients_and_workspace() -> None:
     assert row["peak"] > row["gradients"]
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_what_a_call_keeps_counts_though_it_was_kept_before() -> None:
     row = measure(CASE, "fastpref", BUDGET)
     assert row["peak"] > row["gradients"] + row["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_in_trl_a_step_takes_what_its_adapter_would_on_a_gpu() -> None:
     """Beside TRL's own head, whose tile and gradient hold the exponentials here."""
@@ -44,6 +46,7 @@ def test_in_trl_a_step_takes_what_its_adapter_would_on_a_gpu() -> None:
     assert row["logits"] < row["peak"] < min(budget, row["gradients"] + row["workspace"]) + 16
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_of_an_alternative() -> None:
     row = measure(CASE, "plain torch", BUDGET)
@@ -65,6 +68,7 @@ def test_names() -> None:
     assert "torch.compile" not in names(CASE, BUDGET, compiling=False)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_a_projected_gradient_takes_less_than_the_weight() -> None:
     case = Case("score", "trainable head", shape=Shape(2, 64, 1024, 8000))

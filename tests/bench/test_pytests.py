@@ -68,7 +68,7 @@ def command(tmp_path: Path) -> list[str]:
     "ignored",
     [
         pytest.param(False, id="foreground", marks=pytest.mark.slow),
-        pytest.param(True, id="background"),
+        pytest.param(True, id="background", marks=pytest.mark.slow),
     ],
 )
 def test_what_was_cut_short_keeps_what_it_had(
@@ -103,6 +103,7 @@ def test_what_came_to_its_end(command: list[str]) -> None:
     assert finished and (row["exit"], row["passed"], len(row["failed"])) == (1, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_no_tests_at_all(command: list[str]) -> None:
     row, finished = pytests.run([*command, "-k", "none_such"], None, 120.0)

@@ -63,6 +63,7 @@ def quietly(text: str) -> None:
     return None
 
 
+@pytest.mark.slow
 def test_a_candidate_that_takes_the_process_down_is_left_out(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,19 @@ def test_the_usual_cases() -> None:
     assert [case.mode for case in cases if case.what == "dpo"] == 2 * list(MODES)
 
 
+def test_vocabularies_of_images() -> None:
+    """DDO at each; every token is scored."""
+    given = ("--what", "images", "--mode", "frozen head", "--dtype", "float32")
+    cases = list(bench._chosen(arguments(*given)))
+    assert [case.shape.vocab_size for case in cases] == [4096, 16384, 65536, 184622]
+    assert {(case.what, case.mode, case.shape.masked) for case in cases} == {
+        ("ddo", "frozen head", 0.0)
+    }
+    assert {case.shape.hidden_size for case in cases} == {256}
+    quick = list(bench._chosen(arguments("--quick", *given)))
+    assert max(case.shape.scored * case.shape.hidden_size for case in quick) <= 2**14
+
+
 def test_one_implementation(tiny: None, tmp_path: Path) -> None:
     given = ["--quick", "--rounds", "1", "--what", "score", "--mode", "forward"]
     given += ["--implementation", "plain torch", "--dtype", "float32", "--out", str(tmp_path)]

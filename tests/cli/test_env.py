@@ -67,9 +67,7 @@ def test_packages_that_are_absent_are_said_to_be(monkeypatch: pytest.MonkeyPatch
         pytest.param(
             section,
             as_json,
-            marks=[]
-            if (section, as_json) in {("cpu", False), ("backends", True)}
-            else pytest.mark.slow,
+            marks=[] if (section, as_json) == ("cpu", True) else pytest.mark.slow,
         )
         for section in (
             "versions",

@@ -34,6 +34,7 @@ def test_settle_alone() -> None:
     check_settle_alone(glue.settle)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_a_call_launches_little() -> None:
     """The numbers that benchmarks/NOTES.md gives, of Triton and of torch."""

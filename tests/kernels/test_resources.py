@@ -58,7 +58,7 @@ def compile_some(capability: int, element: str, pattern: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "capability, element, pattern",
     [
-        (90, "bf16", SAMPLE),
+        pytest.param(90, "bf16", SAMPLE, marks=pytest.mark.slow),
         (120, "fp32", "linear_exp store( statistics)?( tf32)?|reanchor store"),
         *(
             pytest.param(capability, element, ".*", marks=pytest.mark.slow)

@@ -102,7 +102,7 @@ def make_case(
         low = torch.where(far, case.target % rare, common)
         case.target.copy_(torch.where(case.scored, low, IGNORED))
     if uneven:
-        temperature = 0.3 + 1.7 * torch.rand(rows, generator=generator, dtype=torch.float64)
+        temperature = 0.5 + 1.5 * torch.rand(rows, generator=generator, dtype=torch.float64)
         case.map["temperature"] = torch.where(case.scored, temperature, 0)
     return case.to(dtype)
 

@@ -386,7 +386,7 @@ def _write_many(first: int, count: int) -> None:
 
 def test_two_processes_write_at_once() -> None:
     """Neither loses what the other wrote, and a reader never sees half a file."""
-    context, count = multiprocessing.get_context("fork"), 40
+    context, count = multiprocessing.get_context("fork"), 12
     writers = [context.Process(target=_write_many, args=(1000 * i, count)) for i in (1, 2)]
     for one in writers:
         one.start()
@@ -451,7 +451,7 @@ def test_what_the_choice_is_asked_for(
 
     hidden, weight = torch.randn(6, 8), torch.randn(11, 8)
     monkeypatch.setattr(backends, "choose", choose)
-    monkeypatch.setattr(validation, "check_group", lambda group: None)
+    monkeypatch.setattr(validation, "check_group", lambda group, name: None)
     monkeypatch.setattr(request, "agree", lambda *_: Agreed.alone(Own(11)))
     target = torch.arange(6)
     api.ask(hidden, weight, target, **changes).planned(target)

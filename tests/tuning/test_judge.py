@@ -220,6 +220,7 @@ def troubled(connection: Connection) -> None:
     isolation.serve(connection, answer)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_tiers_that_take_their_process_down() -> None:
     tiers = ("dies", "works", "hangs", "dies late")

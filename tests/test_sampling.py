@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The samples of ``make test`` and ``make test-quick``: each value is there, and what is heavy or a
+sweep is left out."""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+from tests.sampling import MANY, each_value, sample, sweep
+
+
+def a_case(name: str, *marks: str, **params: Any) -> Any:
+    # Compared as pytest's items are: by identity.
+    class Case(SimpleNamespace):
+        __hash__ = object.__hash__
+        __eq__ = object.__eq__
+
+    given = {"callspec": SimpleNamespace(params=params)} if params else {}
+    return Case(
+        nodeid=f"{name}[{params}]", get_closest_marker=dict.fromkeys(marks, True).get, **given
+    )
+
+
+DTYPES, BACKENDS, SIZES = ("a", "b", "c", "d"), ("torch", "cpp"), ((1, 2), (3, 4), (5, 6))
+
+
+def product(*marks: str, seeds: int = 1) -> list[Any]:
+    return [
+        a_case("test", *marks, dtype=dtype, backend=backend, sizes=size, seed=seed)
+        for dtype, backend, size, seed in itertools.product(DTYPES, BACKENDS, SIZES, range(seeds))
+    ]
+
+
+def test_each_value_once_in_mixed_company() -> None:
+    params = [case.callspec.params for case in each_value(product(), 1)]
+    assert len(params) == 4
+    for name, values in (("dtype", DTYPES), ("backend", BACKENDS), ("sizes", SIZES)):
+        assert {one[name] for one in params} == set(values)
+    assert [one["backend"] for one in params].count("cpp") == 2
+
+
+def test_each_test_is_sampled_by_itself_and_what_is_heavy_is_left_out() -> None:
+    first = [a_case("first", dtype=dtype) for dtype in "ab"]
+    plain, heavy = a_case("plain"), a_case("heavy", "heavy")
+    part = [a_case("part", *["heavy"] * (dtype == "a"), dtype=dtype) for dtype in "ab"]
+    other = [a_case("other", dtype="a")]
+    kept = list(sample([*first, plain, heavy, *part, *other]))
+    assert kept == [*first, plain, part[1], *other]
+
+
+def test_each_value_twice_where_there_are_two() -> None:
+    cases = [*product(), a_case("test", dtype="e", backend="cpp", sizes=(1, 2), seed=0)]
+    params = [case.callspec.params for case in each_value(cases, 2)]
+    for name, values in (("dtype", DTYPES), ("backend", BACKENDS), ("sizes", SIZES)):
+        for value in values:
+            assert sum(one[name] == value for one in params) >= 2
+    assert sum(one["dtype"] == "e" for one in params) == 1
+    assert len(params) == 9
+
+
+def test_what_is_beyond_the_sample_of_many_is_a_sweep() -> None:
+    few, many = product(), product(seeds=2)
+    assert len(few) == MANY and not list(sweep(few))
+    rest = list(sweep(many))
+    assert len(rest) + len(each_value(many, 2)) == len(many)
+    assert not {id(one) for one in rest} & {id(one) for one in each_value(many, 2)}
+    one_parameter = [a_case("one", number=number) for number in range(100)]
+    assert not list(sweep(one_parameter))
+    assert not list(sweep(product("slow", seeds=2)))

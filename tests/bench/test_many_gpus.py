@@ -368,12 +368,12 @@ def test_bad_input(
 def test_the_table_and_the_readme(
     scaling: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The README shows what the script prints, and the script draws."""
+    """The page shows what the script prints, and the script draws."""
     picture = tmp_path / "deeper" / "one.png"
     scaling.main(["--out", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     table, below = capsys.readouterr().out.split("\n\n")
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert len(table.splitlines()) == 2 + 8 and "(too much)" in table
     assert "70B, H200: over the network (50 GB/s a direction) the head waits longer" in below
     assert "H100: 700 TFLOP/s, 3 TB/s (assumed), 80 GB." in below

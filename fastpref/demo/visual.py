@@ -84,7 +84,7 @@ def _prefer(model: FlowTransformer, recipe: Recipe, console: Console) -> tuple[l
             ref_pred = reference(seen, times)
         loss = loss_of(model(seen, times), ref_pred, velocity).loss
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         progress(step + 1, recipe.steps, loss.item())
     return progress.losses, time.monotonic() - began

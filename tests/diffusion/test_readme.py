@@ -25,10 +25,20 @@ def test_code_runs(text: str) -> None:
     generator = torch.Generator().manual_seed(0)
     model, ref, target, mean, ref_mean, sample = torch.randn(6, 6, 4, 3, generator=generator)
     names = {
-        "preset": preset, "step_log_prob": step_log_prob, "step_log_ratio": step_log_ratio,
-        "torch": torch, "objectives": objectives, "args": SimpleNamespace(beta_dpo=10.0),
-        "mean": mean.requires_grad_(), "ref_mean": ref_mean, "sample": sample, "std": 0.3,
-        "B": 3, "T": 2, "old_logp": torch.zeros(3, 2), "rewards": torch.rand(3),
+        "preset": preset,
+        "step_log_prob": step_log_prob,
+        "step_log_ratio": step_log_ratio,
+        "torch": torch,
+        "objectives": objectives,
+        "args": SimpleNamespace(beta_dpo=10.0),
+        "mean": mean.requires_grad_(),
+        "ref_mean": ref_mean,
+        "sample": sample,
+        "std": 0.3,
+        "B": 3,
+        "T": 2,
+        "old_logp": torch.zeros(3, 2),
+        "rewards": torch.rand(3),
         "groups": torch.zeros(3, dtype=torch.int64),
     }
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)

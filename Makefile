@@ -34,7 +34,8 @@ BENCH := $(VENV)/.bench
 WHEEL := dist/.wheel-$(notdir $(VENV))
 CSRC := $(shell find csrc -type f ! -name '*.md')
 NATIVE := setup.py pyproject.toml $(CSRC)
-SOURCES := $(NATIVE) $(shell find fastpref/ kernels/ -name '*.py')
+# A source archive has the kernels in fastpref/ alone.
+SOURCES := $(NATIVE) $(shell find fastpref/ $(wildcard kernels/) -name '*.py')
 
 # Models, tokenizers and data of the tests and the demo are made on the spot.
 export HF_HUB_OFFLINE := 1
@@ -50,14 +51,14 @@ demo: $(PACKAGE) ## a preference training inside TRL on the CPU, stock against f
 	$(BIN)/python -m fastpref demo $(DEMO_ARGS)
 
 test: $(PACKAGE) $(WHEEL) ## all tests but the sweeps and those that need a GPU
-	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" \
+	FASTPREF_WHEEL="$(CURDIR)/$$(cat $(WHEEL))" \
 	  $(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-quick: $(PACKAGE) ## a sample of the tests within two minutes, or of one AREA, such as AREA=scoring
 	$(BIN)/python -m pytest -q --quick -m "not slow and not gpu" -n 2 $(PYTEST_ARGS) tests/$(AREA)
 
 test-slow: $(PACKAGE) $(WHEEL) ## the sweeps
-	FASTPREF_WHEEL="$$(ls $(CURDIR)/dist/fastpref-*.whl)" $(BIN)/python -m pytest -q -m slow -n $(WORKERS) $(PYTEST_ARGS)
+	FASTPREF_WHEEL="$(CURDIR)/$$(cat $(WHEEL))" $(BIN)/python -m pytest -q -m slow -n $(WORKERS) $(PYTEST_ARGS)
 
 trl-matrix: $(PACKAGE) ## the tests of TRL with every TRL that is covered, each installed under build/trl
 	$(BIN)/python tests/trl_matrix.py $(TRL)
@@ -83,6 +84,7 @@ gpu-more: ## what `make gpu` left (GPU_LEFT), within 5 minutes
 	$(GPU) --more $(GPU_LEFT) $(BENCH_ARGS)
 
 gpu-pack: $(PACKAGE) ## what `make gpu` needs beside the sources on a machine without a network, and its size
+	FASTPREF_BUILD_CUDA=auto $(BIN)/python setup.py -q build_ext --inplace
 	-$(PIP) install -q --no-deps --no-compile --upgrade --target $(GPU_PACK)/site \
 	  liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(BIN)/python benchmarks/pack.py $(GPU_PACK)
@@ -98,8 +100,10 @@ format: $(DEPENDENCIES) ## rewrite the sources as `lint` wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-wheel: $(WHEEL) ## dist/*.whl for this Python
-	@ls dist/fastpref-*.whl
+wheel: $(DEPENDENCIES) ## dist/*.whl, one for each CPython from 3.10 that is installed, and the source archive
+	rm -rf dist
+	$(BIN)/python csrc/wheels.py dist
+	$(BIN)/python setup.py -q sdist
 
 install: $(PACKAGE) ## the environment and the package in it, editable
 
@@ -126,4 +130,4 @@ $(BENCH): $(PACKAGE)
 $(WHEEL): $(DEPENDENCIES) $(SOURCES)
 	rm -rf build/lib* build/bdist* dist
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
-	touch $@
+	ls dist/fastpref-*.whl > $@

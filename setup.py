@@ -7,7 +7,10 @@ it is no extension module: one file serves every CPython and every torch from 2.
 flags that Python was compiled with. What was built, with what, and why something was not, is
 written to ``fastpref/_build_info.json``.
 
-Environment: FASTPREF_SKIP_EXT, FASTPREF_FORCE_EXT, FASTPREF_BUILD_CUDA (auto, 0 or 1),
+Without a compiler the package is pure Python. With one, but without what a build takes beside it
+(``--no-build-isolation``), the build fails and says what to install.
+
+Environment: FASTPREF_SKIP_EXT, FASTPREF_FORCE_EXT, FASTPREF_BUILD_CUDA (0, auto or 1),
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS, MAX_JOBS.
 """
 
@@ -41,10 +44,16 @@ MODULE = ["-O2", *SHARED]
 NVCC = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Machine code for Ampere (and Ada), Hopper and Blackwell; PTX of the newest for what comes after.
 CUDA_ARCHITECTURES = ("8.0", "9.0a", "10.0")
+# By the name of its module what a build takes beside setuptools; an isolated one has it.
+BUILD_PACKAGES = {"torch": "torch>=2.10", "ninja": "ninja", "pybind11": "pybind11>=2.13"}
 
 
 class Unavailable(Exception):
     """A library cannot be built here; the message is the reason that users are shown."""
+
+
+class Missing(Unavailable):
+    """One could be, but for Python packages that are not there."""
 
 
 def flag(name: str) -> bool:
@@ -82,29 +91,45 @@ def complaint(command: list[str], source: str, suffix: str) -> str | None:
 
 
 def torch_directory() -> Path:
-    """Where torch is installed, found without importing it. Raises Unavailable."""
+    """Where torch is installed, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise Unavailable("torch was not installed at build time")
-    version = importlib.metadata.version("torch")
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST_TORCH:
-        raise Unavailable(f"torch {version} at build time was older than 2.10")
+        raise Missing("torch is not installed")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def missing_packages() -> list[str]:
+    """What a build takes and is not installed, as pip is asked for it."""
+    missing = [
+        requirement
+        for name, requirement in BUILD_PACKAGES.items()
+        if importlib.util.find_spec(name) is None
+    ]
+    if "torch>=2.10" not in missing:
+        version = importlib.metadata.version("torch")
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST_TORCH:
+            missing.append("torch>=2.10")
+    return missing
+
+
 def require_ops() -> None:
-    """Raise Unavailable unless the operators can be built here."""
+    """Raise Unavailable unless the operators can be built here, Missing where packages would do."""
     if flag("FASTPREF_SKIP_EXT"):
         raise Unavailable("left out at build time by FASTPREF_SKIP_EXT")
     if not sys.platform.startswith(("linux", "darwin")):
         raise Unavailable(f"built on Linux and macOS only, not on {sys.platform}")
-    torch_directory()
-    if importlib.util.find_spec("ninja") is None:
-        raise Unavailable("the Python package ninja was not installed at build time")
     said = complaint([*compiler(), *OPS], "#include <optional>\nstd::optional<int> x;\n", ".cpp")
     if said is not None:
         name = shlex.join(compiler())
         raise Unavailable(f"no working C++17 compiler at build time ({name}: {said})")
+    missing = missing_packages()
+    if missing:
+        raise Missing(
+            "there is a C++ compiler, but not all that a build without isolation takes. "
+            f"Install it:\n\n    python -m pip install {shlex.join(missing)}\n\n"
+            "and build again; or leave the compiled libraries out, which is slower on CPUs and no "
+            "slower on GPUs, with FASTPREF_SKIP_EXT=1"
+        )
 
 
 def module_includes() -> list[str]:
@@ -112,8 +137,6 @@ def module_includes() -> list[str]:
     include = Path(sysconfig.get_path("include"))
     if not (include / "Python.h").exists():
         raise Unavailable("Python's C headers were not installed at build time")
-    if importlib.util.find_spec("pybind11") is None:
-        raise Unavailable("pybind11 was not installed at build time")
     import pybind11
 
     return [str(include), pybind11.get_include()]
@@ -125,11 +148,11 @@ def cuda_sources() -> list[Path]:
 
 def find_nvcc() -> str:
     """A working nvcc. Raises Unavailable."""
-    choice = os.environ.get("FASTPREF_BUILD_CUDA", "auto")
+    choice = os.environ.get("FASTPREF_BUILD_CUDA", "0")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"FASTPREF_BUILD_CUDA: got {choice!r}, expected auto, 0 or 1.")
     if choice == "0":
-        raise Unavailable("left out at build time by FASTPREF_BUILD_CUDA")
+        raise Unavailable("left out, as FASTPREF_BUILD_CUDA=1 was not set at build time")
     if not cuda_sources():
         raise Unavailable("this version has no CUDA sources")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -282,8 +305,10 @@ class BuildLibraries(build_ext):
         return str(Path(name).with_name("_ops.so")) if is_ops else name
 
     def build_extensions(self) -> None:
-        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        ninja = Ninja(ROOT / "build" / f"ninja-{tag}")
+        if MISSING:
+            raise SystemExit(f"fastpref: {MISSING}.")
+        # One for all Pythons: nothing of _ops depends on them, and _C has a name of its own.
+        ninja = Ninja(ROOT / "build" / f"ninja-{sysconfig.get_platform()}")
         plans = {"fastpref._ops": plan_ops, "fastpref._C": plan_module}
         targets = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
         self.facts: dict[str, str] = {}
@@ -318,6 +343,8 @@ def built(command: build_ext | build_py) -> Path:
 def extensions() -> list[Extension]:
     sources = [CSRC / "ops.cpp", *sorted(CSRC.glob("cpu/*.cpp")), *cuda_sources()]
     libraries = [Extension("fastpref._ops", [str(path.relative_to(ROOT)) for path in sources])]
+    if MISSING:
+        return libraries
     try:
         module_includes()
     except Unavailable as reason:
@@ -326,9 +353,34 @@ def extensions() -> list[Extension]:
     return [*libraries, Extension("fastpref._C", ["csrc/module.cpp"])]
 
 
+def repository() -> str | None:
+    """The address of the repository, where pyproject.toml has one."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "(.+?)/?"$', text, re.MULTILINE)
+    return found and found[1]
+
+
+def absolute(text: str, address: str | None) -> str:
+    """Markdown whose relative links and pictures are those of the repository, as a package index
+    needs them; without an address, links to files are their text and pictures are left out."""
+
+    def link(match: re.Match[str]) -> str:
+        picture, name, target = match.groups()
+        if re.match(r"https?:|#|mailto:", target):
+            return match[0]
+        if address is None:
+            return "" if picture else name
+        return f"{picture}[{name}]({address}/{'raw' if picture else 'blob'}/main/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+
+
+OPS_REASON = MISSING = None
 try:
     require_ops()
-    OPS_REASON = None
+except Missing as reason:
+    # Commands that build nothing do without.
+    MISSING = str(reason)
 except Unavailable as reason:
     if flag("FASTPREF_FORCE_EXT"):
         raise SystemExit(f"FASTPREF_FORCE_EXT cannot be followed: {reason}.") from None
@@ -336,6 +388,8 @@ except Unavailable as reason:
     print(f"fastpref: building without compiled libraries: {reason}.", file=sys.stderr)
 
 setup(
+    long_description=absolute((ROOT / "README.md").read_text(encoding="utf-8"), repository()),
+    long_description_content_type="text/markdown",
     ext_modules=[] if OPS_REASON else extensions(),
     cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython},
 )

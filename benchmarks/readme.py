@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the tables and pictures of benchmarks/results/*.json into the README:
+"""Puts the tables and pictures of results/*.json into the README beside this, and draws the picture
+of the README above:
 
 python benchmarks/readme.py
 """
@@ -14,7 +15,7 @@ from fastpref.bench import machine, pictures, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README = ROOT / "benchmarks" / "README.md"
 PREDICTIONS = ROOT / "benchmarks" / "predictions.json"
 START, END = "<!-- bench -->", "<!-- end of bench -->"
 GPU_START, GPU_END = "<!-- gpu -->", "<!-- end of gpu -->"
@@ -27,11 +28,16 @@ def section(results: dict[str, dict[str, Any]], drawn: dict[str, list[str]]) -> 
     parts = []
     for path, result in results.items():
         ran = machine.headline(result["machine"]).removeprefix("fastpref bench: ")
-        parts.append(f"[{path}]({path}): {ran}.")
+        parts.append(f"[{Path(path).name}]({beside(path)}): {ran}.")
         parts += [report.markdown(result)] if result.get("cases") else []
         parts += [report.markdown_curves(result)] if result.get("curves") else []
-        parts += [f"![{Path(one).stem}]({one})" for one in drawn[path]]
+        parts += [f"![{Path(one).stem}]({beside(one)})" for one in drawn[path]]
     return "\n\n".join(parts)
+
+
+def beside(path: str) -> str:
+    """A path of the repository as README.md links to it."""
+    return path.removeprefix("benchmarks/")
 
 
 def of_gpu(result: dict[str, Any]) -> bool:
@@ -45,7 +51,7 @@ def gpu_section(results: dict[str, dict[str, Any]], predictions: list[dict[str, 
     parts = [_predicted(results, predictions)]
     for path, result in results.items():
         ran = machine.headline(result["machine"]).removeprefix("fastpref bench: ")
-        parts.append(f"[{path}]({path}): {ran}.")
+        parts.append(f"[{Path(path).name}]({beside(path)}): {ran}.")
         said = report.terminal_summary(result).splitlines()
         parts += ["\n".join(f"- {line}" for line in said)] if said else []
         parts += [report.markdown(result)] if result.get("cases") else []
@@ -117,7 +123,9 @@ def main() -> None:
     drawn = {}
     for path, result in results.items():
         files = pictures.draw(shown(result), (ROOT / path).with_suffix(""))
-        drawn[path] = [file.relative_to(ROOT).as_posix() for file in files]
+        drawn[path] = [
+            file.relative_to(ROOT).as_posix() for file in files if file.stem != pictures.OVERVIEW
+        ]
     text = with_section(README.read_text(encoding="utf-8"), section(results, drawn))
     inside = gpu_section(load(gpu=True), json.loads(PREDICTIONS.read_text()))
     text = with_section(text, inside, GPU_START, GPU_END)

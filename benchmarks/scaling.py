@@ -150,6 +150,17 @@ def sequence_collectives(sequences: int, ranks: int, lengths: bool = False) -> l
     return [Collective("all_reduce", one * sequences, ranks) for one in sizes if ranks > 1]
 
 
+def token_collectives(
+    sequences: int, positions: int, ranks: int, size: int = 9
+) -> list[Collective]:
+    """With ``seq_group``, of objectives of tokens, beside those of ``sequence_collectives``: how
+    many positions of a row each rank holds, and ``size`` bytes of each of these. ``positions`` are
+    the most of any rank. The size is 5 for the policy, and 4 each for the old policy, the
+    reference and advantages of tokens."""
+    sizes = (3 * 8, sequences * positions * size)
+    return [Collective("all_gather", one, ranks) for one in sizes if ranks > 1]
+
+
 def mean_collectives(ranks: int) -> list[Collective]:
     """With ``dp_group``, of an objective that takes the mean of its batch, as KTO does."""
     return [Collective("all_reduce", 2 * 4, ranks)] if ranks > 1 else []

@@ -86,7 +86,7 @@ def train(policy: Model, reference: Model, ids: Tensor, steps: int) -> None:
 
 def wins(policy: Model, first: Model) -> float:
     """How often the judge prefers the policy's response to the first policy's."""
-    prompts = torch.arange(PROMPTS).repeat(32)
+    prompts = torch.arange(PROMPTS).repeat(256)
     gap = score(policy.sample(prompts)) - score(first.sample(prompts))
     return float(torch.sigmoid(gap).mean())
 

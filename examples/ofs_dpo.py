@@ -43,14 +43,19 @@ def make_model() -> Any:
 
 
 def make_pairs(task: int, count: int) -> Tensor:
-    """(2 count, T), chosen rows first. Of the first task prompts are low numbers and even tokens
-    are preferred; of the second prompts are high ones, and odd tokens are."""
+    """(2 count, T), chosen rows first. Of the first task even tokens are preferred to odd ones; of
+    the second high ones to low ones, and most of these high ones are odd: whoever learns it alone
+    learns the contrary of the first beside it."""
     half = VOCABULARY // 2
-    prompts = torch.randint(task * half, (task + 1) * half, (count, PROMPT)).repeat(2, 1)
-    responses = torch.randint(half, (2 * count, RESPONSE)) * 2
-    responses[count:] += 1
-    if task == 1:
-        responses = responses.roll(count, 0)
+    prompts = torch.randint(VOCABULARY, (count, PROMPT)).repeat(2, 1)
+    if task == 0:
+        responses = torch.randint(half, (2 * count, RESPONSE)) * 2
+        responses[count:] += 1
+    else:
+        odd = torch.rand(2 * count, RESPONSE) < 0.75
+        odd[count:] = ~odd[count:]
+        responses = torch.randint(half // 2, (2 * count, RESPONSE)) * 2 + odd.long()
+        responses[:count] += half
     return torch.cat([prompts, responses], 1)
 
 
@@ -127,7 +132,7 @@ def main() -> None:
     switches = train(pair, 0)
     keep(pair, "task 0")
     first, _ = measure(model, "task 0", held_out[0])
-    train(pair, 1)
+    switches += train(pair, 1)
     plain = [measure(model, pair.fast, rows)[0] for rows in held_out]
 
     for role in ("fast", "slow"):  # adapters of its own
@@ -141,8 +146,11 @@ def main() -> None:
         tried.append((sum(measure(model, name, rows)[1] for rows in memory), name))
     _, best = min(tried)
     both = [measure(model, best, rows)[0] for rows in held_out]
-    print(f"after task 0   right {first:.3f} of task 0, {switches} exchanges of roles")
-    print(f"without COFS   right {plain[0]:.3f} of task 0, {plain[1]:.3f} of task 1")
+    print(f"after task 0   right {first:.3f} of task 0")
+    print(
+        f"without COFS   right {plain[0]:.3f} of task 0, {plain[1]:.3f} of task 1, "
+        f"{switches} exchanges of roles"
+    )
     print(f"with COFS      right {both[0]:.3f} of task 0, {both[1]:.3f} of task 1")
     print(f"forgetting     without {first - plain[0]:.3f}   with {first - both[0]:.3f}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused preference losses: hidden states to log-probabilities to losses, without the logits."""
+"""Fused preference losses: hidden states to log-probabilities to losses, in bounded memory."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -31,13 +31,23 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @functools.cache
 def load() -> None:
-    """Load both libraries; where operators that the platform could have are missing, warn once."""
-    reason = ops_unavailable_reason()
+    """Load both libraries, silently."""
+    ops_unavailable_reason()
     native_module_unavailable_reason()
+
+
+@functools.cache
+def warn_of_missing_operators() -> None:
+    """Say, once a process, why what runs on the CPU is slow and what mends it. On platforms without
+    compiled operators there is nothing to say."""
+    reason = ops_unavailable_reason()
     if reason is not None and sys.platform.startswith(("linux", "darwin")):
+        # Without a cache: a wheel without them would be taken again.
+        command = "pip install --force-reinstall --no-deps --no-cache-dir"
         warnings.warn(
-            f"fastpref runs without its compiled operators, slower on the CPU: {reason}. "
-            "`python -m fastpref env` shows what this installation can do.",
+            f"fastpref runs on the CPU without its compiled operators, slower: {reason}. With a "
+            f"C++17 compiler there, `{command} .` in fastpref's sources builds them (`-e .` for an "
+            "editable installation); `fastpref env` shows what this one can do.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 ELEMENTS = 2048  # of a tile
-WARPS = 4
+WARPS = 8
 MOST_PARTS = 1024
 SUMS = 3
 

@@ -7,11 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fastpref
 from fastpref import _extension
 
 compiled = pytest.mark.skipif(
@@ -119,22 +123,54 @@ def test_unreadable_build_facts_are_empty(
     assert _extension.build_info() == {}
 
 
-@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="warns there only")
-def test_load_warns_once_and_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_extension, "ops_unavailable_reason", lambda: "it fell off")
+    _extension.warn_of_missing_operators.cache_clear()
     _extension.load.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"it fell off.*python -m fastpref env") as caught:
+    yield
+    _extension.warn_of_missing_operators.cache_clear()
+
+
+SAID = r"on the CPU without.*it fell off.*`pip install --force-reinstall .* \.`.*`fastpref env`"
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="warns there only")
+@pytest.mark.usefixtures("without_operators")
+def test_the_first_scoring_on_the_cpu_says_what_is_missing_and_what_mends_it() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         _extension.load()
-        _extension.load()
+        score(backend="torch")  # asked for
+    with pytest.warns(RuntimeWarning, match=SAID) as caught:
+        score()
+        score(rows=7)
+        fastpref.preference_loss(torch.randn(2, 3, 4), torch.randn(9, 4), WORDS, "simpo")
     assert len(caught) == 1
-    _extension.load.cache_clear()
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="warns there only")
+@pytest.mark.usefixtures("without_operators")
+def test_errors_of_diffusion_say_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastpref.diffusion.backends.ops_unavailable_reason", lambda: "fell off")
+    with pytest.warns(RuntimeWarning, match=SAID):
+        fastpref.diffusion.log_ratio(*torch.randn(3, 2, 8))
+
+
+WORDS = torch.ones(2, 3, dtype=torch.int64)
+
+
+def score(rows: int = 5, **options: Any) -> None:
+    target = torch.zeros(rows, dtype=torch.int64)
+    options = fastpref.ScoringOptions(**options)
+    fastpref.linear_logprob(torch.randn(rows, 4), torch.randn(9, 4), target, options=options)
 
 
 @pytest.mark.filterwarnings("error")
-def test_load_is_silent_with_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_operators_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "ops_unavailable_reason", lambda: None)
-    _extension.load.cache_clear()
-    _extension.load()
+    _extension.warn_of_missing_operators.cache_clear()
+    _extension.warn_of_missing_operators()
 
 
 def test_native_module_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:

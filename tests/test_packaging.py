@@ -80,7 +80,7 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that a build reads, without what earlier builds left."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("not run from a checkout")
-    tree = tmp_path_factory.mktemp("source")
+    tree = tmp_path_factory.mktemp("source") / "fastpref"
     left_over = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
     for name in ("fastpref", "csrc", "kernels"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=left_over)
@@ -135,10 +135,108 @@ def test_without_the_compiled_library_the_wheel_is_pure_and_works(
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
-    done = score(wheel, tmp_path, "torch")
+    done = score(wheel, tmp_path, "auto")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("left out at build time by FASTPREF_SKIP_EXT No module")
-    assert done.stderr.count("RuntimeWarning: fastpref runs without its compiled operators") == 1
+    assert done.stderr.count("RuntimeWarning: fastpref runs on the CPU without its compiled") == 1
+    # Not before something runs.
+    python = tmp_path / "venv" / "bin" / "python"
+    for code in ("import torch", "import torch, fastpref"):
+        done = subprocess.run([python, "-c", code], capture_output=True, env=environment())
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), code
+
+
+WITHOUT = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {!r} else find_spec(name, *rest)
+"""
+
+
+def set_up(
+    tree: Path, command: str, without: tuple[str, ...], folder: Path, **values: str
+) -> subprocess.CompletedProcess[str]:
+    """One command of setup.py where some packages are not installed."""
+    (folder / "sitecustomize.py").write_text(WITHOUT.format(without))
+    run = [sys.executable, "setup.py", "-q", *command.split()]
+    values = {"PYTHONPATH": str(folder), "FASTPREF_SKIP_EXT": "", "FASTPREF_FORCE_EXT": ""} | values
+    return subprocess.run(run, cwd=tree, env=environment(**values), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("without", "line"),
+    [
+        (("ninja",), "python -m pip install ninja\n"),
+        (("pybind11",), "python -m pip install 'pybind11>=2.13'\n"),
+        (("torch", "ninja"), "python -m pip install 'torch>=2.10' ninja\n"),
+    ],
+)
+def test_a_compiler_without_the_rest_fails_with_the_line_that_mends_it(
+    source_tree: Path, tmp_path: Path, without: tuple[str, ...], line: str
+) -> None:
+    built = tmp_path / "built"
+    done = set_up(source_tree, f"build_ext --build-lib {built}", without, tmp_path)
+    assert done.returncode != 0
+    assert line in done.stderr and "FASTPREF_SKIP_EXT=1" in done.stderr
+    assert "Traceback" not in done.stderr and not built.exists()
+    # What compiles nothing does without.
+    assert set_up(source_tree, f"egg_info -e {tmp_path}", without, tmp_path).returncode == 0
+    # And so does a build that is told to leave the libraries out, or has no compiler.
+    for values in ({"FASTPREF_SKIP_EXT": "1"}, {"CXX": "no-such-compiler"}):
+        done = set_up(source_tree, f"build --build-base {built}", without, tmp_path, **values)
+        assert done.returncode == 0, done.stderr
+        assert "building without compiled libraries" in done.stderr
+
+
+def test_cuda_sources_are_compiled_where_they_are_asked_for(
+    source_tree: Path, tmp_path: Path
+) -> None:
+    """An nvcc that is found does not make a first installation take minutes."""
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho nvcc ran >&2\nexit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    said = {}
+    for choice in (None, "1"):
+        env = environment(PATH=path, FASTPREF_SKIP_EXT="1", FASTPREF_BUILD_CUDA=choice or "")
+        for name in ("CUDA_HOME", "CUDA_PATH", *(() if choice else ("FASTPREF_BUILD_CUDA",))):
+            env.pop(name, None)
+        command = [sys.executable, "-c", PLANNING.format(root=str(source_tree))]
+        said[choice] = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    assert "left out, as FASTPREF_BUILD_CUDA=1 was not set" in said[None]
+    assert "nvcc ran" in said["1"]
+
+
+PLANNING = """
+import sys
+sys.path.insert(0, {root!r})
+import setuptools
+setuptools.setup = lambda **given: None
+import setup
+try:
+    print(setup.find_nvcc())
+except setup.Unavailable as reason:
+    print(reason)
+"""
+
+
+def test_an_editable_install_works_beside_the_checkout(source_tree: Path, tmp_path: Path) -> None:
+    """A folder called fastpref in the working directory is no package of that name."""
+    checkout = shutil.copytree(source_tree, tmp_path / "fastpref", symlinks=True)
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    paths = sysconfig.get_paths(vars={"base": str(tmp_path / "venv")})
+    outer = {sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])}
+    Path(paths["purelib"], "outer.pth").write_text("\n".join(sorted(outer)) + "\n")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    command += ["install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e"]
+    env = environment(FASTPREF_SKIP_EXT="1")
+    subprocess.run([*command, str(checkout)], check=True, cwd=tmp_path, env=env)
+    code = "import fastpref, fastpref.kernels; print(fastpref.__file__, fastpref.sequence_logp)"
+    done = subprocess.run(
+        [python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(checkout / "fastpref" / "__init__.py"))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,18 @@ def _diagnose(args: argparse.Namespace, console: Console) -> None:
 
     console.say("data", f"reading {args.data}")
     examples = load(args.data, least=1).pairs().examples[: args.limit]
-    console.say("models", "loading both")
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    from ..demo.model import load_model
+    from ..demo.model import check_directory, load_model
     from ..demo.tokens import encode
     from ..diagnostics.report import Pair, Settings, diagnose
 
+    check_directory(args.model)
+    check_directory(args.reference, "--reference")
+    _make(args.out)
+    console.say("models", "loading both")
     policy, tokenizer = load_model(args.model)
     reference, _ = load_model(args.reference, "--reference")
     sizes = [one.get_output_embeddings().weight.shape[0] for one in (policy, reference)]
@@ -131,7 +135,16 @@ def _check(args: argparse.Namespace) -> None:
             raise DemoError(f"--{option} {getattr(args, name)}: expected at least {least}")
     if not 0 < args.beta < float("inf"):
         raise DemoError(f"--beta {args.beta}: expected a number greater than 0")
+
+
+def _make(folder: Path) -> None:
+    """A folder that can be written to, before there is anything to write."""
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"--out {args.out}: cannot be made: {error.strerror}") from None
+        raise DemoError(f"--out {folder}: cannot be made: {error.strerror}") from None
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DemoError(f"--out {folder}: cannot be written to: {error.strerror}") from None

@@ -35,7 +35,7 @@ VARIABLES = (
     ("FASTPREF_CACHE_DIR", "run", "where verdicts of `tune` lie; otherwise fastpref/ in ~/.cache"),
     ("FASTPREF_SKIP_EXT", "build", "1: build no compiled library"),
     ("FASTPREF_FORCE_EXT", "build", "1: fail where the compiled library cannot be built"),
-    ("FASTPREF_BUILD_CUDA", "build", "auto, 0 or 1: CUDA sources where nvcc works, never, always"),
+    ("FASTPREF_BUILD_CUDA", "build", "0, auto or 1: CUDA sources never, where nvcc works, always"),
     ("TORCH_CUDA_ARCH_LIST", "build", "CUDA architectures, such as 8.0;9.0a;10.0+PTX"),
     ("CUDA_HOME", "build", "CUDA toolkit; otherwise the one of the nvcc on PATH"),
     ("CXX", "build", "C++ compiler; otherwise g++"),

@@ -7,7 +7,10 @@ import argparse
 import inspect
 import re
 import sys
+import textwrap
 from typing import Any, NamedTuple
+
+from ..objectives.documentation import LETTERS
 
 FAMILIES = {
     "pair": "Pairs",
@@ -22,7 +25,8 @@ class Row(NamedTuple):
 
     name: str
     loss: str
-    paper: str
+    paper: str  # arXiv number
+    authors: str  # and year
     scope: str
     needs: str
 
@@ -49,9 +53,23 @@ def run(args: argparse.Namespace) -> int:
             print(f"objectives: {error}", file=sys.stderr)
         return 2
     function = getattr(objectives, args.name)
-    print(f"{args.name}{inspect.signature(function, eval_str=False)}\n")
-    print(inspect.getdoc(function))
+    print(_call(args.name, inspect.signature(function)))
+    print(f"\n{inspect.getdoc(function)}\n")
+    print("\n".join(textwrap.wrap(f"Letters: {LETTERS}", 92)))
     return 0
+
+
+def _call(name: str, signature: inspect.Signature) -> str:
+    """An argument a line."""
+    lines = [f"{name}("]
+    kind = None
+    for one in signature.parameters.values():
+        if one.kind is one.KEYWORD_ONLY and kind is not one.KEYWORD_ONLY:
+            lines.append("    *,")
+        kind = one.kind
+        lines.append(f"    {one},".replace("torch.Tensor", "Tensor"))
+    returned = inspect.formatannotation(signature.return_annotation).rpartition(".")[2]
+    return "\n".join([*lines, f") -> {returned}"])
 
 
 def tables() -> dict[str, list[Row]]:
@@ -67,8 +85,10 @@ def tables() -> dict[str, list[Row]]:
             for name, facts in objective.extras.items()
             if facts.required or facts.filled
         ]
-        loss, paper = _formula_and_paper(inspect.getdoc(objective.function) or "")
-        row = Row(objective.name, loss, paper, objective.scope, ", ".join(needs))
+        documentation = inspect.getdoc(objective.function) or ""
+        loss, paper = _formula_and_paper(documentation)
+        authors = _authors(documentation)
+        row = Row(objective.name, loss, paper, authors, objective.scope, ", ".join(needs))
         found[objective.unit].append(row)
     return found
 
@@ -86,6 +106,15 @@ def _formula_and_paper(documentation: str) -> tuple[str, str]:
     return " ".join(formula.split()), (paper[1] if paper else "")
 
 
+def _authors(documentation: str) -> str:
+    """Of the paper whose arXiv number comes first, with the year, as far as the docstring has them
+    before it."""
+    named = r"((?:[A-Z][\w'’-]+ )+(?:et al\. )?\d{4})"
+    before = re.split(r"arXiv:", " ".join(documentation.split()), maxsplit=1)[0]
+    found = re.findall(named, before)
+    return found[-1] if found else ""
+
+
 def markdown() -> str:
     """One table a family."""
     parts = []
@@ -93,21 +122,32 @@ def markdown() -> str:
         lines = [f"**{FAMILIES[family]}**", "", "| name | loss | paper | scope | needs |"]
         lines.append("|---|---|---|---|---|")
         for row in rows:
-            paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else ""
+            paper = f"[{_paper(row)}](https://arxiv.org/abs/{row.paper})" if row.paper else ""
             loss = row.loss.replace("|", "\\|")
             lines.append(f"| `{row.name}` | {loss} | {paper} | {row.scope} | {row.needs} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
+def _paper(row: Row) -> str:
+    return f"{row.authors}, {row.paper}" if row.authors else row.paper
+
+
 def _plain() -> str:
-    lines = []
+    lines = [*textwrap.wrap(LETTERS, 96), ""]
+    lines += [
+        "° preference_loss makes it where it is not given; scope is what must be known before"
+    ]
+    lines += ["a loss is. `fastpref objectives NAME` shows one in full.", ""]
     for family, rows in tables().items():
         lines += [FAMILIES[family], ""]
         width = max((len(row.name) for row in rows), default=0)
         for row in rows:
             lines.append(f"  {row.name:{width}}  {row.scope:7}  {row.loss}")
-            if row.needs:
-                lines.append(f"  {'':{width}}  {'':7}  needs {row.needs}")
+            about = [row.authors] if row.authors else []
+            about += [f"arXiv:{row.paper}"] if row.paper else []
+            about += [f"needs {row.needs}"] if row.needs else []
+            if about:
+                lines.append(f"  {'':{width}}  {'':7}  {', '.join(about)}")
         lines.append("")
     return "\n".join(lines[:-1])

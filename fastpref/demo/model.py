@@ -19,6 +19,7 @@ from . import DemoError
 from .data import Example
 
 VOCABULARY = 8192
+EXPECTED = "expected a local directory with a transformers causal LM and its tokenizer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,13 @@ def build_model(tokenizer: Any, size: ModelSize) -> Any:
     )
 
 
+def check_directory(directory: Path, option: str = "--model") -> None:
+    """Raise `DemoError` where there is no model in `directory`, without loading any."""
+    if not (directory / "config.json").is_file():
+        missing = "has no config.json" if directory.is_dir() else "is not a directory"
+        raise DemoError(f"{option} {directory}: {missing}; {EXPECTED}")
+
+
 def load_model(directory: Path, option: str = "--model") -> tuple[Any, Any]:
     """The causal language model (fp32) and the tokenizer saved in `directory`, which `option`
     named.
@@ -80,16 +88,13 @@ def load_model(directory: Path, option: str = "--model") -> tuple[Any, Any]:
     Raises:
         DemoError: if it is not a directory that ``save_pretrained`` made of both.
     """
-    expected = "expected a local directory with a transformers causal LM and its tokenizer"
-    if not (directory / "config.json").is_file():
-        missing = "has no config.json" if directory.is_dir() else "is not a directory"
-        raise DemoError(f"{option} {directory}: {missing}; {expected}")
+    check_directory(directory, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
         reason = str(error).strip().split("\n")[0]
-        raise DemoError(f"{option} {directory}: {reason}; {expected}") from None
+        raise DemoError(f"{option} {directory}: {reason}; {EXPECTED}") from None
     if tokenizer.eos_token is None:
         raise DemoError(f"{option} {directory}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token is None:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.causal_lm.transform import LogitTransform
 from ..objectives.checks import is_number
 from ..scoring import ScoringOptions, linear_divergence
 from .checks import check_floats
-from .responses import moved, scored_labels
+from .responses import fused, moved, scored_labels
 
 TAIL = 0.5
 
@@ -126,7 +127,8 @@ def spinal(
     """Contraction and transport of each layer of a model of transformers, on a batch.
 
     Every layer is read through the model's final norm, which is found where its output is the last
-    hidden state, and the weight, bias and cap of its head.
+    hidden state, the weight and bias of its head, and the scale and cap of its logits, which are
+    measured as ``fuse_lm_head`` does.
 
     Args:
         model: a causal language model; it runs once, without its head.
@@ -137,9 +139,10 @@ def spinal(
         options: of scoring.
     """
     states, norm = _states(model, batch)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    config: Any = getattr(model, "config", None)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    logits = _logit_transform(model, batch)
+    weight = head.weight[: logits.size]
+    bias = None if head.bias is None else head.bias[: logits.size]
     labels = scored_labels(batch, required=False)
     attended = batch.get("attention_mask")
     mask = torch.ones(states[0].shape[:2], dtype=torch.bool, device=states[0].device)
@@ -152,14 +155,32 @@ def spinal(
         raise ValueError("batch must have a token that counts; its labels are all -100")
     read = [norm(one)[mask] for one in states]
     transport = [
-        layer_transport(a, b, head.weight, bias=head.bias, softcap=softcap, options=options)
+        layer_transport(
+            a, b, weight, bias=bias, softcap=logits.softcap, logit_scale=logits.scale,
+            options=options,
+        )
         for a, b in itertools.pairwise(read)
-    ]
+    ]  # fmt: skip
     return SpinalTrace(
         contraction=[float(layer_contraction(one[mask], tail=tail)) for one in states],
         transport=[float(one.mean(dtype=torch.float64)) for one in transport],
         tokens=count,
     )
+
+
+def _logit_transform(model: nn.Module, batch: Mapping[str, Any]) -> LogitTransform:
+    """What the model makes of its head's outputs."""
+    row = moved({"input_ids": batch["input_ids"][:1]}, model)["input_ids"]
+    known: list[Any] = []
+    with fused(model, known) as own:
+        own(input_ids=row, labels=row, fused_lm_head=True)
+    ((transform, _),) = known
+    if not isinstance(transform, LogitTransform):
+        raise ValueError(
+            f"model must make logits of its head's outputs by a scale and a cap: {transform}; "
+            "measure its hidden states with layer_transport"
+        )
+    return transform
 
 
 def _states(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Tensor], Any]:

@@ -18,6 +18,10 @@ from .likelihood import Likelihoods, displacement
 from .responses import fused, score_responses, scored_labels
 from .similarity import ches
 
+# Not the callback's own name: where the Trainer is told to restore callbacks it makes new ones of
+# those that it knows by name, without their probe.
+KEPT = "PreferenceMonitor"
+
 
 class _Measured(NamedTuple):
     likelihoods: Likelihoods
@@ -36,7 +40,8 @@ class PreferenceMonitorCallback(TrainerCallback):
     - ``monitor/chosen_drop``, ``monitor/rejected_drop``, ``monitor/dispersion``,
       ``monitor/chosen_fell``, ``monitor/both_fell``: ``displacement``, dispersion with ``unseen``;
     - ``monitor/margin``, ``monitor/accuracy``: rewards against the model that the training began
-      with, beta times the log-ratio;
+      with, beta times the log-ratio; in a resumed training too, as what is compared with lies in
+      the state of every checkpoint;
     - ``monitor/length_correlation``, ``monitor/length_slope``: ``length_bias`` of these margins;
     - ``monitor/margin_order``: ``log_margin_order`` of the log margins now and at the beginning;
     - ``monitor/ches``: the mean over the pairs, of the model as it is;
@@ -45,7 +50,9 @@ class PreferenceMonitorCallback(TrainerCallback):
 
     It costs one forward pass over the probe every ``every`` steps, and one before the first. With
     a probe no larger than the batch of a step that is under 1% of the training at the default; the
-    share that is logged says what it was. Under FSDP or ZeRO all ranks run it.
+    share that is logged says what it was. Under FSDP or ZeRO all ranks run it. What needs samples
+    or every layer, ``did_entropy`` and ``spinal``, is not in it: ``python -m fastpref diagnose``.
+    One in a training.
 
     Args:
         probe: a batch of chosen responses, then as many rejected ones, as the collators of
@@ -84,13 +91,25 @@ class PreferenceMonitorCallback(TrainerCallback):
             raise ValueError(f"beta must be a number greater than 0, got {beta!r}")
         self.probe, self.unseen = probe, unseen
         self.every, self.beta, self.trainer = every, beta, trainer
-        self._before: _Measured | None = None
+        self._before: Likelihoods | None = None
         self._waiting: dict[str, float] = {}
         self._ended = 0.0  # when the last measurement did
         self._head: list[Any] = []  # what is known of it
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self._before = self._measure(given["model"])
+        kept = state.stateful_callbacks.get(KEPT)
+        if state.global_step == 0 and kept is not None:
+            raise ValueError(
+                "callbacks must hold one PreferenceMonitorCallback, whose numbers have names of "
+                "their own, got two; put all pairs into one probe"
+            )
+        if kept is None:
+            self._before = self._measure(given["model"]).likelihoods
+            both = self._before._asdict().items()
+            kept = {name: None if one is None else one.tolist() for name, one in both}
+            state.stateful_callbacks[KEPT] = kept
+        else:
+            self._before = self._restored(kept, next(given["model"].parameters()).device)
         self._ended = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -116,6 +135,24 @@ class PreferenceMonitorCallback(TrainerCallback):
                 state.log_history[-1].update(self._waiting)
             self._waiting = {}
 
+    def _restored(self, kept: Mapping[str, Any], device: torch.device) -> Likelihoods:
+        """What the training began with, of a checkpoint."""
+        for name, batch, stored in (
+            ("probe", self.probe, [*kept["chosen"], *kept["rejected"]]),
+            ("unseen", self.unseen, kept["unseen"] or []),
+        ):
+            rows = 0 if batch is None else len(batch["input_ids"])
+            if rows != len(stored):
+                raise ValueError(
+                    f"{name} must be that of the training which the checkpoint is of, "
+                    f"{len(stored)} rows, got {rows}"
+                )
+        chosen, rejected, unseen = (
+            torch.tensor(kept[name] or [], dtype=torch.float64, device=device)
+            for name in Likelihoods._fields
+        )
+        return Likelihoods(chosen, rejected, None if self.unseen is None else unseen)
+
     def _measure(self, model: nn.Module) -> _Measured:
         # For a moment: TRL's own calls of its fused head must reach that.
         with fused(model, self._head) as own:
@@ -132,10 +169,9 @@ class PreferenceMonitorCallback(TrainerCallback):
         )
 
     def _values(self, now: _Measured) -> dict[str, float]:
-        before = self._before
-        if before is None:
+        old, new = self._before, now.likelihoods
+        if old is None:
             raise RuntimeError("the training has not begun")
-        old, new = before.likelihoods, now.likelihoods
         moved = displacement(old, new)
         values = {name: one for name, one in vars(moved).items() if one is not None}
         first, last = old.chosen - old.rejected, new.chosen - new.rejected

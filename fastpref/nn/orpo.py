@@ -54,7 +54,9 @@ class FusedLinearORPOLoss(PairedLoss):
         bias: Tensor | None = None,
         nll_target: Tensor | None = None,
     ) -> Results:
-        """The mean loss of P pairs, as ``FusedLinearDPOLoss.forward`` without a reference.
+        """The mean loss of P pairs, as ``FusedLinearDPOLoss.forward`` without a reference:
+        ``lin_weight`` (V, H) and ``bias`` (V,) of the head, ``_input`` (2 P, T, H) and ``target``
+        (2 P, T), chosen rows first.
 
         ``nll_target`` (2 P, T), of which the first half is read, are the targets of the likelihood
         term, by default ``target``: prompt and response, say. Tokens in both are scored once. The

@@ -293,10 +293,13 @@ def epsilon_dpo_beta(
 ) -> float:
     """The beta of the next optimizer step of ``epsilon_dpo``: beta / (1 + epsilon mean step).
 
-    Margins are those of all pairs of the step, of accumulated batches too: ``margin`` is the
-    policy's s_w - s_l, the others are the extras of ``epsilon_dpo``. With ``dp_group`` the mean is
-    over the pairs of all its ranks; each holds any number, none too, and calls this. Reads the mean
-    from the device.
+    Args:
+        beta: the one of this step.
+        margin: (P,), the policy's s_w - s_l, of all pairs of the step, of accumulated batches too.
+        margin_plus, margin_minus: (P,), the extras of ``epsilon_dpo``, of the same pairs.
+        epsilon: as given to ``epsilon_dpo``.
+        dp_group: the mean is over the pairs of all its ranks; each holds any number, none too, and
+            calls this. Reads the mean from the device.
     """
     steps = _steps(margin, margin_plus, margin_minus).flatten()
     pairs, total = count_and_sum(steps, dp_group)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import as_python, closest, hint
+from .documentation import documented, readable_signature
 from .results import Losses, as_result
 from .signature import LOGPS, POLICY_LOGPS, REQUIRED, ExtraFacts, Signature, Unit
 
@@ -333,6 +334,8 @@ def objective(
             return cast(R, plain.evaluate(args, keywords))
 
         plain = Objective(function, unit=unit, scope=scope, needs_reference=needs_reference)
+        function.__doc__ = documented(formula, plain.signature, unit, needs_reference)
+        cast(Any, function).__signature__ = readable_signature(formula)
         _REGISTERED[plain.name] = Registration(
             plain, formula, reduction, condition, loss_per_unit, trains_rejected, loss_type
         )
@@ -384,8 +387,11 @@ def as_objective(
 ) -> Objective:
     """What an engine was given, as an ``Objective``.
 
-    A name or a function of this package is what it is registered as; any other callable is taken as
-    pairwise with scope "batch", which is right for every pairwise function.
+    Args:
+        objective: a name or a function of this package is what it is registered as, an
+            ``Objective`` itself; any other callable is taken as pairwise with scope "batch", which
+            is right for every pairwise function.
+        hyperparameters: set in it; others keep their values.
     """
     return unset(objective).replace(**hyperparameters)
 

@@ -41,6 +41,7 @@ class DCTAdamW(torch.optim.Optimizer):
         weight: (V, H), of a head that is not tied to an embedding that trains; it must not need a
             gradient.
         rank: columns, at most H.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW has them.
         update_every: steps between two choices.
 
     Raises:

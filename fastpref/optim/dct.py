@@ -13,7 +13,8 @@ def dct_matrix(
     size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
     """(size, size), orthonormal: ``rows @ dct_matrix(size)`` is the DCT-II of each row, column k
-    being cos(pi (n + 1/2) k / size) for n from 0, normalised."""
+    being cos(pi (n + 1/2) k / size) for n from 0, normalised; of ``dtype``, on ``device``, computed
+    in float64."""
     if not is_integer(size) or size < 1:
         raise ValueError(f"size must be an int of at least 1, got {size!r}; pass the hidden size")
     n = torch.arange(size, dtype=torch.float64, device=device)

@@ -70,17 +70,25 @@ def preference_loss(
 
     Args:
         hidden: (B, T, H), or packed (N, H) or (1, N, H) with ``cu_seqlens``.
-        weight, bias, ignore_index, temperature, logit_scale, softcap, lora, tp_group, vocab_range,
-            reduce_hidden_grad, options, weight_grad_basis: as in ``linear_logprob``. The reference
-            is scored at the same temperature, and its head holds the same ids.
+        weight: (V, H), the head, as ``nn.Linear`` stores it.
         target: (B, T), or packed (N,) or (1, N); int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
             several times for one loss: once a batch of one pass, and where memory runs out there
             again in two passes, with the random state of before.
-        layout: which rows are compared, see units/layouts.py. Objectives of single responses and of
-            tokens take each row by itself.
+        layout: which rows are compared. "halves": rows 0 to P - 1 are chosen, row P + p is rejected
+            against row p, as TRL has them; "interleaved": row 2 p is chosen, row 2 p + 1 rejected;
+            an index tensor (P, 2): the rows of each pair, chosen first; "groups": each
+            ``group_size`` rows in turn are a list; "units": every row by itself. Objectives of
+            single responses and of tokens take each row by itself.
         group_size: K, with layout="groups".
-        cu_seqlens: (B + 1,) integer boundaries of packed rows.
+        cu_seqlens: (B + 1,) integer boundaries of packed rows. Not for objectives of tokens, whose
+            rows are padded.
+        bias: (V,), or None.
+        ignore_index: target of a position that is not scored.
+        temperature: greater than 0, of the policy and the reference; a number, or a tensor that
+            broadcasts to ``target``, such as (B, 1) for one a row.
+        logit_scale: multiplies the logits before the cap.
+        softcap: greater than 0: the logit z becomes softcap tanh(z / softcap), or None.
         ref_logps: what the reference says, (B,) sums, or one a token like ``target`` (packed rows
             of one token each: sums); or
         ref_hidden: its hidden states, (..., H'), scored here without gradient, at one product, that
@@ -96,7 +104,7 @@ def preference_loss(
             divides by lengths: it counts, as one that the policy is certain of.
         outputs: further metrics: "entropy", "mean_logits", "accuracy" (share of tokens that the
             policy finds likeliest).
-        reduction: of the losses, over units.
+        reduction: of the losses, over units: "mean", "sum" or "none".
         denominator: what the sum of the losses is divided by instead of their number, for
             accumulation over several batches: the number of units in all of them. A pipeline's
             schedule cuts micro-batches from rows in their order, between pairs where these are
@@ -109,7 +117,10 @@ def preference_loss(
             is one a row alike. Shift before you spread: ``target`` of a rank's last token is the
             first token of the next part. A rank's gradients are those of its own tokens: those of
             the head and the model add up over the group (where DDP or FSDP average over it,
-            multiply the loss by its size). Not for objectives of tokens.
+            multiply the loss by its size). For objectives of tokens each rank passes the extras of
+            its own tokens, shaped like ``target``; every rank evaluates the loss of whole rows,
+            whose tokens are gathered in the order of the ranks, which only a function of one's own
+            may care for. They alone wait on the host, for the number of tokens of each rank.
         dp_group: process group of batch-wide statistics. Its ranks hold any number of rows each,
             none too, and every one of them must make the call, and run backward. With
             ``reduction="sum"`` the ranks' losses add up to that of one process with the whole
@@ -117,6 +128,15 @@ def preference_loss(
             ``denominator`` P / W, of P units in all, makes it the mean. Objectives that sort or
             compare all pairs (``aot``, ``aot_unpaired``, ``relative_po``, ``disco``) wait on the
             host for the number of units of each rank; no others do.
+        tp_group: process group over which the vocabulary is sharded, in rank order; ``weight``,
+            ``bias`` and the reference's are local shards, all else is the same on every rank.
+        options: backend, memory budget and schedule: ``ScoringOptions``.
+        lora: (A, B, scale), A (r, H), B (V, r): the head's weight is weight + scale B A.
+        vocab_range: vocabulary ids [start, stop) of the rows of ``weight``; the reference's head
+            holds the same. None: all rows, shards in rank order.
+        reduce_hidden_grad: with ``tp_group``, whether the gradient of hidden is summed over it.
+        weight_grad_basis: (Q, out), Q (H, r) with orthonormal columns, out (V, r) float32, to which
+            backward adds the weight's gradient times Q; ``weight`` must not need a gradient.
         hyperparameters: of the objective; those that are numbers may be one value a unit, (P,),
             (B,) or (G,), on the device of ``hidden``, 0 being allowed for ``beta`` (no weight).
             Differentiable.
@@ -158,6 +178,12 @@ def _traced(task: Task) -> PreferenceOutput:
     """Two passes, whose operators choose their schedules when they run."""
     if torch.compiler.is_compiling() and task.main.request.options.schedule == "batches":
         raise ValueError("schedule='batches' is not traced by torch.compile; use schedule='auto'")
+    objective, group = task.objective, task.given.seq_group
+    if torch.compiler.is_compiling() and objective.unit == "token" and group is not None:
+        raise ValueError(
+            f"{objective.name} under seq_group is not traced by torch.compile: it waits for the "
+            "number of tokens of each rank; call it outside what is compiled"
+        )
     target, reference = task.batch.to_score, None
     if task.reference is not None:
         with torch.no_grad():
@@ -193,6 +219,19 @@ def explain(
     working memory in bytes.
 
     ``print(explain(...))`` gives one line. Nothing is computed.
+
+    Args:
+        hidden, weight, target: of that call. Their shapes, dtypes and devices and whether they need
+            a gradient count, of ``target`` also which positions are scored.
+        objective: a name, an ``Objective`` or a function, for ``preference_loss``; None for
+            ``linear_logprob``.
+        arguments: the call's further ones, by keyword.
+
+    Returns:
+        Plan, or PreferencePlan: ``schedule``, ``units`` and ``workspace_bytes``.
+
+    Raises:
+        ValueError, TypeError: as the call would.
     """
     function: Callable[..., Any] = linear_logprob if objective is None else preference_loss
     given = (hidden, weight, target, *(() if objective is None else (objective,)))

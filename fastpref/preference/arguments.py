@@ -149,12 +149,9 @@ def check_rows(given: Arguments, objective: Objective) -> None:
         )
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, target.shape[0])
-    if objective.unit == "token" and (cu_seqlens is not None or given.seq_group is not None):
-        name, remedy = "cu_seqlens", "pad the batch"
-        if cu_seqlens is None:
-            name, remedy = "seq_group", "gather each row's hidden states on one rank"
+    if objective.unit == "token" and cu_seqlens is not None:
         raise ValueError(
-            f"{objective.name} works on tokens of padded (B, T) rows, got {name}; {remedy}"
+            f"{objective.name} works on tokens of padded (B, T) rows, got cu_seqlens; pad the batch"
         )
     if token_weights is not None and token_weights.shape != target.shape:
         raise ValueError(
@@ -166,6 +163,28 @@ def check_rows(given: Arguments, objective: Objective) -> None:
             f"{objective.name} weighs tokens by its advantages: give those as (B, T) instead of "
             "token_weights"
         )
+
+
+def extras_of_tokens(given: Arguments, objective: Objective) -> tuple[str, ...]:
+    """Those that ``seq_group`` spreads as it does the tokens: one value for each of this rank's.
+
+    Raises:
+        ValueError: naming one whose tokens are not those of ``target``.
+    """
+    if given.seq_group is None or objective.unit != "token":
+        return ()
+    found, shape = [], given.target.shape
+    for name, value in (given.extras or {}).items():
+        facts = objective.extras.get(name)
+        if value.dim() < 2 or (facts is not None and "rows" in facts.shapes):
+            continue
+        if value.shape != shape:
+            raise ValueError(
+                f"extras: under seq_group {name} must be shaped like target, {tuple(shape)}, got "
+                f"{tuple(value.shape)}; pass what belongs to this rank's own tokens"
+            )
+        found.append(name)
+    return tuple(found)
 
 
 def check_reference(given: Arguments, objective: Objective, batch: Batch) -> None:

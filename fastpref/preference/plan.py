@@ -205,14 +205,14 @@ def _trains_more(task: Task) -> bool:
 
 
 def _active(task: Task) -> float:
-    """The share of the weighed tokens that the objective gives a gradient."""
+    """The share of this rank's weighed tokens that the objective gives a gradient."""
     registration = task.objective.registration
     on_cpu = task.batch.target.device.type == "cpu"
     if registration is None or registration.trains_rejected or not on_cpu:
         return 1.0
     if task.main.request.whole:
         return 1.0
-    chosen, _ = task.arrangement.split(task.batch.counts())
+    chosen, _ = task.arrangement.split(replace(task.batch, seq_group=None).counts())
     return int(chosen.sum()) / max(1, int(task.batch.weighed.sum()))
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..parallel.sequence_parts import whole_rows
 from ..scoring import TokenScores
 from ..scoring.autograd import Outputs
 from ..scoring.rules.compared import WithDivergence, WithMixture
@@ -41,10 +43,12 @@ def result_of(
             ref_scores = TokenScores(logp=ref_sums)
     if ref_scores is not None:
         ref_sums = task.batch.weighted_sums(_present(ref_scores.logp))
-    tokens = None
+    tokens, extras = None, task.extras
     if task.objective.unit == "token":
         ref_logp = None if ref_scores is None else ref_scores.logp
         tokens = TokenNumbers(logp, ref_logp, task.batch.scored)
+        if given.seq_group is not None:
+            tokens, extras = _of_whole_rows(task, tokens, given.seq_group)
     numbers = Numbers(
         logps=task.batch.sums_of_scores(logp),
         ref_logps=ref_sums,
@@ -56,13 +60,27 @@ def result_of(
         task.objective,
         numbers,
         task.arrangement,
-        extras=task.extras,
+        extras=extras,
         reduction=given.reduction,
         denominator=given.denominator,
     )
     metrics = further_metrics(given.outputs, policy, task.batch, task.arrangement)
     return output._replace(
         loss=output.loss if loss is None else loss, metrics=output.metrics | metrics
+    )
+
+
+def _of_whole_rows(
+    task: Task, tokens: TokenNumbers, group: dist.ProcessGroup
+) -> tuple[TokenNumbers, Mapping[str, Tensor]]:
+    """``tokens`` of all ranks, and the extras with those that are one a token of all ranks."""
+    own = {name: one for name, one in tokens._asdict().items() if one is not None}
+    given = [task.extras[name] for name in task.extras_of_tokens]
+    whole = whole_rows([*own.values(), *given], group)
+    found, extras = whole[: len(own)], whole[len(own) :]
+    return (
+        tokens._replace(**dict(zip(own, found, strict=True))),
+        {**task.extras, **dict(zip(task.extras_of_tokens, extras, strict=True))},
     )
 
 

@@ -24,6 +24,7 @@ from .arguments import (
     check_kinds,
     check_reference,
     check_rows,
+    extras_of_tokens,
     flattened,
 )
 from .batch import Batch
@@ -44,6 +45,7 @@ class Task:
     arrangement: Arrangement
     main: Asked  # of the policy, or of both models where they are looked at side by side
     reference: Asked | None  # to be scored before
+    extras_of_tokens: tuple[str, ...]  # by name, those whose rows lie on the ranks of seq_group
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
@@ -91,6 +93,7 @@ def compare_ranks(task: Task) -> None:
         "cu_seqlens": given.cu_seqlens is not None,
         "ref_logps and ref_hidden": (given.ref_logps is not None, given.ref_hidden is not None),
         "token_weights": given.token_weights is not None,
+        "extras": tuple(sorted((name, one.dtype) for name, one in (given.extras or {}).items())),
         "dtype": task.main.request.dtype,
     }
     compare(given.seq_group, "seq_group", common, {"rows": task.batch.rows}, device)
@@ -106,13 +109,14 @@ def _made(given: Arguments) -> Task:
         given.target, given.ignore_index, given.cu_seqlens, given.seq_group, given.token_weights
     )
     arrangement = arrange(given.layout, given.group_size, batch.rows, objective)
+    of_tokens = extras_of_tokens(given, objective)
     check_reference(given, objective, batch)
     filled = to_be_filled(objective, given.extras)
     main, reference = _policy(given, filled), _reference(given, filled)
     if reference is not None:
         beside = _compared(main, reference, objective, filled)
         main, reference = (main, reference) if beside is None else (beside, None)
-    return Task(given, objective, batch, arrangement, main, reference)
+    return Task(given, objective, batch, arrangement, main, reference, of_tokens)
 
 
 def _policy(given: Arguments, filled: Sequence[str]) -> Asked:

@@ -83,7 +83,8 @@ class AdapterPair:
             self._activate(before)
 
     def record(self, fast_loss: Tensor, slow_loss: Tensor) -> None:
-        """Take in the losses of a batch, of any shape, for the next ``switch``.
+        """Take in the losses of a batch for the next ``switch``: ``fast_loss`` under the fast
+        adapter, ``slow_loss`` under the slow one, of any shape.
 
         Of the same objective for both (``dpo``): those of ``ofs_dpo`` hold the chase with opposite
         signs, and the slow one's is the lower by that alone.
@@ -125,8 +126,8 @@ class AdapterPair:
     def swap(self, optimizer: Any = None, lr_scheduler: Any = None) -> None:
         """Exchange the roles, and the learning rates of the optimizer's groups with them.
 
-        An optimizer's moments stay with their weights. A scheduler of torch is given too, as it
-        sets learning rates from its own copy.
+        An optimizer's moments stay with their weights. A scheduler of torch goes in as
+        ``lr_scheduler``, as it sets learning rates from its own copy.
 
         Raises:
             ValueError: the optimizer's groups are not those of ``parameter_groups``.

@@ -47,8 +47,8 @@ def linear_logprob(
     reduce_hidden_grad: bool = True,
     weight_grad_basis: WeightGradBasis | tuple[Tensor, Tensor] | None = None,
 ) -> TokenScores:
-    """Per-token log-probabilities of a linear head, without ever holding the (tokens, vocabulary)
-    logits.
+    """Per-token log-probabilities of a linear head, within a bounded workspace: of the (tokens,
+    vocabulary) logits no more is in memory at a time than ``options.memory_budget`` allows.
 
     With z = hidden @ weight.T + bias the logit is ``softcap * tanh(logit_scale * z / softcap) /
     temperature``, or ``logit_scale * z / temperature`` without a cap; scores follow from its

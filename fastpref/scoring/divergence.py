@@ -51,7 +51,7 @@ def linear_divergence(
     reduce_hidden_grad: bool = True,
 ) -> Tensor:
     """The divergence of a student's distribution over the vocabulary from a teacher's, per token,
-    without ever holding the (tokens, vocabulary) logits of either.
+    within a workspace that is bounded by ``options.memory_budget``.
 
     With q the student's softmax and p the teacher's:
 
@@ -119,6 +119,18 @@ def explain_divergence(
     u is a product of 2 N H V flop of the student) and its working memory in bytes.
 
     ``print(explain_divergence(...))`` gives one line. Nothing is computed.
+
+    Args:
+        student_hidden, student_weight, teacher_hidden, teacher_weight, mask: of that call. Their
+            shapes, dtypes and devices and whether they need a gradient count, of ``mask`` also
+            which positions it keeps.
+        arguments: the call's further ones, by keyword.
+
+    Returns:
+        Plan: ``schedule``, ``units`` and ``workspace_bytes``.
+
+    Raises:
+        ValueError, TypeError: as the call would.
     """
     given = student_hidden, student_weight, teacher_hidden, teacher_weight, mask
     bound = inspect.signature(linear_divergence).bind(*given, **arguments)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._extension import warn_of_missing_operators
 from . import backends, scaled
 from .agreement import Agreed, Own, agree
 from .backends import RowBackend
@@ -271,6 +272,9 @@ def _planned(
     static = len(models) > 1 or sharded
     size = Size(request.dtype, scored, sizes[0].inner, widest, heavy, static)
     backend = backends.choose(request.options.backend, device, size)
+    fell_back = backend == "torch" and request.options.backend == "auto"
+    if fell_back and device.type == "cpu" and not torch.compiler.is_compiling():
+        warn_of_missing_operators()
     if by_row and backend == "triton":
         # Its fused kernels take one map for all rows.
         backend, _ = backends.next_tier(backend, device.type)

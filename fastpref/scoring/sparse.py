@@ -56,8 +56,8 @@ def sparse_divergence(
     reduce_hidden_grad: bool = True,
 ) -> Tensor:
     """The divergence of a student from a teacher of which only the log-probabilities of K ids a
-    token are known, such as its top-k, stored once; per token, without ever holding the (tokens,
-    vocabulary) logits.
+    token are known, such as its top-k, stored once; per token, within a workspace that is bounded
+    by ``options.memory_budget``.
 
     With p = exp(teacher_logps) and q the student's softmax over the whole vocabulary, sums running
     over the K ids alone:

@@ -152,22 +152,28 @@ def of_sequences(rank: int, objective: str) -> list[list[tuple[str, int]]]:
     hidden, weight, target = batch(torch.bfloat16)
     part = slice(rank * T // 2, (rank + 1) * T // 2)
     leaves = hidden[:, part].clone().requires_grad_(), weight.requires_grad_()
-    given = {} if objective == "simpo" else {"ref_logps": torch.zeros(B, dtype=torch.float32)}
-    asked: dict[str, Any] = {"seq_group": dist.group.WORLD, **given}
+    asked: dict[str, Any] = {"seq_group": dist.group.WORLD}
+    if objective == "dpo":
+        asked["ref_logps"] = torch.zeros(B, dtype=torch.float32)
+    if objective == "grpo":
+        old = torch.zeros(target[:, part].shape, dtype=torch.float32)
+        asked["extras"] = {"advantages": torch.ones(B), "old_token_logp": old}
     return counted(
         lambda: preference_loss(*leaves, target[:, part], objective, **asked).loss.backward()
     )
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["dpo", "simpo", "grpo"])
 def test_bytes_over_sequences(two_ranks: Ranks, scaling: ModuleType, objective: str) -> None:
-    wanted = sizes(scaling.sequence_collectives(B, 2, lengths=objective == "simpo"))
+    wanted = sizes(scaling.sequence_collectives(B, 2, lengths=objective != "dpo"))
+    if objective == "grpo":
+        wanted = sizes(scaling.token_collectives(B, T // 2, 2)) + wanted
     for first, later in two_ranks(of_sequences, objective):
         # Other tests may have made the first call.
         assert first in (wanted, sizes(scaling.agreement(2)) + wanted)
         assert later == wanted
-    assert scaling.sequence_collectives(B, 1) == []
+    assert scaling.sequence_collectives(B, 1) == scaling.token_collectives(B, T, 1) == []
 
 
 def of_batches(rank: int, objective: str) -> list[list[tuple[str, int]]]:
@@ -362,12 +368,12 @@ def test_bad_input(
 def test_the_table_and_the_readme(
     scaling: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The README shows what the script prints, and the script draws."""
+    """The page shows what the script prints, and the script draws."""
     picture = tmp_path / "deeper" / "one.png"
     scaling.main(["--out", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     table, below = capsys.readouterr().out.split("\n\n")
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert len(table.splitlines()) == 2 + 8 and "(too much)" in table
     assert "70B, H200: over the network (50 GB/s a direction) the head waits longer" in below
     assert "H100: 700 TFLOP/s, 3 TB/s (assumed), 80 GB." in below

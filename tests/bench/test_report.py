@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -205,6 +206,7 @@ def test_pictures(report: dict[str, Any], tmp_path: Path) -> None:
         "heads-1536x64x500-trained-time.png",
         "heads-1536x64x500-trained-error.png",
         "memory.png",
+        "overview.png",
         "growth.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
@@ -213,12 +215,43 @@ def test_pictures(report: dict[str, Any], tmp_path: Path) -> None:
 def test_bars_hold_what_was_measured(report: dict[str, Any]) -> None:
     plt = pytest.importorskip("matplotlib.pyplot")
     (_, cases), *_ = reporting.groups(report)
-    figure = pictures._bars(plt, cases, "ratio", "time")
+    figure = pictures._bars(plt, report, cases, "ratio", "time")
     forward, trainable = figure.axes
     assert [bar.get_width() for bar in trainable.patches] == [4.0, 1.5, 1.5, 1.25]
     assert [bar.get_width() for bar in forward.patches] == [4.0, 0.0, 0.0, 1.25]
     assert [one.get_text() for one in forward.texts] == ["4.00x", "1.25x"]
     plt.close(figure)
+
+
+@pytest.mark.heavy
+def test_pictures_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of the page: no label of an axis lies on another, every line has its name, and the
+    title says what is better and on what it ran."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **given: drawn.append(self))
+    script = readme_script()
+    for result in script.load().values():
+        pictures.draw(script.shown(result), tmp_path)
+    assert drawn
+    for figure in drawn:
+        figure.draw_without_rendering()
+        titles = [figure.get_suptitle(), *(panel.get_title() for panel in figure.axes)]
+        assert "Lower is better" in " ".join(titles) and "threads" in " ".join(titles)
+        for panel in figure.axes:
+            for axis in (panel.xaxis, panel.yaxis):
+                shown = [one for one in axis.get_ticklabels() if one.get_text()]
+                shown = [one for one in shown if one.get_visible()]
+                boxes = [one.get_window_extent() for one in shown]
+                turned = any(one.get_rotation() % 90 for one in shown)
+                pairs = [] if turned else list(itertools.pairwise(boxes))
+                assert not any(first.overlaps(second) for first, second in pairs), titles
+            named = {one.get_label() for one in panel.get_lines()}
+            legend = panel.get_legend()
+            entries = {one.get_text() for one in legend.get_texts()} if legend else set()
+            assert {name for name in named if not name.startswith("_")} == entries
 
 
 @pytest.mark.heavy
@@ -286,7 +319,7 @@ def readme_script() -> Any:
 def test_a_section_of_the_readme(report: dict[str, Any]) -> None:
     script = readme_script()
     inside = script.section({"a/b.json": report}, {"a/b.json": ["a/b/memory.png"]})
-    assert inside.startswith("[a/b.json](a/b.json): a chip, 2 threads, torch 2.13.0")
+    assert inside.startswith("[b.json](a/b.json): a chip, 2 threads, torch 2.13.0")
     assert reporting.markdown(report) in inside and "![memory](a/b/memory.png)" in inside
     assert reporting.markdown_curves(report) in inside
     text = f"before\n{script.START}\nold\n{script.END}\nafter"
@@ -302,7 +335,7 @@ def test_the_readme_shows_the_results() -> None:
     results = script.load()
     if not results:
         pytest.skip("no results beside this copy of the tests")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = script.README.read_text(encoding="utf-8")
     folders = {path: (ROOT / path).with_suffix("") for path in results}
     drawn = {
         path: [f"{folder.relative_to(ROOT).as_posix()}/{name}" for name in _shown(text, folder)]
@@ -397,7 +430,7 @@ def test_the_readme_says_what_is_measured_and_what_is_predicted() -> None:
     found = script.gpu_section({"a/gpu.json": of_gpu()}, predictions)
     assert "| fastpref, rows: trainable head | 1.05 | 1.05 | 1.07 (a GPU) |" in found
     assert "| fastpref, rows: forward | 1.05 |  | no |" in found
-    assert "[a/gpu.json](a/gpu.json): a GPU" in found
+    assert "[gpu.json](a/gpu.json): a GPU" in found
     assert "- fastpref, rows: 1 of 2 checks passed; wrong: fp32" in found
     assert "| TRL fused head | 150.0ms, 1.50x, 900 MiB |" in found
     assert script.of_gpu(of_gpu())
@@ -405,7 +438,7 @@ def test_the_readme_says_what_is_measured_and_what_is_predicted() -> None:
 
 def test_the_gpu_section_of_the_readme_is_that_of_the_results() -> None:
     script = readme_script()
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = script.README.read_text(encoding="utf-8")
     predictions = json.loads(script.PREDICTIONS.read_text())
     inside = script.gpu_section(script.load(gpu=True), predictions)
     assert script.with_section(text, inside, script.GPU_START, script.GPU_END) == text

@@ -116,5 +116,28 @@ def test_misuse(
     more: tuple[str, ...],
     said: str,
 ) -> None:
-    assert run(given["folder"], tmp_path, *more) == 2
-    assert said in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert run(given["folder"], out, *more) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and "loading" not in printed.out
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("pairs.jsonl", "cannot be made: File exists"),
+        pytest.param(
+            "/proc",
+            "--out /proc: cannot be written to",
+            marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="has no /proc"),
+        ),
+    ],
+)
+def test_a_folder_that_is_none(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str], out: str, said: str
+) -> None:
+    """Known before a model is loaded."""
+    assert run(given["folder"], given["folder"] / out) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and "loading" not in printed.out

@@ -25,11 +25,16 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed for name in objectives.names())
     assert "needs reference, chosen_lengths\N{DEGREE SIGN}" in printed
+    assert "Rafailov et al. 2023, arXiv:2305.18290" in printed
+    assert "w marks the chosen and l the rejected" in " ".join(printed.split())
+    assert max(map(len, printed.splitlines())) < 160
 
 
 def test_one_objective(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["objectives", "dpo"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("dpo(policy_chosen_logps") and "arXiv:2305.18290" in printed
+    assert printed.startswith("dpo(\n    policy_chosen_logps: Tensor,\n")
+    assert "    beta: float = 0.1,\n" in printed and ") -> PairLosses" in printed
+    assert "arXiv:2305.18290" in printed and "Letters: x is the log-ratio" in printed
     assert main(["objectives", "dop"]) == 2
     assert "no objective is called 'dop'; perhaps dpo" in capsys.readouterr().err

@@ -52,11 +52,11 @@ def test_nothing_depends_on_the_callers_random_numbers():
 
 
 @contextlib.contextmanager
-def process(rank):
-    """The environment of one of two processes that torchrun started."""
+def process(rank, world):
+    """The environment of one of several processes that torchrun started."""
     from accelerate.state import AcceleratorState, GradientState
 
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     before = dict(os.environ)
     os.environ.update({name: str(value) for name, value in given.items()})
@@ -69,32 +69,52 @@ def process(rank):
         os.environ.update(before)
 
 
-def batches_on_rank(rank):
+def batches_on_rank(rank, world, size):
     """Of two epochs."""
-    with process(rank):
+    with process(rank, world):
         from accelerate import Accelerator
 
         torch.manual_seed(rank)  # the order must not follow from it
         sampler = StageSampler(DIFFICULTY, 5, seed=1)
-        loader = DataLoader(range(10), batch_size=1, sampler=sampler)
+        loader = DataLoader(range(10), batch_size=size, sampler=sampler)
         loader = Accelerator(cpu=True).prepare(loader)
         found = []
         for epoch in range(2):
             loader.set_epoch(epoch)
-            found.append([int(one) for one in loader])
+            found.append([one.tolist() for one in loader])
         return found
 
 
-@pytest.mark.heavy
-def test_two_processes(two_ranks):
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    first, second = two_ranks(batches_on_rank)
+def check_processes(ranks):
+    """Step after step all of them together take what comes next in the order of one process; at
+    the end accelerate fills up with the first."""
     for epoch in range(2):
-        dealt = [one for pair in zip(first[epoch], second[epoch], strict=True) for one in pair]
+        dealt = [
+            one
+            for step in zip(*(rank[epoch] for rank in ranks), strict=True)
+            for batch in step
+            for one in batch
+        ]
         sampler = StageSampler(DIFFICULTY, 5, seed=1)
         sampler.set_epoch(epoch)
-        assert dealt == list(sampler)
-    assert first[0] != first[1]
+        order = list(sampler)
+        assert len(dealt) >= 10 and dealt == (order + order)[: len(dealt)]
+    assert ranks[0][0] != ranks[0][1]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_two_processes(two_ranks, size):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    check_processes(two_ranks(batches_on_rank, 2, size))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("size", [1, 3])
+def test_four_processes(four_ranks, size):
+    """Ten pairs are no multiple of what they take in a step."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    check_processes(four_ranks(batches_on_rank, 4, size))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from fastpref import fuse_lm_head
 from fastpref.diagnostics import layer_contraction, spinal
 from fastpref.diagnostics.responses import fused, score_responses
-from tests.diagnostics.tiny import LAYERS, make_batch, make_model, plain_logps
+from tests.diagnostics.tiny import LAYERS, VOCABULARY, make_batch, make_model, plain_logps
 
 
 @pytest.mark.parametrize("name", ["labels", "fused_labels", "completion_mask"])
@@ -64,6 +65,36 @@ def test_layers_are_read_by_the_models_own_head() -> None:
         assert trace.contraction[at] == pytest.approx(found, rel=1e-3)
     # Of the last layer what is before the norm.
     assert math.isfinite(trace.contraction[-1])
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_logits_that_the_model_scales_or_caps(cap: float | None) -> None:
+    """Granite divides them, Gemma 2 caps them; neither is told to ``spinal``."""
+    size: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "initializer_range": 0.5, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if cap is None:
+        config = transformers.GraniteConfig(logits_scaling=4.0, **size)
+    else:
+        config = transformers.Gemma2Config(final_logit_softcapping=cap, head_dim=8, **size)
+    model, batch = transformers.AutoModelForCausalLM.from_config(config).eval(), make_batch()
+    trace = spinal(model, batch)
+    output = model(batch["input_ids"], attention_mask=batch["attention_mask"],
+                   output_hidden_states=True)  # fmt: skip
+    mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    mask[:, :-1] = batch["labels"][:, 1:] != -100
+    norm, states = model.model.norm, output.hidden_states
+    read = [*(norm(one) for one in states[:-1]), states[-1]]
+    logits = [model.lm_head(one[mask]).double() for one in read]
+    logits = [one / 4 if cap is None else cap * torch.tanh(one / cap) for one in logits]
+    torch.testing.assert_close(logits[-1].float(), output.logits[mask], rtol=1e-4, atol=1e-4)
+    p = [one.softmax(-1) for one in logits]
+    for at, found in enumerate(trace.transport):
+        overlap = (p[at] * p[at + 1]).sqrt().sum(-1).clamp(max=1)
+        assert found == pytest.approx(float((2 * overlap.acos()).mean()), rel=1e-3)
 
 
 def test_without_labels_tokens_attended_to_count() -> None:

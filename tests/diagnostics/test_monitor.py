@@ -98,6 +98,43 @@ def test_training_is_the_same_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_resumed_training_goes_on_from_the_same_beginning(tmp_path: Path, restored: bool) -> None:
+    probe, unseen = make_batch(), make_batch(3, seed=4)
+    given = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "restore_callback_states_from_checkpoint": restored,
+    }
+
+    def entries(resume: str | None = None) -> list[dict[str, Any]]:
+        monitor = PreferenceMonitorCallback(probe, unseen=unseen, every=2)
+        trainer = train(tmp_path, monitor, **given)
+        trainer.train(resume_from_checkpoint=resume)
+        return [one for one in trainer.state.log_history if "monitor/margin" in one]
+
+    whole = entries()
+    again = entries(str(tmp_path / "checkpoint-2"))
+    assert [one["step"] for one in again] == [2, 4]
+    for name in NAMES - {"monitor/seconds", "monitor/share"}:
+        assert again[1][name] == whole[1][name]
+    assert whole[1]["monitor/margin"] != whole[0]["monitor/margin"]
+    other = PreferenceMonitorCallback(make_batch(4), unseen=unseen)
+    with pytest.raises(ValueError, match=r"probe must be that of the training .* 6 rows, got 4"):
+        train(tmp_path, other, **given).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    other = PreferenceMonitorCallback(probe)
+    with pytest.raises(ValueError, match=r"unseen must be that of the training .* 3 rows, got 0"):
+        train(tmp_path, other, **given).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.heavy
+def test_two_in_one_training(tmp_path: Path) -> None:
+    monitors = [PreferenceMonitorCallback(make_batch()) for _ in range(2)]
+    with pytest.raises(ValueError, match="callbacks must hold one PreferenceMonitorCallback"):
+        train(tmp_path, *monitors).train()
+
+
+@pytest.mark.heavy
 def test_in_trl(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")

@@ -54,15 +54,27 @@ def test_curry_dpo_is_better_than_either(capsys: pytest.CaptureFixture[str]) -> 
     assert found["random order"] > found["before"] + 0.02
 
 
-@pytest.mark.slow
 def test_dstc_learns_from_its_own_tests(capsys: pytest.CaptureFixture[str]) -> None:
-    load("dstc").main()
+    example = load("dstc")
+    example.main()
     found = rows_of(capsys.readouterr().out)
-    before, rounds = found["before"][0], [found[f"round {n}"] for n in (1, 2, 3)]
-    assert rounds[-1][0] > before + 0.1
-    for _, chosen, rejected, passing in rounds[:1]:
-        assert chosen > passing + 0.05  # than a single test
-        assert rejected < 0.2
+    rounds = [found[f"round {n}"] for n in range(1, example.ROUNDS + 1)]
+    rates = [found["before"][0], *(one[0] for one in rounds)]
+    assert rates == sorted(rates) and rates[-1] > rates[0] + 0.15
+    for _, chosen, rejected, passing, failing in rounds:
+        assert chosen > 0.8 and rejected < 0.1
+        assert chosen - rejected > passing - failing + 0.1  # than by a single test
+
+
+def test_dstc_programs_agree_on_no_argument() -> None:
+    """So that a test which several pass, is passed by what are the same programs."""
+    example = load("dstc")
+    programs = example.true_programs(torch.arange(example.FUNCTIONS))
+    arguments = example.NUMBERS + torch.tensor(example.ARGUMENTS)
+    made = example.run(programs[:, None], arguments.expand(len(programs), -1))
+    assert (made >= example.NUMBERS).all()
+    for values in made.T:
+        assert len(set(values.tolist())) == example.FUNCTIONS
 
 
 def test_dstc_executes() -> None:
@@ -95,8 +107,8 @@ def test_cofs_forgets_less(capsys: pytest.CaptureFixture[str]) -> None:
         found[name] for name in ("after task 0", "without COFS", "with COFS")
     )
     assert first > 0.85 and without[1] > 0.85
-    assert without[0] < first - 0.1
-    assert with_cofs[0] > without[0] + 0.1 and with_cofs[1] > 0.6
+    assert without[0] < first - 0.25
+    assert with_cofs[0] > without[0] + 0.15 and with_cofs[1] > 0.65
     assert found["forgetting"] == pytest.approx(
         [first - without[0], first - with_cofs[0]], abs=2e-3
     )

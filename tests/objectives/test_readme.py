@@ -10,6 +10,7 @@ import torch
 from fastpref import objectives
 from fastpref.cli import objectives as command
 from fastpref.objectives import registry
+from fastpref.objectives.documentation import LETTERS
 
 README = Path(objectives.__file__).with_name("README.md")
 
@@ -23,6 +24,7 @@ def text() -> str:
 
 def test_its_tables_are_the_catalogue(text: str) -> None:
     assert command.markdown() in text
+    assert LETTERS in text
 
 
 def test_its_examples_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """preference_loss against the same by hand: scoring, sums and objective in plain torch, float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from fastpref import objectives, preference_loss
+from fastpref import ScoringOptions, objectives, preference_loss
 from fastpref.objectives import registry
 from tests.preference.cases import (
     EXTRAS,
@@ -88,6 +90,26 @@ def test_reference_log_probs_by_token_are_those_of_a_live_reference() -> None:
     torch.testing.assert_close(sums.losses, run(objective, data).losses)
     with pytest.raises(ValueError, match="sums cannot be weighed"):
         preference_loss(*arguments, ref_logps=ref.sum(1), token_weights=data.token_weights)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("schedule", ["keep", "batches"])
+def test_reference_log_probs_receive_no_gradient(by_token: bool, schedule: Any) -> None:
+    """Also where they come out of a graph of their own, in two passes and in batches."""
+    data = Data()
+    leaf = -torch.rand(*((B, T) if by_token else (B,)), dtype=torch.float64)
+    leaf.requires_grad_()
+    output = preference_loss(
+        data.hidden,
+        data.weight,
+        data.target,
+        "dpo",
+        ref_logps=2 * leaf,
+        options=ScoringOptions(schedule=schedule),
+    )
+    assert not output.ref_logps.requires_grad
+    output.loss.backward()
+    assert leaf.grad is None and data.weight.grad.any()
 
 
 @pytest.mark.parametrize("reference", ["hidden", "by token", "sums"])

@@ -20,7 +20,8 @@ B = 2 * P
 BATCHES = ScoringOptions(schedule="batches", memory_budget=V * 8 * T * 2)
 RECOMPUTED = ScoringOptions(schedule="recompute")
 TEMPERATURE = torch.linspace(0.4, 1.8, B * T, dtype=torch.float64).view(B, T)
-BY_TOKEN = ("hidden", "ref_hidden", "target", "token_weights", "temperature")
+OF_TOKENS = ("old_token_logp", "advantages")  # extras
+BY_TOKEN = ("hidden", "ref_hidden", "target", "token_weights", "temperature", *OF_TOKENS)
 OF_VOCABULARY = ("weight", "bias", "ref_weight", "ref_bias", "b")
 # Columns, tokens and pairs of each rank; a rank may hold no token, and no pair.
 COLUMNS = {2: [9, 13], 4: [4, 5, 7, 6]}
@@ -58,6 +59,8 @@ def batch() -> dict[str, Tensor]:
         "b": draw(V, RANK),
         "token_weights": draw(B, T).relu(),
         "temperature": TEMPERATURE,
+        "old_token_logp": -3 + draw(B, T),
+        "advantages": draw(B, T),
     }
 
 
@@ -94,9 +97,13 @@ CASES: dict[str, dict[str, Any]] = {
     "aot": {"objective": "aot"},
     "kto": {"objective": "kto", "labels": True},
     "bco": {"objective": "bco", "labels": True},
+    "grpo": {"objective": "grpo", "tokens": OF_TOKENS, "beta": 0.1},
+    "gspo, recomputed": {"objective": "gspo", "tokens": OF_TOKENS, "options": RECOMPUTED},
+    "dapo": {"objective": "dapo", "tokens": OF_TOKENS, "beta": 0.1},
+    "disco": {"objective": "disco", "tokens": OF_TOKENS[:1], "answers": True},
 }
 ALONE = tuple(CASES)
-TOGETHER = ("dpo", "dpo, batches", "dpo, frozen", "tdpo", "aot", "kto")
+TOGETHER = ("dpo", "dpo, batches", "dpo, frozen", "tdpo", "aot", "kto", "grpo", "dapo", "disco")
 
 
 def run(given: dict[str, Tensor], name: str, labels: Tensor, **groups: Any) -> dict[str, Tensor]:
@@ -106,8 +113,15 @@ def run(given: dict[str, Tensor], name: str, labels: Tensor, **groups: Any) -> d
         del given["token_weights"]
     if not settings.pop("temperatures", False):
         del given["temperature"]
+    of_tokens = {one: given.pop(one) for one in OF_TOKENS}
+    taken = settings.pop("tokens", ())
     if settings.pop("labels", False):
         settings["extras"] = {"labels": labels}
+    elif taken:
+        settings["extras"] = {one: of_tokens[one] for one in taken}
+        if settings.pop("answers", False):  # of one prompt, on all ranks
+            prompts = {"rewards": labels, "group_ids": labels.new_zeros(len(labels)).long()}
+            settings["extras"] |= prompts
     elif not objectives.get(settings["objective"]).needs_reference:
         given = {key: value for key, value in given.items() if not key.startswith("ref_")}
     wanted = ["hidden"] if frozen else ["hidden", "bias", *(("a", "b") if updated else ("weight",))]

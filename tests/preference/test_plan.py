@@ -184,6 +184,19 @@ def test_cost_is_what_explain_says(needs) -> None:
     )
 
 
+def test_an_update_of_low_rank_is_what_is_added_up() -> None:
+    """Columns of the gradient that batches add up under ``lora=``: the rank's, not the head's."""
+    data, rank = frozen_weights(Data()), 4
+    a, b = (torch.zeros(*shape, dtype=torch.float64) for shape in ((rank, H), (V, rank)))
+    hidden, weight = data.hidden.detach(), data.weight.detach()
+    given = {"options": SEVERAL, "lora": (a.requires_grad_(), b.requires_grad_(), 1.0)}
+    policy = explain(hidden, weight, data.target, "simpo", **given).policy
+    count, rows = len(policy.plans), policy.scored
+    assert count > 1
+    wide = H + rank
+    assert policy.accumulation_units == pytest.approx(100 * count * rank / wide / rows)
+
+
 def test_pairs_without_a_gradient_cost_no_products() -> None:
     data = frozen_weights(Data())
     unit = 2 * H * V

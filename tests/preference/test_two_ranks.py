@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref import ScoringOptions, preference_loss
+from fastpref import ScoringOptions, explain, preference_loss
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.heavy
@@ -124,3 +124,19 @@ def test_statistics_of_all_pairs(two_ranks: Ranks) -> None:
     whole = loss_and_gradients(batch(), "pairs")
     found = torch.cat([one["losses"] for one in two_ranks(on_a_rank, "pairs")])
     torch.testing.assert_close(found.sort().values, whole["losses"].sort().values)
+
+
+def share_with_a_gradient(rank: int) -> tuple[float, float]:
+    """As planned for an objective that trains no rejected response, and as it is."""
+    given = own_part(batch(), "seq_group", rank)
+    hidden, weight, target = (given[one] for one in ("hidden", "weight", "target"))
+    plan: Any = explain(
+        hidden.requires_grad_(), weight.requires_grad_(), target, "sft", seq_group=dist.group.WORLD
+    )
+    scored = target != -100
+    return plan.policy.active, int(scored[: B // 2].sum()) / int(scored.sum())
+
+
+def test_the_plan_counts_the_ranks_own_tokens(two_ranks: Ranks) -> None:
+    for planned, own in two_ranks(share_with_a_gradient):
+        assert planned == own

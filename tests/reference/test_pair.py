@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("peft", reason="peft is not installed")
 
+from transformers import TrainerCallback
+
 from fastpref import objectives
 from fastpref.reference import (
     AdapterPair,
@@ -113,8 +115,21 @@ class Chasing(Live):
 def test_resumed_to_the_bit(tmp_path):
     """Roles, learning rates and losses recorded between two decisions."""
 
+    class Seen(TrainerCallback):
+        """Roles and losses, as a training begins and as it saves."""
+
+        def __init__(self, pair):
+            self.pair = pair
+
+        def on_train_begin(self, *_, **__):
+            self.began = self.pair.state_dict()
+
+        def on_save(self, *_, **__):
+            self.saved = self.pair.state_dict()
+
     def train(folder, resume=None, **arguments):
         pair = make_pair()
+        seen = Seen(pair)
         groups = pair.parameter_groups(fast_lr=0.001, slow_lr=0.05)
         optimizer = torch.optim.Adam(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
@@ -122,7 +137,7 @@ def test_resumed_to_the_bit(tmp_path):
             folder,
             trainer=Chasing,
             model=pair.model,
-            callbacks=[AdapterPairCallback(pair, every=3)],
+            callbacks=[AdapterPairCallback(pair, every=3), seen],
             given={"optimizers": (optimizer, scheduler)},
             **arguments,
         )
@@ -130,10 +145,11 @@ def test_resumed_to_the_bit(tmp_path):
         swap = pair.swap
         pair.swap = lambda *given: (roles.append(trainer.state.global_step), swap(*given))
         trainer.train(resume_from_checkpoint=resume)
-        return pair, roles
+        return pair, roles, seen
 
-    pair, roles = train(tmp_path / "a", save_strategy="steps", save_steps=8)
-    again, later = train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-8"))
+    pair, roles, seen = train(tmp_path / "a", save_strategy="steps", save_steps=8)
+    again, later, other = train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-8"))
+    assert seen.saved["losses"] is not None and other.began == seen.saved != seen.began
     assert later == [step for step in roles if step > 8]
     assert (again.fast, again.slow) == (pair.fast, pair.slow)
     mine, theirs = values(pair.model), values(again.model)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Averages and copies of weights against the formula in float64, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from fastpref.reference import adapter_tensors, frozen_copy, update_
 from tests.reference.models import Small, lora, values
@@ -144,7 +147,9 @@ def sharded(rank, decay):
             nn.init.normal_(one)
     whole = [[one.detach().clone() for one in model.parameters()] for model in models]
     reference, policy = (fully_shard(model, mesh=mesh) for model in models)
-    update_(reference, policy, decay=decay)
+    with CommDebugMode() as communicated:
+        update_(reference, policy, decay=decay)
+    assert communicated.get_total_counts() == 0
     assert all(isinstance(one, DTensor) for one in reference.parameters())
     loose = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     with pytest.raises(ValueError, match="must be sharded as policy"):
@@ -160,6 +165,27 @@ def test_shards(two_ranks, decay):
         for got, mine, theirs in zip(found, reference, policy, strict=True):
             want = decay * torch.tensor(mine) + (1 - decay) * torch.tensor(theirs)
             torch.testing.assert_close(torch.tensor(got), want)
+
+
+def sharded_lora(rank):
+    """What a sharded whole reference holds after a sharded LoRA policy, and before."""
+    mesh = init_device_mesh("cpu", (2,))
+    policy, reference = lora(seed=3), lora(seed=5).merge_and_unload()
+    whole = values(reference), values(copy.deepcopy(policy).merge_and_unload())
+    fully_shard(policy, mesh=mesh)
+    fully_shard(reference, mesh=mesh)
+    update_(reference, policy, decay=0.4)
+    found = {name: one.full_tensor().tolist() for name, one in reference.named_parameters()}
+    return found, [{name: one.tolist() for name, one in each.items()} for each in whole]
+
+
+@pytest.mark.heavy
+def test_shards_of_a_whole_model_follow_a_lora_policy(two_ranks):
+    for found, (reference, merged) in two_ranks(sharded_lora):
+        assert found.keys() == reference.keys()
+        for name, one in found.items():
+            want = 0.4 * torch.tensor(reference[name]) + 0.6 * torch.tensor(merged[name])
+            torch.testing.assert_close(torch.tensor(one), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fastpref import (
     linear_logprob,
     preference_loss,
 )
+from fastpref.optim import DCTAdamW
 from fastpref.scoring import workspace
 
 LENGTH = 32  # of a row of a preference batch
@@ -89,7 +90,25 @@ def diverge(call, rows, columns):
     return step, plan, (hidden, weight)
 
 
-CALLS = {"score": score, "preference": prefer, "divergence": diverge}
+def project(call, rows, columns):
+    """A head's step on its gradient's projection, which measures the columns of the transform."""
+    hidden, weight = leaves(call, rows, columns)
+    optimizer = DCTAdamW(weight, rank=8, update_every=1)
+    target = torch.randint(0, columns, (rows,))
+    options = ScoringOptions(**call["options"])
+
+    def arguments():
+        return {"weight_grad_basis": optimizer.basis, "options": options}
+
+    def step():
+        linear_logprob(hidden, weight, target, **arguments()).logp.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, explain(hidden, weight, target, **arguments()), (hidden, weight)
+
+
+CALLS = {"score": score, "preference": prefer, "divergence": diverge, "project": project}
 
 
 def measure(call):

@@ -196,6 +196,17 @@ def test_twice_the_pairs_take_no_larger_workspace(two_models):
     assert two["grown"] - one["grown"] <= more_rows + SLACK
 
 
+@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_projected_gradient_and_its_step_never_take_the_dense_one(schedule, dtype):
+    """Measured and chosen columns, moments and the weight's update included."""
+    size = {"hidden": 512, "vocab": 98304}
+    one = call("project", "auto", ("hidden",), rows=32, dtype=dtype, schedule=schedule)
+    (result,) = in_processes([{**one, **size}])
+    dense = size["hidden"] * size["vocab"] * 4  # 192 MiB
+    assert result["grown"] < dense / 2, result
+
+
 @pytest.mark.parametrize("cols, stride", [(1, 8), (8, 8), (2051, 2056)])
 def test_rows_of_a_tile_start_at_16_bytes_off_the_cpu(cols, stride):
     meta = torch.device("meta")

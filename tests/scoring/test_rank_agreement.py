@@ -3,12 +3,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fastpref import (
     ScoringOptions,
@@ -18,7 +20,7 @@ from fastpref import (
     preference_loss,
     sparse_divergence,
 )
-from fastpref.scoring import agreement
+from fastpref.scoring import agreement, backends
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.heavy
@@ -214,6 +216,13 @@ def test_heads_that_differ_elsewhere(two_ranks: Ranks) -> None:
         assert first == third == pytest.approx(whole, rel=1e-6) and second < first
 
 
+# Arguments of the second rank alone.
+MORE: dict[str, Callable[[], torch.Tensor | tuple[torch.Tensor, torch.Tensor, float]]] = {
+    "bias": lambda: torch.zeros(20),
+    "lora": lambda: (torch.zeros(2, H), torch.zeros(20, 2), 1.0),
+    "temperature": lambda: torch.full((N,), 0.7),
+}
+# What the second rank does otherwise, and what is said of it: all that is compared.
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "options": (
         {"options": ScoringOptions(memory_budget=1)},
@@ -224,7 +233,21 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "softcap": ({"softcap": 3.0}, "softcap: .* on rank 0, .* on rank 1"),
     "frozen": ({"frozen": True}, "needed gradients: .* on rank 0, .* on rank 1"),
     "reduction": ({"reduce_hidden_grad": False}, "reduce_hidden_grad: True on rank 0, False on"),
-    "version": ({"version": "0.0.9"}, "version of fastpref: '.*' on rank 0, '0.0.9' on rank 1"),
+    "ignore_index": ({"ignore_index": -1}, "ignore_index: -100 on rank 0, -1 on rank 1"),
+    "bias": ({"more": "bias"}, "in bias: False on rank 0, True on rank 1"),
+    "lora": ({"more": "lora", "frozen": True}, "rank of lora: None on rank 0, 2 on rank 1"),
+    "temperatures": (
+        {"more": "temperature"},
+        "temperatures of tokens: False on rank 0, True on rank 1",
+    ),
+    "hidden size": ({"wider": True}, "in hidden size: 6 on rank 0, 7 on rank 1"),
+    "scored tokens": ({"fewer": True}, "in scored tokens: 12 on rank 0, 11 on rank 1"),
+    "backends": ({"backends": ("torch",)}, r"in backends: .* on rank 0, \('torch',\) on rank 1"),
+    "version": ({"version": "fastpref"}, "version of fastpref: '.*' on rank 0, '0.0.9' on rank 1"),
+    "version of torch": (
+        {"version": "torch"},
+        "version of torch: '.*' on rank 0, '0.0.9' on rank 1",
+    ),
     "overlap": ({"vocab_range": (15, 35)}, r"ranks 0 and 1 overlap; .* rank 0 \[0, 20\), rank 1"),
     "gap": ({"vocab_range": (22, 42)}, r"ranks 0 and 1 leave ids out; .* rank 1 \[22, 42\)"),
 }
@@ -234,11 +257,23 @@ def at_fault(rank: int, name: str) -> str:
     """What is raised where the second rank differs."""
     changes = dict(FAULTS[name][0]) if rank == 1 else {}
     group = dist.new_group([0, 1])
-    given = tensors(rank, 2, changes.pop("dtype", torch.float32))
+    given: dict[str, Any] = tensors(rank, 2, changes.pop("dtype", torch.float32))
     given["weight"].requires_grad_(not changes.pop("frozen", False))
-    version = changes.pop("version", None)
-    own = agreement._versions() if version is None else {"version of fastpref": version}
-    with mock.patch.object(agreement, "_versions", lambda: own):
+    if "more" in changes:
+        more = changes.pop("more")
+        given[more] = MORE[more]()
+    if changes.pop("wider", False):
+        given |= {one: nn.functional.pad(given[one], (0, 1)) for one in ("hidden", "weight")}
+    if changes.pop("fewer", False):
+        given["target"][3] = -100
+    there = changes.pop("backends", backends.available("cpu"))
+    versions = agreement._versions()
+    if "version" in changes:
+        versions[f"version of {changes.pop('version')}"] = "0.0.9"
+    with (
+        mock.patch.object(agreement, "_versions", lambda: versions),
+        mock.patch.object(backends, "available", lambda device: there),
+    ):
         try:
             linear_logprob(**given, tp_group=group, **changes)
         except ValueError as error:
@@ -252,6 +287,23 @@ def test_what_differs_is_raised_on_every_rank(name: str, two_ranks: Ranks) -> No
     assert first == second
     with pytest.raises(ValueError, match=FAULTS[name][1]):
         raise ValueError(first)
+
+
+def of_other_worlds(rank: int) -> str:
+    """Rank 0 takes two ranks for its group, and the others four."""
+    how = {"timeout": timedelta(seconds=4)}
+    groups = [dist.new_group([0, 1], **how), dist.new_group([0, 1, 2, 3], **how)]
+    try:
+        linear_logprob(**tensors(rank, 4), tp_group=groups[rank > 0])
+    except RuntimeError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def test_groups_of_different_ranks(four_ranks: Ranks) -> None:
+    for rank, said in enumerate(four_ranks(of_other_worlds)):
+        ranks = "0, 1, 2, 3" if rank else "0, 1"
+        assert f"rank {rank} did not meet the other ranks of its tp_group ({ranks})" in said
 
 
 def refused_here(rank: int, function: str) -> tuple[str, str]:

@@ -30,6 +30,7 @@ class ShardedCase:
     needs: tuple[str, ...] = INPUTS
     even: bool = True
     padding: int = 0  # rows of each shard beyond its range
+    turned: bool = False  # the last rank has the first ids
 
 
 def case(dtype=torch.float32, **changes):
@@ -54,6 +55,7 @@ CASES = {
     ),
     "weight only": case(needs=("weight",)),
     "padded shards": case(padding=5, even=False, outputs=OUTPUTS, differentiated=ALL),
+    "ids from the last rank on": case(turned=True, padding=5, even=False, outputs=OUTPUTS),
     **{
         f"{str(dtype)[6:]} far below, {schedule}": case(
             dtype, arguments={"below": 0.5}, options={"schedule": schedule}
@@ -84,7 +86,8 @@ def bounds(spec: ShardedCase, world: int) -> list[tuple[int, int]]:
     """Vocabulary ids of each rank's rows."""
     first = V // world if spec.even else V // (2 * world)
     inner = [0, *(first + i * ((V - first) // (world - 1)) for i in range(world - 1)), V]
-    return list(itertools.pairwise(inner))
+    found = list(itertools.pairwise(inner))
+    return found[::-1] if spec.turned else found
 
 
 def shard(tensor: torch.Tensor, start: int, stop: int, padding: int) -> torch.Tensor:
@@ -144,7 +147,8 @@ def test_against_the_whole_vocabulary(name, world, request):
     whole = dict(results[0])
     for key in ("d weight", "d bias"):
         if key in whole:
-            whole[key] = torch.cat([result[key] for result in results])
+            parts = [result[key] for result in results]
+            whole[key] = torch.cat(parts[::-1] if spec.turned else parts)
     expected = {f"d {name}" for name in spec.needs if spec.differentiated}
     if not spec.arguments.get("bias"):
         expected -= {"d bias"}

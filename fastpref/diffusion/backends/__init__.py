@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..._extension import ops_unavailable_reason
+from ..._extension import ops_unavailable_reason, warn_of_missing_operators
 
 
 class Backend(Protocol):
@@ -34,10 +34,12 @@ def exact_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def of(model: Tensor, ref: Tensor | None, target: Tensor, mask: Tensor | None) -> Backend:
     """What serves these, views (B, S, R) of one device."""
-    if model.is_cpu and ops_unavailable_reason() is None:
-        from . import cpp
+    if model.is_cpu:
+        if ops_unavailable_reason() is None:
+            from . import cpp
 
-        return cpp
+            return cpp
+        warn_of_missing_operators()
     if model.is_cuda and importlib.util.find_spec("triton") is not None:
         from . import triton
 

@@ -64,7 +64,8 @@ class PreferenceLoss:
       training and in evaluation, where ``eval_loss`` is then the mean but for a few rows. In
       training ``accelerator_config={"even_batches": False}`` leaves it uneven.
 
-    ``objective`` has its hyperparameters set, and is what ``PreferenceCollator`` takes.
+    ``objective`` has its hyperparameters set, and is what ``PreferenceCollator`` takes;
+    ``aux_loss_coef`` is the weight of a mixture of experts' load-balancing loss.
     """
 
     def __init__(self, objective: Objective, aux_loss_coef: float | None = None) -> None:

@@ -73,7 +73,7 @@ def unpatch() -> None:
 def patched(*, fix_heads: bool = False) -> Iterator[None]:
     """``with patched():`` TRL scores on fastpref, and afterwards on what it scored on before.
 
-    Raises as ``patch`` does.
+    ``fix_heads`` as in ``patch``; raises as it does.
     """
     before = list(_in_force)
     patch(fix_heads=fix_heads)

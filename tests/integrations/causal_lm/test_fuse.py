@@ -174,9 +174,9 @@ def test_measuring_leaves_random_numbers_and_modes_alone() -> None:
     assert all(value.grad is None for value in model.parameters())
 
 
-def test_the_readmes_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = Path(__file__).resolve().parents[3] / "README.md"
-    section = readme.read_text(encoding="utf-8").split("## Any transformers model")[1]
+def test_the_pages_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(fastpref.__file__).parent / "integrations" / "causal_lm" / "README.md"
+    section = page.read_text(encoding="utf-8")
     scope: dict[str, Any] = {}
     exec(section.split("```python")[1].split("```")[0], scope)
     assert "torch.Size([4, 31])" in capsys.readouterr().out

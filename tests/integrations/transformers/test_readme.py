@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example of the README trains."""
+"""The example of the page trains."""
 
 import re
 import subprocess
@@ -16,16 +16,16 @@ from types import SimpleNamespace
 
 from datasets import Dataset
 
+import fastpref
 from tests.integrations.transformers.trainings import PAD, make_model, make_rows
 
 pytestmark = pytest.mark.heavy
-README = Path(__file__).resolve().parents[3] / "README.md"
+README = Path(fastpref.__file__).parent / "integrations" / "transformers" / "README.md"
 
 
 def test_it_trains(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    _, section = README.read_text(encoding="utf-8").split("## In transformers' Trainer\n", 1)
-    (example,) = re.findall(r"```python\n(.*?)```", section.split("\n## ", 1)[0], re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [{name: row[name] for name in names} for row in make_rows("pair", 16)]
     model = make_model()

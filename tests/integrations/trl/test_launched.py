@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parents[3]
 def launched(
     folder: Path, processes: int, batch: int, *how: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision=no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision=no"]
     command += ["--dynamo_backend=no", "--num_machines=1", f"--num_processes={processes}"]
-    if processes > 1:
-        command.append("--main_process_port=0")  # any that is free
+    # With --cpu accelerate starts one process, whatever the number; with this flag it starts them
+    # as torchrun does, and the training asks for the CPU. Port 0 is any that is free.
+    command += ["--multi_gpu", "--main_process_port=0"] if processes > 1 else ["--cpu"]
     command += ["-m", "tests.integrations.trl.launched", str(folder), str(batch), *how]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900

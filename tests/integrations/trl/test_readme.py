@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of the README's section on TRL run, in their order."""
+"""The examples of the page on TRL run, in their order."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* will be removed in v6:FutureWarning"),
     pytest.mark.skipif(RELEASE < (1, 15), reason="FastDPOTrainer needs TRL 1.15"),
 ]
-README = Path(__file__).resolve().parents[3] / "README.md"
+README = Path(integration.__file__).with_name("README.md")
 
 
 def test_examples_run(
@@ -32,8 +32,8 @@ def test_examples_run(
 
     make_model().save_pretrained(tmp_path / "model")  # from where TRL loads the reference too
     monkeypatch.chdir(tmp_path)
-    _, section = README.read_text(encoding="utf-8").split("## Drop-in for TRL\n", 1)
-    patching, training = re.findall(r"```python\n(.*?)```", section.split("\n## ", 1)[0], re.DOTALL)
+    text = README.read_text(encoding="utf-8")
+    patching, training = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(patching, {})
     assert trl_utils._ChunkedLogProbFunction is integration.LogProbAdapter
     given: dict[str, Any] = {

@@ -20,7 +20,7 @@ from fastpref.reference import frozen_copy
 
 SIDE, HUES, LEVELS, WIDTH = 6, 8, 8, 64
 TOKENS, VOCABULARY, NO_CLASS = SIDE * SIDE, HUES * LEVELS, HUES
-FIT_STEPS, ROUNDS, DDO_STEPS, DPO_STEPS, BATCH = 150, 2, 20, 20, 32
+FIT_STEPS, ROUNDS, DDO_STEPS, DPO_STEPS, BATCH = 150, 2, 50, 40, 32
 
 
 class Model(nn.Module):
@@ -151,7 +151,8 @@ def discriminate(model: Model) -> None:
     """Rounds of DDO, each against the model that the last one left."""
     for _ in range(ROUNDS):
         reference = frozen_copy(model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, DDO_STEPS)
         classes = torch.randint(HUES, (DDO_STEPS, BATCH))
         generated = reference.sample(classes.flatten()).view(DDO_STEPS, BATCH, TOKENS)
         for own, fake in zip(classes, generated, strict=True):
@@ -161,9 +162,10 @@ def discriminate(model: Model) -> None:
             seen = torch.where(dropped, NO_CLASS, own.repeat(2))
             beta = torch.where(dropped & ~labels, 0.0, 0.05)  # real rows are learnt without too
             output = ddo(
-                model, reference, seen, tokens, labels, torch.full((2 * BATCH,), 4.0), beta
+                model, reference, seen, tokens, labels, torch.full((2 * BATCH,), 0.2), beta
             )
             step(optimizer, output.loss)
+            schedule.step()
 
 
 def prefer(model: Model) -> None:

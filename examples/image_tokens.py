@@ -8,8 +8,12 @@ bias and runs in float32, as VAR's has. DDO (Zheng et al. 2025, arXiv:2503.01103
 real images from its own: log-probabilities are sums over all tokens, ``labels`` say which are real,
 ``alpha`` weighs each generated one, and a beta of 0 takes a row out, as those whose class was
 dropped. DPO then prefers images that brighten from left to right. Says what share of the tokens
-follow the rule of real images, and what share of the steps brighten.
+follow the rule of real images, beside a model that was fitted to real images for as many steps more
+(which is ahead here: DDO is for models that more fitting does not improve), and what share of the
+steps brighten.
 """
+
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -136,10 +140,10 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def fit(model: Model) -> None:
+def fit(model: Model, steps: int) -> None:
     """On real images of both directions, a tenth of them without their class."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(FIT_STEPS):
+    for _ in range(steps):
         classes = torch.randint(HUES, (BATCH,))
         tokens = real(classes, torch.rand(BATCH) < 0.5)
         seen = torch.where(torch.rand(BATCH) < 0.1, NO_CLASS, classes)
@@ -147,9 +151,11 @@ def fit(model: Model) -> None:
         step(optimizer, F.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
 
 
-def discriminate(model: Model) -> None:
-    """Rounds of DDO, each against the model that the last one left."""
+def discriminate(model: Model) -> list[float]:
+    """Rounds of DDO, each against the model that the last one left, and the losses of the last."""
+    losses: list[float] = []
     for _ in range(ROUNDS):
+        losses.clear()
         reference = frozen_copy(model)
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, DDO_STEPS)
@@ -166,6 +172,8 @@ def discriminate(model: Model) -> None:
             )
             step(optimizer, output.loss)
             schedule.step()
+            losses.append(output.loss.item())
+    return losses
 
 
 def prefer(model: Model) -> None:
@@ -180,15 +188,19 @@ def prefer(model: Model) -> None:
 def show(label: str, model: Model) -> None:
     classes = torch.arange(HUES).repeat(16)
     tokens = model.sample(classes)
-    print(f"{label:8} quality {quality(classes, tokens):.3f}   rising {rising_share(tokens):.3f}")
+    print(f"{label:6} quality {quality(classes, tokens):.3f}   rising {rising_share(tokens):.3f}")
 
 
 def main() -> None:
     torch.manual_seed(0)
     model = Model()
-    fit(model)
+    fit(model, FIT_STEPS)
     show("before", model)
-    discriminate(model)
+    longer = deepcopy(model)
+    fit(longer, ROUNDS * DDO_STEPS)
+    show("longer", longer)
+    losses = discriminate(model)
+    print(f"DDO loss {losses[0]:.3f} to {sum(losses[-10:]) / 10:.3f}")
     show("DDO", model)
     prefer(model)
     show("DPO", model)

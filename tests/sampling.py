@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of the many cases of a test ``make test`` runs, and which ``make test-quick``.
 
-Of a product of parameters those that have each value a few times, in mixed company.
+Of a product of parameters those that have each value, in mixed company.
 """
 
 from collections import Counter, defaultdict
@@ -10,23 +10,23 @@ from itertools import chain
 
 import pytest
 
-MANY = 24  # cases that one test may have before some of them are a sweep's
+MANY = 12  # cases that one test may have before some of them are a sweep's
 
 
 def sweep(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
     """What ``make test`` leaves to ``make test-slow``: of tests of many cases, drawn from two
-    parameters or more, those beyond ``each_value`` twice."""
+    parameters or more, those beyond ``each_value``."""
     for cases in _by_test(item for item in items if item.get_closest_marker("slow") is None):
         if len(cases) > MANY and len(values_of(cases[0])) > 1:
-            kept = {id(case) for case in each_value(cases, 2)}
+            kept = {id(case) for case in each_value(cases)}
             yield from (case for case in cases if id(case) not in kept)
 
 
 def sample(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
     """What ``make test-quick`` runs: all that are not heavy, and of the cases of a test those of
-    ``each_value`` once."""
+    ``each_value``."""
     light = (item for item in items if item.get_closest_marker("heavy") is None)
-    return chain.from_iterable(each_value(cases, 1) for cases in _by_test(light))
+    return chain.from_iterable(map(each_value, _by_test(light)))
 
 
 def _by_test(items: Iterable[pytest.Item]) -> Iterable[list[pytest.Item]]:
@@ -36,23 +36,18 @@ def _by_test(items: Iterable[pytest.Item]) -> Iterable[list[pytest.Item]]:
     return cases.values()
 
 
-def each_value(cases: list[pytest.Item], times: int) -> list[pytest.Item]:
-    """Few cases of one test that have each value of each parameter so many times, or as often as
-    there are cases with it, in mixed company."""
+def each_value(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Few cases of one test that have each value of each parameter, in mixed company."""
     values = {case: values_of(case) for case in cases}
-    there = Counter(chain.from_iterable(values.values()))
-    wanted = Counter({value: min(times, count) for value, count in there.items()})
-    used, kept, left = Counter[tuple[str, ...]](), [], list(cases)
+    wanted, used, kept = set(chain(*values.values())), Counter[tuple[str, ...]](), []
 
     def worth(case: pytest.Item) -> tuple[int, int]:
-        return sum(wanted[value] > 0 for value in values[case]), -sum(map(used.get, values[case]))
+        return len(wanted & values[case]), -sum(used[value] for value in values[case])
 
-    used.update(dict.fromkeys(there, 0))
-    while any(count > 0 for count in wanted.values()):
-        best = max(left, key=worth)
-        left.remove(best)
+    while wanted:
+        best = max(cases, key=worth)
         kept.append(best)
-        wanted.subtract(values[best])
+        wanted.difference_update(values[best])
         used.update(values[best])
     return kept
 

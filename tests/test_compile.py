@@ -192,6 +192,7 @@ def test_the_output_knows_its_layout(layout) -> None:
     torch.testing.assert_close(output.rejected_logps, want.rejected_logps)
 
 
+@pytest.mark.slow
 def test_an_update_of_the_head() -> None:
     def function(batch: Batch) -> Tensor:
         return prefer(batch, lora=(batch.a, batch.b, 0.7))
@@ -314,6 +315,7 @@ def test_settings_of_a_module_may_change_later() -> None:
     torch.testing.assert_close(compiled(*given), expected(*given))
 
 
+@pytest.mark.slow
 def test_a_module_of_tokens() -> None:
     module = nn.FusedLinearGRPOLoss(beta=0.0)
 

@@ -86,6 +86,7 @@ def check_no_races(
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=launched)
 
 
+@pytest.mark.slow
 def test_no_kernel_has_a_race(tmp_path: Path, sanitizer: list[str]) -> None:
     check_no_races(tmp_path, sanitizer, LIBRARIES, "sample", "", NARROW)
 

@@ -95,6 +95,7 @@ def test_no_compiled_operator_is_left_out() -> None:
     assert launched.names == {name for name in there if name.startswith("fastpref::")}
 
 
+@pytest.mark.slow
 @launches
 def test_cuda_kernels_on_the_host(launches: str, tmp_path: Path) -> None:
     reason = unavailable_reason()

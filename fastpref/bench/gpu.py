@@ -244,6 +244,7 @@ def cases(device: str) -> Iterator[tuple[Case, bool]]:
     yield replace(_case("head", "trainable head", small, device), logits="random"), False
     yield _case("denoising", "frozen head", small, device), False
     yield _case("low-rank", "trainable head", small, device), False
+    yield _case("ddo", "trainable head", small, device), False
 
 
 def memory_cases(device: str) -> Iterator[Case]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .shapes import SIZE, draw
+from .shapes import PLACED, SIZE, draw
 
 PATCH = 3
 
@@ -23,17 +23,23 @@ class FlowTransformer(nn.Module):
         super().__init__()
         self.width = width
         tokens, channels = (SIZE // PATCH) ** 2, 3 * PATCH**2
-        self.read = nn.Linear(channels, width)
-        self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
-        self.times = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.read = nn.Linear(channels, width, **PLACED)
+        self.places = nn.Parameter(0.02 * torch.randn(tokens, width, **PLACED))
+        self.times = nn.Sequential(
+            nn.Linear(width, width, **PLACED), nn.SiLU(), nn.Linear(width, width, **PLACED)
+        )
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+                *(width, heads, 2 * width),
+                dropout=0.0,
+                batch_first=True,
+                norm_first=True,
+                **PLACED,
             )
             for _ in range(layers)
         )
-        self.norm = nn.LayerNorm(width)
-        self.write = nn.Linear(width, channels)
+        self.norm = nn.LayerNorm(width, **PLACED)
+        self.write = nn.Linear(width, channels, **PLACED)
 
     def forward(self, images: Tensor, times: Tensor) -> Tensor:
         tokens = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
@@ -45,7 +51,9 @@ class FlowTransformer(nn.Module):
 
     def _waves(self, times: Tensor) -> Tensor:
         half = self.width // 2
-        rates = torch.exp(math.log(1000) * torch.arange(half, device=times.device) / half)
+        rates = torch.exp(
+            math.log(1000) * torch.arange(half, dtype=times.dtype, device=times.device) / half
+        )
         angles = times[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], 1)
 
@@ -58,7 +66,7 @@ def noised(images: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor
 
 def flow_loss(model: nn.Module, images: Tensor) -> Tensor:
     """The mean squared error of the velocity, at times drawn at random."""
-    times = torch.rand(images.shape[0])
+    times = torch.rand(images.shape[0], **PLACED)
     seen, velocity = noised(images, torch.randn_like(images), times)
     return F.mse_loss(model(seen, times), velocity)
 
@@ -67,9 +75,9 @@ def flow_loss(model: nn.Module, images: Tensor) -> Tensor:
 def sample(model: nn.Module, count: int, steps: int = 24, seed: int = 0) -> Tensor:
     """Images (count, 3, SIZE, SIZE) that the flow makes of noise, by Euler's method."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, SIZE, SIZE, generator=generator)
+    images = torch.randn(count, 3, SIZE, SIZE, generator=generator, **PLACED)
     for step in range(steps, 0, -1):
-        times = torch.full((count,), step / steps)
+        times = torch.full((count,), step / steps, **PLACED)
         images = images - model(images, times) / steps
     return images
 
@@ -79,7 +87,7 @@ def fit(model: nn.Module, steps: int, progress: Callable[[int, int, float], None
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
-        loss = flow_loss(model, draw(torch.rand(48) < 0.5))
+        loss = flow_loss(model, draw(torch.rand(48, **PLACED) < 0.5))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -91,7 +99,7 @@ def noised_pairs(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the model sees of (2P, ...) images, chosen ones first, their times and velocities: the
     two of a pair share noise and time."""
     count = images.shape[0] // 2
-    times = torch.rand(count).repeat(2)
-    noise = torch.randn(images[:count].shape).repeat(2, 1, 1, 1)
+    times = torch.rand(count, **PLACED).repeat(2)
+    noise = torch.randn(images[:count].shape, **PLACED).repeat(2, 1, 1, 1)
     seen, velocity = noised(images, noise, times)
     return seen, times, velocity

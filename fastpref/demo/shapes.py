@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SIZE = 12  # pixels a side
+PLACED: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 RED, BLUE = (1.0, 0.25, 0.05), (0.05, 0.25, 1.0)
 
 
@@ -21,24 +23,24 @@ def draw(red: Tensor, generator: torch.Generator | None = None) -> Tensor:
         red: (N,) bool, else blue.
     """
     count = red.shape[0]
-    places, sizes, kinds = torch.rand(3, count, 2, generator=generator, dtype=torch.float32)
+    places, sizes, kinds = torch.rand(3, count, 2, generator=generator, **PLACED)
     centre = 3.5 + places * (SIZE - 8)
     radius = 2 + 1.5 * sizes[:, :1, None]
-    pixels = torch.arange(SIZE, dtype=torch.float32)
+    pixels = torch.arange(SIZE, **PLACED)
     down = (pixels[:, None] - centre[:, :1, None]).abs()
     right = (pixels - centre[:, 1:, None]).abs()
     square = torch.maximum(down, right)
     disk = (down.square() + right.square()).sqrt()
     distance = torch.where(kinds[:, :1, None] < 0.5, square, disk)
     inside = (radius - distance + 0.5).clamp(0, 1)[:, None]
-    colours = torch.where(red[:, None], torch.tensor(RED), torch.tensor(BLUE))
+    colours = torch.where(red[:, None], torch.tensor(RED, **PLACED), torch.tensor(BLUE, **PLACED))
     images: Tensor = 2 * (0.05 + 0.9 * inside * colours[:, :, None, None]) - 1
     return images
 
 
 def pairs(count: int, generator: torch.Generator | None = None) -> Tensor:
     """(2 count, 3, SIZE, SIZE): red images, which are preferred, then blue ones."""
-    return draw(torch.arange(2 * count) < count, generator)
+    return draw(torch.arange(2 * count, **PLACED) < count, generator)
 
 
 def red_share(images: Tensor) -> float:

@@ -76,6 +76,7 @@ def test_a_projected_gradient_takes_less_than_the_weight() -> None:
     assert low < dense - 8000 * (1024 - 3 * RANK) * 4 / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_failure_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"memory failed: KeyError: 'no such thing'$"):

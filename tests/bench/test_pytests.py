@@ -97,6 +97,7 @@ def cut_short(command: list[str], tmp_path: Path) -> None:
     assert "assert False" in said
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_what_came_to_its_end(command: list[str]) -> None:
     row, finished = pytests.run([*command, "-k", "good or bad"], None, 120.0)

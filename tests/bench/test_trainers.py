@@ -80,6 +80,7 @@ def test_one_side_is_on_fastpref(tmp_path, method, name):
         integration.unpatch()
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_a_process_that_fails_says_why(tmp_path):
     training = runs.Training(method="dpo", adapters=False, **TINY)

@@ -54,7 +54,7 @@ def test_quick(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert found == [(what, mode) for what in usual for mode in SUITES[what].modes]
     for case in report["cases"]:
         timings = case["timings"]
-        if case["what"] != "heads":
+        if case["what"] not in ("heads", "low-rank"):
             assert {LIMIT, "fastpref", "plain torch"} <= set(timings)
             assert timings["fastpref"]["error"] < 1e-5
         assert (OVERFLOWING in timings) == (case["what"] == "score")

@@ -42,6 +42,7 @@ def test_command_prints_json_that_says_what_is_there() -> None:
     assert "torch on cpu" in report["self_check"]["max_error"]
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_text_has_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
@@ -166,6 +167,7 @@ def test_environment_knows_every_variable_of_the_sources() -> None:
     assert named - macros <= {name for name, _, _ in env.VARIABLES}
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_unfollowed_capability_is_explained() -> None:
     done = subprocess.run(

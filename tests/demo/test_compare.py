@@ -74,6 +74,7 @@ def test_job_survives_json_and_is_done_alike_with_both_heads(tiny, lists, tmp_pa
     assert losses["stock"][0] > losses["stock"][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_failed_process_raises_with_its_last_words(tmp_path):
     recipe = Recipe(warm_up_steps=0, steps=1, rate=1e-3)

@@ -46,6 +46,7 @@ def test_pairs_share_noise_and_time() -> None:
     torch.testing.assert_close(seen, (1 - share) * images + share * noise)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_it_learns_the_preference(capsys) -> None:
     pytest.importorskip("matplotlib")

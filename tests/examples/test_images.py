@@ -36,6 +36,7 @@ def test_flow_dpo(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("flow_dpo.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_diffusion_dpo(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With the network of its own."""
     example = load("diffusion_dpo")

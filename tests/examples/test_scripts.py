@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example runs as a script, and README.md names it."""
+"""Every example runs as a script, and examples/README.md names it."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
 def test_readme_lists_them() -> None:
-    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    assert [name for name in SCRIPTS if f"(examples/{name})" not in text] == []
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert [name for name in SCRIPTS if f"({name})" not in text] == []
 
 
 @pytest.mark.slow

@@ -157,6 +157,7 @@ def test_capabilities(capability, says, monkeypatch):
     assert reason is None if says is None else says in reason
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_without_compiled_operators():
     """The reason is of the GPU, not an ImportError; and calls work in the interpreter."""

@@ -171,6 +171,7 @@ def test_flattened() -> None:
         assert tiles.flattened(tiles.CHIPS[other]) == tiles.CHIPS[other]
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_a_tile_too_large_is_said_to_spill() -> None:
     """The reader sees what the limits are for."""

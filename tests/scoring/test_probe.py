@@ -97,6 +97,7 @@ def test_a_broken_divergence_does_not_serve(monkeypatch, caplog, broken):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_kernels_that_are_right_serve(monkeypatch, caplog):
     verify(ScoringOptions(backend="triton"), torch.float32, outputs=OUTPUTS, **SIZES)

@@ -199,6 +199,7 @@ def test_under_autocast():
     close([got], [score(drawn)["logp"]], torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_compiled():
     torch._dynamo.reset()

@@ -258,6 +258,7 @@ def test_one_product_and_one_for_each_gradient(needs, products):
     assert products <= counted < products + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("divergence", "tail"),

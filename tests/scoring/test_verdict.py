@@ -384,6 +384,7 @@ def _write_many(first: int, count: int) -> None:
         put(made(hidden_size=size))
 
 
+@pytest.mark.slow
 def test_two_processes_write_at_once() -> None:
     """Neither loses what the other wrote, and a reader never sees half a file."""
     context, count = multiprocessing.get_context("fork"), 12
@@ -416,6 +417,7 @@ for size in (t.SIZE, t.SIZE._replace(heavy=True)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_all_processes_with_the_same_file_choose_alike(card: SimpleNamespace) -> None:
     put(made(), made("rows", heavy=True), key=verdict.key_of(0))

@@ -138,8 +138,7 @@ def but(ordinary: str, names: Iterable[str]) -> list[Any]:
     "needs",
     [
         ("hidden", "weight", "bias"),
-        ("hidden",),
-        pytest.param(("weight",), marks=pytest.mark.slow),
+        *(pytest.param((one,), marks=pytest.mark.slow) for one in ("hidden", "weight")),
     ],
 )
 def test_as_eager(name: str, needs) -> None:

@@ -110,7 +110,13 @@ def test_cuda_kernels_on_the_host(launches: str, tmp_path: Path) -> None:
 @launches
 @pytest.mark.parametrize(
     "family",
-    ["glue", pytest.param("rows", marks=pytest.mark.slow), "triton", "divergence_launch"],
+    [
+        "glue",
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in ("rows", "triton", "divergence_launch")
+        ),
+    ],
 )
 def test_triton_kernels(family: str, launches: str) -> None:
     check(run(family, launches, TRITON_INTERPRET="1"))

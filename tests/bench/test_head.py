@@ -64,14 +64,12 @@ def test_a_sample_is_made_on_the_device() -> None:
     assert {one.device.type for one in tensors} == {"meta"}
 
 
-RUN = ("head", "trainable head")
-
-
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "what, dtype, mode",
     [
-        pytest.param(what, dtype, mode, marks=[] if (what, mode) == RUN else pytest.mark.slow)
+        (what, dtype, mode)
         for what, dtype in (("head", "float32"), ("call", "bfloat16"))
         for mode in MODES
     ],

@@ -21,7 +21,7 @@ from fastpref.bench.work import Shape, Work, make_work
 SHAPE = Shape(8, 16, 32, 300)
 # The others have no rows to tell apart, or tests of their own.
 OTHERS = ("heads", "step", "head", "call", "low-rank", "denoising")
-SWEPT = ("head", "call")  # tests/bench/test_head.py has one of each
+SWEPT = [(what, mode) for what in ("head", "call") for mode in MODES if mode != "forward"]
 LOSSES = [what for what in SUITES if what not in OTHERS]
 EVERY = [(what, mode) for what, suite in SUITES.items() for mode in suite.modes]
 
@@ -34,7 +34,7 @@ def experiment(what: str, mode: Mode, device: str = "cpu") -> Experiment:
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "what, mode",
-    [pytest.param(*one, marks=pytest.mark.slow if one[0] in SWEPT else ()) for one in EVERY],
+    [pytest.param(*one, marks=pytest.mark.slow if one in SWEPT else ()) for one in EVERY],
 )
 def test_candidates_agree_with_float64(what: str, mode: Mode) -> None:
     if SUITES[what].unavailable is not None:

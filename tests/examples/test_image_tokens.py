@@ -72,6 +72,7 @@ def test_what_is_measured(example: Any) -> None:
     assert example.quality(classes, torch.randint(example.VOCABULARY, rising.shape)) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 def test_it_learns(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     example.main()

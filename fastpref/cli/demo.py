@@ -108,9 +108,21 @@ class Prepared:
     held_out: list[Example]
 
 
+def _what_happens(args: argparse.Namespace) -> str:
+    """What is done and how long it takes, of the demo as it comes."""
+    if args.compare is not None:
+        return "a training in TRL with each objective, from the same model"
+    if args.model is not None or args.data is not None or args.steps is not None:
+        return "a preference training in TRL, then its head beside fastpref's"
+    return (
+        "a small model learns to write answers (two minutes), then in TRL which are preferred, "
+        "then TRL's head beside fastpref's: three to four minutes on two cores"
+    )
+
+
 def _demo(args: argparse.Namespace, console: Console) -> None:
     chosen, preferences = _checked(args)
-    console.say("start", "loading PyTorch, transformers and TRL")
+    console.say("start", _what_happens(args))
     quiet()
     from ..demo import measure, settings, training
 

@@ -14,6 +14,7 @@ steps brighten.
 """
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,30 @@ def rising_share(tokens: Tensor) -> float:
     return float((steps_of(tokens) == 1).float().mean())
 
 
+def preferred(
+    model: Model,
+    reference: Model,
+    classes: Tensor,
+    tokens: Tensor,
+    objective: str,
+    **settings: Any,
+) -> PreferenceOutput:
+    """The loss of (B,) classes and (B, TOKENS) images."""
+    with torch.no_grad():
+        ref_hidden = reference(classes, tokens)
+    return preference_loss(
+        model(classes, tokens),
+        model.head.weight,
+        tokens,
+        objective,
+        bias=model.head.bias,
+        ref_hidden=ref_hidden,
+        ref_weight=reference.head.weight,
+        ref_bias=reference.head.bias,
+        **settings,
+    )
+
+
 def ddo(
     model: Model,
     reference: Model,
@@ -98,40 +123,14 @@ def ddo(
     alpha: Tensor,
     beta: Tensor,
 ) -> PreferenceOutput:
-    """Of (B,) classes and (B, TOKENS) images, ``labels`` true where they are real."""
-    with torch.no_grad():
-        ref_hidden = reference(classes, tokens)
-    return preference_loss(
-        model(classes, tokens),
-        model.head.weight,
-        tokens,
-        "ddo",
-        layout="units",
-        bias=model.head.bias,
-        ref_hidden=ref_hidden,
-        ref_weight=reference.head.weight,
-        ref_bias=reference.head.bias,
-        extras={"labels": labels},
-        alpha=alpha,
-        beta=beta,
-    )
+    """``labels`` (B,), true where an image is real; ``alpha`` and ``beta`` (B,)."""
+    settings = {"layout": "units", "extras": {"labels": labels}, "alpha": alpha, "beta": beta}
+    return preferred(model, reference, classes, tokens, "ddo", **settings)
 
 
 def dpo(model: Model, reference: Model, classes: Tensor, tokens: Tensor) -> PreferenceOutput:
-    """Of (2P,) classes and (2P, TOKENS) images, preferred ones first."""
-    with torch.no_grad():
-        ref_hidden = reference(classes, tokens)
-    return preference_loss(
-        model(classes, tokens),
-        model.head.weight,
-        tokens,
-        "dpo",
-        bias=model.head.bias,
-        ref_hidden=ref_hidden,
-        ref_weight=reference.head.weight,
-        ref_bias=reference.head.bias,
-        beta=0.1,
-    )
+    """Of pairs, preferred images first."""
+    return preferred(model, reference, classes, tokens, "dpo", beta=0.1)
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

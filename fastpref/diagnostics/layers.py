@@ -154,13 +154,11 @@ def spinal(
     if not count:
         raise ValueError("batch must have a token that counts; its labels are all -100")
     read = [norm(one)[mask] for one in states]
+    given: dict[str, Any] = {"softcap": logits.softcap, "logit_scale": logits.scale}
     transport = [
-        layer_transport(
-            a, b, weight, bias=bias, softcap=logits.softcap, logit_scale=logits.scale,
-            options=options,
-        )
+        layer_transport(a, b, weight, bias=bias, options=options, **given)
         for a, b in itertools.pairwise(read)
-    ]  # fmt: skip
+    ]
     return SpinalTrace(
         contraction=[float(layer_contraction(one[mask], tail=tail)) for one in states],
         transport=[float(one.mean(dtype=torch.float64)) for one in transport],

@@ -15,7 +15,7 @@ import fastpref
 from fastpref import ScoringOptions, diffusion, nn, objectives, sequences
 from fastpref.integrations import trl
 from fastpref.objectives import registry
-from fastpref.scoring.backends.divergences import DIVERGENCES
+from fastpref.scoring.backends.divergence_formulas import DIVERGENCES
 from fastpref.scoring.statistics import OUTPUTS
 from tests.nn import distilled, peers
 from tests.objectives.test_catalogue import plain_extras, plain_logps, ready

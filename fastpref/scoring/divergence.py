@@ -14,7 +14,8 @@ from torch import Tensor
 from ..objectives.checks import hint, is_integer, is_number
 from .agreement import Own, agree, refused_together
 from .api import Asked, run
-from .backends.divergences import DIVERGENCES, unavailable_reason
+from .backends.divergence_formulas import DIVERGENCES
+from .backends.divergences import unavailable_reason
 from .head import Lora
 from .plan import Plan
 from .request import make_model, make_request

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .head import Projector
-from .rows import RowScores
 from .slab import Products
-from .statistics import RowSums
+from .statistics import RowScores, RowSums
 from .types import LogitMap
 
 LARGEST = torch.finfo(torch.float16).max

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .statistics import RowSums
+from .statistics import RowScores, RowSums
 from .types import LogitMap
 
 
@@ -25,16 +25,6 @@ class TargetLogits(NamedTuple):
     column: Tensor  # the target's column, -1 where it is elsewhere
     raw: Tensor  # its product plus bias; NaN where it is elsewhere
     logit: Tensor
-
-
-class RowScores(NamedTuple):
-    """What backward needs of each row beside its exponentials, each (rows,). The anchor need not be
-    that of the exponentials."""
-
-    logp: Tensor
-    anchor: Tensor
-    norm: Tensor  # exp(lse - anchor): p = exp(t - anchor) / norm
-    log_norm: Tensor
 
 
 class Scored(NamedTuple):

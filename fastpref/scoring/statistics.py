@@ -15,13 +15,10 @@ kernels/statistics.py and backends/torch.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .rows import RowScores
 
 
 class TokenScores(NamedTuple):
@@ -79,6 +76,16 @@ class RowSums(NamedTuple):
         if self.best_index is None or not start:
             return self
         return self._replace(best_index=self.best_index + start)
+
+
+class RowScores(NamedTuple):
+    """What backward needs of each row beside its exponentials, each (rows,). The anchor need not be
+    that of the exponentials."""
+
+    logp: Tensor
+    anchor: Tensor
+    norm: Tensor  # exp(lse - anchor): p = exp(t - anchor) / norm
+    log_norm: Tensor
 
 
 class Parts(NamedTuple):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastpref.scoring.backends import UpstreamGradient
 from fastpref.scoring.backends import torch as torch_backend
-from fastpref.scoring.rows import RowScores, TargetLogits
+from fastpref.scoring.rows import TargetLogits
 from fastpref.scoring.slab import Products, Slab
-from fastpref.scoring.statistics import SUMS, RowSums, summed
+from fastpref.scoring.statistics import SUMS, RowScores, RowSums, summed
 from fastpref.scoring.types import LogitMap, statistics_dtype
 
 HERE = Path(__file__).resolve().parent

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastpref.scoring.backends import UpstreamGradient, divergences
+from fastpref.scoring.backends import UpstreamGradient, divergence_formulas, divergences
 from fastpref.scoring.backends import torch as torch_backend
 from fastpref.scoring.slab import Products
 from fastpref.scoring.types import LogitMap, statistics_dtype
@@ -26,7 +26,7 @@ low = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
-    for module in (torch_backend, divergences):
+    for module in (torch_backend, divergence_formulas):
         monkeypatch.setattr(module, "_BLOCK_CPU", LOGITS // 3)
 
 

@@ -19,7 +19,7 @@ from fastpref import ScoringOptions, explain, linear_divergence, linear_logprob,
 from fastpref.objectives import registry
 from fastpref.scoring import plan as schedule
 from fastpref.scoring import products, request
-from fastpref.scoring.backends.divergences import DIVERGENCES
+from fastpref.scoring.backends.divergence_formulas import DIVERGENCES
 from fastpref.scoring.statistics import OUTPUTS
 from tests.preference.cases import Data, configured, extras_of
 from tests.scoring.cases import BACKENDS, make_case, run, upstream_of, verify

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch import device as Device
 from torch import dtype as Dtype
 
-from ..rows import RowScores, Scored, TargetLogits
+from ..rows import Scored, TargetLogits
 from ..slab import Projection, Slab
-from ..statistics import RowSums
+from ..statistics import RowScores, RowSums
 from ..types import BACKENDS, LogitMap
 from . import verdict
 from .choice import Size

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ... import _extension
-from ..rows import RowScores, Scored, TargetLogits
+from ..rows import Scored, TargetLogits
 from ..slab import Products, Projection, Slab
-from ..statistics import RowSums
+from ..statistics import RowScores, RowSums
 from ..types import LogitMap
 from . import UpstreamGradient
 from . import fakes as fakes  # which registers them

@@ -10,11 +10,12 @@ from ...kernels import cosine_rows
 from ...kernels import divergence_rows as kernels
 from ..slab import Products
 from ..workspace import lease
-from . import divergences, probe
+from . import probe
+from .divergence_formulas import DIVERGENCES, formula_rows
 from .glue import map_arguments
 
-FORWARD_KL = divergences.DIVERGENCES.index("forward_kl")
-COSINE = divergences.DIVERGENCES.index("cosine")  # has a kernel of its own
+FORWARD_KL = DIVERGENCES.index("forward_kl")
+COSINE = DIVERGENCES.index("cosine")  # has a kernel of its own
 
 
 def serves(
@@ -48,8 +49,8 @@ def serves(
             return Products(both[:3], given[0], of_rows), Products(both[3:], given[1], of_rows)
 
         values = divergence_rows(*pair(own), kind, 0.5, write)
-        name = divergences.DIVERGENCES[kind]
-        right = divergences.formula_rows(*pair(expected), name, 0.5, write)
+        name = DIVERGENCES[kind]
+        right = formula_rows(*pair(expected), name, 0.5, write)
         found = [{"values": values, "gradients": own.float()}]
         found.append({"values": right, "gradients": expected.float()})
         return probe.differences(found, tile.dtype)
@@ -63,7 +64,7 @@ def divergence_rows(
     student: Products, teacher: Products, kind: int, beta: float, write: bool
 ) -> Tensor:
     """The operator fastpref::divergence_rows_, of float32, bfloat16 and float16 tiles."""
-    known = len(divergences.DIVERGENCES)
+    known = len(DIVERGENCES)
     if not 0 <= kind < known:
         raise ValueError(f"kind must be in [0, {known}), got {kind}")
     tile, other = student.tile, teacher.tile

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ..._extension import fake_of
-from ..rows import RowScores
-from ..statistics import SUMS, summed
+from ..statistics import SUMS, RowScores, summed
 from ..types import statistics_dtype
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ...kernels import column_sums, row_scores
 from ...kernels import scale_rows as scaling
 from ...kernels import target_logits as targets
-from ..rows import RowScores, TargetLogits
+from ..rows import TargetLogits
 from ..slab import Slab
-from ..statistics import RowSums
+from ..statistics import RowScores, RowSums
 from ..types import LogitMap
 from . import torch as torch_backend
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rows import RowScores, Scored, TargetLogits
+from ..rows import Scored, TargetLogits
 from ..slab import Projection, Slab
-from ..statistics import OUTPUTS, RowSums, token_scores
+from ..statistics import OUTPUTS, RowScores, RowSums, token_scores
 from ..types import LogitMap, statistics_dtype
 from . import RowBackend, UpstreamGradient, next_tier
 from . import torch as torch_backend

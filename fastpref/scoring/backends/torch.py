@@ -25,15 +25,9 @@ import torch
 from torch import Tensor
 
 from ..products import split
-from ..rows import (
-    RowScores,
-    TargetLogits,
-    exponential_scale,
-    row_scores,
-    write_target,
-)
+from ..rows import TargetLogits, exponential_scale, row_scores, write_target
 from ..slab import Products, Slab
-from ..statistics import RowSums
+from ..statistics import RowScores, RowSums
 from ..types import LogitMap, statistics_dtype
 from . import UpstreamGradient
 

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..backends.divergences import divergence_rows, logit_blocks
+from ..backends.divergence_formulas import logit_blocks
+from ..backends.divergences import divergence_rows
 from ..products import split
 from ..scaled import add_scaled
 from ..slab import Projection

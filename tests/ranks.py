@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -20,7 +21,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,25 @@ def on_host(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(on_host, value))
     return value.cpu() if hasattr(value, "cpu") else value
+
+
+def run_to_the_end(function: Callable[..., Any], *args: Any) -> NoReturn:
+    """Call ``function`` and end the process, with status 1 and the traceback where it raises.
+
+    The interpreter is not finalised: a thread of gloo lets go of the last collective's tensors
+    after that has returned, takes the GIL for it, and aborts the process where the interpreter is
+    already on its way out, as happens on a loaded machine. ``destroy_process_group`` waits for
+    the thread only where nothing else refers to the group, and DTensor's caches do.
+    """
+    status = 0
+    try:
+        function(*args)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Ranks:

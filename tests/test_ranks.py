@@ -2,6 +2,8 @@
 """The processes that two-rank tests share: what they return, and what becomes of failures."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,3 +113,21 @@ def test_a_pair_that_died_between_calls_is_replaced(ranks: Ranks) -> None:
         os.kill(pid, 9)
     time.sleep(0.2)
     assert [value.item() for _, value in ranks(total, 1.0)] == [3, 3]
+
+
+ENDING = """
+import atexit
+from tests.ranks import run_to_the_end
+atexit.register(print, "finalised")
+run_to_the_end({function}, "written")
+"""
+
+
+@pytest.mark.parametrize(("function", "status"), [("print", 0), ("int", 1)])
+def test_a_process_that_runs_to_the_end(function: str, status: int) -> None:
+    """What it printed arrives, and nothing of the interpreter's finalisation runs."""
+    code = ENDING.format(function=function)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == status and "finalised" not in ran.stdout
+    assert ran.stdout == ("" if status else "written\n")
+    assert ("ValueError: invalid literal" in ran.stderr) == bool(status)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.parallel.policies import PAIRS, make_policy, rows_of, whole_batch
+from tests.ranks import run_to_the_end
 
 TIMEOUT = 30.0  # seconds, of the process group
 
@@ -51,4 +52,4 @@ def main(rank: int, store: str, how: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    run_to_the_end(main, int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -58,8 +58,9 @@ def run_as_process(rank: int, store: str) -> None:
 
 def test_a_process_that_ends(tmp_path: Path) -> None:
     code = (
-        "import sys; from tests.scoring.test_rank_failures import run_as_process; "
-        "run_as_process(int(sys.argv[1]), sys.argv[2])"
+        "import sys; from tests.ranks import run_to_the_end; "
+        "from tests.scoring.test_rank_failures import run_as_process; "
+        "run_to_the_end(run_as_process, int(sys.argv[1]), sys.argv[2])"
     )
     ranks = [
         subprocess.Popen(

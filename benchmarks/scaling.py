@@ -126,7 +126,7 @@ class Collective(NamedTuple):
 
 def agreement(ranks: int) -> list[Collective]:
     """What ranks of any group send once, before the first of calls that are alike."""
-    return [Collective("all_gather", 8 * 8, ranks)] if ranks > 1 else []
+    return [Collective("all_gather", 7 * 8, ranks)] if ranks > 1 else []
 
 
 def vocabulary_collectives(plan: Plan | BatchedPlan, ranks: int) -> list[Collective]:

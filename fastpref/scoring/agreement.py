@@ -29,8 +29,8 @@ MOST = 1024
 NO_START = -1
 
 # The layout of what is sent must stay as it is, so that other versions can be told that they are.
-_WORDS = 8
-_FAILED, _VERSION, _DIGEST, _COLUMNS, _START, _MEMORY, _WIDENS, _WORLD = range(_WORDS)
+_WORDS = 7
+_FAILED, _VERSION, _DIGEST, _COLUMNS, _START, _MEMORY, _WIDENS = range(_WORDS)
 
 
 class Own(NamedTuple):
@@ -140,12 +140,11 @@ def _compared(
     words[_VERSION], words[_DIGEST] = _digest(versions), _digest(told)
     words[_COLUMNS], words[_MEMORY], words[_WIDENS] = own.columns, own.memory, int(own.widens)
     words[_START] = NO_START if own.start is None else own.start
-    words[_WORLD] = dist.get_world_size(group)
     table = _gathered(group, words, device, name)
     failed = [rank for rank, row in enumerate(table) if row[_FAILED]]
     if failed:
         _raise_of_others(group, failed, _exchanged(group, None), name)
-    if any(row[at] != table[0][at] for row in table for at in (_VERSION, _DIGEST, _WORLD)):
+    if any(row[at] != table[0][at] for row in table for at in (_VERSION, _DIGEST)):
         _raise_difference(group, _exchanged(group, {**versions, **told}), name)
     return table
 

@@ -299,7 +299,7 @@ def _agreed(
     common: dict[str, object] = {
         "options": request.options,
         "outputs": rule,
-        "dtype": request.dtype,
+        "dtype of products": request.dtype,
         "ignore_index": request.ignore_index,
         "needed gradients": request.needed(models[0]),
         "temperatures of tokens": by_row,
@@ -308,15 +308,20 @@ def _agreed(
         "reduce_hidden_grad": form.reducing_group is not None,
     }
     for name, model in zip(("", "second "), models, strict=False):
-        _, bias, lora_a, _, its_form = model.head
-        common |= {
-            f"dtype of {name}hidden and weight": (model.hidden.dtype, model.head.weight.dtype),
-            f"{name}hidden size": model.hidden.shape[-1],
-            f"{name}bias": bias is not None,
-            f"rank of {name}lora": None if lora_a is None else lora_a.shape[0],
-            f"{name}temperature, logit_scale and softcap": its_form.map,
-        }
+        common |= told_of(model, name)
     return agree(form.group, head.weight, own, common, {"scored tokens": scored})
+
+
+def told_of(model: Model, name: str = "") -> dict[str, object]:
+    """What must be alike of a model on every rank that holds rows of its head."""
+    hidden, (weight, bias, lora_a, _, form) = model
+    return {
+        f"dtype of {name}hidden and weight": (hidden.dtype, weight.dtype),
+        f"{name}hidden size": hidden.shape[-1],
+        f"{name}bias": bias is not None,
+        f"rank of {name}lora": None if lora_a is None else lora_a.shape[0],
+        f"{name}temperature, logit_scale and softcap": form.map,
+    }
 
 
 LOGP_ALONE = Scores(("logp",), ("logp",))

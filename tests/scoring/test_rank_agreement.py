@@ -20,13 +20,16 @@ from fastpref import (
     preference_loss,
     sparse_divergence,
 )
-from fastpref.scoring import agreement, backends
+from fastpref.scoring import agreement, backends, request
+from fastpref.scoring.chosen import passes
+from fastpref.scoring.head import Model
+from fastpref.scoring.request import make_model, make_request
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.heavy
 
 N, H, V = 12, 6, 40
-EXCHANGE = ("all_gather", 8)  # of what a rank says of itself, in int64
+EXCHANGE = ("all_gather", 7)  # of what a rank says of itself, in int64
 Counted = list[tuple[str, int]]  # collectives and the numbers in each
 
 
@@ -99,7 +102,7 @@ def sequences(rank: int) -> dict[str, tuple[Counted, Counted]]:
 
 def test_collectives_depend_on_no_data(four_ranks: Ranks) -> None:
     """But for N. Of [2 N] target logits and owners, of three numbers a row, and of the hidden
-    gradient; before them, for a new head, one of eight numbers."""
+    gradient; before them, for a new head, one of seven numbers."""
     target = tensors(0, 4)["target"]
     for of_rank in four_ranks(sequences):
         for name, (first, second) in of_rank.items():
@@ -228,7 +231,16 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"options": ScoringOptions(memory_budget=1)},
         r"differ in options: ScoringOptions\(.*\) on rank 0, ScoringOptions\(.*=1.*\) on rank 1",
     ),
-    "dtype": ({"dtype": torch.float64}, r"dtype.*float32.* on rank 0, .*float64.* on rank 1"),
+    # Of the products alone, and of what they are made of alone.
+    "dtype": (
+        {"autocast": True},
+        r"differ in dtype of products: torch\.float32 on rank 0, torch\.bfloat16 on rank 1\. Pass",
+    ),
+    "dtypes": (
+        {"weight in": torch.bfloat16},
+        r"differ in dtype of hidden and weight: \(torch\.float32, torch\.float32\) on rank 0, "
+        r"\(torch\.float32, torch\.bfloat16\) on rank 1\. Pass",
+    ),
     "outputs": ({"outputs": ("logp", "entropy")}, "outputs: .* on rank 0, .*entropy.* on rank 1"),
     "softcap": ({"softcap": 3.0}, "softcap: .* on rank 0, .* on rank 1"),
     "frozen": ({"frozen": True}, "needed gradients: .* on rank 0, .* on rank 1"),
@@ -253,11 +265,21 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def told(call: Callable[[], object]) -> str:
+    """What ``call`` raises."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "nothing raised"
+
+
 def at_fault(rank: int, name: str) -> str:
     """What is raised where the second rank differs."""
     changes = dict(FAULTS[name][0]) if rank == 1 else {}
     group = dist.new_group([0, 1])
-    given: dict[str, Any] = tensors(rank, 2, changes.pop("dtype", torch.float32))
+    given: dict[str, Any] = tensors(rank, 2)
+    given["weight"] = given["weight"].detach().to(changes.pop("weight in", torch.float32))
     given["weight"].requires_grad_(not changes.pop("frozen", False))
     if "more" in changes:
         more = changes.pop("more")
@@ -271,14 +293,11 @@ def at_fault(rank: int, name: str) -> str:
     if "version" in changes:
         versions[f"version of {changes.pop('version')}"] = "0.0.9"
     with (
+        torch.autocast("cpu", torch.bfloat16, enabled=changes.pop("autocast", False)),
         mock.patch.object(agreement, "_versions", lambda: versions),
         mock.patch.object(backends, "available", lambda device: there),
     ):
-        try:
-            linear_logprob(**given, tp_group=group, **changes)
-        except ValueError as error:
-            return str(error)
-    return "nothing raised"
+        return told(lambda: linear_logprob(**given, tp_group=group, **changes))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -286,6 +305,134 @@ def test_what_differs_is_raised_on_every_rank(name: str, two_ranks: Ranks) -> No
     first, second = two_ranks(at_fault, name)
     assert first == second
     with pytest.raises(ValueError, match=FAULTS[name][1]):
+        raise ValueError(first)
+
+
+def on_another_device(rank: int, function: str) -> str:
+    """A meta device stands for a GPU of the second rank alone; what ranks tell goes by the CPU."""
+    given, group, exchange = tensors(rank, 2), dist.new_group([0, 1]), agreement._gathered
+    model = make_model(**given, tp_group=group)
+    asked = make_request([model], ignore_index=-100, options=None)
+    if rank == 1:
+        head = model.head._replace(weight=model.head.weight.to("meta"))
+        model = Model(model.hidden.to("meta"), head)
+
+    def by_cpu(group: Any, words: list[int], _: torch.device, name: str) -> list[list[int]]:
+        return exchange(group, words, torch.device("cpu"), name)
+
+    calls = {
+        "scores": lambda: request._agreed(asked, request.LOGP_ALONE, [model], False, N),
+        "logits": lambda: passes._agreed(asked, model, N),
+    }
+    with (
+        mock.patch.object(agreement, "_gathered", by_cpu),
+        mock.patch.object(backends, "available", lambda device: ("torch",)),
+    ):
+        return told(calls[function])
+
+
+@pytest.mark.parametrize("function", ["scores", "logits"])
+def test_devices(function: str, two_ranks: Ranks) -> None:
+    first, second = two_ranks(on_another_device, function)
+    assert first == second
+    with pytest.raises(ValueError, match=r"differ in device: 'cpu' on rank 0, 'meta' on rank 1\."):
+        raise ValueError(first)
+
+
+# Of a second head, and of chosen logits: what the second rank changes of its tensors or adds to
+# the call, and what is said of it.
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def wider(*names: str) -> Change:
+    return lambda given: {name: nn.functional.pad(given[name], (0, 1)) for name in names}
+
+
+TEACHERS: dict[str, tuple[Change, str]] = {
+    "dtype": (
+        lambda given: {"teacher_weight": given["teacher_weight"].bfloat16()},
+        r"dtype of second hidden and weight: .*float32\) on rank 0, .*bfloat16\) on rank 1\. P",
+    ),
+    "hidden size": (
+        wider("teacher_hidden", "teacher_weight"),
+        "second hidden size: 6 on rank 0, 7 on rank 1. Pass",
+    ),
+    "bias": (
+        lambda _: {"teacher_bias": torch.zeros(20)},
+        "second bias: False on rank 0, True on rank 1. Pass",
+    ),
+    "lora": (
+        lambda _: {"teacher_lora": (torch.zeros(2, H), torch.zeros(20, 2), 1.0)},
+        "rank of second lora: None on rank 0, 2 on rank 1. Pass",
+    ),
+    "vocab_size": (
+        lambda _: {"vocab_size": V - 1},
+        "vocab_size: 40 on rank 0, 39 on rank 1. Pass",
+    ),
+}
+LOGITS: dict[str, tuple[Change, str]] = {
+    "products": (
+        lambda _: {"autocast": True},
+        "dtype of products: torch.float32 on rank 0, torch.bfloat16 on rank 1. Pass",
+    ),
+    "dtype": (
+        lambda given: {"weight": given["weight"].bfloat16()},
+        r"dtype of hidden and weight: .*float32\) on rank 0, .*bfloat16\) on rank 1\. Pass",
+    ),
+    "hidden size": (wider("hidden", "weight"), "hidden size: 6 on rank 0, 7 on rank 1. Pass"),
+    "tokens": (
+        lambda given: {name: given[name][1:] for name in ("hidden", "ids")},
+        "scored tokens: 12 on rank 0, 11 on rank 1. Pass",
+    ),
+    "bias": (lambda _: {"bias": torch.zeros(20)}, "bias: False on rank 0, True on rank 1. Pass"),
+    "lora": (
+        lambda _: {"lora": (torch.zeros(2, H), torch.zeros(20, 2), 1.0)},
+        ".*; rank of lora: None on rank 0, 2 on rank 1. Pass",
+    ),
+    "softcap": (
+        lambda _: {"softcap": 3.0},
+        "temperature, logit_scale and softcap: .* on rank 0, .*3.0.* on rank 1. Pass",
+    ),
+    "frozen": (
+        lambda given: {"hidden": given["hidden"].detach()},
+        "needed gradients: .* on rank 0, .* on rank 1. Pass",
+    ),
+    "reduction": (
+        lambda _: {"reduce_hidden_grad": False},
+        "reduce_hidden_grad: True on rank 0, False on rank 1. Pass",
+    ),
+}
+
+
+def teacher_at_fault(rank: int, name: str) -> str:
+    mine, theirs = tensors(rank, 2), tensors(rank, 2)
+    given: dict[str, Any] = {"teacher_hidden": theirs["hidden"], "teacher_weight": theirs["weight"]}
+    given |= {"student_hidden": mine["hidden"], "student_weight": mine["weight"]}
+    given["vocab_size"] = V if name == "vocab_size" else None
+    given |= TEACHERS[name][0](given) if rank == 1 else {}
+    group = dist.new_group([0, 1])
+    return told(lambda: linear_divergence(**given, tp_group=group))
+
+
+def logits_at_fault(rank: int, name: str) -> str:
+    given: dict[str, Any] = tensors(rank, 2)
+    given["weight"] = given["weight"].detach()
+    given["ids"] = given.pop("target")[:, None]
+    given |= LOGITS[name][0](given) if rank == 1 else {}
+    group = dist.new_group([0, 1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=given.pop("autocast", False)):
+        return told(lambda: linear_logits(**given, tp_group=group))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [(teacher_at_fault, name) for name in TEACHERS] + [(logits_at_fault, name) for name in LOGITS],
+)
+def test_other_functions(call: Callable[[int, str], str], name: str, two_ranks: Ranks) -> None:
+    _, wanted = (TEACHERS if call is teacher_at_fault else LOGITS)[name]
+    first, second = two_ranks(call, name)
+    assert first == second
+    with pytest.raises(ValueError, match=f"differ in {wanted}"):
         raise ValueError(first)
 
 

@@ -17,7 +17,7 @@ from ..memory import total_memory
 from ..packing import Packing
 from ..plan import BUDGET_SHARE, SHORTAGE
 from ..products import room_bytes, slow_reason
-from ..request import Request, pack_for
+from ..request import Request, pack_for, told_of
 from ..retry import with_less
 from ..types import statistics_dtype
 from . import rows as chosen_rows
@@ -53,12 +53,12 @@ def plan_chosen(
         # A copy: a batch's labels may be overwritten until backward.
         own = target.to(torch.int64, copy=True)
         packing = pack_for(request, own, bounded=traced)
-    agreed = _agreed(request, model)
+    agreed = _agreed(request, model, packing.scored)
     budget = options.memory_budget or agreed.memory // BUDGET_SHARE
     return ChosenCall(request, form, agreed.shard.start, own, packing, budget)
 
 
-def _agreed(request: Request, model: Model) -> Agreed:
+def _agreed(request: Request, model: Model, scored: int) -> Agreed:
     """What all ranks have, or this one alone where the vocabulary is not sharded."""
     head, form = model.head, model.head.form
     held = Own(head.columns, form.start, total_memory(model.hidden.device))
@@ -66,13 +66,13 @@ def _agreed(request: Request, model: Model) -> Agreed:
         return Agreed.alone(held)
     common = {
         "function": "linear_logits",
-        "dtype": request.dtype,
+        "dtype of products": request.dtype,
         "needed gradients": request.needed(model),
-        "bias": head.bias is not None,
-        "logit_scale and softcap": form.map,
+        "device": model.hidden.device.type,
         "reduce_hidden_grad": form.reducing_group is not None,
+        **told_of(model),
     }
-    return agree(form.group, head.weight, held, common)
+    return agree(form.group, head.weight, held, common, {"scored tokens": scored})
 
 
 def run_forward(call: ChosenCall, model: Model, ids: Tensor) -> tuple[Tensor, Tensor | None]:

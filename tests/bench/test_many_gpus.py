@@ -375,6 +375,23 @@ def test_the_table_and_the_readme(
     table, below = capsys.readouterr().out.split("\n\n")
     assert table in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert len(table.splitlines()) == 2 + 8 and "(too much)" in table
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+    small, large = (
+        next(line for line in cells if line[1] == f"{size}, H200" and "1024: " in line[2])
+        for size in ("8B", "70B")
+    )
+    said = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert large[2] == "1024: 8 x 2 x 64"
+    for wanted in (
+        "a model](benchmarks/README.md#many-gpus-on-paper), not a measurement",
+        f"1024 H200s would take {small[3]} s with an 8B model, {small[4]} of it in the head, and",
+        f"{large[3]} s with a 70B one (tp 8, cp 2), {large[4]} of it in the head, which would wait",
+        f"{large[5]} of that for collectives",
+    ):
+        assert wanted in said
+    (exchange,) = scaling.agreement(2)
+    bench = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert f"calls that are alike, {exchange.nbytes:.0f} bytes, is left out" in bench
     assert "70B, H200: over the network (50 GB/s a direction) the head waits longer" in below
     assert "H100: 700 TFLOP/s, 3 TB/s (assumed), 80 GB." in below
 

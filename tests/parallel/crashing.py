@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of two processes that train under DDP: ``python -m tests.parallel.crashing RANK STORE HOW``.
-In its second step rank 1 raises in the loss, or is killed in backward."""
+In its second step rank 1 raises in the loss, or in the backward pass of a policy of NaN, which
+torch's anomaly mode looks for, or is killed there."""
 
 import os
 import signal
@@ -43,6 +44,9 @@ def main(rank: int, store: str, how: str) -> None:
         part["labels"] = part["labels"].float()
     if rank == 1 and how == "killed":
         policy.norm.weight.register_hook(kill)
+    if rank == 1 and how == "nan":
+        policy.norm.weight.data.fill_(torch.nan)
+        torch.autograd.set_detect_anomaly(True)
     began = time.monotonic()
     try:
         module(part, denominator=PAIRS / 2).backward()

@@ -105,6 +105,6 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor], error: float = 
     assert found.keys() == expected.keys()
     for name, want in expected.items():
         largest = float(want.abs().max())
-        assert largest > 1e-3, f"{name}: nothing was compared"
+        assert largest > 1e-5, f"{name}: nothing was compared"
         off = float((found[name].double() - want.double()).abs().max())
         assert off <= error * largest, f"{name}: {off / largest:.1e} of {largest:.2g} away"

@@ -41,8 +41,9 @@ LATENCY = 10e-6  # seconds of a collective of nothing, for each doubling of its 
 # Of the backbone, in rates of the head's products: assumed, 45% of the 989 TFLOP/s of data sheets.
 BACKBONE_RATE = 0.45 * 989 / 700
 # Of full logits in plain torch, a logit in bfloat16: itself, its log-softmax in float32, gradients.
-# Measured on a CPU, the peak that bench/memory.py sees at 512 and at 1024 positions.
-FULL_LOGITS_BYTES = 14
+# Measured on a CPU, the peak that bench/memory.py sees at 512 positions of 64000 columns. At 16000
+# it is 12 to 16 from one run to the next, as malloc uses freed memory again or does not.
+FULL_LOGITS_BYTES = 12
 STATE_BYTES = 16  # of a parameter: weight, gradient, and Adam's master copy and moments
 LAYER_BYTES = 34  # of a position and hidden dimension, in the one layer that is recomputed
 GB = 1e9

@@ -257,7 +257,7 @@ def test_a_step_by_hand(scaling: ModuleType) -> None:
     assert one.travel == pytest.approx(weights / 450e9)
     assert one.sent[1] == pytest.approx(one.sent[0] + 4 * 32 * 2 * positions * wide + weights)
     full, own = one.head_memory
-    assert full == 14 * positions * columns and own == one.plan.workspace_bytes
+    assert full == 12 * positions * columns and own == one.plan.workspace_bytes
     # What is kept, and no less than the exponentials.
     assert 2 * scored * columns < own < 3 * scored * columns
 
@@ -335,10 +335,11 @@ def test_measured_rates(scaling: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_full_logits_in_plain_torch(scaling: ModuleType) -> None:
-    shape = Shape(sequences=8, length=64, hidden_size=64, vocab_size=16000)
+    """Of tensors too large for malloc's heap, whose reuse differs from run to run."""
+    shape = Shape(sequences=8, length=64, hidden_size=64, vocab_size=64000)
     case = Case("score", "trainable head", "bfloat16", shape, device="cpu")
     peak = memory.measure(case, "plain torch", 64)["peak"] * MEBIBYTE
-    assert peak / (8 * 64 * 16000) == pytest.approx(scaling.FULL_LOGITS_BYTES, rel=0.03)
+    assert peak / (8 * 64 * 64000) == pytest.approx(scaling.FULL_LOGITS_BYTES, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,34 @@ def test_edm_s_weight_is_that_of_its_network() -> None:
     torch.testing.assert_close(found.logps, of_ref - ((output - own_target) ** 2).sum(1))
 
 
+def test_ddo_is_half_of_the_code_s_loss() -> None:
+    """Which has a real and a generated sample in each row, of one sigma and noise, and adds up
+    their losses: (1 + alpha) log 2 of a model that is its reference."""
+    model, ref, target = near("ddo_edm")
+    sigma, alpha, beta = SIGMA[:3].repeat(2), 3.0, 0.02
+    given = {"labels": torch.arange(B) < B // 2, "sigma": sigma}
+    weight = (sigma.double() ** 2 + 0.25) / (0.5 * sigma.double()) ** 2
+
+    def code(denoised: Tensor) -> Tensor:
+        log_p, log_ref = (
+            -(weight.view(-1, 1, 1, 1) * (one - target) ** 2).sum((1, 2, 3))
+            for one in (denoised, ref)
+        )
+        real, generated = (log_p - log_ref).chunk(2)
+        return (
+            -torch.nn.functional.logsigmoid(beta * real)
+            - alpha * torch.nn.functional.logsigmoid(-beta * generated)
+        ).mean()
+
+    found = preset("ddo_edm", alpha=alpha)(model.requires_grad_(), ref, target, **given)
+    want = code(model)
+    torch.testing.assert_close(2 * found.loss, want)
+    ours, theirs = (torch.autograd.grad(one, model)[0] for one in (found.loss, want))
+    torch.testing.assert_close(2 * ours, theirs)
+    first = preset("ddo_edm", alpha=alpha)(ref, ref, target, **given)
+    assert 2 * float(first.loss) == pytest.approx((1 + alpha) * math.log(2))
+
+
 def test_d3po_is_the_ratio_of_steps() -> None:
     mean, ref, sample = near("d3po")
     found = preset("d3po")(mean, ref, sample, std=STD.double())
@@ -295,6 +323,8 @@ def test_says_what_it_is(name: str) -> None:
         assert word in found.source
     for extra in GIVEN.get(name, {}):
         assert extra in found.source
+    if name == "diffusion_dpo_sd15":  # the paper's; its code's own launcher has another
+        assert "2000 for Stable Diffusion 1.5" in found.source and "have 5000" in found.source
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.weight = 2.0
     assert preset(name) == found and hash(preset(name)) == hash(found)

@@ -216,16 +216,18 @@ def test_inverted_target() -> None:
     torch.testing.assert_close(found, (noisy - shaped[0] * x0) / shaped[1])
 
 
-def test_edm_s_weight_is_that_of_its_network() -> None:
+@pytest.mark.parametrize("sigma_data", [None, 1.3])
+def test_edm_s_weight_is_that_of_its_network(sigma_data: float | None) -> None:
     """w ||D - x||^2 = ||F - F*||^2, of the network's own output and its target."""
     data, noise, output = torch.randn(3, B, 7, dtype=torch.float64)
-    s, d = SIGMA.double()[:, None], 0.5
+    s, d = SIGMA.double()[:, None], 0.5 if sigma_data is None else sigma_data
+    said = {} if sigma_data is None else {"sigma_data": sigma_data}
     noisy = data + s * noise
     skip, out = d**2 / (s**2 + d**2), s * d / (s**2 + d**2).sqrt()
     denoised = skip * noisy + out * output
     own_target = (data - skip * noisy) / out
     found = preset("ddo_edm", beta=1.0)(
-        denoised, torch.zeros_like(data), data, labels=LABELS, sigma=SIGMA.double()
+        denoised, torch.zeros_like(data), data, labels=LABELS, sigma=SIGMA.double(), **said
     )
     weight = (s**2 + d**2) / (s * d) ** 2
     of_ref = (weight * data**2).sum(1)

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diffusion-DPO of predictions (B, T, H), latents packed as tokens: the loss alone, beside the
-products of one head on as many rows. A network that predicts has hundreds of products as large, so
-that what is gained here shows in no step; the ratio says how little."""
+products of one head on as many rows. What is gained here shows in no step of a network that
+predicts: ``of_a_step`` says how little of one the loss is."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion import log_ratio
-from .experiment import Candidate, Case, Experiment, Mode, Outcome, bare_products
+from .experiment import MODES, Candidate, Case, Experiment, Mode, Outcome, bare_products
+from .work import Shape
 
 BETA = 5000.0
+# Floating-point operations of a training step for each element of a latent: forward and backward of
+# the U-Net, and its reference's forward. Of diffusers' UNet2DConditionModel with the settings of
+# these two (859,520,964 and 2,567,463,684 parameters), counted by torch.utils.flop_counter.
+NETWORKS = {"Stable Diffusion 1.5": 195_925_690, "SDXL": 411_866_437}
 
 
 class _Predictions(NamedTuple):
@@ -48,13 +53,27 @@ def _drawn(case: Case) -> _Predictions:
     """As early in a training: both models miss by a third, and are a fifth of a percent apart."""
     shape, dtype = case.shape, getattr(torch, case.dtype)
     generator = torch.Generator(case.device).manual_seed(0)
-    sizes = shape.sequences, shape.length, shape.hidden_size
+    sizes = shape.sequences, shape.completion, shape.hidden_size  # rows as the products have
     target, miss, apart = (
         torch.randn(sizes, generator=generator, device=case.device, dtype=torch.float32)
         for _ in range(3)
     )
     ref = target + 0.3 * miss
     return _Predictions(*(one.to(dtype) for one in (ref + 0.002 * apart, ref, target)))
+
+
+def of_a_step(case: dict[str, Any]) -> str:
+    """Of a case's results (cases.measure): what share of a step fastpref's loss is, forward and
+    backward; empty of its forward alone, or where it was not timed."""
+    own = case["timings"].get("fastpref")
+    if own is None or case["mode"] == "forward":
+        return ""
+    beside = own["ratio"] * 2 * MODES[case["mode"]] * Shape(**case["shape"]).vocab_size
+    shares = (f"{beside / operations:.4%} of {name}" for name, operations in NETWORKS.items())
+    return (
+        f"fastpref's loss in a step of a U-Net on these latents: {', '.join(shares)}, by its "
+        "operations, were they as fast as the bare products"
+    )
 
 
 def _step(loss: Callable[..., Tensor], given: _Predictions, mode: Mode) -> Outcome:

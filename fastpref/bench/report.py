@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from .cases import LIMIT
+from .denoising import of_a_step
 from .losses import OVERFLOWING
 from .machine import headline
 from .scaling import BUDGET, exponent
@@ -65,9 +66,15 @@ def terminal_case(case: dict[str, Any]) -> str:
     if OVERFLOWING in timings and "fastpref" in timings:
         cost = timings[OVERFLOWING]["ratio"] / timings["fastpref"]["ratio"]
         lines.append(f"  1% overflowing rows cost {cost:.2f}x of the same case without")
+    lines += [f"  {one}" for one in _notes(case)]
     lines += [f"  {name}: not measured, {why}" for name, why in case["skipped"].items()]
     lines += [f"  fastpref warned: {one}" for one in case.get("warnings", ())]
     return "\n".join(lines)
+
+
+def _notes(case: dict[str, Any]) -> list[str]:
+    """What a table of the case must not leave unsaid."""
+    return [one for one in (of_a_step(case),) if one and case["what"] == "denoising"]
 
 
 def terminal_memory(rows: Rows) -> str:
@@ -262,6 +269,8 @@ def _table(cases: list[dict[str, Any]]) -> str:
     for name in implementations(cases):
         cells = [_cell(case, name) for case in cases]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for case, head in zip(cases, heads, strict=True):
+        lines += [f"\n{head}: {one}." for one in _notes(case)]
     return "\n".join(lines)
 
 

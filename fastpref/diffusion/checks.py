@@ -26,6 +26,11 @@ def check_predictions(**predictions: Any) -> None:
     for name, one in predictions.items():
         if not isinstance(one, Tensor):
             raise no_tensor(name, one, "a prediction of shape (B, ...)")
+        if one.is_nested or one.layout != torch.strided:
+            raise ValueError(
+                f"{name} must be a dense tensor, got a nested one or {one.layout}; pad it, and "
+                "leave what is padding out by mask"
+            )
         if one.dtype not in _DTYPES:
             raise ValueError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {one.dtype}; cast it, "
@@ -94,9 +99,11 @@ def check_per_sample(name: str, value: Any, like: Tensor, *, zero: bool) -> None
         raise ValueError(
             f"{name} is on {value.device} and the predictions on {like.device}; move it there"
         )
-    if readable(value) and bool(((value < 0) if zero else (value <= 0)).any()):
-        least = float(value.min())
-        raise ValueError(f"{name} must be finite and {wanted}, got {least}; {remedy}")
+    if readable(value):
+        fits = value.isfinite() & ((value >= 0) if zero else (value > 0))
+        if not fits.all():
+            first = value.detach()[~fits][0].item()
+            raise ValueError(f"{name} must be finite and {wanted}, got {first}; {remedy}")
 
 
 def per_unit(name: str, value: Any, domain: Domain, units: Tensor) -> PerUnit:

@@ -112,7 +112,7 @@ def dspo(
     gap_chosen, gap_rejected = _halves(gap)
     pairs = gap_chosen.shape[0]
     beta = per_unit("dspo: beta", beta, _BETA, gap_chosen)
-    apart = squared_error(model_pred[:pairs], ref_pred[:pairs].detach(), reduction="mean")
+    apart = squared_error(model_pred[:pairs], ref_pred[:pairs], reduction="mean")
     rewards = [-0.5 * beta * one for one in (gap_chosen, gap_rejected)]
     share = beta * torch.sigmoid(rewards[1] - rewards[0])
     losses = error[:pairs] - share * gap_chosen + (share.square() - share) * apart
@@ -177,7 +177,7 @@ def negative_aware(
     share = one_a_unit("negative_aware: rewards", rewards, model_pred.shape[:1], model_pred.device)
     _UNIT_INTERVAL.check_values("negative_aware: rewards", share)
     gap, _, of_old = squared_errors(model_pred, old_pred, target, reduction="mean")
-    apart = squared_error(model_pred, old_pred.detach(), reduction="mean")
+    apart = squared_error(model_pred, old_pred, reduction="mean")
     beta = per_unit("negative_aware: beta", beta, _BETA, gap)
     signed = beta * (2 * share.to(gap.dtype) - 1)
     losses = of_old + signed * gap + (beta * beta - signed) * apart

@@ -333,9 +333,10 @@ Takes labels, (B,), false where the reference generated the sample; sigma, a num
 noise's; sigma_data. Predictions are of the denoiser D and the target is the data. The code's
 log-probability is -w(sigma) ||D - x||^2, a sum over elements, with EDM's w = (sigma^2 +
 sigma_data^2) / (sigma sigma_data)^2 = 1 / sigma_data^2 + 1 / sigma^2: weight w, sum. The same sigma
-and noise serve a real sample and a generated one, model and reference. The paper adds the means
-over real and generated samples: twice this loss, which is a mean over both. Defaults are its
-smallest grid's, beta 0.02 and alpha 1.""",
+and noise serve a real sample and a generated one, model and reference. The code averages over such
+pairs the sum of their two losses, (1 + alpha) log 2 at first; this loss is a mean over all samples,
+half of that where there are as many of each. Defaults are beta 0.02 and alpha 1; the paper searches
+0.01 to 0.1 and 0.5 to 6, anew in each round.""",
     ),
     _dpo(
         "flow_dpo",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpref import objectives
+from fastpref.bench import denoising
 from fastpref.bench.cases import ALLOWED
 from fastpref.bench.experiment import MODES, Case, Experiment, Mode, errors, step
 from fastpref.bench.losses import OVERFLOWING
@@ -142,6 +143,13 @@ def test_what_needs_a_gpu_says_so() -> None:
         one for one in experiment("score", "forward").candidates if one.name == "Cut Cross-Entropy"
     ]
     assert one.unavailable == "needs CUDA"
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.25, 0.5])
+def test_as_many_rows_are_predicted_as_the_products_have(masked: float) -> None:
+    shape = Shape(8, 16, 32, 300, masked)
+    predicted = denoising._drawn(Case("denoising", "frozen head", "float32", shape)).model
+    assert predicted.numel() == shape.scored * shape.hidden_size
 
 
 @pytest.mark.parametrize("mode", SUITES["heads"].modes)

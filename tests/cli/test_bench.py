@@ -96,7 +96,8 @@ def test_vocabularies_of_images() -> None:
     }
     assert {case.shape.hidden_size for case in cases} == {256}
     quick = list(bench._chosen(arguments("--quick", *given)))
-    assert max(case.shape.scored * case.shape.hidden_size for case in quick) <= 2**14
+    assert [case.shape.vocab_size for case in quick] == [case.shape.vocab_size for case in cases]
+    assert max(case.shape.scored * case.shape.vocab_size for case in quick) <= 2**23
 
 
 def test_one_implementation(tiny: None, tmp_path: Path) -> None:

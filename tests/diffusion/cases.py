@@ -36,7 +36,7 @@ def same(view: Callable[[Tensor], Tensor]) -> Callable[..., Predictions]:
     return lambda *given: tuple(view(one) for one in given)  # type: ignore[return-value]
 
 
-def _channels_last(one: Tensor) -> Tensor:
+def channels_last(one: Tensor) -> Tensor:
     order = torch.channels_last if one.dim() == 4 else torch.channels_last_3d
     return one.contiguous(memory_format=order)
 
@@ -72,14 +72,14 @@ def _model_alone(view: Callable[[Tensor], Tensor]) -> Callable[..., Predictions]
 # Of a batch (B, C, H, W); whether nothing is copied.
 LAYOUTS: dict[str, tuple[Callable[..., Predictions], bool]] = {
     "contiguous": (same(torch.Tensor.contiguous), True),
-    "channels_last": (same(_channels_last), True),
+    "channels_last": (same(channels_last), True),
     "half of channels": (same(_half_of_channels), True),
     "half of tokens": (same(_half_of_tokens), True),
     "batch inside": (same(_batch_inside), True),
     "batch inside, model alone": (_model_alone(_batch_inside), True),
     "half of channels, model alone": (_model_alone(_half_of_channels), True),
     "shared noise": (_shared_noise, True),
-    "channels_last, model alone": (_model_alone(_channels_last), False),
+    "channels_last, model alone": (_model_alone(channels_last), False),
     "cropped": (same(_cropped), False),
     "cropped, model alone": (_model_alone(_cropped), False),
     "every other": (same(_every_other), False),
@@ -94,7 +94,7 @@ MASKS: dict[str, Callable[[], Tensor]] = {
     "channels": lambda: _random_mask(B, C, 1, 1),
     "channels and columns": lambda: _random_mask(B, C, 1, W),
     "elements": lambda: _random_mask(B, C, H, W),
-    "elements, strided": lambda: _channels_last(_random_mask(B, C, H, W)),
+    "elements, strided": lambda: channels_last(_random_mask(B, C, H, W)),
     "samples": lambda: torch.tensor([True, False, True]).view(B, 1, 1, 1),
     "numbers": lambda: _random_mask(B, 1, H, W).float(),
     "a number": lambda: torch.tensor(1),

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastpref.diffusion.errors import squared_error, squared_errors
 from fastpref.diffusion.layout import walk
 from tests.diffusion.cases import (
-    BACKENDS,
     DTYPES,
     LAYOUTS,
     MASKS,
@@ -19,6 +18,7 @@ from tests.diffusion.cases import (
     C,
     H,
     W,
+    channels_last,
     exact_errors,
     predictions,
 )
@@ -121,6 +121,29 @@ def test_layouts(backend: str, layout: str, dtype: torch.dtype) -> None:
         assert gradient.stride() == model.stride()
 
 
+def _frames_first(one: Tensor) -> Tensor:
+    """Stored (B, T, C, H, W), as pipelines of video have them."""
+    return one.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+VIDEO = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels_last_3d": channels_last,
+    "frames first": _frames_first,
+}
+
+
+@pytest.mark.parametrize("masked", [None, "frames", "pixels"])
+@pytest.mark.parametrize("layout", VIDEO)
+def test_video(backend: str, layout: str, masked: str | None) -> None:
+    """(B, C, T, H, W), without a copy."""
+    given = tuple(map(VIDEO[layout], predictions(2, 4, 3, 6, 10, dtype=torch.bfloat16)))
+    walked = walk(given).tensors
+    assert all(one is other for one, other in zip(walked, given, strict=True))
+    shape = {"frames": (2, 1, 3, 1, 1), "pixels": (2, 1, 3, 6, 10)}.get(masked or "")
+    check(*given, None if shape is None else torch.rand(shape) < 0.6)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(backend: str, mask: str, reduction: str) -> None:
@@ -146,10 +169,15 @@ def test_masks_of_other_layouts(backend: str, layout: str, mask: str) -> None:
     check(*given, MASKS[mask]())
 
 
-def test_a_mask_of_long_pieces(backend: str) -> None:
+@pytest.mark.parametrize("lies", ["next to each other", "apart", "in one place"])
+def test_a_mask_of_long_pieces(backend: str, lies: str) -> None:
     """Longer than a block, and a part that ends within one."""
     mask = torch.zeros(2, 1, 3000, dtype=torch.bool)
     mask[0, :, 1100:2300], mask[1, :, ::7] = True, True
+    if lies == "apart":
+        mask = torch.stack((mask, ~mask), -1)[..., 0]
+    if lies == "in one place":
+        mask = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1, 0]).view(2, 6, 1)
     check(*predictions(2, 6, 3000, dtype=torch.float16), mask)
 
 
@@ -231,16 +259,13 @@ def test_samples_do_not_touch_each_other(backend: str) -> None:
             torch.testing.assert_close(one[0], other[b], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [one for one in BACKENDS if one != "plain"])
-def test_samples_further_apart_than_an_int32(
-    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of memory of which two pages are touched."""
-    if name != backend:
-        pytest.skip("of another backend")
-    apart, size = (1 << 31) + 16, 48
-    space = torch.UntypedStorage(2 * (apart + size))
-    lying = torch.empty(0, dtype=torch.float16).set_(space, 0, (2, size), (apart, 1))
-    model, ref, target = predictions(2, size, dtype=torch.float16)
+@pytest.mark.parametrize("samples, apart", [(2, 1 << 31), (3, 1 << 30)])
+def test_samples_further_apart_than_an_int32(backend: str, samples: int, apart: int) -> None:
+    """Of memory of which a few pages are touched; or the last one alone is so far, by a stride that
+    an int32 holds."""
+    stride, size = apart + 16, 48
+    space = torch.UntypedStorage(2 * ((samples - 1) * stride + size))
+    lying = torch.empty(0, dtype=torch.float16).set_(space, 0, (samples, size), (stride, 1))
+    model, ref, target = predictions(samples, size, dtype=torch.float16)
     lying.copy_(model)
     check(lying, ref, target)

@@ -227,6 +227,11 @@ def test_smoothed_preference_scale() -> None:
     torch.testing.assert_close(swapped, -found / 2)
 
 
+def test_scores_get_no_gradient() -> None:
+    scores = [torch.rand(3, requires_grad=True) for _ in range(2)]
+    assert not smoothed_preference_scale(*scores, low=0.0, high=1.0).requires_grad
+
+
 ONE, ROW = torch.ones(2, 3), torch.ones(2)
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: mapo(torch.ones(3, 2), torch.ones(3, 2)), ValueError, "even number of rows.*got 3"),

@@ -216,20 +216,50 @@ def test_inverted_target() -> None:
     torch.testing.assert_close(found, (noisy - shaped[0] * x0) / shaped[1])
 
 
-def test_edm_s_weight_is_that_of_its_network() -> None:
+@pytest.mark.parametrize("sigma_data", [None, 1.3])
+def test_edm_s_weight_is_that_of_its_network(sigma_data: float | None) -> None:
     """w ||D - x||^2 = ||F - F*||^2, of the network's own output and its target."""
     data, noise, output = torch.randn(3, B, 7, dtype=torch.float64)
-    s, d = SIGMA.double()[:, None], 0.5
+    s, d = SIGMA.double()[:, None], 0.5 if sigma_data is None else sigma_data
+    said = {} if sigma_data is None else {"sigma_data": sigma_data}
     noisy = data + s * noise
     skip, out = d**2 / (s**2 + d**2), s * d / (s**2 + d**2).sqrt()
     denoised = skip * noisy + out * output
     own_target = (data - skip * noisy) / out
     found = preset("ddo_edm", beta=1.0)(
-        denoised, torch.zeros_like(data), data, labels=LABELS, sigma=SIGMA.double()
+        denoised, torch.zeros_like(data), data, labels=LABELS, sigma=SIGMA.double(), **said
     )
     weight = (s**2 + d**2) / (s * d) ** 2
     of_ref = (weight * data**2).sum(1)
     torch.testing.assert_close(found.logps, of_ref - ((output - own_target) ** 2).sum(1))
+
+
+def test_ddo_is_half_of_the_code_s_loss() -> None:
+    """Which has a real and a generated sample in each row, of one sigma and noise, and adds up
+    their losses: (1 + alpha) log 2 of a model that is its reference."""
+    model, ref, target = near("ddo_edm")
+    sigma, alpha, beta = SIGMA[:3].repeat(2), 3.0, 0.02
+    given = {"labels": torch.arange(B) < B // 2, "sigma": sigma}
+    weight = (sigma.double() ** 2 + 0.25) / (0.5 * sigma.double()) ** 2
+
+    def code(denoised: Tensor) -> Tensor:
+        log_p, log_ref = (
+            -(weight.view(-1, 1, 1, 1) * (one - target) ** 2).sum((1, 2, 3))
+            for one in (denoised, ref)
+        )
+        real, generated = (log_p - log_ref).chunk(2)
+        return (
+            -torch.nn.functional.logsigmoid(beta * real)
+            - alpha * torch.nn.functional.logsigmoid(-beta * generated)
+        ).mean()
+
+    found = preset("ddo_edm", alpha=alpha)(model.requires_grad_(), ref, target, **given)
+    want = code(model)
+    torch.testing.assert_close(2 * found.loss, want)
+    ours, theirs = (torch.autograd.grad(one, model)[0] for one in (found.loss, want))
+    torch.testing.assert_close(2 * ours, theirs)
+    first = preset("ddo_edm", alpha=alpha)(ref, ref, target, **given)
+    assert 2 * float(first.loss) == pytest.approx((1 + alpha) * math.log(2))
 
 
 def test_d3po_is_the_ratio_of_steps() -> None:
@@ -295,6 +325,8 @@ def test_says_what_it_is(name: str) -> None:
         assert word in found.source
     for extra in GIVEN.get(name, {}):
         assert extra in found.source
+    if name == "diffusion_dpo_sd15":  # the paper's; its code's own launcher has another
+        assert "2000 for Stable Diffusion 1.5" in found.source and "have 5000" in found.source
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.weight = 2.0
     assert preset(name) == found and hash(preset(name)) == hash(found)

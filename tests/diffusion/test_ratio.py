@@ -2,6 +2,7 @@
 """log_ratio against the two squared errors in float64; its gradients, second derivatives, and what
 traces or transforms it; what it refuses."""
 
+import math
 from typing import Any
 
 import pytest
@@ -101,6 +102,22 @@ def test_derivatives(mask: Tensor | None) -> None:
     assert torch.autograd.gradgradcheck(loss, given)
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True, True])])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_differentiated_again_is_the_same(
+    dtype: torch.dtype, mask: Tensor | None
+) -> None:
+    """It is formed by other operations."""
+    model, ref, target = predictions(2, 3, 4, dtype=dtype)
+    found = log_ratio(model.requires_grad_(), ref, target, weight=9.0, mask=mask).square().sum()
+    expected, again = (
+        torch.autograd.grad(found, model, create_graph=graph, retain_graph=True)[0]
+        for graph in (False, True)
+    )
+    assert again.requires_grad and again.dtype == dtype
+    torch.testing.assert_close(again.detach(), expected)
+
+
 def test_backward_twice() -> None:
     model, ref, target = predictions(2, 40, dtype=torch.bfloat16)
     found = log_ratio(model.requires_grad_(), ref, target, weight=9.0).sum()
@@ -178,6 +195,22 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"weight": torch.tensor([1.0, -2.0])},
         ValueError,
         "weight must be finite and not negative, got -2.0",
+    ),
+    (
+        {"weight": torch.tensor([math.nan, 1.0])},
+        ValueError,
+        "weight must be finite and not negative, got nan",
+    ),
+    (
+        {"weight": torch.tensor([0.0, math.inf])},
+        ValueError,
+        "weight must be finite and not negative, got inf; 0 weighs",
+    ),
+    ({"model_pred": ONE.to_sparse()}, ValueError, "model_pred must be a dense tensor.*sparse"),
+    (
+        {"target": torch.nested.nested_tensor([ONE[0], ONE[0, :2]], layout=torch.jagged)},
+        ValueError,
+        "target must be a dense tensor, got a nested one.*pad it",
     ),
     ({"weight": torch.ones(3)}, ValueError, r"weight.*\(2,\), one a sample, got shape \(3,\)"),
     ({"weight": torch.ones(2, 1)}, ValueError, r"weight.*\(2,\), one a sample, got shape \(2, 1\)"),

@@ -108,6 +108,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"std": -0.1}, ValueError, "std must be finite and positive, got -0.1"),
     ({"std": math.inf}, ValueError, "std must be finite and positive, got inf"),
     ({"std": torch.tensor([1.0, 0.0])}, ValueError, "std must be finite and positive, got 0.0"),
+    (
+        {"std": torch.tensor([1.0, math.nan])},
+        ValueError,
+        "std must be finite and positive, got nan",
+    ),
+    (
+        {"std": torch.tensor([1.0, math.inf])},
+        ValueError,
+        "std must be finite and positive, got inf",
+    ),
     ({"std": torch.ones(3)}, ValueError, r"std.*\(2,\), one a sample, got shape \(3,\)"),
     ({"std": None}, TypeError, "std must be a number or a tensor.*got NoneType"),
     ({"mean": ONE[:, :2]}, ValueError, r"mean must be shaped like sample, \(2, 3\), got \(2, 2\)"),

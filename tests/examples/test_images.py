@@ -37,10 +37,13 @@ def test_flow_dpo(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_diffusion_dpo(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the network of its own."""
+@pytest.mark.parametrize("network", ["its own", "diffusers"])
+def test_diffusion_dpo(network: str, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if network == "diffusers":
+        pytest.importorskip("diffusers")
     example = load("diffusion_dpo")
-    monkeypatch.setattr(example, "find_spec", lambda name: None)
+    if network == "its own":
+        monkeypatch.setattr(example, "find_spec", lambda name: None)
     example.main()
     text = capsys.readouterr().out
     before, after = reds(text)
@@ -81,5 +84,5 @@ def test_the_network_of_diffusers() -> None:
     assert isinstance(model, example.DiffusersUNet)
     output = example.loss_of(model, example.frozen_copy(model), example.pairs(2), 500.0)
     output.loss.backward()
-    assert output.loss == pytest.approx(0.6931, abs=1e-3)
+    assert output.loss.item() == pytest.approx(0.6931, abs=1e-3)
     assert all(one.grad is not None for one in model.parameters())

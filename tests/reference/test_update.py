@@ -147,6 +147,9 @@ def sharded(rank, decay):
             nn.init.normal_(one)
     whole = [[one.detach().clone() for one in model.parameters()] for model in models]
     reference, policy = (fully_shard(model, mesh=mesh) for model in models)
+    with torch.no_grad():
+        reference(torch.ones(1, 4))
+    assert not isinstance(reference[0].weight, DTensor)  # FSDP2 keeps what a root gathered
     with CommDebugMode() as communicated:
         update_(reference, policy, decay=decay)
     assert communicated.get_total_counts() == 0

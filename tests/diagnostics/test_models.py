@@ -113,5 +113,5 @@ def test_bad_use() -> None:
     with pytest.raises(ValueError, match="batch must have a token that counts"):
         spinal(make_model(), batch)
     del batch["labels"]
-    with pytest.raises(ValueError, match="a batch must hold one of fused_labels"):
+    with pytest.raises(ValueError, match="batch must hold one of fused_labels"):
         score_responses(make_model(), batch)

@@ -199,7 +199,11 @@ def test_cost_at_the_default_interval(tmp_path: Path) -> None:
         ({"beta": 0.0}, ValueError, "beta must be a number greater than 0"),
         ({"probe": make_batch(5)}, ValueError, "as many rejected ones, got 5 rows"),
         ({"probe": {"ids": torch.zeros(2, 3)}}, ValueError, r"probe must hold input_ids \(B, T\)"),
-        ({"unseen": {"input_ids": torch.zeros(2, 3)}}, ValueError, "a batch must hold one of"),
+        (
+            {"unseen": {"input_ids": make_batch()["input_ids"]}},
+            ValueError,
+            "unseen must hold one of",
+        ),
     ],
 )
 def test_bad_use(given: dict[str, Any], error: type[Exception], match: str) -> None:

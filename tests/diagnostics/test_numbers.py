@@ -20,6 +20,7 @@ from fastpref.diagnostics import (
     length_bias,
     log_margin_order,
 )
+from tests.diagnostics.plain import spearman
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -96,15 +97,6 @@ def test_displacement() -> None:
     assert found.chosen_fell == pytest.approx(2 / 3)
     assert found.both_fell == pytest.approx(1 / 3)
     assert displacement(before[:2], after[:2]).dispersion is None
-
-
-def spearman(a: list[float], b: list[float]) -> float:
-    def ranks(values: list[float]) -> list[float]:
-        return [
-            sum(other < one for other in values) + (values.count(one) - 1) / 2 for one in values
-        ]
-
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def test_log_margin_order() -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastpref import ScoringOptions
 from fastpref.diagnostics import (
     ches,
     did_entropy,
@@ -146,6 +148,29 @@ def test_layer_transport_is_the_angle(form: dict[str, Any]) -> None:
             rows.append([one / sum(exps) for one in exps])
         overlap = sum(math.sqrt(p * q) for p, q in zip(*rows, strict=True))
         assert found[at].item() == pytest.approx(2 * math.acos(min(1.0, overlap)), rel=1e-7)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest new tensor."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage()._cdata for one in args if isinstance(one, Tensor)}
+        if isinstance(found, Tensor) and found.untyped_storage()._cdata not in given:
+            self.elements = max(self.elements, found.untyped_storage().nbytes() // 8)
+        return found
+
+
+def test_transport_keeps_no_logits() -> None:
+    """The workspace is what is asked for, however large the vocabulary."""
+    a, b, weight = draw(300, 4), draw(300, 4, seed=1), draw(9000, 4, seed=2)
+    budget = 1 << 23
+    with Largest() as made:
+        found = layer_transport(a, b, weight, options=ScoringOptions(memory_budget=budget))
+    assert 0 < made.elements * 8 <= budget < 300 * 9000 * 8 / 2
+    torch.testing.assert_close(found, layer_transport(a, b, weight))
 
 
 def test_small_and_largest_angles() -> None:

@@ -134,6 +134,14 @@ def test_several_backwards_make_one_gradient() -> None:
     torch.testing.assert_close(training.optimizer.gradient, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_several_backwards_add_their_norms() -> None:
+    training = Training()
+    squares = [(training.gradient() @ training.transform).square().sum(0) for _ in range(2)]
+    assert training.optimizer.norms is not None
+    found = training.optimizer.norms.double()
+    torch.testing.assert_close(found, squares[0] + squares[1], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("steps", [2, 3])
 def test_state_goes_on_to_the_bit(dtype: torch.dtype, steps: int) -> None:

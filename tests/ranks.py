@@ -7,6 +7,7 @@ They are started when a test first calls them, and serve every test of a pytest 
 importing torch takes seconds.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -74,6 +75,29 @@ def run_to_the_end(function: Callable[..., Any], *args: Any) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+@contextlib.contextmanager
+def started_by_torchrun(rank: int, world: int) -> Iterator[None]:
+    """On a rank: the environment in which accelerate takes it for one of torchrun's processes."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    given: dict[str, Any] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+    }
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in given.items()})
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class Ranks:

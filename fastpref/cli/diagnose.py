@@ -82,7 +82,7 @@ def _diagnose(args: argparse.Namespace, console: Console) -> None:
     transformers.utils.logging.disable_progress_bar()
     from ..demo.model import check_directory, load_model
     from ..demo.tokens import encode
-    from ..diagnostics.report import Pair, Settings, diagnose
+    from ..diagnostics.report import NotFinite, Pair, Settings, diagnose
 
     check_directory(args.model)
     check_directory(args.reference, "--reference")
@@ -100,7 +100,10 @@ def _diagnose(args: argparse.Namespace, console: Console) -> None:
     pairs = [Pair(one.prompt, *one.completions) for one in encode(tokenizer, examples)]
     settings = Settings(beta=args.beta, batch_size=args.batch_size, samples=args.samples)
     given = policy.to(device), reference.to(device), tokenizer, pairs, args.out, settings
-    found = diagnose(*given, _Progress(console))
+    try:
+        found = diagnose(*given, _Progress(console))
+    except NotFinite as error:
+        raise DemoError(str(error)) from None
     moved = found["displacement"]
     console.say(
         "found",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives.checks import hint
+from ..objectives.checks import flag, hint
 from .checks import marks, number, numbers, same_shape, tensor
 
 PAIRINGS = ("best_vs_rest", "all", "adjacent", "best_vs_worst")
@@ -149,6 +149,7 @@ def top_fraction(values: Tensor, fraction: float, *, largest: bool = True) -> Te
     """
     ranked = numbers("values", values, "(P,)")
     fraction = number("fraction", fraction, 0.0, 1.0, open_low=True)
+    largest = flag("largest", largest)
     if len(ranked) == 0:
         return torch.zeros_like(ranked, dtype=torch.bool)
     kept = max(1, math.floor(fraction * len(ranked) + 0.5))

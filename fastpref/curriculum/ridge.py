@@ -30,6 +30,8 @@ def ridge_difficulty(features: Tensor, targets: Tensor, *, ridge: float = 1e-3) 
         O(N H^2 + H^3) where H < N.
     """
     rows = numbers("features", features, "(N, H)")
+    if len(rows) < 2:
+        raise ValueError(f"features must be at least 2 rows, got {len(rows)}")
     tensor(
         "targets",
         targets,
@@ -38,8 +40,6 @@ def ridge_difficulty(features: Tensor, targets: Tensor, *, ridge: float = 1e-3) 
     values = numbers("targets", targets, "(N,)" if targets.dim() == 1 else "(N, C)")
     if len(values) != len(rows):
         raise ValueError(f"targets must be of N = {len(rows)} rows, got {len(values)}")
-    if len(rows) < 2:
-        raise ValueError(f"features must be at least 2 rows, got {len(rows)}")
     ridge = number("ridge", ridge, 0.0, open_low=True)
     wanted = values.double().reshape(len(values), -1)
     wide = rows.double() - rows.double().mean(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..objectives.checks import is_integer
+from ..objectives.checks import flag, is_integer
 from .checks import count, numbers
 
 
@@ -44,7 +44,9 @@ class StageSampler(Sampler[int]):
         shuffle: bool = True,
     ) -> None:
         values = numbers("difficulty", difficulty, "(P,)").cpu()
-        self.seed, self.shuffle = count("seed", seed, 0), bool(shuffle)
+        if not len(values):
+            raise ValueError("difficulty must be of at least 1 pair, got (0,)")
+        self.seed, self.shuffle = count("seed", seed, 0), flag("shuffle", shuffle)
         self.sizes = _sizes(stages, len(values))
         self._order = values.argsort(stable=True)
         self._epoch = 0
@@ -65,7 +67,7 @@ class StageSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Another order within the stages."""
-        self._epoch = epoch
+        self._epoch = count("epoch", epoch, 0)
 
     def last_steps(self, pairs_per_step: int) -> list[int]:
         """Optimizer steps of the first epoch, from 1, that see the last pair of a stage.

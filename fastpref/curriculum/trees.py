@@ -100,4 +100,4 @@ def step_rewards(hidden: Tensor, step_ids: Tensor, best: Tensor) -> Tensor:
     counts = counts.scatter_add(1, columns, torch.ones_like(columns, dtype=wide))[:, :-1]
     cosine = torch.nn.functional.cosine_similarity(sums, sums[best], dim=-1)  # of sums as of means
     there = (counts > 0) & (counts[best] > 0)
-    return torch.where(there, 1 + cosine, 0)
+    return torch.where(there, (1 + cosine).clamp(0, 2), 0)  # rounding leaves the range

@@ -9,6 +9,7 @@ search by the same sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,12 @@ def credit_map(
     from .pictures import draw_credit
 
     numbers = checked(tokens, credit)
+    for name, value, kinds in (("path", path, (str, PathLike)), ("title", title, (str,))):
+        if not isinstance(value, kinds):
+            raise TypeError(f"{name} must be a text, got {type(value).__name__}")
     base = Path(path)
+    if not base.parent.is_dir():
+        raise ValueError(f"path must lie in a folder that exists, got {base}; make it before")
     if base.suffix in (".html", ".png"):
         base = base.with_suffix("")
     page, picture = (base.with_name(base.name + end) for end in (".html", ".png"))
@@ -51,12 +57,19 @@ def credit_map(
 
 def checked(tokens: Any, credit: Any) -> list[float]:
     """``credit`` as numbers, one for each of ``tokens``."""
-    if isinstance(tokens, str) or not all(isinstance(one, str) for one in tokens):
+    texts = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+    if not texts or not all(isinstance(one, str) for one in tokens):
         raise TypeError(
-            "tokens must be a list of texts, one for each token; make it with "
-            "[tokenizer.decode([one]) for one in ids]"
+            f"tokens must be a list of texts, one for each token, got {type(tokens).__name__}; "
+            "make it with [tokenizer.decode([one]) for one in ids]"
         )
-    numbers = torch.as_tensor(credit, dtype=torch.float64, device="cpu")
+    try:
+        numbers = torch.as_tensor(credit, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"credit must be a tensor or numbers, got {type(credit).__name__}; take a row of "
+            "token_credit"
+        ) from None
     if numbers.shape != (len(tokens),) or not len(tokens):
         raise ValueError(
             f"credit must be one number for each of {len(tokens)} tokens, at least one, got "

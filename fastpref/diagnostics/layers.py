@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.causal_lm.transform import LogitTransform
-from ..objectives.checks import is_number
+from ..objectives.checks import is_number, no_tensor
 from ..scoring import ScoringOptions, linear_divergence
-from .checks import check_floats
+from .checks import check_batch, check_floats
 from .responses import fused, moved, scored_labels
 
 TAIL = 0.5
@@ -54,6 +54,24 @@ def layer_transport(
     Returns:
         (...) float32 (float64 for float64 products), without gradient.
     """
+    # By the names that they have here.
+    if not isinstance(weight, Tensor):
+        raise no_tensor("weight", weight)
+    for name, one in (("hidden_a", hidden_a), ("hidden_b", hidden_b)):
+        if not isinstance(one, Tensor):
+            raise no_tensor(name, one)
+        if not one.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {one.dtype}; use {name}.float()")
+        if one.dim() == 0 or weight.dim() != 2 or one.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{name} must be (..., H) and weight (V, H), got {tuple(one.shape)} and "
+                f"{tuple(weight.shape)}"
+            )
+    if hidden_a.shape != hidden_b.shape:
+        raise ValueError(
+            f"hidden_b must have the shape of hidden_a, {tuple(hidden_a.shape)}, got "
+            f"{tuple(hidden_b.shape)}; they are layers of the same tokens"
+        )
     divergence = linear_divergence(
         hidden_a,
         weight,
@@ -84,8 +102,7 @@ def layer_contraction(hidden: Tensor, *, tail: float = TAIL) -> Tensor:
             rounding are left out first; where fewer than two are left the result is NaN.
     """
     check_floats(2, "(N, H)", hidden=hidden)
-    if not is_number(tail) or not 0 < tail <= 1:
-        raise ValueError(f"tail must be a number in (0, 1], got {tail!r}; 0.5 fits the lower half")
+    _check_tail(tail)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     values: Tensor = torch.linalg.svdvals(hidden.detach().to(exact)).to(torch.float64)
     least = values[0] * torch.finfo(exact).eps * max(hidden.shape)
@@ -138,6 +155,8 @@ def spinal(
         tail: as in ``layer_contraction``.
         options: of scoring.
     """
+    check_batch("batch", batch)
+    _check_tail(tail)
     states, norm = _states(model, batch)
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     logits = _logit_transform(model, batch)
@@ -164,6 +183,11 @@ def spinal(
         transport=[float(one.mean(dtype=torch.float64)) for one in transport],
         tokens=count,
     )
+
+
+def _check_tail(tail: Any) -> None:
+    if not is_number(tail) or not 0 < tail <= 1:
+        raise ValueError(f"tail must be a number in (0, 1], got {tail!r}; 0.5 fits the lower half")
 
 
 def _logit_transform(model: nn.Module, batch: Mapping[str, Any]) -> LogitTransform:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.checks import no_tensor
+from ..objectives.reading import readable
 from .checks import check_floats, wide
 
 
@@ -33,11 +35,16 @@ def length_bias(margins: Tensor, chosen_lengths: Tensor, rejected_lengths: Tenso
         chosen_lengths, rejected_lengths: (P,) tokens, of any integer or floating-point dtype.
     """
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    numbers: dict[str, Any] = {
-        name: one.to(torch.float64) if isinstance(one, Tensor) else one
-        for name, one in lengths.items()
-    }
+    for name, one in lengths.items():
+        if not isinstance(one, Tensor):
+            raise no_tensor(name, one)
+        if one.dtype == torch.bool or one.is_complex():
+            raise TypeError(f"{name} must be integer or floating point, got {one.dtype}")
+    numbers: dict[str, Any] = {name: one.to(torch.float64) for name, one in lengths.items()}
     check_floats(1, "(P,)", margins=margins, **numbers)
+    for name, one in numbers.items():
+        if readable(one) and bool((one < 0).any()):
+            raise ValueError(f"{name} must be numbers of tokens, >= 0, got {float(one.min()):g}")
     margin, more = wide(margins), numbers["chosen_lengths"] - numbers["rejected_lengths"]
     margin_off, more_off = margin - margin.mean(), more - more.mean()
     together, spread = (margin_off * more_off).sum(), more_off.square().sum()

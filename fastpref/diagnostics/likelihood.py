@@ -5,7 +5,7 @@ and the three monitors of "3D-Properties" (arXiv:2406.07327)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ def displacement(
         old, new = getattr(first, name), getattr(second, name)
         if old is not None:
             check_floats(1, "(P,)", **{f"before.{name}": old, f"after.{name}": new})
-    pair = {"before.chosen": first.chosen, "before.rejected": first.rejected}
+    pair: dict[str, Any] = {"before.chosen": first.chosen, "before.rejected": first.rejected}
     check_floats(1, "(P,)", **pair)
     chosen, rejected = wide(first.chosen - second.chosen), wide(first.rejected - second.rejected)
     dispersion = None

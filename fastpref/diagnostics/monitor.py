@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..objectives.checks import is_integer, is_number
+from .checks import check_batch
 from .information import log_margin_order
 from .lengths import length_bias
 from .likelihood import Likelihoods, displacement
 from .responses import fused, score_responses, scored_labels
 from .similarity import ches
 
+logger = logging.getLogger("fastpref")
 # Not the callback's own name: where the Trainer is told to restore callbacks it makes new ones of
 # those that it knows by name, without their probe.
 KEPT = "PreferenceMonitor"
@@ -76,10 +79,9 @@ class PreferenceMonitorCallback(TrainerCallback):
         trainer: Any = None,
     ) -> None:
         for name, batch in (("probe", probe), ("unseen", unseen)):
-            if batch is not None and "input_ids" not in batch:
-                raise ValueError(f"{name} must hold input_ids (B, T), got {', '.join(batch)}")
-            if batch is not None:
-                scored_labels(batch)
+            if name == "probe" or batch is not None:
+                check_batch(name, batch)
+                scored_labels(batch, name=name)  # type: ignore[arg-type]
         if probe["input_ids"].shape[0] % 2:
             raise ValueError(
                 "probe must hold chosen responses and as many rejected ones, got "
@@ -89,6 +91,10 @@ class PreferenceMonitorCallback(TrainerCallback):
             raise ValueError(f"every must be an int of at least 1, got {every!r}")
         if not is_number(beta) or not beta > 0:
             raise ValueError(f"beta must be a number greater than 0, got {beta!r}")
+        if trainer is not None and not callable(getattr(trainer, "log", None)):
+            raise TypeError(
+                f"trainer must be a transformers Trainer, with log(), got {type(trainer).__name__}"
+            )
         self.probe, self.unseen = probe, unseen
         self.every, self.beta, self.trainer = every, beta, trainer
         self._before: Likelihoods | None = None
@@ -104,7 +110,13 @@ class PreferenceMonitorCallback(TrainerCallback):
                 "their own, got two; put all pairs into one probe"
             )
         if kept is None:
-            self._before = self._measure(given["model"]).likelihoods
+            measured = self._measure(given["model"])
+            if measured is None:
+                raise ValueError(
+                    "probe and unseen must have finite log-probabilities under the model that the "
+                    "training begins with, got an infinity or NaN; look at that model first"
+                )
+            self._before = measured.likelihoods
             both = self._before._asdict().items()
             kept = {name: None if one is None else one.tolist() for name, one in both}
             state.stateful_callbacks[KEPT] = kept
@@ -116,7 +128,15 @@ class PreferenceMonitorCallback(TrainerCallback):
         if state.global_step % self.every:
             return
         began = time.perf_counter()
-        values = self._values(self._measure(given["model"]))
+        measured = self._measure(given["model"])
+        if measured is None:
+            logger.warning(
+                "step %d: log-probabilities of the monitor's probe are not finite, nothing is "
+                "logged of it",
+                state.global_step,
+            )
+            return
+        values = self._values(measured)
         ended = time.perf_counter()
         values["monitor/seconds"] = ended - began
         values["monitor/share"] = (ended - began) / (ended - self._ended)
@@ -153,19 +173,25 @@ class PreferenceMonitorCallback(TrainerCallback):
         )
         return Likelihoods(chosen, rejected, None if self.unseen is None else unseen)
 
-    def _measure(self, model: nn.Module) -> _Measured:
+    def _measure(self, model: nn.Module) -> _Measured | None:
+        """None where a log-probability is not finite: there is nothing to compare then, and a
+        training does not end for its monitor."""
         # For a moment: TRL's own calls of its fused head must reach that.
         with fused(model, self._head) as own:
             found = score_responses(own, self.probe, hidden=True)
             unseen = None if self.unseen is None else score_responses(own, self.unseen).sums
         if found.hidden is None:
             raise RuntimeError("hidden states were asked for")
+        sums = [found.sums] if unseen is None else [found.sums, unseen]
+        if not bool(torch.cat(sums).isfinite().all()):
+            return None
         halves = zip(found.hidden.chunk(2), found.mask.chunk(2), strict=True)
         (chosen, own_mask), (rejected, other_mask) = halves
         scores = ches(chosen, rejected, own_mask, other_mask)
-        sums, lengths = found.sums.chunk(2), found.lengths.chunk(2)
+        good, bad = found.sums.chunk(2)
+        lengths = found.lengths.chunk(2)
         return _Measured(
-            Likelihoods(sums[0], sums[1], unseen), (lengths[0], lengths[1]), float(scores.mean())
+            Likelihoods(good, bad, unseen), (lengths[0], lengths[1]), float(scores.mean())
         )
 
     def _values(self, now: _Measured) -> dict[str, float]:

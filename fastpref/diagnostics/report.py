@@ -28,6 +28,10 @@ HOST: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
 Say = Callable[[str, int, int], None]  # what is done, of how many
 
 
+class NotFinite(ValueError):
+    """A model gives log-probabilities that are infinite or no numbers."""
+
+
 class Pair(NamedTuple):
     """Token ids."""
 
@@ -122,6 +126,13 @@ def _score(
             order = [*range(at.start, at.stop), *range(pairs + at.start, pairs + at.stop)]
             batch = _batch([rows[one] for one in order], tokenizer)
             found = score_responses(own, batch, hidden=True)
+            wrong = (~found.sums.isfinite()).nonzero()
+            if len(wrong):
+                pair = order[int(wrong[0])] % pairs
+                raise NotFinite(
+                    f"{what}: log-probabilities must be finite, got {float(found.sums[wrong[0]])} "
+                    f"of pair {pair + 1}"
+                )
             sums[order] = found.sums.cpu()
             for index, one in zip(order, _by_row(found), strict=True):
                 tokens[index] = one

@@ -34,17 +34,19 @@ class Responses(NamedTuple):
         return self.mask.sum(1)
 
 
-def scored_labels(batch: Mapping[str, Any], required: bool = True) -> Tensor | None:
+def scored_labels(
+    batch: Mapping[str, Any], required: bool = True, name: str = "batch"
+) -> Tensor | None:
     """(B, T), -100 where nothing is scored: of a collator of fastpref, of TRL, or labels."""
     ids = batch["input_ids"]
-    for name in NAMES:
-        found = batch.get(name)
+    for one in NAMES:
+        found = batch.get(one)
         if isinstance(found, Tensor) and found.shape == ids.shape:
-            return ids.masked_fill(found == 0, IGNORE) if name == "completion_mask" else found
+            return ids.masked_fill(found == 0, IGNORE) if one == "completion_mask" else found
     if not required:
         return None
     raise ValueError(
-        f"a batch must hold one of {', '.join(NAMES)} beside input_ids {tuple(ids.shape)}, of that "
+        f"{name} must hold one of {', '.join(NAMES)} beside input_ids {tuple(ids.shape)}, of that "
         f"shape, got {', '.join(batch)}"
     )
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_floats, check_mask
+from ..objectives.checks import flag
+from .checks import check_finite, check_floats, check_mask
 
 
 def ches(
@@ -32,17 +33,20 @@ def ches(
             What is not counted is not read.
     """
     for name, hidden in (("chosen_hidden", chosen_hidden), ("rejected_hidden", rejected_hidden)):
-        check_floats(3, "(P, T, H)", **{name: hidden})
-    check_mask("chosen_mask", chosen_mask, chosen_hidden.shape[:2])
-    check_mask("rejected_mask", rejected_mask, rejected_hidden.shape[:2])
+        check_floats(3, "(P, T, H)", finite=False, **{name: hidden})
     sizes = [(one.shape[0], one.shape[2]) for one in (chosen_hidden, rejected_hidden)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             "rejected_hidden must hold as many pairs of the same width as chosen_hidden, (P, H) = "
             f"{sizes[0]}, got {sizes[1]}"
         )
+    check_mask("chosen_mask", chosen_mask, chosen_hidden.shape[:2])
+    check_mask("rejected_mask", rejected_mask, rejected_hidden.shape[:2])
+    normalize = flag("normalize", normalize)
     chosen, chosen_count = _sums(chosen_hidden, chosen_mask)
     rejected, rejected_count = _sums(rejected_hidden, rejected_mask)
+    check_finite("the sum of chosen_hidden", chosen)
+    check_finite("the sum of rejected_hidden", rejected)
     if normalize:
         chosen, rejected = chosen / chosen_count, rejected / rejected_count
     return (chosen * rejected).sum(1) - chosen.square().sum(1)

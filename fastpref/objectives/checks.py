@@ -21,6 +21,13 @@ def is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def flag(name: str, value: Any) -> bool:
+    """``value``, which must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
+
+
 def as_python(value: Any) -> Any:
     """A number as Python's own, so that 1 / (2 beta) is float64's whatever came; all else as it
     is."""

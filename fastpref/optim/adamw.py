@@ -146,12 +146,19 @@ class DCTAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What ``state_dict()`` returned, of an optimizer of the same weight and rank; what
         backward has added since a step is not part of it."""
-        given = state_dict["state"][0]
+        states = state_dict.get("state") if isinstance(state_dict, dict) else None
+        given = states.get(0) if isinstance(states, dict) else None
+        if not isinstance(given, dict) or given.keys() != self.state[self.weight].keys():
+            got = type(state_dict).__name__ if given is None else f"one with {', '.join(given)}"
+            raise ValueError(
+                f"state_dict must be what DCTAdamW.state_dict() returned, got {got}; another "
+                "optimizer's state does not go on in this one"
+            )
         shape = tuple(given["exp_avg"].shape)
         if shape != tuple(self.gradient.shape):
             raise ValueError(
-                f"state_dict is of a weight and rank with moments {shape}, expected "
-                f"{tuple(self.gradient.shape)}; make the optimizer with that rank"
+                f"state_dict must be of a weight and rank with moments "
+                f"{tuple(self.gradient.shape)}, got {shape}; make the optimizer with that rank"
             )
         super().load_state_dict(state_dict)
         # torch casts what it loads to the weight's dtype; moments are float32 beside any.
@@ -184,8 +191,8 @@ def _check(
         raise TypeError(f"weight must be one floating-point tensor (V, H), got {got!r}")
     if weight.requires_grad:
         raise ValueError(
-            "weight must not need a gradient, which this optimizer does without; call "
-            "weight.requires_grad_(False)"
+            "weight must not need a gradient, which this optimizer does without, got one that "
+            "does; call weight.requires_grad_(False)"
         )
     for name, value in (("rank", rank), ("update_every", update_every)):
         if not is_integer(value) or value < 1:

@@ -17,6 +17,12 @@ def dct_matrix(
     in float64."""
     if not is_integer(size) or size < 1:
         raise ValueError(f"size must be an int of at least 1, got {size!r}; pass the hidden size")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from None
     n = torch.arange(size, dtype=torch.float64, device=device)
     # Angles repeat after 4 size half steps: reduced, each is as exact as the first.
     steps: Tensor = (2 * n[:, None] + 1) * n % (4 * size)

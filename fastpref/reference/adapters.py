@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .modules import bare
+
 
 def is_peft_model(model: Any) -> bool:
     """Whether it is PEFT's model around another one."""
@@ -24,7 +26,8 @@ def adapter_tensors(model: nn.Module, name: str) -> list[nn.Parameter]:
         model: PEFT's model.
         name: of one of its adapters.
     """
-    return list(named_adapter(model, name).values())
+    held = bare(model) if isinstance(model, nn.Module) else model
+    return list(named_adapter(held, name).values())
 
 
 def named_adapter(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

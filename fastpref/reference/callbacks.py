@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def ReferenceCallback(
         checkpoint: the folder given to ``resume_from_checkpoint``.
     """
     moving = MovingReference(reference, decay, every)
+    if checkpoint is not None and not isinstance(checkpoint, (str, PathLike)):
+        raise TypeError(f"checkpoint must be a folder, got {type(checkpoint).__name__}")
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
 

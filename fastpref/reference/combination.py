@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..objectives.checks import is_number
@@ -31,6 +31,9 @@ def combine_adapters(
         weights: one finite number each, of either sign.
         new_name: of no adapter yet.
     """
+    for argument, given in (("names", names), ("weights", weights)):
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TypeError(f"{argument} must be a list, got {type(given).__name__}")
     names, weights = list(names), list(weights)
     for name in names:
         check_adapter(model, name, "names")

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from ..objectives.checks import is_integer
 from .adapters import check_adapter, named_adapter
-from .update import bare, check_decay, named, update_
+from .modules import bare
+from .update import check_decay, named, update_
 
 Every = int | Literal["epoch"] | Iterable[int]
 FILE = "reference.pt"
@@ -91,7 +92,7 @@ class MovingReference:
     def _tensors(self, policy: nn.Module) -> dict[str, Tensor]:
         if isinstance(self.reference, str):
             return dict(named_adapter(bare(policy), self.reference))
-        return named(self.reference)
+        return named(self.reference, "reference")
 
     def _followed(self, policy: Any) -> str:
         """The adapter that is trained."""

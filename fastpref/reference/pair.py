@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..objectives.checks import is_number
+from ..objectives.checks import check_group, is_number
 from .adapters import check_adapter, named_adapter
 
 Role = Literal["fast", "slow"]
@@ -93,6 +93,8 @@ class AdapterPair:
         for argument, one in (("fast_loss", fast_loss), ("slow_loss", slow_loss)):
             if not isinstance(one, Tensor):
                 raise TypeError(f"{argument} must be a tensor, got {type(one).__name__}")
+            if not one.numel():
+                raise ValueError(f"{argument} must be of at least one pair, got {tuple(one.shape)}")
             both.append(one.detach().double().mean())
         sums = torch.stack(both)
         self._losses = sums if self._losses is None else self._losses + sums
@@ -113,6 +115,7 @@ class AdapterPair:
         Returns:
             Whether they were exchanged; not where nothing was recorded.
         """
+        check_group(dp_group, "dp_group")
         losses, self._losses = self._losses, None
         if losses is None:
             return False
@@ -144,6 +147,15 @@ class AdapterPair:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state_dict`` returned."""
+        if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
+            got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                f"state must be what AdapterPair.state_dict() returned, got {got or 'nothing'}"
+            )
+        losses = state["losses"]
+        two = isinstance(losses, (list, tuple)) and len(losses) == 2
+        if losses is not None and not (two and all(map(is_number, losses))):
+            raise ValueError(f"state's losses must be two numbers or None, got {losses!r}")
         if {state["fast"], state["slow"]} != {self.fast, self.slow}:
             raise ValueError(
                 f"state must be of the adapters {self.fast!r} and {self.slow!r}, got "
@@ -151,9 +163,9 @@ class AdapterPair:
             )
         self.fast, self.slow = state["fast"], state["slow"]
         self._losses = None
-        if state["losses"] is not None:
+        if losses is not None:
             where = self.parameters("fast")[0].device
-            self._losses = torch.tensor(state["losses"], dtype=torch.float64, device=where)
+            self._losses = torch.tensor(losses, dtype=torch.float64, device=where)
 
     def _name(self, role: Role) -> str:
         if role not in ("fast", "slow"):
@@ -168,7 +180,9 @@ class AdapterPair:
                 one.requires_grad_(True)
 
     def _swap_rates(self, optimizer: Any, lr_scheduler: Any) -> None:
-        groups = optimizer.param_groups
+        groups = getattr(optimizer, "param_groups", None)
+        if groups is None:
+            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
         places = [
             place
             for place, one in enumerate(groups)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..objectives.checks import is_number
 from .adapters import is_peft_model, merged_weights
+from .modules import bare
 
 Weights = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,11 +50,14 @@ def update_(reference: Weights, policy: Weights, *, decay: float) -> None:
             changed then.
     """
     check_decay(decay)
-    kept = named(reference)
+    reference, policy = (
+        bare(one) if isinstance(one, nn.Module) else one for one in (reference, policy)
+    )
+    kept = named(reference, "reference")
     if isinstance(reference, nn.Module) and is_peft_model(policy) and not is_peft_model(reference):
         followed = merged_weights(policy)
     else:
-        followed = named(policy, kept)
+        followed = named(policy, "policy", kept)
     pairs = _paired(kept, followed)
     copied = buffer_names(reference) if isinstance(reference, nn.Module) else frozenset()
     for name, (mine, theirs) in pairs.items():
@@ -73,14 +77,19 @@ def frozen_copy(model: Model) -> Model:
     return made.requires_grad_(False).eval()
 
 
-def named(weights: Weights, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def named(
+    weights: Weights, argument: str, like: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The tensors by name, or by number where they have none.
 
     Args:
+        argument: what ``weights`` are called in a message.
         like: of a module, the names that are looked for where one tensor has several.
     """
     if isinstance(weights, Tensor):
-        raise TypeError("weights must be a module or several tensors, got one Tensor; put it in []")
+        raise TypeError(
+            f"{argument} must be a module or several tensors, got one Tensor; put it in []"
+        )
     if isinstance(weights, nn.Module):
         module = bare(weights)
         found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
@@ -88,23 +97,16 @@ def named(weights: Weights, like: Mapping[str, Tensor] | None = None) -> dict[st
         return _each_once(found) if like is None else _as_named_there(found, like)
     if isinstance(weights, Mapping):
         tensors = dict(weights)
-    else:
+    elif isinstance(weights, Iterable) and not isinstance(weights, str):
         tensors = {str(place): one for place, one in enumerate(weights)}
+    else:
+        raise TypeError(
+            f"{argument} must be a module or several tensors, got {type(weights).__name__}"
+        )
     for name, one in tensors.items():
         if not isinstance(one, Tensor):
-            raise TypeError(f"weights must be tensors, got {type(one).__name__} for {name!r}")
+            raise TypeError(f"{argument} must be tensors, got {type(one).__name__} for {name!r}")
     return tensors
-
-
-def bare(module: nn.Module) -> nn.Module:
-    """Without what DDP or torch.compile puts around it."""
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(module, nn.parallel.DistributedDataParallel):
-            inner = module.module
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
 
 
 def check_decay(decay: float) -> None:
@@ -142,7 +144,7 @@ def _paired(
     if kept.keys() != followed.keys():
         mine, theirs = kept.keys() - followed.keys(), followed.keys() - kept.keys()
         raise ValueError(
-            "reference must hold the weights that policy holds; "
+            "reference must hold the weights that policy holds, got others; "
             f"only in the reference: {_some(mine)}; only in the policy: {_some(theirs)}. For a "
             "PEFT policy pass a whole model, a PEFT model with the same adapters, or "
             "adapter_tensors of two adapters"

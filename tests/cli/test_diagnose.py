@@ -9,10 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fastpref.cli import main as cli
+from tests.diagnostics.plain import centred_similarity, spearman
 from tests.diagnostics.tiny import moved_from, plain_logps
 
 PAIRS = [
@@ -82,6 +85,94 @@ def test_a_report(
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     rewards = [float(one) for one in re.findall(r"<h3>chosen, reward (\S+)</h3>", page)]
     assert rewards == pytest.approx([0.5 * one for one in ratios["chosen"][:3]], rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.heavy
+def test_numbers_of_hidden_states_lengths_and_samples(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by its definition; what is sampled is written here, one response ends early."""
+    tokenizer, samples = given["tokenizer"], []
+    asked: dict[str, Any] = {}
+
+    def generate(self: Any, input_ids: Tensor, **options: Any) -> Tensor:
+        asked.update(options)
+        generator = torch.Generator().manual_seed(input_ids.shape[1])
+        written = torch.randint(5, 300, (2, 4), generator=generator)
+        written[0, 2] = tokenizer.eos_token_id
+        rows = torch.cat([input_ids.expand(2, -1), written], 1)
+        samples.append((input_ids.shape[1], rows))
+        return rows
+
+    monkeypatch.setattr(type(given["policy"]), "generate", generate)
+    assert run(given["folder"], tmp_path, "--samples", "2") == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert (asked["do_sample"], asked["top_k"], asked["top_p"]) == (True, 0, 1.0)
+    assert asked["temperature"] == 1.0 and asked["num_return_sequences"] == 2
+    rises = []
+    for at, (start, rows) in enumerate(samples):
+        sums = {}
+        for name in ("policy", "reference"):
+            labels = rows.clone()
+            labels[:, :start], labels[0, start + 3 :] = -100, -100
+            whole = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": labels}
+            sums[name] = plain_logps(given[name], whole).sum(1).tolist()
+        weights = [math.exp(-one + max(sums["reference"])) for one in sums["reference"]]
+        shares = [one / sum(weights) for one in weights]
+        ratios = [a - b for a, b in zip(sums["policy"], sums["reference"], strict=True)]
+        total = math.log(sum(weights) / 2) - max(sums["reference"])
+        entropy = total - sum(a * b for a, b in zip(shares, ratios, strict=True))
+        assert found["did"]["entropy"][at] == pytest.approx(entropy, rel=1e-3, abs=1e-3)
+        effective = 1 / sum(one**2 for one in shares)
+        assert found["did"]["effective_samples"][at] == pytest.approx(effective, rel=1e-3)
+        rises += ratios
+    assert found["displacement"]["dispersion"] == pytest.approx(
+        sum(rises) / len(rises), rel=1e-3, abs=1e-3
+    )
+    lengths: dict[str, list[int]] = {"chosen": [], "rejected": []}
+    sums, similar = {"policy": [], "reference": []}, []  # type: ignore[var-annotated]
+    for pair in PAIRS:
+        prompt = len(tokenizer(pair["prompt"])["input_ids"])
+        ids = {
+            kind: tokenizer(pair["prompt"] + pair[kind] + "<eos>")["input_ids"] for kind in lengths
+        }
+        longest, batch = max(map(len, ids.values())), {}
+        for kind, one in ids.items():
+            lengths[kind].append(len(one) - prompt)
+            padded = one + [tokenizer.pad_token_id] * (longest - len(one))
+            marks = [1] * len(one) + [0] * (longest - len(one))
+            labels = [-100] * prompt + one[prompt:] + [-100] * (longest - len(one))
+            parts = {"input_ids": padded, "attention_mask": marks, "labels": labels}
+            for name, values in parts.items():
+                batch.setdefault(name, []).append(values)
+        rows = {name: torch.tensor(values) for name, values in batch.items()}
+        for name, margins in sums.items():
+            chosen, rejected = plain_logps(given[name], rows).sum(1).tolist()
+            margins.append(chosen - rejected)
+        similar += centred_similarity(given["reference"], rows)
+    assert found["ches"] == pytest.approx(similar, rel=1e-3, abs=1e-4)
+    assert found["lengths"] == lengths
+    order = spearman(sums["reference"], sums["policy"])
+    assert found["log_margin_order"] == pytest.approx(order)
+    margins = [0.1 * (a - b) for a, b in zip(sums["policy"], sums["reference"], strict=True)]
+    more = [float(a - b) for a, b in zip(*lengths.values(), strict=True)]
+    slope = float(np.polyfit(more, margins, 1)[0])
+    assert found["length_bias"]["slope"] == pytest.approx(slope, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.heavy
+def test_a_model_without_finite_numbers(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastpref.demo.model import save
+
+    broken = moved_from(given["policy"], 0.0)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(torch.nan)
+    save(broken, given["tokenizer"], tmp_path / "broken")
+    assert run(given["folder"], tmp_path / "out", "--model", str(tmp_path / "broken")) == 2
+    said = capsys.readouterr().err
+    assert "pairs under the policy: log-probabilities must be finite, got nan of pair 1" in said
 
 
 @pytest.mark.heavy

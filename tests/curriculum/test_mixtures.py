@@ -29,6 +29,18 @@ def test_a_known_mixture(seed):
     assert got.weights.sum(0).tolist() == sorted(got.weights.sum(0).tolist(), reverse=True)
 
 
+def test_weights_are_of_components_that_sum_to_one(monkeypatch):
+    """However the factorisation shares its scale among the two factors."""
+    weights = torch.tensor([[0.5, 0.5], [0.75, 0.25], [1.0, 0.0]], dtype=torch.float64)
+    domains = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.5, 0.5]], dtype=torch.float64)
+    scale = torch.tensor([4.0, 0.5], dtype=torch.float64)
+    factors = weights / scale, domains * scale[:, None]
+    monkeypatch.setattr("fastpref.curriculum.mixtures._factorise", lambda rows, count: factors)
+    got = mixture_weights(weights @ domains, 2)
+    torch.testing.assert_close(got.weights, weights)
+    torch.testing.assert_close(got.domains, domains)
+
+
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
     with pytest.raises(ImportError, match=r"fastpref\[curriculum\]"):

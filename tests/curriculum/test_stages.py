@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Easy pairs come before hard ones, on every process the same, in accelerate's batches too."""
 
-import contextlib
-import os
-
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from fastpref.curriculum import StageSampler
+from tests.ranks import started_by_torchrun
 
 DIFFICULTY = torch.tensor([5.0, 1.0, 4.0, 1.0, 3.0, 2.0, 9.0, 0.0, 8.0, 7.0])
 RANKED = [7, 1, 3, 5, 4, 2, 0, 9, 8, 6]
@@ -51,27 +49,9 @@ def test_nothing_depends_on_the_callers_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@contextlib.contextmanager
-def process(rank, world):
-    """The environment of one of several processes that torchrun started."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
-    before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in given.items()})
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def batches_on_rank(rank, world, size):
     """Of two epochs."""
-    with process(rank, world):
+    with started_by_torchrun(rank, world):
         from accelerate import Accelerator
 
         torch.manual_seed(rank)  # the order must not follow from it

@@ -71,6 +71,17 @@ def test_step_rewards_by_hand():
     assert weights.sum(1).tolist() == pytest.approx([1.0, 1.0, 1.0, 0.0])
 
 
+def test_step_rewards_stay_within_their_range():
+    """Of steps that are alike, and of opposite ones: step_weights refuses one below 0."""
+    hidden = torch.randn(400, 1, 5)
+    hidden[200:] = -hidden[:200]
+    ids, best = torch.zeros(400, 1, dtype=torch.int64), torch.arange(200).repeat(2)
+    got = step_rewards(hidden, ids, best)
+    assert got.min() >= 0 and got.max() <= 2
+    assert got[:200].min() > 1.99 and got[200:].max() < 0.01
+    step_weights(ids, got, ids >= 0)
+
+
 def test_no_step_at_all():
     got = step_rewards(torch.randn(2, 3, 4), torch.full((2, 3), -1), torch.tensor([0, 0]))
     assert got.shape == (2, 0)

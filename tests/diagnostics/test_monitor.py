@@ -7,13 +7,16 @@ from __future__ import annotations
 import copy
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastpref.diagnostics import PreferenceMonitorCallback, displacement, length_bias
+from fastpref.diagnostics import PreferenceMonitorCallback
+from tests.diagnostics.plain import centred_similarity, spearman
 from tests.diagnostics.tiny import VOCABULARY, make_batch, make_model, plain_logps
 
 transformers = pytest.importorskip("transformers")
@@ -56,7 +59,11 @@ def train(folder: Path, monitor: Any, *callbacks: Any, model: Any = None, **chan
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("through_trainer", [False, True])
-def test_numbers_in_transformers_trainer(tmp_path: Path, through_trainer: bool) -> None:
+def test_numbers_in_transformers_trainer(
+    tmp_path: Path, through_trainer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(perf_counter=iter([0.0, 8.0, 10.0, 16.0, 20.0]).__next__)
+    monkeypatch.setattr("fastpref.diagnostics.monitor.time", clock)
     probe, unseen = make_batch(), make_batch(3, seed=4)
     monitor = PreferenceMonitorCallback(probe, unseen=unseen, every=2, beta=0.5)
     model = make_model()
@@ -71,17 +78,51 @@ def test_numbers_in_transformers_trainer(tmp_path: Path, through_trainer: bool) 
     assert ("loss" in entries[-1]) != through_trainer
     before, after = (plain_logps(one, probe).sum(1) for one in (start, model))
     others = [plain_logps(one, unseen).sum(1) for one in (start, model)]
-    moved = displacement((*before.chunk(2), others[0]), (*after.chunk(2), others[1]))
-    for name, value in vars(moved).items():
-        assert entries[-1][f"monitor/{name}"] == pytest.approx(value, rel=1e-3, abs=1e-3)
-    chosen, rejected = (after - before).chunk(2)
+    found = {name: entries[-1][name] for name in NAMES}
+    chosen, rejected = (one.numpy() for one in (after - before).chunk(2))
     margins = 0.5 * (chosen - rejected)
-    assert entries[-1]["monitor/margin"] == pytest.approx(float(margins.mean()), rel=1e-3)
-    assert entries[-1]["monitor/accuracy"] == pytest.approx(float((margins > 0).double().mean()))
-    lengths = (probe["labels"][:, 1:] != -100).sum(1).chunk(2)
-    bias = length_bias(margins, *lengths)
-    assert entries[-1]["monitor/length_slope"] == pytest.approx(bias.slope, rel=1e-2, abs=1e-4)
+    lengths = (probe["labels"][:, 1:] != -100).sum(1).numpy()
+    more = (lengths[: len(margins)] - lengths[len(margins) :]).astype(float)
+    order = [(one[:3] - one[3:]).tolist() for one in (before, after)]
+    wanted = {
+        "chosen_drop": -chosen.mean(),
+        "rejected_drop": -rejected.mean(),
+        "dispersion": float((others[1] - others[0]).mean()),
+        "chosen_fell": (chosen < 0).mean(),
+        "both_fell": ((chosen < 0) & (rejected < 0)).mean(),
+        "margin": margins.mean(),
+        "accuracy": (margins > 0).mean(),
+        "length_correlation": np.corrcoef(more, margins)[0, 1],
+        "length_slope": np.polyfit(more, margins, 1)[0],
+        "margin_order": spearman(*order),
+        "ches": np.mean(centred_similarity(model, probe)),
+    }
+    for name, value in wanted.items():
+        assert found.pop(f"monitor/{name}") == pytest.approx(float(value), rel=1e-3, abs=1e-3), name
+    # Of ten seconds since the last measurement.
+    assert found == {"monitor/seconds": 4.0, "monitor/share": 0.4}
     assert model.training and "forward" not in vars(model)
+
+
+@pytest.mark.heavy
+def test_a_training_that_diverges_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says so, and nothing is logged; a model that begins so is refused."""
+    model = make_model()
+    monitor = PreferenceMonitorCallback(make_batch(), every=1)
+
+    class Diverging(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.lm_head.weight[0, 0] = torch.nan
+
+    trainer = train(tmp_path, monitor, Diverging(), model=model, logging_nan_inf_filter=False)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    steps = [one["step"] for one in trainer.state.log_history if "monitor/margin" in one]
+    assert steps == [2] and "step 3: log-probabilities" in caplog.text
+    with pytest.raises(ValueError, match="probe and unseen must have finite log-probabilities"):
+        train(tmp_path, PreferenceMonitorCallback(make_batch()), model=model).train()
 
 
 @pytest.mark.heavy
@@ -199,7 +240,11 @@ def test_cost_at_the_default_interval(tmp_path: Path) -> None:
         ({"beta": 0.0}, ValueError, "beta must be a number greater than 0"),
         ({"probe": make_batch(5)}, ValueError, "as many rejected ones, got 5 rows"),
         ({"probe": {"ids": torch.zeros(2, 3)}}, ValueError, r"probe must hold input_ids \(B, T\)"),
-        ({"unseen": {"input_ids": torch.zeros(2, 3)}}, ValueError, "a batch must hold one of"),
+        (
+            {"unseen": {"input_ids": make_batch()["input_ids"]}},
+            ValueError,
+            "unseen must hold one of",
+        ),
     ],
 )
 def test_bad_use(given: dict[str, Any], error: type[Exception], match: str) -> None:

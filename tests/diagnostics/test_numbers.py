@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastpref import ScoringOptions
 from fastpref.diagnostics import (
     ches,
     did_entropy,
@@ -20,6 +22,7 @@ from fastpref.diagnostics import (
     length_bias,
     log_margin_order,
 )
+from tests.diagnostics.plain import spearman
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -98,15 +101,6 @@ def test_displacement() -> None:
     assert displacement(before[:2], after[:2]).dispersion is None
 
 
-def spearman(a: list[float], b: list[float]) -> float:
-    def ranks(values: list[float]) -> list[float]:
-        return [
-            sum(other < one for other in values) + (values.count(one) - 1) / 2 for one in values
-        ]
-
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-
 def test_log_margin_order() -> None:
     a, b = draw(40), 0.5 * draw(40) + draw(40, seed=1)
     b[:10] = b[0]  # ties
@@ -154,6 +148,29 @@ def test_layer_transport_is_the_angle(form: dict[str, Any]) -> None:
             rows.append([one / sum(exps) for one in exps])
         overlap = sum(math.sqrt(p * q) for p, q in zip(*rows, strict=True))
         assert found[at].item() == pytest.approx(2 * math.acos(min(1.0, overlap)), rel=1e-7)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest new tensor."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage()._cdata for one in args if isinstance(one, Tensor)}
+        if isinstance(found, Tensor) and found.untyped_storage()._cdata not in given:
+            self.elements = max(self.elements, found.untyped_storage().nbytes() // 8)
+        return found
+
+
+def test_transport_keeps_no_logits() -> None:
+    """The workspace is what is asked for, however large the vocabulary."""
+    a, b, weight = draw(300, 4), draw(300, 4, seed=1), draw(9000, 4, seed=2)
+    budget = 1 << 23
+    with Largest() as made:
+        found = layer_transport(a, b, weight, options=ScoringOptions(memory_budget=budget))
+    assert 0 < made.elements * 8 <= budget < 300 * 9000 * 8 / 2
+    torch.testing.assert_close(found, layer_transport(a, b, weight))
 
 
 def test_small_and_largest_angles() -> None:

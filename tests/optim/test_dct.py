@@ -134,6 +134,14 @@ def test_several_backwards_make_one_gradient() -> None:
     torch.testing.assert_close(training.optimizer.gradient, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_several_backwards_add_their_norms() -> None:
+    training = Training()
+    squares = [(training.gradient() @ training.transform).square().sum(0) for _ in range(2)]
+    assert training.optimizer.norms is not None
+    found = training.optimizer.norms.double()
+    torch.testing.assert_close(found, squares[0] + squares[1], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("steps", [2, 3])
 def test_state_goes_on_to_the_bit(dtype: torch.dtype, steps: int) -> None:
@@ -162,7 +170,7 @@ def test_state_goes_on_to_the_bit(dtype: torch.dtype, steps: int) -> None:
         draw(resumed, other, seed)
     assert torch.equal(weight, resumed)
     assert other.state[resumed]["exp_avg"].dtype == torch.float32
-    with pytest.raises(ValueError, match="state_dict is of a weight and rank"):
+    with pytest.raises(ValueError, match=r"state_dict must be of .* \(203, 5\), got \(203, 4\)"):
         DCTAdamW(resumed, rank=RANK + 1).load_state_dict(saved)
 
 

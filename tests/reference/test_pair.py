@@ -2,6 +2,7 @@
 """Fast and slow adapters, their exchange of roles, and combinations of adapters."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def test_roles_and_learning_rates():
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for group in groups] == [0.005, 0.05]
+    # A scheduler that is made anew goes on from these.
+    assert [group["initial_lr"] for group in groups] == [0.01, 0.1]
     with pytest.raises(ValueError, match=r"optimizer must have one group an adapter.*got 0"):
         pair.swap(torch.optim.SGD(fast, lr=0.1))
     assert pair.fast == "slow"
@@ -80,8 +83,26 @@ def test_the_lower_loss_becomes_the_fast_one():
     assert pair.switch() is False and pair.fast == "slow"
     pair.load_state_dict(stored)
     assert pair.fast == "fast" and pair.switch() is True
+    pair.record(torch.tensor(2.1), torch.tensor([1.0, 3.0]))  # means, however many
+    assert pair.switch() is True and pair.fast == "fast"
     with pytest.raises(ValueError, match="must be of the adapters"):
         pair.load_state_dict({"fast": "a", "slow": "b", "losses": None})
+
+
+def decided_on_rank(rank):
+    """Each rank alone would decide otherwise: 1 against 2 and 5 against 3."""
+    pair = make_pair()
+    pair.record(*(torch.tensor(one) for one in ((1.0, 2.0), (5.0, 3.0))[rank]))
+    state = SimpleNamespace(global_step=4)
+    AdapterPairCallback(pair, every=4).on_step_end(
+        None, state, None, optimizer=None, lr_scheduler=None
+    )
+    return pair.fast
+
+
+@pytest.mark.heavy
+def test_ranks_decide_by_the_sum_of_their_losses(two_ranks):
+    assert two_ranks(decided_on_rank) == ["slow", "slow"]
 
 
 class Chasing(Live):

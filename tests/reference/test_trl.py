@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fastpref.reference import ReferenceCallback
+from fastpref.reference import ReferenceCallback, adapter_tensors
 from fastpref.reference.moving import MovingReference
 from tests.examples.loading import load
+from tests.reference.models import lora
 
 pytestmark = pytest.mark.heavy
 
@@ -86,6 +87,37 @@ def stored_on_rank(rank, folder):
             one.fill_(7.0)
     moving.load(Path(folder), policy)
     return before, [one.full_tensor().tolist() for one in reference.parameters()]
+
+
+def adapter_on_rank(rank, folder):
+    """A sharded policy whose reference is one of its adapters: by the formula, and loaded again."""
+    mesh = init_device_mesh("cpu", (2,))
+    policy = lora(adapters=("default", "reference"))
+    start = [
+        [one.detach().clone() for one in adapter_tensors(policy, name)]
+        for name in ("reference", "default")
+    ]
+    fully_shard(policy, mesh=mesh)
+    with torch.no_grad():
+        policy(input_ids=torch.tensor([[1, 2, 3]]))
+    moving = MovingReference("reference", 0.75, 1)
+    moving.after_step(policy, 1)
+    moving.save(Path(folder), policy, writes=rank == 0)
+    moved = [one.full_tensor() for one in adapter_tensors(policy, "reference")]
+    with torch.no_grad():
+        for one in adapter_tensors(policy, "reference"):
+            one.fill_(7.0)
+        policy(input_ids=torch.tensor([[1, 2, 3]]))
+    moving.load(Path(folder), policy)
+    again = [one.full_tensor() for one in adapter_tensors(policy, "reference")]
+    for mine, theirs, one, other in zip(*start, moved, again, strict=True):
+        torch.testing.assert_close(one, 0.75 * mine + 0.25 * theirs)
+        assert torch.equal(one, other)
+    return len(moved)
+
+
+def test_an_adapter_in_shards(two_ranks, tmp_path):
+    assert two_ranks(adapter_on_rank, str(tmp_path)) == [4, 4]
 
 
 def test_shards_in_a_checkpoint(two_ranks):

@@ -109,6 +109,65 @@ def test_a_whole_model_follows_a_lora_policy():
     assert moved == 2
 
 
+def update_of(model, adapters):
+    """What LoRA adds to each weight, by its definition."""
+    added = {}
+    for path, module in model.named_modules():
+        for name in adapters if hasattr(module, "lora_A") else ():
+            down, up = (
+                one[name].weight.detach().double() for one in (module.lora_A, module.lora_B)
+            )
+            whole = f"{path.removeprefix('base_model.model.')}.weight"
+            added[whole] = added.get(whole, 0) + 3.0 * up @ down  # lora_alpha over r
+    return added
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("around", [lambda model: model, lambda model: torch.compile(model)])
+def test_several_active_adapters(around):
+    """Their sum; also where torch.compile stands around the policy."""
+    from tests.integrations.transformers.trainings import make_model
+
+    policy, reference = lora(adapters=("a", "b", "c")), lora(seed=5).merge_and_unload()
+    policy.base_model.set_adapter(["a", "c"])
+    start = values(make_model())
+    update_(reference, around(policy), decay=0.0)
+    added = update_of(policy, ("a", "c"))
+    assert len(added) == 2
+    for name, one in values(reference).items():
+        want = start[name].double() + added.get(name, 0)
+        torch.testing.assert_close(one.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.heavy
+def test_adapters_that_are_merged_already():
+    policy, reference = lora(), lora().merge_and_unload()
+    policy.merge_adapter()
+    with torch.no_grad():
+        for one in reference.parameters():
+            one.zero_()
+    update_(reference, policy, decay=0.0)
+    whole = values(lora().merge_and_unload())
+    for name, one in values(reference).items():
+        torch.testing.assert_close(one, whole[name])
+
+
+@pytest.mark.heavy
+def test_tensors_of_an_adapter_are_those_that_peft_saves():
+    from peft import get_peft_model_state_dict
+
+    model = lora(adapters=("default", "reference"))
+    for name in ("default", "reference"):
+        saved = get_peft_model_state_dict(model, adapter_name=name)
+        found = adapter_tensors(model, name)
+        assert [tuple(one.shape) for one in found] == [
+            tuple(one.shape) for one in adapter_tensors(model, "default")
+        ]
+        assert sorted(one.data_ptr() for one in found) == sorted(
+            one.data_ptr() for one in saved.values()
+        )
+
+
 @pytest.mark.heavy
 def test_one_adapter_follows_another():
     model = lora(adapters=("default", "reference"))
@@ -147,6 +206,9 @@ def sharded(rank, decay):
             nn.init.normal_(one)
     whole = [[one.detach().clone() for one in model.parameters()] for model in models]
     reference, policy = (fully_shard(model, mesh=mesh) for model in models)
+    with torch.no_grad():
+        reference(torch.ones(1, 4))
+    assert not isinstance(reference[0].weight, DTensor)  # FSDP2 keeps what a root gathered
     with CommDebugMode() as communicated:
         update_(reference, policy, decay=decay)
     assert communicated.get_total_counts() == 0

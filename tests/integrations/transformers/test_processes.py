@@ -2,8 +2,6 @@
 """Two processes: the same loss and gradient as one with the whole batch, uneven last batches
 included."""
 
-import contextlib
-import os
 import tempfile
 
 import pytest
@@ -11,8 +9,6 @@ import torch
 import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-
-from accelerate.state import AcceleratorState, GradientState
 
 from fastpref.integrations.transformers import loss_func
 from tests.integrations.transformers.plain_losses import dpo, kto, plackett_luce, rewards
@@ -24,6 +20,7 @@ from tests.integrations.transformers.trainings import (
     plain_logps,
     train,
 )
+from tests.ranks import started_by_torchrun
 
 pytestmark = pytest.mark.heavy
 
@@ -31,25 +28,9 @@ pytestmark = pytest.mark.heavy
 UNEVEN = {"even_batches": False}
 
 
-@contextlib.contextmanager
-def process(rank):
-    """The environment of one of two processes that torchrun started."""
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
-    before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in given.items()})
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def on_rank(rank, name, unit, accumulated, shared):
     """Gradients and logged losses of a training, and the running state it leaves."""
-    with process(rank), tempfile.TemporaryDirectory() as folder:
+    with started_by_torchrun(rank, 2), tempfile.TemporaryDirectory() as folder:
         loss = loss_func(name, **({"dp_group": dist.group.WORLD} if shared else {}))
         gradients, logged = train(
             loss,
@@ -65,7 +46,7 @@ def on_rank(rank, name, unit, accumulated, shared):
 
 def evaluated_on_rank(rank, unit):
     """``eval_loss`` of lists or pairs two at a time on each rank, and the rewards."""
-    with process(rank), tempfile.TemporaryDirectory() as folder:
+    with started_by_torchrun(rank, 2), tempfile.TemporaryDirectory() as folder:
         loss, seen = loss_func("dpo" if unit == "pair" else "plackett_luce"), []
         trainer = make_trainer(
             loss,

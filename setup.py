@@ -40,7 +40,8 @@ LEAST_TORCH = (2, 10)
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 SHARED = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall"]
 OPS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *SHARED]
-MODULE = ["-O2", *SHARED]
+# What it does takes no time: small.
+MODULE = ["-Os", *SHARED]
 NVCC = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Machine code for Ampere (and Ada), Hopper and Blackwell; PTX of the newest for what comes after.
 CUDA_ARCHITECTURES = ("8.0", "9.0a", "10.0")
@@ -157,6 +158,8 @@ def find_nvcc() -> str:
         raise Unavailable("this version has no CUDA sources")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if shutil.which(nvcc) is None:
+        raise Unavailable("no nvcc at build time")
     said = complaint([nvcc, *NVCC], "__global__ void probe() {}\n", ".cu")
     if said is not None:
         raise Unavailable(f"no working nvcc at build time ({said})")
@@ -191,11 +194,12 @@ def gencode(architectures: list[str]) -> list[str]:
 
 def link_flags(libraries: list[str]) -> list[str]:
     if sys.platform == "darwin":
-        first = ["-undefined", "dynamic_lookup"]
+        first = ["-undefined", "dynamic_lookup", "-Wl,-x"]
     else:
         # No symbol of libtorch.so is used: it is kept because it brings in any libtorch_cuda.so.
         # libstdc++ goes before it, since some builds of torch export pieces of their own copy.
-        first = ["-Wl,--no-as-needed", "-lstdc++"]
+        # The table of symbols that nobody resolves stays out.
+        first = ["-Wl,-s", "-Wl,--no-as-needed", "-lstdc++"]
     return [*first, *libraries, *words("LDFLAGS")]
 
 

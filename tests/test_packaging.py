@@ -6,6 +6,7 @@ own, so that torch need not be installed again; processes run away from the chec
 """
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -116,6 +117,14 @@ def test_wheel_holds_every_module_and_nothing_beside_the_package(built_wheel: Pa
     assert {"fastpref/py.typed", "fastpref/_build_info.json"} <= inside
     assert "fastpref/demo/arithmetic.jsonl" in inside
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_is_small(built_wheel: Path) -> None:
+    """1.28 MB, of them 0.61 of Python, 0.55 of libraries without symbols, 0.06 of data."""
+    facts = json.loads(zipfile.ZipFile(built_wheel).read("fastpref/_build_info.json"))
+    if not facts.get("cuda", "not built").startswith("not built"):
+        pytest.skip("with code for GPUs, for as many architectures as were asked for")
+    assert built_wheel.stat().st_size < 1.3e6
 
 
 def test_wheel_declares_ranges_and_not_the_build_pin(built_wheel: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .cases import LIMIT
 from .report import groups, growth, implementations, share, sizes
-from .scaling import BUDGET
+from .scaling import BASE, BUDGET
 from .suites import SUITES
 
 # Of Okabe and Ito's colours, which most eyes tell apart; shapes and dashes differ too.
@@ -77,7 +77,7 @@ def _bars(
     figure, panels = plt.subplots(
         rows,
         columns,
-        figsize=(1.5 + 3.6 * columns, 0.9 + rows * (0.5 + 0.26 * len(names))),
+        figsize=(2.2 + 2.6 * columns, 0.9 + rows * (0.5 + 0.26 * len(names))),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -141,12 +141,13 @@ def _panel(panel: Any, case: dict[str, Any], names: list[str], key: str) -> None
     for place, value in enumerate(found):
         if value:
             said = share(value) if key == "ratio" else f"{value:.0e}"
+            at = max(value, 1) if key == "ratio" else value  # beside the line at 1
             panel.annotate(
-                said, (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7
+                said, (at, place), (3, 0), textcoords="offset points", va="center", fontsize=8
             )
     if key == "ratio":
         panel.axvline(1, color="black", linewidth=0.8)
-    panel.margins(x=0.25)
+    panel.margins(x=0.32)
     panel.set_title(f"{case['dtype']}, {case['mode']}", fontsize="small")
     panel.tick_params(labelsize=8)
     if key == "ratio":
@@ -190,7 +191,7 @@ def _memory(plt: Any, report: dict[str, Any], rows: list[dict[str, Any]]) -> Any
 def _curves(plt: Any, report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> Any:
     """Time above, workspace below, an axis a column."""
     figure, panels = plt.subplots(
-        2, len(curves), figsize=(4 * len(curves), 5), squeeze=False, layout="constrained"
+        2, len(curves), figsize=(3.2 * len(curves), 5), squeeze=False, layout="constrained"
     )
     for (axis, rows), time, workspace in zip(curves.items(), *panels, strict=True):
         at = [row["size"] for row in rows]
@@ -213,11 +214,12 @@ def _curves(plt: Any, report: dict[str, Any], curves: dict[str, list[dict[str, A
             panel.set_ylim(top=panel.get_ylim()[1] * 30)
         workspace.set_ylabel("MiB")
         workspace.set_xlabel(axis)
-        time.legend(fontsize="small", loc="upper left")
-        workspace.legend(fontsize="small", loc="upper left")
+        time.legend(fontsize="x-small", loc="upper left")
+        workspace.legend(fontsize="x-small", loc="upper left")
     figure.suptitle(
-        "linear_logprob in float32, forward and backward, as one size grows. Lower is better; "
-        f"dashed: the bare matrix products.\n{_ran(report)}",
+        "linear_logprob in float32, trainable head, forward and backward, as one size grows. Lower "
+        f"is better.\nThe other sizes: N={BASE.scored}, "
+        f"H={BASE.hidden_size}, V={BASE.vocab_size}; {_ran(report)}",
         fontsize="medium",
     )
     return figure

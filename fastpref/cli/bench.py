@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -194,6 +195,8 @@ def _wrong(args: argparse.Namespace) -> str | None:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             return f"--out must be a folder that can be written to, got {args.out}: {error}"
+        if not os.access(args.out, os.W_OK):
+            return f"--out must be a folder that can be written to, got {args.out}"
     return None
 
 

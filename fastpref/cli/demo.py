@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -115,8 +116,8 @@ def _what_happens(args: argparse.Namespace) -> str:
     if args.model is not None or args.data is not None or args.steps is not None:
         return "a preference training in TRL, then its head beside fastpref's"
     return (
-        "a small model learns to write answers (two minutes), then in TRL which are preferred, "
-        "then TRL's head beside fastpref's: three to four minutes on two cores"
+        "a small model learns to write answers (half of the time), then in TRL which are "
+        "preferred, then TRL's head beside fastpref's: about three minutes on two cores"
     )
 
 
@@ -160,6 +161,7 @@ def _visual(args: argparse.Namespace, console: Console) -> None:
         if given is not None:
             raise DemoError(f"--{name} {given}: --visual makes its own; leave one of the two out")
     _check_steps(args)
+    _check_out(args.out)
     visual.require_matplotlib()
     recipe = visual.Recipe() if args.steps is None else visual.Recipe(steps=args.steps)
     visual.run(args.out, recipe, args.seed, console)
@@ -170,6 +172,15 @@ def _check_steps(args: argparse.Namespace) -> None:
         raise DemoError(f"--steps {args.steps}: expected at least 1")
 
 
+def _check_out(out: Path) -> None:
+    """Whether results can be written to the folder, which is not made yet."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise DemoError(f"--out {out}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise DemoError(f"--out {out}: {there} cannot be written to")
+
+
 def _checked(args: argparse.Namespace) -> tuple[list[Objective], Preferences]:
     """The objectives and the data, once all that can be checked before the libraries are loaded
     is in order."""
@@ -178,6 +189,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[Objective], Preferences]:
     from ..demo.objective import columns, find
 
     _check_steps(args)
+    _check_out(args.out)
     names = [args.objective or "dpo"] if args.compare is None else args.compare.split(",")
     chosen = [find(name.strip()) for name in dict.fromkeys(names)]
     preferences = load(args.data or SHIPPED, columns(*chosen))

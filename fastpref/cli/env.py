@@ -29,6 +29,7 @@ PACKAGES = (
     "liger-kernel",
 )
 BACKENDS: tuple[Backend, ...] = ("torch", "cpp", "rows", "triton", "cuda")
+ON_GPUS, NO_GPU = ("rows", "triton", "cuda"), "no GPU"
 # Name, when it is read, meaning.
 VARIABLES = (
     ("FASTPREF_CPU_CAPABILITY", "run", "baseline, avx2 or avx512: lowers the CPU instruction set"),
@@ -164,10 +165,15 @@ def _device_types() -> list[str]:
 def _backends() -> Report:
     from ..scoring.backends import unavailable_reason
 
-    return {
+    report: Report = {
         device: {name: unavailable_reason(name, device) or "available" for name in BACKENDS}
         for device in _device_types()
     }
+    if "cuda" not in report:
+        for name in ON_GPUS:
+            if report["cpu"][name] != "available":  # as under Triton's interpreter
+                report["cpu"][name] = NO_GPU
+    return report
 
 
 def _tiers() -> Report:
@@ -271,7 +277,7 @@ def render(report: Report) -> str:
 
 
 def _render_entries(entries: Report, indent: str = "  ") -> list[str]:
-    lines = [] if entries else [f"{indent}none"]
+    lines = [] if entries else [f"{indent}{NO_GPU}"]  # what may be empty is about GPUs
     for name, value in entries.items():
         if isinstance(value, dict) and all(isinstance(one, bool) for one in value.values()):
             value = " ".join(key for key, present in value.items() if present) or "none"

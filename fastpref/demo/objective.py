@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import objectives
 from ..integrations.transformers import PreferenceCollator
+from ..objectives.checks import hint
 from ..objectives.signature import Domain
 from . import DemoError
 
@@ -30,7 +31,8 @@ def find(name: str) -> objectives.Objective:
     known = name in objectives.names()
     reason = _refusal(name) if known else "is not the name of an objective"
     if reason is not None:
-        raise DemoError(f"objective {name}: {reason}; choose from {', '.join(choices())}")
+        nearest = "" if known else hint(name, choices())
+        raise DemoError(f"objective {name}: {reason}{nearest}; choose from {', '.join(choices())}")
     return objectives.get(name)
 
 

@@ -59,6 +59,7 @@ def test_missing_file_stops_it(capsys):
 def test_unknown_objective_stops_it_with_the_choices(capsys):
     message = refused(capsys, "--objective", "dpoo")
     assert "objective dpoo" in message and "dpo, " in message
+    assert "did you mean 'dpo'?" in message
     assert "objective ip:" in refused(capsys, "--compare", "dpo, ip")
 
 
@@ -90,6 +91,20 @@ def test_other_arguments_are_checked(tmp_path, capsys):
     assert "--steps 0" in refused(capsys, "--steps", 0)
     taken = pairs_file(tmp_path)
     assert f"--out {taken}" in refused(capsys, "--out", taken)
+
+
+@pytest.mark.parametrize("options", [(), ("--visual",)])
+def test_a_folder_for_results_is_checked_before_work(monkeypatch, tmp_path, capsys, options):
+    taken = pairs_file(tmp_path)
+    out = taken / "deeper"
+    for name in ("_prepare", "quiet"):
+        monkeypatch.setattr(f"fastpref.cli.demo.{name}", None)
+    monkeypatch.setattr("fastpref.demo.visual.run", None)
+    assert f"--out {out}: {taken} is not a folder" in refused(capsys, "--out", out, *options)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    out = tmp_path / "new"
+    assert f"{tmp_path} cannot be written to" in refused(capsys, "--out", out, *options)
+    assert not out.exists()
 
 
 def test_missing_library_is_named_with_the_extra(monkeypatch, capsys):

@@ -17,7 +17,7 @@ import torch
 
 import fastpref
 from fastpref.cli import env
-from fastpref.scoring import products
+from fastpref.scoring import backends, products
 from fastpref.scoring.backends import unavailable_reason
 
 
@@ -36,9 +36,7 @@ def test_command_prints_json_that_says_what_is_there() -> None:
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["fastpref"] == fastpref.__version__
     assert report["backends"]["cpu"]["torch"] == "available"
-    for name in set(env.BACKENDS) - {"triton", "rows"}:  # interpreted in this process
-        expected = unavailable_reason(name, "cpu") or "available"
-        assert report["backends"]["cpu"][name] == expected
+    assert report["backends"]["cpu"]["cpp"] == (unavailable_reason("cpp", "cpu") or "available")
     assert "torch on cpu" in report["self_check"]["max_error"]
 
 
@@ -94,6 +92,16 @@ def test_a_failing_probe_leaves_the_rest(
     out = capsys.readouterr().out
     assert "OSError: out of order" in out
     assert "FASTPREF_CPU_CAPABILITY" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "the backend runs on CUDA tensors, got cpu"
+    monkeypatch.setattr(backends, "unavailable_reason", lambda name, device: reason)
+    found = env._backends()["cpu"]
+    assert found == {"torch": reason, "cpp": reason} | dict.fromkeys(env.ON_GPUS, "no GPU")
+    said = env.render({"gpus": env._gpus(), "environment": {}, "self_check": {"error": "none"}})
+    assert said.startswith("gpus\n  no GPU\n")
 
 
 @pytest.mark.parametrize("wrong", [0.1, float("nan")])

@@ -7,7 +7,7 @@ from statistics import mean
 
 MAX_LENGTH = 256  # tokens of a prompt with its completion
 
-_WARM_UP_TOKENS, _WARM_UP_STEPS = 660_000, (150, 1100)
+_WARM_UP_TOKENS, _WARM_UP_STEPS = 480_000, (110, 800)
 _PREFERENCE_TOKENS, _PREFERENCE_STEPS = 128_000, (30, 100)
 _COMPARED_STEPS = 10
 

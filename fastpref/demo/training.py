@@ -40,7 +40,7 @@ def warm_up(
     batches = _batches(sequences, recipe.warm_up_batch, Random(recipe.seed))
     total = recipe.warm_up_steps
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.warm_up_rate, betas=(0.9, 0.95), weight_decay=0.0
+        model.parameters(), lr=recipe.warm_up_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 30, 1.0) * max(1 - step / total, 0.05)

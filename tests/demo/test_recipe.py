@@ -8,7 +8,7 @@ from fastpref.demo.recipe import plan
 
 @pytest.mark.parametrize(
     ("length", "warm_up", "steps"),
-    [(10, 1100, 100), (39, 1058, 100), (80, 516, 50), (200, 206, 30)],
+    [(10, 800, 100), (39, 769, 100), (80, 375, 50), (200, 150, 30)],
 )
 def test_longer_texts_take_fewer_steps(length, warm_up, steps):
     recipe = plan([length, length], built=True, steps=None, seed=3)

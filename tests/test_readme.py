@@ -81,6 +81,13 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
+def located(page: Path, name: str) -> Path:
+    file = (page.parent / name).resolve()
+    if not file.exists() and file.is_relative_to(ROOT / "kernels"):  # of a source archive
+        return ROOT / "fastpref" / file.relative_to(ROOT)
+    return file
+
+
 def dead(path: Path, text: str) -> list[str]:
     """Links of a page to what is not there; those to other sites are not followed."""
     found = []
@@ -88,9 +95,7 @@ def dead(path: Path, text: str) -> list[str]:
         if re.match(r"https?:|mailto:", target):
             continue
         name, _, anchor = target.partition("#")
-        file = (path.parent / name).resolve() if name else path
-        if not file.exists() and file.is_relative_to(ROOT / "kernels"):  # of a source archive
-            file = ROOT / "fastpref" / file.relative_to(ROOT)
+        file = located(path, name) if name else path
         if not file.exists() or (anchor and anchor not in anchors(file)):
             found.append(target)
     return found
@@ -112,7 +117,7 @@ def test_every_page_and_every_recipe_is_linked() -> None:
     linked = set()
     for page in PAGES:
         for target in re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8")):
-            linked.add((page.parent / target).resolve())
+            linked.add(located(page, target))
     pages = {page for page in PAGES if page.name == "README.md" and page != README}
     # Those of a folder by its own path, not through the link to it.
     pages = {page for page in pages if page.resolve() == page}

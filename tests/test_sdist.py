@@ -84,7 +84,7 @@ def test_it_builds_and_its_tests_pass(unpacked: Path) -> None:
     files = [
         min(folder.glob("test_*.py"), key=lambda path: path.stat().st_size) for folder in folders
     ]
-    files += [unpacked / "tests" / f"test_{name}.py" for name in ("readme", "readmes", "packaging")]
+    files += [unpacked / "tests" / f"test_{name}.py" for name in ("readme", "packaging")]
     marked = "not slow and not heavy and not gpu"
     said = call(
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked),

@@ -28,6 +28,7 @@ from .timing import MEBIBYTE, Clock
 from .work import Shape, Work
 
 MODE: Mode = "trainable head"
+QUICK = ("fastpref", "plain torch", "TRL fused head")  # most of what each takes is its imports
 RANK = 64
 PROJECTED = f"fastpref, {RANK} columns of d weight"
 

@@ -324,8 +324,10 @@ class _Run:
     def _memory(self, cases: Iterable[Case]) -> None:
         rows = self.report["memory"] = []
         for case in cases:
-            for name in memory.names(case, MEMORY_BUDGET, not self.args.quick):
-                if self.args.implementation and name not in self.args.implementation:
+            known = memory.names(case, MEMORY_BUDGET, not self.args.quick)
+            wanted = self.args.implementation or (memory.QUICK if self.args.quick else known)
+            for name in known:
+                if name not in wanted:
                     continue
                 _progress(f"memory: {name}, ")(f"N={case.shape.scored}")
                 try:

@@ -385,9 +385,8 @@ def test_the_table_and_the_readme(
     assert large[2] == "1024: 8 x 2 x 64"
     for wanted in (
         "a model](benchmarks/README.md#many-gpus-on-paper), not a measurement",
-        f"1024 H200s would take {small[3]} s with an 8B model, {small[4]} of it in the head, and",
-        f"{large[3]} s with a 70B one (tp 8, cp 2), {large[4]} of it in the head, which would wait",
-        f"{large[5]} of that for collectives",
+        f"the head is {small[4]} of a DPO step of an 8B model on 1024 H200s and",
+        f"{large[4]} of a 70B one's, {large[5]} of it spent waiting for collectives",
     ):
         assert wanted in said
     (exchange,) = scaling.agreement(2)

@@ -155,7 +155,7 @@ def test_what_fails_costs_nothing_else(
     assert "memory of fastpref, N=512: not measured, no such file" in said
     report = json.loads((tmp_path / "bench.json").read_text())
     assert [case["mode"] for case in report["cases"]] == ["frozen head"]
-    assert report["memory"][0]["implementation"] == "fastpref, recompute, 32 MiB"
+    assert report["memory"][0]["implementation"] == "plain torch"
 
 
 def test_a_run_that_is_cut_short_keeps_what_it_has(

@@ -58,7 +58,7 @@ test-quick: $(PACKAGE) ## a sample of the tests within two minutes, or of one AR
 	$(BIN)/python -m pytest -q --quick -m "not slow and not gpu" -n 2 $(PYTEST_ARGS) tests/$(AREA)
 
 test-slow: $(PACKAGE) $(WHEEL) ## the sweeps
-	FASTPREF_WHEEL="$(CURDIR)/$$(cat $(WHEEL))" $(BIN)/python -m pytest -q -m slow -n $(WORKERS) $(PYTEST_ARGS)
+	FASTPREF_WHEEL="$(CURDIR)/$$(cat $(WHEEL))" $(BIN)/python -m pytest -q -m "slow and not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
 trl-matrix: $(PACKAGE) ## the tests of TRL with every TRL that is covered, each installed under build/trl
 	$(BIN)/python tests/trl_matrix.py $(TRL)

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
 from ..objectives.checks import is_number
-from .adapters import check_adapter
+from .adapters import adapter_tensors, check_adapter
 
 
 def combine_adapters(
@@ -23,7 +27,9 @@ def combine_adapters(
     the source: try some on a few remembered pairs of each domain (examples/ofs_dpo.py). Averaging
     factors, as PEFT's "linear" does, is another thing: it has cross terms B_i A_j.
 
-    The new adapter is neither active nor trained; ``model.set_adapter`` does both.
+    The new adapter is neither active nor trained; ``model.set_adapter`` does both. Under FSDP2 call
+    it on all ranks: each gets the new adapter whole. FSDP2 would not reduce its gradients, and it
+    raises where it gets one: to train it, combine before ``fully_shard``.
 
     Args:
         model: PEFT's model, of LoRA adapters without DoRA, biases and modules trained whole.
@@ -57,8 +63,42 @@ def combine_adapters(
     for name in names:
         _check_configuration(name, model.peft_config[name])
     weights = [float(one) for one in weights]
-    model.add_weighted_adapter(names, weights, new_name, combination_type="cat")
+    with _gathered(model, names) as sharded:
+        model.add_weighted_adapter(names, weights, new_name, combination_type="cat")
+    if sharded:
+        _refuse_gradients(model, new_name)
     model.set_requires_grad(new_name, False)
+
+
+@contextlib.contextmanager
+def _gathered(model: nn.Module, names: Iterable[str]) -> Iterator[bool]:
+    """These adapters are whole on every rank meanwhile, in the dtype of their shards; whether they
+    have any."""
+    weights = {id(one) for name in names for one in adapter_tensors(model, name)}
+    shards: list[tuple[nn.Module, str, Any]] = [
+        (module, name, one)
+        for module in model.modules()
+        for name, one in module.named_parameters(recurse=False)
+        if id(one) in weights and isinstance(one, DTensor)
+    ]
+    try:
+        for module, name, one in shards:
+            setattr(module, name, nn.Parameter(one.detach().full_tensor(), requires_grad=False))
+        yield bool(shards)
+    finally:
+        for module, name, one in shards:
+            setattr(module, name, one)
+
+
+def _refuse_gradients(model: nn.Module, name: str) -> None:
+    def refuse(_: Tensor) -> None:
+        raise ValueError(
+            f"adapter {name!r} must not be trained, as combine_adapters made it of shards and "
+            "FSDP2 does not reduce its gradients; call combine_adapters before fully_shard"
+        )
+
+    for one in adapter_tensors(model, name):
+        one.requires_grad_(True).register_hook(refuse)  # which stays when they are frozen
 
 
 def _check_configuration(name: str, configuration: Any) -> None:

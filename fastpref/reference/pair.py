@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..objectives.checks import check_group, is_number
-from .adapters import check_adapter, named_adapter
+from .adapters import adapter_tensors, check_adapter, named_adapter
+from .modules import bare
 
 Role = Literal["fast", "slow"]
 
@@ -31,6 +32,11 @@ class AdapterPair:
             ...                                      # the policy is the fast adapter
         pair.record(fast_dpo_loss, slow_dpo_loss)
         pair.switch(optimizer)                       # now and then
+
+    Where the reference is the model under ``disable_adapter``, call it before the two: PEFT freezes
+    the adapter that is not active when that ends, and a gradient taken later leaves it out. FSDP2
+    in mixed precision takes the dtype of gradients from the weights that train at the very first
+    forward: let that be one under ``active``, without gradients.
 
     Args:
         model: PEFT's model with two LoRA adapters of the same shapes.
@@ -57,8 +63,8 @@ class AdapterPair:
         self._losses: Tensor | None = None  # (2,) float64, summed since the last decision
 
     def parameters(self, role: Role) -> list[nn.Parameter]:
-        """The weights of the adapter that has this role now."""
-        return list(named_adapter(self.model, self._name(role)).values())
+        """The weights of the adapter that has this role now, its shards under FSDP2."""
+        return adapter_tensors(self.model, self._name(role))
 
     def parameter_groups(self, *, fast_lr: float, slow_lr: float) -> list[dict[str, Any]]:
         """For any torch optimizer: one group an adapter, whose ``lr`` moves with the roles."""
@@ -75,6 +81,7 @@ class AdapterPair:
     @contextlib.contextmanager
     def active(self, role: Role) -> Iterator[None]:
         """The adapter of this role alone takes part in the model's forward; both keep training."""
+        bare(self.model)  # gathered weights would not keep that they train
         before = self.model.active_adapter
         self._activate(self._name(role))
         try:
@@ -175,8 +182,8 @@ class AdapterPair:
     def _activate(self, adapter: Any) -> None:
         # PEFT freezes every adapter that is not active.
         self.model.set_adapter(adapter)
-        for role in ("fast", "slow"):
-            for one in self.parameters(role):
+        for name in (self.fast, self.slow):
+            for one in named_adapter(self.model, name).values():
                 one.requires_grad_(True)
 
     def _swap_rates(self, optimizer: Any, lr_scheduler: Any) -> None:

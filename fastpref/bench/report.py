@@ -74,7 +74,8 @@ def terminal_case(case: dict[str, Any]) -> str:
 
 def _notes(case: dict[str, Any]) -> list[str]:
     """What a table of the case must not leave unsaid."""
-    return [one for one in (of_a_step(case),) if one and case["what"] == "denoising"]
+    said = of_a_step(case) if case["what"] == "denoising" else ""
+    return [said] if said else []
 
 
 def terminal_memory(rows: Rows) -> str:

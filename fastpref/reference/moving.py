@@ -92,7 +92,7 @@ class MovingReference:
     def _tensors(self, policy: nn.Module) -> dict[str, Tensor]:
         if isinstance(self.reference, str):
             return dict(named_adapter(bare(policy), self.reference))
-        return named(self.reference, "reference")
+        return named(bare(self.reference), "reference")
 
     def _followed(self, policy: Any) -> str:
         """The adapter that is trained."""

@@ -83,6 +83,7 @@ def named(
     """The tensors by name, or by number where they have none.
 
     Args:
+        weights: a module as ``bare`` returns it, or tensors.
         argument: what ``weights`` are called in a message.
         like: of a module, the names that are looked for where one tensor has several.
     """
@@ -91,9 +92,8 @@ def named(
             f"{argument} must be a module or several tensors, got one Tensor; put it in []"
         )
     if isinstance(weights, nn.Module):
-        module = bare(weights)
-        found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        found |= dict(module.named_buffers(remove_duplicate=False))
+        found: dict[str, Tensor] = dict(weights.named_parameters(remove_duplicate=False))
+        found |= dict(weights.named_buffers(remove_duplicate=False))
         return _each_once(found) if like is None else _as_named_there(found, like)
     if isinstance(weights, Mapping):
         tensors = dict(weights)
@@ -134,7 +134,7 @@ def _as_named_there(found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> 
 
 
 def buffer_names(module: nn.Module) -> frozenset[str]:
-    return frozenset(name for name, _ in bare(module).named_buffers(remove_duplicate=False))
+    return frozenset(name for name, _ in module.named_buffers(remove_duplicate=False))
 
 
 def _paired(

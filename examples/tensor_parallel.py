@@ -62,7 +62,8 @@ if __name__ == "__main__":
     # On GPUs: backend="nccl", and tensors on torch.device("cuda", rank).
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **({} if dist.is_torchelastic_launched() else alone))
-    try:
-        main()
-    finally:
-        dist.destroy_process_group()
+    main()
+    # A thread of gloo lets go of the last collective's tensors later, which the interpreter's end
+    # would abort; a barrier has none.
+    dist.barrier()
+    dist.destroy_process_group()

@@ -89,11 +89,14 @@ def seeded():
 @pytest.fixture(autouse=True)
 def nothing_kept():
     """What a test replaces must not be hidden by what calls of others left."""
+    from fastpref.preference import task
     from fastpref.scoring import api
 
-    api._KEPT.forget()
+    for kept in (api._KEPT, task._KEPT):
+        kept.forget()
     yield
-    api._KEPT.forget()
+    for kept in (api._KEPT, task._KEPT):
+        kept.forget()
 
 
 def _poisoned(allocate):

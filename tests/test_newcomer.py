@@ -80,7 +80,7 @@ def test_the_first_half_hour(newcomer: Newcomer) -> None:
     for place, block in enumerate(blocks(readme, "python")):
         newcomer.run(f"README, block {place}", ["python", "-c", block], newcomer.elsewhere)
     recipes = (newcomer.checkout / "examples" / "README.md").read_text(encoding="utf-8")
-    (beside,) = re.findall(r"`(pip install \w+)`", recipes)
+    (beside,) = re.findall(r"`(pip install [\w -]+)`", recipes)
     newcomer.run(beside, beside.split(), newcomer.checkout)
     rows = re.findall(r"^\| .* \| \[(\w+\.py)\].* \| (.*) \|$", recipes, re.MULTILINE)
     assert {name for name, _ in rows} == {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from torch import Tensor
 from ..objectives import Objective
 from ..scoring.agreement import Own, agree, compare, refused_together
 from ..scoring.api import Asked, ask
+from ..scoring.head import Form, Head, Model
 from ..scoring.request import make_request
 from ..scoring.rules.compared import WithDivergence, WithMixture
 from ..scoring.rules.scores import Scores
+from ..scoring.signature import Kept, signature_of
 from ..units.configuration import configure, traced_units
 from ..units.filling import to_be_filled
 from ..units.layouts import Arrangement, arrange
@@ -100,14 +103,82 @@ def compare_ranks(task: Task) -> None:
 
 
 def _made(given: Arguments) -> Task:
+    signature = _signature(given)
+    if signature is None:
+        return _checked(given)
+    return _KEPT.of(signature, lambda: _Known.of(_checked(given))).task(given)
+
+
+# Their checks read what the tensors hold, or they are kept.
+_READ = ("cu_seqlens", "layout", "denominator", "temperature")
+
+
+def _signature(given: Arguments) -> tuple[Any, ...] | None:
+    """As ``signature_of``, of all arguments; None too where more decides whether they are taken."""
+    arguments = dict(vars(given))
+    objective, extras = arguments.pop("objective"), arguments.pop("extras")
+    hyperparameters = arguments.pop("hyperparameters")
+    if any(isinstance(arguments[name], Tensor) for name in _READ):
+        return None
+    for name, value in hyperparameters.items():
+        if isinstance(value, Tensor):
+            return None
+        arguments[f"{name}="] = value
+    if extras is not None:
+        if not isinstance(extras, Mapping):
+            return None
+        for name, value in extras.items():
+            arguments[f"extras {name!r}"] = value
+    return signature_of({"objective": objective, **arguments})
+
+
+class _Known(NamedTuple):
+    """What follows from a call's signature: a task without its tensors."""
+
+    objective: Objective
+    arrangement: Arrangement
+    main: Asked
+    reference: Asked | None
+    form: Form  # of both heads
+
+    @classmethod
+    def of(cls, task: Task) -> _Known:
+        main, reference = task.main, task.reference
+        return cls(
+            task.objective,
+            task.arrangement,
+            main._replace(models=[]),
+            None if reference is None else reference._replace(models=[]),
+            main.models[0].head.form,
+        )
+
+    def task(self, given: Arguments) -> Task:
+        main, reference = [_model(given.hidden, given.weight, given.bias, self.form)], None
+        if given.ref_hidden is not None:
+            theirs = _model(given.ref_hidden, *_reference_head(given), self.form)
+            if self.reference is None:
+                main.append(theirs.detached())
+            else:
+                reference = self.reference._replace(models=[theirs])
+        asked = self.main._replace(models=main)
+        return Task(given, self.objective, _batch(given), self.arrangement, asked, reference, ())
+
+
+def _model(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Model:
+    return Model(hidden, Head(weight, bias, None, None, form))
+
+
+MOST_SIGNATURES = 256
+_KEPT: Kept[_Known] = Kept(MOST_SIGNATURES)
+
+
+def _checked(given: Arguments) -> Task:
     check_kinds(given)
     check_hyperparameters(given)
     given = flattened(given)
     objective = configure(given.objective, given.dp_group, given.hyperparameters)
     check_rows(given, objective)
-    batch = Batch(
-        given.target, given.ignore_index, given.cu_seqlens, given.seq_group, given.token_weights
-    )
+    batch = _batch(given)
     arrangement = arrange(given.layout, given.group_size, batch.rows, objective)
     of_tokens = extras_of_tokens(given, objective)
     check_reference(given, objective, batch)
@@ -117,6 +188,12 @@ def _made(given: Arguments) -> Task:
         beside = _compared(main, reference, objective, filled)
         main, reference = (main, reference) if beside is None else (beside, None)
     return Task(given, objective, batch, arrangement, main, reference, of_tokens)
+
+
+def _batch(given: Arguments) -> Batch:
+    return Batch(
+        given.target, given.ignore_index, given.cu_seqlens, given.seq_group, given.token_weights
+    )
 
 
 def _policy(given: Arguments, filled: Sequence[str]) -> Asked:
@@ -139,9 +216,7 @@ def _policy(given: Arguments, filled: Sequence[str]) -> Asked:
 def _reference(given: Arguments, filled: Sequence[str]) -> Asked | None:
     if given.ref_hidden is None:
         return None
-    weight, bias = given.ref_weight, given.ref_bias
-    if weight is None:
-        weight, bias = given.weight, given.bias
+    weight, bias = _reference_head(given)
     entropy = any(name in filled for name in ENTROPY)
     with torch.no_grad():
         return ask(
@@ -154,6 +229,12 @@ def _reference(given: Arguments, filled: Sequence[str]) -> Asked | None:
             prefix="ref_",
             **given.scoring,
         )
+
+
+def _reference_head(given: Arguments) -> tuple[Tensor, Tensor | None]:
+    if given.ref_weight is None:
+        return given.weight, given.bias
+    return given.ref_weight, given.ref_bias
 
 
 def _compared(

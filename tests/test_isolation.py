@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -22,6 +23,8 @@ def answer(request: str, say: Say) -> str:
         raise ValueError("of no use")
     if request == "dies":
         os._exit(3)
+    if request == "interrupts":
+        return str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
     if request == "hangs":
         time.sleep(60)
     return f"{request}, by {os.getpid()}"
@@ -63,6 +66,14 @@ def test_a_request_that_is_lost_costs_that_request(process: Isolated) -> None:
     assert isinstance(pid, int)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no such masks here")
+def test_an_interrupt_of_the_terminal_is_none_of_its_own(process: Isolated) -> None:
+    """Whoever asks hears it, and closes."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert process.ask("interrupts", lambda text: None) == "True"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked and signal.SIGINT not in blocked
 
 
 def test_a_process_that_never_begins() -> None:

@@ -197,6 +197,31 @@ def test_a_compiler_without_the_rest_fails_with_the_line_that_mends_it(
         assert "building without compiled libraries" in done.stderr
 
 
+@pytest.mark.parametrize("address", [None, "https://host/owner/fastpref"])
+def test_links_of_the_long_description_are_absolute(
+    source_tree: Path, tmp_path: Path, address: str | None
+) -> None:
+    """A package index has no files for those of README.md to lead to."""
+    tree = shutil.copytree(source_tree, tmp_path / "tree", symlinks=True)
+    if address is not None:
+        project = (tree / "pyproject.toml").read_text(encoding="utf-8")
+        project = re.sub(r"# (\[project\.urls\])\n# (Repository) = .*", r"\1\n\2 = ", project)
+        project = project.replace("\nRepository = ", f'\nRepository = "{address}"')
+        (tree / "pyproject.toml").write_text(project, encoding="utf-8")
+    done = set_up(tree, f"egg_info -e {tmp_path}", (), tmp_path)
+    assert done.returncode == 0, done.stderr
+    (facts,) = tmp_path.glob("*.egg-info/PKG-INFO")
+    said = facts.read_text(encoding="utf-8")
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", said)
+    assert [target for _, target in links if not re.match("https?:|#", target)] == []
+    if address is None:
+        assert "![" not in said and "not the fastest: benchmarks." in said
+    else:
+        assert f"[benchmarks]({address}/blob/main/benchmarks/README.md)" in said
+        pictures = [target for mark, target in links if mark]
+        assert pictures and all(one.startswith(f"{address}/raw/main/") for one in pictures)
+
+
 def test_cuda_sources_are_compiled_where_they_are_asked_for(
     source_tree: Path, tmp_path: Path
 ) -> None:

@@ -3,10 +3,16 @@
 sweep is left out."""
 
 import itertools
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from tests.sampling import MANY, each_value, sample, sweep
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def a_case(name: str, *marks: str, **params: Any) -> Any:
@@ -57,3 +63,12 @@ def test_what_is_beyond_the_sample_of_many_is_a_sweep() -> None:
     one_parameter = [a_case("one", number=number) for number in range(100)]
     assert not list(sweep(one_parameter))
     assert not list(sweep(product("slow")))
+
+
+def test_what_needs_a_gpu_is_marked_and_no_target_of_all_tests_runs_it() -> None:
+    for path in (ROOT / "tests" / "gpu").glob("test_*.py"):
+        assert re.search(r"^pytestmark = pytest\.mark\.gpu$", path.read_text(), re.MULTILINE), path
+    if not (ROOT / "Makefile").exists():
+        pytest.skip("not run from a checkout")
+    marks = re.findall(r'-m pytest -q.* -m ("[^"]*"|\S+)', (ROOT / "Makefile").read_text())
+    assert len(marks) == 3 and all("not gpu" in one for one in marks), marks

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref import objectives
 from fastpref.bench import denoising
@@ -150,6 +151,15 @@ def test_as_many_rows_are_predicted_as_the_products_have(masked: float) -> None:
     shape = Shape(8, 16, 32, 300, masked)
     predicted = denoising._drawn(Case("denoising", "frozen head", "float32", shape)).model
     assert predicted.numel() == shape.scored * shape.hidden_size
+
+
+@pytest.mark.parametrize("mode", SUITES["denoising"].modes)
+def test_a_denoising_loss_is_set_beside_the_products_of_a_head(mode: Mode) -> None:
+    found = experiment("denoising", mode)
+    with FlopCounterMode(display=False) as counted:
+        found.limit()
+    products = 2 * SHAPE.scored * SHAPE.hidden_size * SHAPE.vocab_size
+    assert counted.get_total_flops() == MODES[mode] * products
 
 
 @pytest.mark.parametrize("mode", SUITES["heads"].modes)

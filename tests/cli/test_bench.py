@@ -100,12 +100,13 @@ def test_vocabularies_of_images() -> None:
     assert max(case.shape.scored * case.shape.vocab_size for case in quick) <= 2**23
 
 
-def test_one_implementation(tiny: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plain torch", "fastpref, torch backend"])
+def test_one_implementation(tiny: None, tmp_path: Path, name: str) -> None:
     given = ["--quick", "--rounds", "1", "--what", "score", "--mode", "forward"]
-    given += ["--implementation", "plain torch", "--dtype", "float32", "--out", str(tmp_path)]
+    given += ["--implementation", name, "--dtype", "float32", "--out", str(tmp_path)]
     assert bench.run(arguments(*given)) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert [list(case["timings"]) for case in report["cases"]] == [[LIMIT, "plain torch"]]
+    assert [list(case["timings"]) for case in report["cases"]] == [[LIMIT, name]]
     assert "memory" not in report
 
 
@@ -117,6 +118,11 @@ def test_memory_alone(tiny: None, tmp_path: Path) -> None:
     assert [(row["implementation"], row["scored"]) for row in report["memory"]] == [
         ("plain torch", bench.MEMORY_TOKENS[0])
     ]
+    sizes = [(row["hidden_size"], row["vocab_size"]) for row in report["memory"]]
+    assert sizes == [(TINY.hidden_size, TINY.vocab_size)]
+    given[-1] = "torch.compile"  # for longer than what is quick takes
+    assert bench.run(arguments(*given, "--out", str(tmp_path))) == 0
+    assert json.loads((tmp_path / "bench.json").read_text())["memory"] == []
 
 
 def test_what_needs_a_module_says_so(
@@ -193,6 +199,28 @@ def test_scaling(
     assert {axis: tuple(row["size"] for row in rows) for axis, rows in curves.items()} == dict(
         scaling.AXES
     )
+    given = arguments("--suite", "scaling", "--quick", "--out", str(tmp_path))
+    assert bench.run(given) == 0
+    curves = json.loads((tmp_path / "bench.json").read_text())["curves"]
+    assert {len(rows) for rows in curves.values()} == {2}
+
+
+def test_quick_trainings_are_small(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And asked for: not among the usual."""
+    asked: list[Any] = []
+
+    def measure(training: Any, pairs: Path) -> Any:
+        asked.append(training)
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(bench.trainings, "measure", measure)
+    monkeypatch.setattr(bench.trainings, "unavailable", lambda: None)
+    assert bench.run(arguments("--quick", "--what", "trainers", "--out", str(tmp_path))) == 0
+    assert {training.layers for training in asked} == {bench.trainings.QUICK["layers"]}
+    assert bench.TRAINERS in bench._what(arguments())
+    assert bench.TRAINERS not in bench._what(arguments("--quick"))
 
 
 @pytest.mark.parametrize(
@@ -205,18 +233,35 @@ def test_scaling(
         (("--length", "4", "--masked", "0.9"), "leave a scored position at --masked 0.9, got 4"),
         (("--quick", "--masked", "0.995"), "leave a scored position at --masked 0.995, got 64"),
         (("--what", "score", "--implementation", "fastperf"), "'fastperf' is none of: Cut Cross-E"),
+        (("--what", "score", "--implementation", "fastperf"), "; did you mean 'fastpref'?"),
         (("--what", "heads", "--mode", "frozen head"), "heads has no such --mode"),
         (("--seconds", "0"), "--seconds must be positive, got 0.0"),
         (("--more", "none"), "--more must be a folder that --suite gpu --out wrote, got none"),
         (("--out", __file__), "--out must be a folder that can be written to"),
+        (("--out", f"{__file__}/deeper"), "--out must be a folder that can be written to"),
         (("--report", __file__, "--out", __file__), "--out must be a folder"),
     ],
 )
 def test_wrong_arguments(
-    given: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+    given: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(bench, "_Run", None)  # before any work
     assert bench.run(arguments(*given)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr(bench, "_Run", None)
+    assert bench.run(arguments("--quick", "--out", str(tmp_path))) == 2
+    assert f"--out must be a folder that can be written to, got {tmp_path}" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastpref.cli.main import main
-from fastpref.demo import require_libraries
+from fastpref.demo import DemoError, require_libraries
 
 GOOD = {"prompt": "How many figs?\n", "chosen": "Two figs.", "rejected": "Ten figs."}
 
@@ -105,6 +105,26 @@ def test_a_folder_for_results_is_checked_before_work(monkeypatch, tmp_path, caps
     out = tmp_path / "new"
     assert f"{tmp_path} cannot be written to" in refused(capsys, "--out", out, *options)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "a small model learns to write answers"),
+        ((), "about three minutes on two cores"),
+        (("--steps", 2), "a preference training in TRL, then its head beside fastpref's"),
+        (("--compare", "dpo,ipo"), "a training in TRL with each objective"),
+    ],
+)
+def test_the_first_line_says_what_is_done(monkeypatch, capsys, options, said):
+    def stop():
+        raise DemoError("enough")
+
+    monkeypatch.setattr("fastpref.cli.demo.quiet", stop)
+    assert main(["demo", *map(str, options)]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(" 0:00  start") and said in line
+    assert ("three minutes" in line) == (options == ())
 
 
 def test_missing_library_is_named_with_the_extra(monkeypatch, capsys):

@@ -6,12 +6,13 @@ The numbers are checked in tests/kernels/test_resources.py.
 
 import argparse
 import json
+import signal
 import sys
 from typing import Any
 
 import pytest
 
-from fastpref.cli import kernels
+from fastpref.cli import kernels, progress
 from tests.bench.counted import COMPILED, LAUNCHED
 
 ROW = {
@@ -85,6 +86,19 @@ def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert (first["capability"], first["element"], first["call"]) == (90, "bf16", "no gradient")
 
 
+def test_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And how long the rest takes; on a terminal alone."""
+    given = ("--capability", "90", "--element", "bf16")
+    assert run(monkeypatch, [ROW, ROW], *given) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(monkeypatch, [ROW, ROW], *given) == 0
+    said = capsys.readouterr().err
+    assert "compiling variants: 1 of 2, about 10 s left" in said
+    assert "compiling the rows tier: 0 of 1" in said
+    assert [progress.duration(one) for one in (94, 120)] == ["90 s", "2 minutes"]
+
+
 def test_a_problem_fails_and_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +116,12 @@ def test_a_problem_of_the_rows_tier_alone(
     assert run(monkeypatch, [], "--rows", "--capability", "90", "--element", "bf16") == 1
     said = capsys.readouterr().out
     assert "exp_rows spills" in said
+
+
+@pytest.mark.heavy
+def test_an_interrupt_is_none_of_the_processes_that_compile() -> None:
+    with kernels._pool(1) as pool:
+        assert pool.apply(signal.getsignal, (signal.SIGINT,)) is signal.SIG_IGN
 
 
 def test_the_interpreter_compiles_nothing(

@@ -99,10 +99,20 @@ def test_an_interrupt_is_one_line_and_leaves_no_child(whole: bool) -> None:
 
 
 @pytest.mark.heavy
-def test_a_closed_pipe_is_no_traceback() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(("objectives",), id="more than a buffer"),
+        pytest.param((), id="less"),  # which is written at the end
+        pytest.param(("--version",), id="by the parser"),
+    ],
+)
+def test_a_closed_pipe_is_no_traceback(arguments: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
-    process = _started("objectives", stdout=write)
+    # As it is for users: with a buffer.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = _started(*arguments, stdout=write, env=env)
     os.close(write)
     _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (141, "")

@@ -2,6 +2,9 @@
 """The table and the picture of the comparison, and what a failed process says."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +15,7 @@ from fastpref.demo.compare import (
     HEADS,
     Measured,
     _job,
+    _run_one,
     largest_difference,
     picture,
     run,
@@ -80,3 +84,25 @@ def test_failed_process_raises_with_its_last_words(tmp_path):
     recipe = Recipe(warm_up_steps=0, steps=1, rate=1e-3)
     with pytest.raises(RuntimeError, match=r"(?s)the stock process failed.*has no config.json"):
         run(tmp_path, [Example.pair("a", "b", "c")], "dpo", recipe, lambda head: lambda *_: None)
+
+
+def test_an_interrupt_ends_the_process(tmp_path, monkeypatch):
+    """One that the terminal did not send it too."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho step 1 2 0.5\nexec sleep 60\n")
+    script.chmod(0o755)
+    made = []
+
+    class Kept(subprocess.Popen):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            made.append(self)
+
+    def interrupt(step, steps, loss):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(subprocess, "Popen", Kept)
+    with pytest.raises(KeyboardInterrupt):
+        _run_one({"head": "stock"}, tmp_path, interrupt)
+    assert made[0].wait(10) == -signal.SIGKILL

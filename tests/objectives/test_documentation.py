@@ -41,6 +41,7 @@ def test_help_shows_plain_types_and_a_table() -> None:
     shown = pydoc.plain(pydoc.render_doc(objectives.simpo))
     assert "beta: float = 2.5, gamma: float = 1.0, label_smoothing: float = 0.0" in shown
     assert "chosen_lengths: torch.Tensor, rejected_lengths" in shown and "Annotated" not in shown
+    assert re.search(r"hyperparameter +default +domain +meaning", shown)
     assert re.search(r"beta +2.5 +> 0 \* +scale of the rewards, mean log-probabilities", shown)
     assert re.search(r"ref_chosen_logps +\(P,\) +not used ", shown)
     assert re.search(r"chosen_lengths +\(P,\) +needed ° +number of scored tokens", shown)

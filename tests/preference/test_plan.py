@@ -195,6 +195,7 @@ def test_an_update_of_low_rank_is_what_is_added_up() -> None:
     assert count > 1
     wide = H + rank
     assert policy.accumulation_units == pytest.approx(100 * count * rank / wide / rows)
+    assert policy.saved_bytes == 8 * (rows * (wide + 1) + V * rank)
 
 
 def test_pairs_without_a_gradient_cost_no_products() -> None:

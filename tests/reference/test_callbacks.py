@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from fastpref.reference import ReferenceCallback, adapter_tensors, frozen_copy
+from fastpref.reference.moving import MovingReference
 from tests.integrations.transformers.trainings import make_model
 from tests.reference.models import lora
 from tests.reference.trainings import Live, Weights, make_trainer
@@ -87,6 +89,19 @@ def test_resumed_to_the_bit(restored, tmp_path):
     shutil.copytree(tmp_path / "c" / "checkpoint-4", start)
     with pytest.raises(ValueError, match="is not in"):
         run(tmp_path / "d", resume=str(moved), **given)
+
+
+def test_a_checkpoint_of_a_compiled_reference(tmp_path):
+    """Serves the same one without torch.compile, and the other way round."""
+    policy, first, second = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    compiled = torch.compile(first, backend="eager")
+    MovingReference(compiled, 0.5, 1).save(tmp_path, policy, writes=True)
+    MovingReference(second, 0.5, 1).load(tmp_path, policy)
+    assert same(first, second)
+    with torch.no_grad():
+        first.weight.zero_()
+    MovingReference(compiled, 0.5, 1).load(tmp_path, policy)
+    assert same(first, second)
 
 
 @pytest.mark.heavy

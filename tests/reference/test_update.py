@@ -83,6 +83,8 @@ def test_what_stands_around_a_module_does_not_count():
     reference, policy = Small(1), Small(2)
     update_(reference, torch.compile(policy, backend="eager"), decay=0.0)
     assert torch.equal(reference.first.weight, policy.first.weight)
+    update_(torch.compile(reference, backend="eager"), Small(3), decay=0.0)
+    assert torch.equal(reference.first.weight, Small(3).first.weight)
 
 
 def test_a_frozen_copy():

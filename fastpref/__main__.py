@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m fastpref``: see fastpref/cli."""
 
-import sys
-
-from .cli.main import main
+from .cli.main import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -30,13 +30,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @functools.cache
-def load() -> None:
-    """Load both libraries, silently."""
-    ops_unavailable_reason()
-    native_module_unavailable_reason()
-
-
-@functools.cache
 def warn_of_missing_operators() -> None:
     """Say, once a process, why what runs on the CPU is slow and what mends it. On platforms without
     compiled operators there is nothing to say."""

@@ -73,7 +73,7 @@ def assert_same(found: Any, expected: Any) -> None:
 def test_no_default_changes_a_result(name: str) -> None:
     call = every_call()[name]
     expected = call()
-    workspace.release()  # what is lent is made here
+    workspace.release_workspace()  # what is lent is made here
     for default in DEFAULTS.values():
         with default():
             found = call()
@@ -84,7 +84,7 @@ def test_no_default_changes_a_result(name: str) -> None:
 @pytest.mark.parametrize("default", DEFAULTS)
 def test_buffers_lent_are_where_they_are_asked_for(default: str) -> None:
     cpu = torch.device("cpu")
-    workspace.release()
+    workspace.release_workspace()
     with DEFAULTS[default]():
         lent = [workspace.lease(shape, torch.bfloat16, cpu) for shape in ((3, 5), (0, 5), (7,))]
         given_back = workspace.lease((3, 5), torch.float32, cpu)

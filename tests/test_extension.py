@@ -127,7 +127,6 @@ def test_unreadable_build_facts_are_empty(
 def without_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_extension, "ops_unavailable_reason", lambda: "it fell off")
     _extension.warn_of_missing_operators.cache_clear()
-    _extension.load.cache_clear()
     yield
     _extension.warn_of_missing_operators.cache_clear()
 
@@ -140,7 +139,6 @@ SAID = r"on the CPU without.*it fell off.*`pip install --force-reinstall .* \.`.
 def test_the_first_scoring_on_the_cpu_says_what_is_missing_and_what_mends_it() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _extension.load()
         score(backend="torch")  # asked for
     with pytest.warns(RuntimeWarning, match=SAID) as caught:
         score()
@@ -226,6 +224,7 @@ def test_capability_needs_every_feature_of_its_set() -> None:
 def test_both_libraries_follow_the_environment() -> None:
     code = (
         "import torch; from fastpref import _extension as e; m = e.native_module();"
+        "e.ops_unavailable_reason();"
         "print(torch.ops.fastpref.cpu_capability(), m.cpu_capability(), m.cpu_capability_note())"
     )
     environment = {**os.environ, "FASTPREF_CPU_CAPABILITY": "baseline"}

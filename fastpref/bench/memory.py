@@ -91,7 +91,7 @@ def _measure(case: Case, name: str, budget: int) -> dict[str, Any]:
     run = functools.partial(step, loss, work, MODE)
     # Thread pools, libraries' workspaces and compilation are not the step's.
     run()
-    workspace.release()
+    workspace.release_workspace()
     if case.device == "cpu":
         peak: float | None = _resident_peak(run)
     else:

@@ -46,6 +46,16 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+def command() -> NoReturn:
+    """``main`` of a process, which it ends."""
+    status = main()
+    if status == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # the libraries' own endings take seconds
+    sys.exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. ``argv`` defaults to the process's arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)

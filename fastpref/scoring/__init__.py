@@ -10,7 +10,7 @@ from .products import PRODUCT_BYTES
 from .sparse import sparse_divergence
 from .statistics import TokenScores
 from .types import ScoringOptions
-from .workspace import release as release_workspace
+from .workspace import release_workspace
 
 __all__ = [
     "BUDGET_SHARE",

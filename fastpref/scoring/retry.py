@@ -76,7 +76,7 @@ def with_less(
             _forget_frames(caught)
             first, caught = first or caught, None
             plan = plan if smaller is None else smaller
-            workspace.release()
+            workspace.release_workspace()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     finally:

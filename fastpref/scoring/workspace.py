@@ -127,7 +127,7 @@ def give_back(tensor: Tensor) -> None:
     tensor.data = tensor.new_empty((0, *tensor.shape[1:]))
 
 
-def release() -> None:
+def release_workspace() -> None:
     """Return to the system the workspace that calls on CPU tensors left for the next ones, up to a
     call's memory budget.
 

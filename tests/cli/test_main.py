@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,24 @@ def test_an_interrupt_is_one_line_and_leaves_no_child(whole: bool) -> None:
     while _family(process.pid) and time.monotonic() < end:
         time.sleep(0.1)
     assert not _family(process.pid)
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["raise KeyboardInterrupt", "atexit.register(print, 'later')\nraise KeyboardInterrupt"],
+    ids=["at once", "nothing waits"],
+)
+def test_an_interrupt_while_libraries_are_imported(tmp_path: Path, before: str) -> None:
+    (tmp_path / "torch.py").write_text(f"import atexit\n{before}\n")
+    process = _started(
+        "objectives", stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": _path(tmp_path)}
+    )
+    assert process.communicate(timeout=120) == ("", "\ninterrupted\n")
+    assert process.returncode == 130
+
+
+def _path(first: Path) -> str:
+    return os.pathsep.join(map(str, (first, *filter(None, [os.environ.get("PYTHONPATH")]))))
 
 
 @pytest.mark.heavy

@@ -83,7 +83,7 @@ from fastpref import _extension
 from fastpref.diffusion.backends import cpp, plain
 from tests import guard
 
-_extension.load()
+_extension.ops_unavailable_reason()
 torch.manual_seed(0)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 worst = 0.0

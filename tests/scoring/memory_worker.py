@@ -119,7 +119,7 @@ def measure(call):
     step()
     for one in inputs:
         one.grad = None
-    workspace.release()
+    workspace.release_workspace()
     RESET_PEAK.write_text("5")
     before = status("VmRSS")
     step()

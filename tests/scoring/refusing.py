@@ -80,7 +80,7 @@ class Call(NamedTuple):
 def run(call: Call, refuses: Callable[[int, int], bool], least: int) -> tuple[Refusing, Any]:
     """From an empty pool, and without the garbage collector: what goes, goes by itself."""
     mode = Refusing(refuses, least)
-    workspace.release()
+    workspace.release_workspace()
     gc.disable()
     try:
         with mode:

@@ -137,7 +137,7 @@ def test_one_graph_after_the_other_through_the_hidden_state(backend):
 
 def emptied_pool():
     gc.collect()
-    workspace.release()
+    workspace.release_workspace()
 
 
 def idle_bytes():

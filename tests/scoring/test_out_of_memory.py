@@ -340,17 +340,17 @@ def test_a_second_backward_is_right_after_one_gave_the_exponentials_back(said):
 def test_exponentials_are_gone_before_backward_tries_again(monkeypatch):
     """Their buffer goes back to the system, though the graph still has the tensor."""
     leaves, target = trained()
-    workspace.release()
+    workspace.release_workspace()
     logp = kept_call(leaves, target)
     held = int((target >= 0).sum()) * V * 4
     assert not any(one.nbytes >= held for one in workspace._idle())
-    release, released = workspace.release, []
+    release, released = workspace.release_workspace, []
 
     def released_by():
         released.extend(one.nbytes for one in workspace._idle())
         release()
 
-    monkeypatch.setattr(workspace, "release", released_by)
+    monkeypatch.setattr(workspace, "release_workspace", released_by)
     with refusing.Refusing(refusing.at(0), LEAST):
         logp.sum().backward(retain_graph=True)
     assert held in released

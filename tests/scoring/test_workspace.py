@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def empty_pool():
     gc.collect()
-    workspace.release()
+    workspace.release_workspace()
     yield
-    workspace.release()
+    workspace.release_workspace()
 
 
 def address(tensor):

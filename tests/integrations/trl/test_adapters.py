@@ -213,7 +213,7 @@ def test_memory_that_runs_out_gives_the_same_scores() -> None:
     inputs = make_inputs(n=600)
     upstream = {"log_probs": torch.randn(600), "entropy": torch.randn(600)}
     want = scores_and_gradients(LogProbAdapter.apply, inputs, upstream)
-    workspace.release()
+    workspace.release_workspace()
     with refusing.Refusing(refusing.at(0), 600 * V * 4) as mode:
         got = scores_and_gradients(LogProbAdapter.apply, inputs, upstream)
     assert mode.refused == 1

@@ -39,7 +39,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     figures = {}
     for name, cases in groups(report):
         figures[f"{name}-time"] = _bars(plt, report, cases, "ratio", TIME)
-        figures[f"{name}-error"] = _bars(plt, report, cases, "error", "error against float64")
+        figures[f"{name}-error"] = _bars(plt, report, cases, "error", ERROR)
     if report.get("memory"):
         figures["memory"] = _memory(plt, report, report["memory"])
     trained = [
@@ -58,6 +58,12 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 TIME = "time, 1x being the bare matrix products of the scored tokens"
+# Of what ``experiment.errors`` finds; beyond twice that of plain torch the error contract ends.
+PLAIN = "plain torch"
+ERROR = (
+    "relative error against float64, the largest of scores, loss and\n"
+    f"gradients (root mean square; dashed: twice that of {PLAIN})"
+)
 OVERVIEW_OF = ("score", "trainable head")
 
 
@@ -136,17 +142,28 @@ def _panel(panel: Any, case: dict[str, Any], names: list[str], key: str) -> None
     found = [case["timings"].get(name, {}).get(key) for name in names]
     own = case["what"] == "heads"
     colours = [OWN if own or name.startswith("fastpref") else PEER for name in names]
-    panel.barh(names, [value or 0.0 for value in found], color=colours, height=0.7)
     panel.set_xscale("log")
-    for place, value in enumerate(found):
+    limit = 1.0
+    if key == "ratio":
+        panel.barh(names, [value or 0.0 for value in found], color=colours, height=0.7)
+        panel.axvline(limit, color="black", linewidth=0.8)
+    else:  # which has no origin for a bar to start from
+        limit = 2 * (case["timings"].get(PLAIN, {}).get(key) or 0.0)
+        shown = [value or float("nan") for value in found]
+        panel.scatter(shown, names, color=colours, s=28, zorder=2)
+        panel.grid(axis="y", linewidth=0.4)
+        if limit:
+            panel.axvline(limit, color="black", linewidth=0.8, linestyle="--")
+    for place, (name, value) in enumerate(zip(names, found, strict=True)):
         if value:
             said = share(value) if key == "ratio" else f"{value:.0e}"
-            at = max(value, 1) if key == "ratio" else value  # beside the line at 1
+            at = max(value, limit)  # beside the line
             panel.annotate(
-                said, (at, place), (3, 0), textcoords="offset points", va="center", fontsize=8
+                said, (at, place), (4, 0), textcoords="offset points", va="center", fontsize=8
             )
-    if key == "ratio":
-        panel.axvline(1, color="black", linewidth=0.8)
+        elif name not in case["timings"]:
+            left = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7}
+            panel.annotate("not run", (0.02, place), color="#555555", **left)
     panel.margins(x=0.32)
     panel.set_title(f"{case['dtype']}, {case['mode']}", fontsize="small")
     panel.tick_params(labelsize=8)
@@ -160,6 +177,7 @@ def _panel(panel: Any, case: dict[str, Any], names: list[str], key: str) -> None
         from matplotlib.ticker import LogLocator
 
         panel.xaxis.set_major_locator(LogLocator(numticks=5))
+        panel.set_ylim(-0.6, len(names) - 0.4)
 
 
 def _memory(plt: Any, report: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
@@ -202,16 +220,17 @@ def _curves(plt: Any, report: dict[str, Any], curves: dict[str, list[dict[str, A
         for key, label, style in (
             ("logits", "(N, V) logits", "--"),
             ("rows", "(N, H) rows", ":"),
-            ("workspace", f"workspace within {BUDGET} MiB", "o-"),
+            ("workspace", "workspace: budget, copies of rows", "o-"),
         ):
             colour = OWN if key == "workspace" else "black"
             workspace.loglog(at, [row[key] for row in rows], style, color=colour, label=label)
-        for panel in (time, workspace):
+        workspace.axhline(BUDGET, color=PEER, label=f"budget, {BUDGET} MiB")
+        for panel, room in ((time, 30), (workspace, 300)):
             panel.set_xticks(at, [str(one) for one in at], fontsize=7, rotation=45)
             panel.set_xticks([], minor=True)
             panel.yaxis.set_minor_formatter("")
             # Room for a legend above all lines.
-            panel.set_ylim(top=panel.get_ylim()[1] * 30)
+            panel.set_ylim(top=panel.get_ylim()[1] * room)
         workspace.set_ylabel("MiB")
         workspace.set_xlabel(axis)
         time.legend(fontsize="x-small", loc="upper left")

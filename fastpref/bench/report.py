@@ -140,7 +140,10 @@ def growth(axis: str, rows: Rows) -> str:
         f"{name} {first[key]:.0f} to {last[key]:.0f} MiB"
         for name, key in (("workspace", "workspace"), ("(N, H)", "rows"), ("(N, V)", "logits"))
     )
-    return f"time grows with {axis} to the power of: {found}; within {BUDGET} MiB: {spaces}"
+    return (
+        f"time grows with {axis} to the power of: {found}; with a budget of {BUDGET} MiB, to which "
+        f"a few (N, H) copies of rows are added: {spaces}"
+    )
 
 
 def terminal_check(row: dict[str, Any]) -> str:

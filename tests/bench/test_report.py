@@ -119,7 +119,8 @@ def test_terminal(report: dict[str, Any]) -> None:
     rows = [line.split() for line in said.splitlines() if line.startswith("  plain torch   ")]
     assert ["plain", "torch", "4096", "2048", "30", "512"] in rows
     assert "time grows with N to the power of: fastpref 1.00, products 1.00" in said
-    assert "within 64 MiB: workspace 7 to 7 MiB, (N, H) 2 to 16 MiB, (N, V) 32 to 256 MiB" in said
+    assert "with a budget of 64 MiB, to which a few (N, H) copies of rows are added: " in said
+    assert ": workspace 7 to 7 MiB, (N, H) 2 to 16 MiB, (N, V) 32 to 256 MiB" in said
     assert "10.0ms       5.0ms       2.00x           7           2          32" in said
 
 
@@ -235,7 +236,22 @@ def test_bars_hold_what_was_measured(report: dict[str, Any]) -> None:
     forward, trainable = figure.axes
     assert [bar.get_width() for bar in trainable.patches] == [4.0, 1.5, 1.5, 1.25]
     assert [bar.get_width() for bar in forward.patches] == [4.0, 0.0, 0.0, 1.25]
-    assert [one.get_text() for one in forward.texts] == ["4.00x", "1.25x"]
+    assert [one.get_text() for one in forward.texts] == ["4.00x", "not run", "not run", "1.25x"]
+    plt.close(figure)
+
+
+def test_dots_hold_the_errors_and_a_line_what_is_allowed(report: dict[str, Any]) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    (_, cases), *_ = reporting.groups(report)
+    figure = pictures._bars(plt, report, cases, "error", "error")
+    for panel, case in zip(figure.axes, cases, strict=True):
+        errors = [one["error"] for one in case["timings"].values() if one["error"]]
+        (dots,) = panel.collections
+        shown = dots.get_offsets()[:, 0].compressed().tolist()
+        assert sorted(shown) == sorted(errors)
+        plain = case["timings"].get("plain torch", {}).get("error")
+        lines = [line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == "--"]
+        assert lines == ([2 * plain] if plain else [])
     plt.close(figure)
 
 

@@ -13,10 +13,10 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 
@@ -35,15 +35,30 @@ INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 class Parser(argparse.ArgumentParser):
-    """Names what is nearest to a wrong choice."""
+    """Names what is nearest to a wrong choice or option."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but nothing is left unknown: the parser of the command that was given an
+        option says that it has none such, not the parser of all commands."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            hint = self._hint(option, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if found is not None:
-            known = [one.strip(" '") for one in found[2].split(",")]
-            nearest = get_close_matches(found[1], known, n=1)
-            message += f"; did you mean {nearest[0]!r}?" if nearest else ""
+            message += self._hint(found[1], [one.strip(" '") for one in found[2].split(",")])
         super().error(message)
+
+    @staticmethod
+    def _hint(wrong: str, known: Iterable[str]) -> str:
+        # Without the dashes, which all options share.
+        bare = {one.lstrip("-"): one for one in known}
+        nearest = get_close_matches(wrong.lstrip("-"), bare, n=1)
+        return f"; did you mean {bare[nearest[0]]!r}?" if nearest else ""
 
 
 def command() -> NoReturn:

@@ -40,6 +40,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["bnech"], "did you mean 'bench'?"),
         (["bench", "--model", "qwen2-5-0.5b"], "did you mean 'qwen2.5-0.5b'?"),
         (["env", "--fly"], "--fly"),
+        (["--versoin"], "did you mean '--version'?"),
     ],
 )
 def test_misuse_says_what_is_wrong(
@@ -49,6 +50,26 @@ def test_misuse_says_what_is_wrong(
         cli.main(arguments)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["env", "--jsn"], "unrecognized arguments: --jsn; did you mean '--json'?"),
+        (["bench", "--lenght=5", "--quick"], "--lenght=5; did you mean '--length'?"),
+        (["bench", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_an_unknown_option_is_of_its_command(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    usage, error = capsys.readouterr().err.split("error: ")
+    assert f"fastpref {arguments[0]} [-h]" in usage
+    assert said in error
+    assert ("did you mean" in error) == ("did you mean" in said)
 
 
 def test_without_arguments_help(capsys: pytest.CaptureFixture[str]) -> None:

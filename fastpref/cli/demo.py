@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from ..demo.console import Console
 from ..demo.data import MIN_EXAMPLES, Example, Preferences, load, split
 from ..demo.recipe import MAX_LENGTH, Recipe, plan
 from ..objectives import Objective
+from .checks import SEEDS, whole, writable
 
 SAMPLES = 3
 
@@ -90,6 +90,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 if it went through, 2 if the input has to be put right first."""
     try:
+        if args.steps is not None:
+            whole("--steps", args.steps, 1)
+        whole("--seed", args.seed, 0, SEEDS)
+        writable(args.out)
         (_visual if args.visual else _demo)(args, Console(sys.stdout))
     except DemoError as error:
         print(f"fastpref demo: {error}", file=sys.stderr)
@@ -160,25 +164,9 @@ def _visual(args: argparse.Namespace, console: Console) -> None:
         given = getattr(args, name)
         if given is not None:
             raise DemoError(f"--{name} {given}: --visual makes its own; leave one of the two out")
-    _check_steps(args)
-    _check_out(args.out)
     visual.require_matplotlib()
     recipe = visual.Recipe() if args.steps is None else visual.Recipe(steps=args.steps)
     visual.run(args.out, recipe, args.seed, console)
-
-
-def _check_steps(args: argparse.Namespace) -> None:
-    if args.steps is not None and args.steps < 1:
-        raise DemoError(f"--steps {args.steps}: expected at least 1")
-
-
-def _check_out(out: Path) -> None:
-    """Whether results can be written to the folder, which is not made yet."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise DemoError(f"--out {out}: {there} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise DemoError(f"--out {out}: {there} cannot be written to")
 
 
 def _checked(args: argparse.Namespace) -> tuple[list[Objective], Preferences]:
@@ -188,13 +176,28 @@ def _checked(args: argparse.Namespace) -> tuple[list[Objective], Preferences]:
     stay_offline()
     from ..demo.objective import columns, find
 
-    _check_steps(args)
-    _check_out(args.out)
-    names = [args.objective or "dpo"] if args.compare is None else args.compare.split(",")
-    chosen = [find(name.strip()) for name in dict.fromkeys(names)]
+    chosen = [find(name) for name in _names(args)]
     preferences = load(args.data or SHIPPED, columns(*chosen))
     lists = any(objective.unit == "list" for objective in chosen)
     return chosen, preferences if lists else preferences.pairs()
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """Of the objectives, as they were given."""
+    if args.compare is None:
+        option, names = "--objective", ["dpo" if args.objective is None else args.objective.strip()]
+    else:
+        option, names = "--compare", [name.strip() for name in args.compare.split(",")]
+    if "" in names:
+        raise DemoError(f"{option} has an empty name, got {getattr(args, option[2:])!r}")
+    if args.compare is not None and len(names) < 2:
+        raise DemoError(
+            f"--compare must be two names or more, got {names[0]!r} alone; --objective trains with "
+            "one"
+        )
+    if len(set(names)) < len(names):
+        raise DemoError(f"--compare must name each objective once, got {args.compare!r}")
+    return names
 
 
 def _prepare(args: argparse.Namespace, preferences: Preferences, console: Console) -> Prepared:
@@ -240,10 +243,7 @@ def _prepare(args: argparse.Namespace, preferences: Preferences, console: Consol
         f"{model.get_output_embeddings().weight.shape[0]}, on {settings.device()}"
         + (f", threads: {torch.get_num_threads()}" if settings.device().type == "cpu" else ""),
     )
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {args.out}: cannot be made: {error.strerror}") from None
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.model is not None:
         return Prepared(model, tokenizer, args.model, recipe, train, held_out)
     training.warm_up(model, tokenizer, train, recipe, console.progress("warm-up"))

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..demo import DemoError, stay_offline
 from ..demo.console import Console
+from .checks import whole, writable
 
 LIBRARIES = ("transformers", "matplotlib")
 
@@ -86,7 +86,6 @@ def _diagnose(args: argparse.Namespace, console: Console) -> None:
 
     check_directory(args.model)
     check_directory(args.reference, "--reference")
-    _make(args.out)
     console.say("models", "loading both")
     policy, tokenizer = load_model(args.model)
     reference, _ = load_model(args.reference, "--reference")
@@ -132,22 +131,9 @@ def _check(args: argparse.Namespace) -> None:
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise DemoError(f'needs {", ".join(missing)}: pip install "fastpref[demo]"')
-    for name, least in (("limit", 1), ("batch_size", 1), ("samples", 0)):
-        if getattr(args, name) < least:
-            option = name.replace("_", "-")
-            raise DemoError(f"--{option} {getattr(args, name)}: expected at least {least}")
+    whole("--limit", args.limit, 1)
+    whole("--batch-size", args.batch_size, 1)
+    whole("--samples", args.samples, 0)
     if not 0 < args.beta < float("inf"):
         raise DemoError(f"--beta {args.beta}: expected a number greater than 0")
-
-
-def _make(folder: Path) -> None:
-    """A folder that can be written to, before there is anything to write."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {folder}: cannot be made: {error.strerror}") from None
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DemoError(f"--out {folder}: cannot be written to: {error.strerror}") from None
+    writable(args.out)

@@ -32,7 +32,8 @@ def find(name: str) -> objectives.Objective:
     reason = _refusal(name) if known else "is not the name of an objective"
     if reason is not None:
         nearest = "" if known else hint(name, choices())
-        raise DemoError(f"objective {name}: {reason}{nearest}; choose from {', '.join(choices())}")
+        choose = " Choose from" if nearest else "; choose from"
+        raise DemoError(f"objective {name}: {reason}{nearest}{choose} {', '.join(choices())}")
     return objectives.get(name)
 
 

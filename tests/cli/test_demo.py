@@ -59,7 +59,7 @@ def test_missing_file_stops_it(capsys):
 def test_unknown_objective_stops_it_with_the_choices(capsys):
     message = refused(capsys, "--objective", "dpoo")
     assert "objective dpoo" in message and "dpo, " in message
-    assert "did you mean 'dpo'?" in message
+    assert "did you mean 'dpo'? Choose from " in message
     assert "objective ip:" in refused(capsys, "--compare", "dpo, ip")
 
 
@@ -88,23 +88,49 @@ def test_directory_that_is_no_model_stops_it(tmp_path, capsys):
 
 
 def test_other_arguments_are_checked(tmp_path, capsys):
-    assert "--steps 0" in refused(capsys, "--steps", 0)
     taken = pairs_file(tmp_path)
-    assert f"--out {taken}" in refused(capsys, "--out", taken)
+    assert f"got {taken}: File exists" in refused(capsys, "--out", taken)
+
+
+@pytest.mark.parametrize("options", [(), ("--visual",)])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--steps", 0), "--steps must be at least 1, got 0"),
+        (("--steps", 2**31), "--steps must be at most 2147483647, got 2147483648"),
+        (("--seed", -1), "--seed must be at least 0, got -1"),
+        (("--seed", 2**32), "--seed must be at most 4294967295, got 4294967296"),
+    ],
+)
+def test_numbers_are_checked_before_work(monkeypatch, capsys, options, given, said):
+    monkeypatch.setattr("fastpref.cli.demo._demo", None)
+    monkeypatch.setattr("fastpref.cli.demo._visual", None)
+    assert said in refused(capsys, *given, *options)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--compare", ","), "--compare has an empty name, got ','"),
+        (("--compare", "dpo,,ipo"), "--compare has an empty name, got 'dpo,,ipo'"),
+        (("--compare", ""), "--compare has an empty name, got ''"),
+        (("--objective", " "), "--objective has an empty name, got ' '"),
+        (("--compare", "dpo"), "--compare must be two names or more, got 'dpo' alone"),
+        (("--compare", "dpo, ipo,dpo"), "--compare must name each objective once, got 'dpo, ipo"),
+    ],
+)
+def test_names_are_checked_before_work(capsys, given, said):
+    assert said in refused(capsys, *given, "--data", "missing.jsonl")
 
 
 @pytest.mark.parametrize("options", [(), ("--visual",)])
 def test_a_folder_for_results_is_checked_before_work(monkeypatch, tmp_path, capsys, options):
     taken = pairs_file(tmp_path)
-    out = taken / "deeper"
-    for name in ("_prepare", "quiet"):
-        monkeypatch.setattr(f"fastpref.cli.demo.{name}", None)
-    monkeypatch.setattr("fastpref.demo.visual.run", None)
-    assert f"--out {out}: {taken} is not a folder" in refused(capsys, "--out", out, *options)
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    out = tmp_path / "new"
-    assert f"{tmp_path} cannot be written to" in refused(capsys, "--out", out, *options)
-    assert not out.exists()
+    monkeypatch.setattr("fastpref.cli.demo._demo", None)
+    monkeypatch.setattr("fastpref.cli.demo._visual", None)
+    for out in (taken / "deeper", Path("/proc/new")):
+        message = refused(capsys, "--out", out, *options)
+        assert f"--out must be a folder that can be written to, got {out}: " in message
 
 
 @pytest.mark.parametrize(
@@ -224,7 +250,7 @@ def test_demo_trains_on_lists_with_both_heads(tmp_path, tiny, capsys):
 @pytest.mark.heavy
 def test_objectives_are_compared_from_the_same_model(tmp_path, tiny, capsys):
     results = results_of(
-        "--data", lists_file(tmp_path), "--model", tiny, "--compare", "dpo, madpo,kto,adpo,dpo"
+        "--data", lists_file(tmp_path), "--model", tiny, "--compare", "dpo, madpo,kto,adpo"
     )
     out, _ = capsys.readouterr()
     assert "14 lists to train on, 2 held out, 2 lists of equal rewards left out" in out

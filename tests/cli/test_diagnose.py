@@ -194,7 +194,10 @@ def test_of_a_model_beside_itself(given: dict[str, Any], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--limit", "0"), "--limit 0: expected at least 1"),
+        (("--limit", "0"), "--limit must be at least 1, got 0"),
+        (("--samples", "-1"), "--samples must be at least 0, got -1"),
+        (("--batch-size", str(2**31)), "--batch-size must be at most 2147483647, got 2147483648"),
+        (("--beta", "nan"), "--beta nan: expected a number greater than 0"),
         (("--beta", "0"), "--beta 0.0: expected a number greater than 0"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
         (("--reference", "nowhere"), "--reference nowhere: is not a directory"),
@@ -217,10 +220,10 @@ def test_misuse(
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        ("pairs.jsonl", "cannot be made: File exists"),
+        ("pairs.jsonl", "pairs.jsonl: File exists"),
         pytest.param(
             "/proc",
-            "--out /proc: cannot be written to",
+            "--out must be a folder that can be written to, got /proc: ",
             marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="has no /proc"),
         ),
     ],
@@ -228,7 +231,7 @@ def test_misuse(
 def test_a_folder_that_is_none(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str], out: str, said: str
 ) -> None:
-    """Known before a model is loaded."""
-    assert run(given["folder"], given["folder"] / out) == 2
+    """Known before anything is read."""
+    assert run(given["folder"], given["folder"] / out, "--data", "nowhere.jsonl") == 2
     printed = capsys.readouterr()
-    assert said in printed.err and "loading" not in printed.out
+    assert said in printed.err and printed.out == ""

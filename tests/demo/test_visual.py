@@ -68,7 +68,7 @@ def test_it_makes_its_own_data_and_model(option, capsys) -> None:
 
 def test_what_stops_it(capsys, monkeypatch) -> None:
     assert main(["demo", "--visual", "--steps", "0"]) == 2
-    assert "--steps 0: expected at least 1" in capsys.readouterr().err
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["demo", "--visual", "--objective", "dpo"])
     monkeypatch.setattr(visual, "find_spec", lambda name: None)

@@ -7,13 +7,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,24 +24,52 @@ from ..bench.suites import SUITES
 from ..bench.trainers import runs as trainings
 from ..bench.work import IMAGE_VOCABULARIES, MODELS, Shape
 from ..bench.worker import Worker
+from ..demo import DemoError
+from ..demo.data import load
 from ..objectives.checks import hint
+from .checks import whole, writable
 from .progress import clear as _clear
 from .progress import progress as _progress
-
-T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORY = "memory"
 TRAINERS = "trainers"
 IMAGES = "images"
+SUITE_NAMES = ("cases", "scaling", "gpu")
+OF_CASES = (*SUITES, IMAGES)  # what has a shape, a dtype and a mode
 USUAL = ("score", "dpo", "divergence", "low-rank", "heads", "denoising", MEMORY, TRAINERS)
 MEMORY_TOKENS = (512, 1024, 2048)
 MEMORY_BUDGET = 32  # MiB
+MOST_THREADS = 1024
 ROUNDS = {"cpu": 3, "cuda": 15}
 QUICK = Shape(4, 64, 256, 8192)
 # H of what has a vocabulary of images, a fraction of theirs.
 IMAGE_WIDTH, QUICK_IMAGE_WIDTH = 256, 64
 QUICK_IMAGE_LENGTH = 8  # of the largest a row has 184,622 logits
+
+OF_A_CASE = ("dtype", "mode", "model", "length", "masked", "logits")
+
+
+class Read(NamedTuple):
+    """By which suites options are read and, of --suite cases, for which of --what."""
+
+    options: tuple[str, ...]
+    suites: tuple[str, ...] = SUITE_NAMES
+    what: tuple[str, ...] = (*OF_CASES, MEMORY, TRAINERS)
+    named: str = ""  # what, in words
+
+
+# --out is read by all, --report too.
+READ = (
+    Read(("suite", "device")),
+    Read(("seconds", "more"), ("gpu",)),
+    Read(("quick", "threads"), ("cases", "scaling")),
+    Read(("rounds",), what=OF_CASES, named="but memory and trainers"),
+    Read(("what",), ("cases",)),
+    Read(("implementation",), ("cases",), (*OF_CASES, MEMORY), "but trainers"),
+    Read(OF_A_CASE, ("cases",), OF_CASES, "but memory and trainers"),
+    Read(("pairs",), ("cases",), (TRAINERS,), "trainers"),
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -57,11 +84,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--suite",
-        choices=("cases", "scaling", "gpu"),
+        choices=SUITE_NAMES,
         default="cases",
-        help="cases: what the options below name (default); the others take --rounds, --out "
-        "and, but for gpu, --quick alone. scaling: growth with N, V and H. gpu: what `make gpu` "
-        "does, with --device cpu the same on tiny sizes, to try it",
+        help="cases: what the options below name (default); the others take --rounds, --device, "
+        "--out and, but for gpu, --quick and --threads alone. scaling: growth with N, V and H. "
+        "gpu: what `make gpu` does, with --device cpu the same on tiny sizes, to try it",
     )
     parser.add_argument(
         "--what",
@@ -139,25 +166,26 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--report", type=Path, default=None, metavar="FILE.json", help="measure nothing, redraw"
     )
+    # By which it is known whether an option was given.
+    parser.set_defaults(default_of=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
-    wrong = _wrong(args)
-    if wrong is not None:
-        print(wrong, file=sys.stderr)
+    try:
+        _check(args)
+    except DemoError as error:
+        print(error, file=sys.stderr)
         return 2
     if args.report is not None:
         return _redraw(args.report, args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
-    nothing = _nothing(args) if args.suite == "cases" else None
-    if nothing is not None:
-        print(nothing, file=sys.stderr)
-        return 2
     device = _device(args)
     if device == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no NVIDIA GPU", file=sys.stderr)
         return 1
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     run = _Run(args, device)
     print(machine.headline(run.report["machine"]), flush=True)
     if args.suite == "gpu":
@@ -170,34 +198,66 @@ def _device(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if args.suite == "gpu" else "cpu")
 
 
-def _wrong(args: argparse.Namespace) -> str | None:
-    if args.rounds is not None and args.rounds < 1:
-        return f"--rounds must be at least 1, got {args.rounds}"
-    if args.threads is not None and args.threads < 1:
-        return f"--threads must be at least 1, got {args.threads}"
+def _check(args: argparse.Namespace) -> None:
+    """All that can be told before anything is measured.
+
+    Raises:
+        DemoError: what was given is wrong, and how.
+    """
+    _check_places(args)
+    if args.rounds is not None:
+        whole("--rounds", args.rounds, 1)
+    if args.threads is not None:
+        whole("--threads", args.threads, 1, MOST_THREADS)
     if args.seconds is not None and not args.seconds > 0:
-        return f"--seconds must be positive, got {args.seconds}"
+        raise DemoError(f"--seconds must be positive, got {args.seconds}")
     if args.more is not None:
         try:
             drive.earlier(args.more)
         except ValueError as error:
-            return str(error)
+            raise DemoError(str(error)) from None
     if not 0 <= args.masked < 1:
-        return f"--masked must be in [0, 1), got {args.masked}"
+        raise DemoError(f"--masked must be in [0, 1), got {args.masked}")
+    whole("--length", args.length, 2)
     shape = _shape(args)
-    if shape.length < 2 or shape.completion < 1:
-        return (
-            f"--length must be at least 2 and leave a scored position at --masked {args.masked}, "
-            f"got {shape.length}"
+    if shape.completion < 1:
+        raise DemoError(
+            f"--length must leave a scored position at --masked {args.masked}, got {shape.length}"
         )
     if args.out is not None:
+        writable(args.out)
+    if args.report is None and args.suite == "cases":
+        _check_cases(args)
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """That every option that was given is read where it was given."""
+    chosen = _what(args)
+    for read in READ:
+        given = [one for one in read.options if getattr(args, one) != args.default_of(one)]
+        if not given:
+            continue
+        subject = " and ".join(f"--{one}" for one in given) + (" is" if len(given) == 1 else " are")
+        if args.report is not None:
+            raise DemoError(f"{subject} not of --report, which measures nothing and takes --out")
+        if args.suite not in read.suites:
+            raise DemoError(f"{subject} of --suite {' and '.join(read.suites)}")
+        if args.suite == "cases" and not set(chosen) & set(read.what):
+            raise DemoError(f"{subject} of --what {read.named}")
+
+
+def _check_cases(args: argparse.Namespace) -> None:
+    if TRAINERS in _what(args):
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            return f"--out must be a folder that can be written to, got {args.out}: {error}"
-        if not os.access(args.out, os.W_OK):
-            return f"--out must be a folder that can be written to, got {args.out}"
-    return None
+            load(args.pairs)
+        except DemoError as error:
+            raise DemoError(
+                '--pairs must be a file of pairs, JSON with "prompt", "chosen" and "rejected" a '
+                f"line, got {error}"
+            ) from None
+    nothing = _nothing(args)
+    if nothing is not None:
+        raise DemoError(nothing)
 
 
 def _shape(args: argparse.Namespace) -> Shape:
@@ -224,7 +284,8 @@ def _nothing(args: argparse.Namespace) -> str | None:
     if unknown and known:
         name = sorted(unknown)[0]
         nearest = hint(name, sorted(known))
-        return f"--implementation {name!r} is none of: {'; '.join(sorted(known))}{nearest}"
+        names = "; ".join(sorted(known))
+        return f"--implementation {name!r} is not known{nearest or '.'} Choose from: {names}"
     return None
 
 
@@ -406,6 +467,7 @@ def _redraw(path: Path, folder: Path | None) -> int:
         report = json.loads(path.read_text())
         print(reporting.terminal(report))
         if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
             _draw(report, folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         print(

@@ -32,8 +32,8 @@ def find(name: str) -> objectives.Objective:
     reason = _refusal(name) if known else "is not the name of an objective"
     if reason is not None:
         nearest = "" if known else hint(name, choices())
-        choose = " Choose from" if nearest else "; choose from"
-        raise DemoError(f"objective {name}: {reason}{nearest}{choose} {', '.join(choices())}")
+        valid = ", ".join(choices())
+        raise DemoError(f"objective {name}: {reason}{nearest or '.'} Choose from {valid}")
     return objectives.get(name)
 
 

@@ -232,14 +232,46 @@ def test_quick_trainings_are_small(
         (("--length", "1"), "--length must be at least 2"),
         (("--length", "4", "--masked", "0.9"), "leave a scored position at --masked 0.9, got 4"),
         (("--quick", "--masked", "0.995"), "leave a scored position at --masked 0.995, got 64"),
-        (("--what", "score", "--implementation", "fastperf"), "'fastperf' is none of: Cut Cross-E"),
-        (("--what", "score", "--implementation", "fastperf"), "; did you mean 'fastpref'?"),
+        (
+            ("--what", "score", "--implementation", "plain toch"),
+            "--implementation 'plain toch' is not known; did you mean 'plain torch'? Choose from",
+        ),
+        (
+            ("--what", "score", "--implementation", "a"),
+            "'a' is not known. Choose from: Cut Cross-E",
+        ),
         (("--what", "heads", "--mode", "frozen head"), "heads has no such --mode"),
-        (("--seconds", "0"), "--seconds must be positive, got 0.0"),
-        (("--more", "none"), "--more must be a folder that --suite gpu --out wrote, got none"),
+        (("--suite", "gpu", "--seconds", "0"), "--seconds must be positive, got 0.0"),
+        (("--suite", "gpu", "--seconds", "nan"), "--seconds must be positive, got nan"),
+        (("--rounds", str(2**31)), "--rounds must be at most 2147483647, got 2147483648"),
+        (("--threads", "1025"), "--threads must be at most 1024, got 1025"),
+        (("--length", 400 * "9"), "--length must be at most 2147483647, got 999"),
+        (
+            ("--suite", "gpu", "--more", "none"),
+            "--more must be a folder that --suite gpu --out wrote, got none",
+        ),
         (("--out", __file__), "--out must be a folder that can be written to"),
         (("--out", f"{__file__}/deeper"), "--out must be a folder that can be written to"),
         (("--report", __file__, "--out", __file__), "--out must be a folder"),
+        (("--suite", "scaling", "--length", "5"), "--length is of --suite cases"),
+        (("--suite", "scaling", "--pairs", "f"), "--pairs is of --suite cases"),
+        (("--suite", "gpu", "--quick"), "--quick is of --suite cases and scaling"),
+        (("--suite", "cases", "--seconds", "4"), "--seconds is of --suite gpu"),
+        (("--more", "none", "--seconds", "0"), "--seconds and --more are of --suite gpu"),
+        (("--what", "score", "--pairs", "f"), "--pairs is of --what trainers"),
+        (("--quick", "--pairs", "f"), "--pairs is of --what trainers"),
+        (("--what", "memory", "--rounds", "2"), "--rounds is of --what but memory and trainers"),
+        (
+            ("--what", "memory", "--what", "trainers", "--dtype", "float32", "--masked", "0.1"),
+            "--dtype and --masked are of --what but memory and trainers",
+        ),
+        (("--what", "trainers", "--implementation", "f"), "--implementation is of --what but trai"),
+        (("--report", "f", "--suite", "gpu"), "--suite is not of --report, which measures nothing"),
+        (("--report", "f", "--quick"), "--quick is not of --report"),
+        (("--what", "trainers", "--pairs", "none"), "got none: cannot be read: No such file"),
+        (("--pairs", "/dev/null"), "--pairs must be a file of pairs, JSON with"),
+        (("--pairs", "/dev/null"), "got /dev/null: 0 examples, expected at least 10"),
+        (("--pairs", __file__), "test_bench.py, line 1: broken JSON"),
     ],
 )
 def test_wrong_arguments(
@@ -253,15 +285,27 @@ def test_wrong_arguments(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [("--what", "score"), ("--suite", "gpu"), ("--report", __file__)])
 def test_a_folder_that_cannot_be_written_to(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: False)
     monkeypatch.setattr(bench, "_Run", None)
-    assert bench.run(arguments("--quick", "--out", str(tmp_path))) == 2
-    assert f"--out must be a folder that can be written to, got {tmp_path}" in (
-        capsys.readouterr().err
-    )
+    assert bench.run(arguments(*given, "--out", "/proc/new")) == 2
+    said = "--out must be a folder that can be written to, got /proc/new: "
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ("--what", "score", "--implementation", "none", "--out", str(out))
+    assert bench.run(arguments(*given)) == 2 and not out.exists()
+    assert bench.run(arguments("--report", "none", "--out", str(out))) == 2 and not out.exists()
+
+
+def test_every_option_is_in_the_table() -> None:
+    """But for those of every run."""
+    options = set(vars(arguments())) - {"default_of", "out", "report"}
+    assert options == {option for read in bench.READ for option in read.options}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

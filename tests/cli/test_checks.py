@@ -28,7 +28,7 @@ def test_a_path_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_folder_that_cannot_be(tmp_path: Path, deep: str) -> None:
     """And nothing is left of what was tried."""
     (tmp_path / "taken").touch()
-    with pytest.raises(DemoError, match="^--out must be a folder that can be written to, got "):
+    with pytest.raises(DemoError, match=r"^--out must be a folder that can be written to, got "):
         checks.writable(tmp_path / deep)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 

@@ -43,7 +43,7 @@ def test_unknown_name_is_refused_with_the_valid_ones():
     ],
 )
 def test_what_preferences_cannot_give_is_refused_with_the_reason(name, reason):
-    with pytest.raises(DemoError, match=f"objective {name}: {reason}.*; choose from .*dpo, "):
+    with pytest.raises(DemoError, match=rf"objective {name}: {reason}.*\. Choose from .*dpo, "):
         find(name)
 
 

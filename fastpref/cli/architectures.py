@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from ..objectives.checks import hint
-from .progress import clear, progress
+from .progress import Parts, clear
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = args.only or known
     width = max(map(len, wanted))
     counts: Counter[str] = Counter()
-    for result in sweep(wanted, progress("comparing ")):
+    for result in sweep(wanted, Parts(len(wanted), "comparing ").begin):
         clear()
         counts[result.verdict] += 1
         print(f"{result.name:{width}}  {result.verdict:15}  {result.detail}", flush=True)

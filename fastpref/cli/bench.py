@@ -28,15 +28,15 @@ from ..demo import DemoError
 from ..demo.data import load
 from ..objectives.checks import hint
 from .checks import whole, writable
+from .progress import Parts, duration, say
 from .progress import clear as _clear
-from .progress import progress as _progress
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORY = "memory"
 TRAINERS = "trainers"
 IMAGES = "images"
 SUITE_NAMES = ("cases", "scaling", "gpu")
-OF_CASES = (*SUITES, IMAGES)  # what has a shape, a dtype and a mode
+CASES = (*SUITES, IMAGES)  # what has a shape, a dtype and a mode
 USUAL = ("score", "dpo", "divergence", "low-rank", "heads", "denoising", MEMORY, TRAINERS)
 MEMORY_TOKENS = (512, 1024, 2048)
 MEMORY_BUDGET = 32  # MiB
@@ -47,15 +47,13 @@ QUICK = Shape(4, 64, 256, 8192)
 IMAGE_WIDTH, QUICK_IMAGE_WIDTH = 256, 64
 QUICK_IMAGE_LENGTH = 8  # of the largest a row has 184,622 logits
 
-OF_A_CASE = ("dtype", "mode", "model", "length", "masked", "logits")
-
 
 class Read(NamedTuple):
     """By which suites options are read and, of --suite cases, for which of --what."""
 
     options: tuple[str, ...]
     suites: tuple[str, ...] = SUITE_NAMES
-    what: tuple[str, ...] = (*OF_CASES, MEMORY, TRAINERS)
+    what: tuple[str, ...] = (*CASES, MEMORY, TRAINERS)
     named: str = ""  # what, in words
 
 
@@ -64,10 +62,15 @@ READ = (
     Read(("suite", "device")),
     Read(("seconds", "more"), ("gpu",)),
     Read(("quick", "threads"), ("cases", "scaling")),
-    Read(("rounds",), what=OF_CASES, named="but memory and trainers"),
+    Read(("rounds",), what=CASES, named="but memory and trainers"),
     Read(("what",), ("cases",)),
-    Read(("implementation",), ("cases",), (*OF_CASES, MEMORY), "but trainers"),
-    Read(OF_A_CASE, ("cases",), OF_CASES, "but memory and trainers"),
+    Read(("implementation",), ("cases",), (*CASES, MEMORY), "but trainers"),
+    Read(
+        ("dtype", "mode", "model", "length", "masked", "logits"),
+        ("cases",),
+        CASES,
+        "but memory and trainers",
+    ),
     Read(("pairs",), ("cases",), (TRAINERS,), "trainers"),
 )
 
@@ -301,20 +304,33 @@ class _Run:
         self.report: dict[str, Any] = {"machine": machine.describe(self.device)}
 
     def cases(self) -> None:
-        compiling = not self.args.quick
-        self._measure((case, compiling) for case in _chosen(self.args))
-        if MEMORY in _what(self.args):
-            self._memory(self._memory_cases())
-        if TRAINERS in _what(self.args):
-            self._trainings()
+        what, compiling = _what(self.args), not self.args.quick
+        cases = [(case, compiling) for case in _chosen(self.args)]
+        of_memory = list(self._memory_parts()) if MEMORY in what else []
+        to_train = self._to_train() if TRAINERS in what else []
+        parts = Parts(len(cases) + len(of_memory) + len(to_train))
+        self._measure(cases, parts)
+        if MEMORY in what:
+            self._memory(of_memory, parts)
+        if TRAINERS in what:
+            self._trainings(to_train, parts)
         self._write()
 
-    def _memory_cases(self) -> Iterator[Case]:
+    def _memory_parts(self) -> Iterator[tuple[Case, str]]:
+        """With the name of what is measured."""
         shape = replace(QUICK, sequences=8) if self.args.quick else Shape(hidden_size=256)
         tokens = MEMORY_TOKENS[:1] if self.args.quick else MEMORY_TOKENS
         for scored in tokens:
             one = replace(shape, length=scored // 4)
-            yield Case("score", "trainable head", "float32", one, device=self.device)
+            case = Case("score", "trainable head", "float32", one, device=self.device)
+            known = memory.names(case, MEMORY_BUDGET, not self.args.quick)
+            wanted = self.args.implementation or (memory.QUICK if self.args.quick else known)
+            yield from ((case, name) for name in known if name in wanted)
+
+    def _to_train(self) -> list[trainings.Training]:
+        if trainings.unavailable() is not None:
+            return []
+        return list(trainings.trainings(trainings.QUICK if self.args.quick else {}))
 
     def gpu(self) -> int:
         """0 unless something that was checked is wrong."""
@@ -330,7 +346,11 @@ class _Run:
         end = time.monotonic() + (self.args.seconds or usual) - drive.age()
         run = drive.Drive(self.report, self.args.out, end, only)
         rounds = self.args.rounds or gpu.ROUNDS[self.device]
-        run.run(gpu.Run(run, self.device, rounds, _progress("")).parts())
+
+        def progress(text: str) -> None:
+            say(f"at most {duration(end - time.monotonic())} left: {text}")
+
+        run.run(gpu.Run(run, self.device, rounds, progress).parts())
         _clear()
         print("\n" + reporting.terminal_summary(self.report))
         for name, why in run.left.items():
@@ -342,36 +362,37 @@ class _Run:
     def scaling(self) -> None:
         self.report["curves"] = {}
         print(f"growth of forward and backward, float32, from {scaling.BASE}")
-        for axis, sizes in scaling.AXES.items():
+        axes = {
+            axis: sizes[:2] if self.args.quick else sizes for axis, sizes in scaling.AXES.items()
+        }
+        parts = Parts(sum(map(len, axes.values())))
+        for axis, sizes in axes.items():
             rows = self.report["curves"][axis] = []
-            for size in sizes[:2] if self.args.quick else sizes:
-                progress = _progress(f"{axis}={size}")
-                rows.append(scaling.point(axis, size, self.rounds, self.device, progress))
+            for size in sizes:
+                parts.begin(f"{axis}={size}")
+                rows.append(scaling.point(axis, size, self.rounds, self.device, parts.detail))
                 self._save()
             _clear()
             print("\n" + reporting.terminal_curve(axis, rows), flush=True)
         self._write()
 
-    def _measure(self, cases: Iterable[tuple[Case, bool]]) -> None:
+    def _measure(self, cases: Iterable[tuple[Case, bool]], parts: Parts) -> None:
         """The cases, and of each whether to run candidates that compile themselves first."""
         found = self.report["cases"] = []
         worker = Worker()
         run = measure if self.device == "cpu" else worker.measure
         for case, compiling in cases:
             name = f"{case.what}, {case.dtype}, {case.mode}"
+            parts.begin(name)
             reason = SUITES[case.what].unavailable
             if reason is not None:
+                _clear()
                 print(f"\n{name}: not measured, {reason}")
                 continue
             # A case that fails, for want of memory above all, must not cost the others.
             try:
-                row = run(
-                    case,
-                    self.rounds,
-                    _progress(f"{name}: "),
-                    self.args.implementation or (),
-                    compiling,
-                )
+                only = self.args.implementation or ()
+                row = run(case, self.rounds, parts.detail, only, compiling)
             except Exception as error:
                 _clear()
                 print(f"\n{name}: not measured, {type(error).__name__}: {error}", flush=True)
@@ -382,38 +403,35 @@ class _Run:
             self._save()
         worker.close()
 
-    def _memory(self, cases: Iterable[Case]) -> None:
+    def _memory(self, of_memory: Iterable[tuple[Case, str]], parts: Parts) -> None:
         rows = self.report["memory"] = []
-        for case in cases:
-            known = memory.names(case, MEMORY_BUDGET, not self.args.quick)
-            wanted = self.args.implementation or (memory.QUICK if self.args.quick else known)
-            for name in known:
-                if name not in wanted:
-                    continue
-                _progress(f"memory: {name}, ")(f"N={case.shape.scored}")
-                try:
-                    rows.append(memory.measure(case, name, MEMORY_BUDGET))
-                except Exception as error:
-                    _clear()
-                    print(f"memory of {name}, N={case.shape.scored}: not measured, {error}")
-                self._save()
+        for case, implementation in of_memory:
+            name = f"memory of {implementation}, N={case.shape.scored}"
+            parts.begin(name)
+            try:
+                rows.append(memory.measure(case, implementation, MEMORY_BUDGET))
+            except Exception as error:
+                _clear()
+                print(f"{name}: not measured, {error}")
+            self._save()
         _clear()
         if rows:
             print("\n" + reporting.terminal_memory(rows), flush=True)
 
-    def _trainings(self) -> None:
+    def _trainings(self, to_train: Iterable[trainings.Training], parts: Parts) -> None:
         rows = self.report["trainings"] = []
         reason = trainings.unavailable()
         if reason is not None:
             print(f"\ntrainers: not measured, {reason}")
             return
-        for training in trainings.trainings(trainings.QUICK if self.args.quick else {}):
-            _progress("trainings: ")(training.name)
+        for training in to_train:
+            name = f"training of {training.name}"
+            parts.begin(name)
             try:
                 rows.append(trainings.measure(training, self.args.pairs.resolve()))
             except RuntimeError as error:
                 _clear()
-                print(f"training of {training.name}: not measured, {error}")
+                print(f"{name}: not measured, {error}")
             self._save()
         _clear()
         if rows:

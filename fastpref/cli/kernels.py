@@ -76,12 +76,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"kernels": rows, "rows tier": _plain(costs, tier)}, indent=1))
     else:
-        _print(rows)
+        tables = _tables(rows)
         for (capability, element), counts in costs.items():
-            print(f"\n{rows_tier.table(capability, element, counts)}")
+            lines = [rows_tier.table(capability, element, counts)]
             for name, row in tier[capability, element].items():
                 if row["problems"]:
-                    print(f"  {name} {', '.join(row['problems'])}")
+                    lines.append(f"  {name} {', '.join(row['problems'])}")
+            tables.append("\n".join(lines))
+        print("\n\n".join(tables))
     all_rows = [*rows, *(row for compiled in tier.values() for row in compiled.values())]
     return 1 if any(row["problems"] for row in all_rows) else 0
 
@@ -169,16 +171,20 @@ def _plain(
     return rows
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _tables(rows: list[dict[str, Any]]) -> list[str]:
+    """One for each chip and element."""
     header = (
         *("registers", "stack", "shared memory", "matrix instructions", "tensor loads"),
         "epilogue",
     )
+    tables = []
     for (capability, element), part in itertools.groupby(
         rows, lambda row: (row["capability"], row["element"])
     ):
-        print(f"\nsm_{capability}, {element}")
-        print(f"  {'':48}" + "".join(f"{name:>21}" for name in header))
+        lines = [f"sm_{capability}, {element}"]
+        lines.append(f"  {'':48}" + "".join(f"{name:>21}" for name in header))
         for row in part:
             values = "".join(f"{row[name.replace(' ', '_')]:21}" for name in header)
-            print(f"  {row['name']:48}{values}  {', '.join(row['problems'])}")
+            lines.append(f"  {row['name']:48}{values}  {', '.join(row['problems'])}")
+        tables.append("\n".join(lines))
+    return tables

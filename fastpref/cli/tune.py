@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
+from ..demo import DemoError
 from ..isolation import Isolated
 from ..scoring.backends import verdict, verdict_files
 from ..scoring.backends.verdict_files import Record, Verdict
 from ..tuning import child, timings
-from ..tuning.checks import Setting
+from ..tuning.checks import CHECKS, Setting
 from ..tuning.heads import MODELS, Head, from_directory
 from ..tuning.judge import Findings, Undecided, judge
-from .progress import clear, progress
+from .checks import whole
+from .progress import Parts, clear
 
 DEVICE = "cuda"
 # The first serves where nothing was tuned.
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         return _forget(args.json)
     try:
         head = _head(args)
-    except ValueError as error:
+    except (ValueError, DemoError) as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
     if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -86,9 +88,12 @@ def _head(args: argparse.Namespace) -> Head:
     if args.model is not None:
         return MODELS[args.model]
     if args.directory is not None:
-        return from_directory(args.directory)
-    if min(sizes) < 1:
-        raise ValueError(f"--hidden-size and --vocab-size must be positive, got {sizes}")
+        try:
+            return from_directory(args.directory)
+        except ValueError as error:
+            raise ValueError(f"--from {args.directory}: {error}") from None
+    whole("--hidden-size", args.hidden_size, 1)
+    whole("--vocab-size", args.vocab_size, 1)
     return Head(*sizes)
 
 
@@ -98,10 +103,13 @@ def _tune(head: Head, dtypes: list[str], as_json: bool) -> int:
         print("fastpref tune: " + ", ".join(f"{key[name]}" for name in ("device", "driver")))
     found: list[Findings] = []
     runner = Isolated(child.serve, PATIENCE)
+    # As many where no tier fails: each in every case, and all of them side by side in each mode,
+    # without statistics and with.
+    parts = Parts(len(dtypes) * (len(CHECKS) * len(TIERS) + 2 * len(timings.MODES)))
     try:
         for dtype in dtypes:
             setting = Setting(DEVICE, dtype, *head)
-            findings = judge(setting, TIERS, runner, progress())
+            findings = judge(setting, TIERS, runner, parts.begin)
             clear()
             found.append(findings)
             if not as_json:

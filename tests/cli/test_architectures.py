@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m fastpref architectures``: its table, its status, and, as a sweep, all of it."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra: fastpref[trl])")
@@ -28,6 +30,24 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row.split()[0] for row in rows] == only
     assert verdicts == ["exact", "falls back", "cannot be built"]
     assert empty == "" and "3 architectures" in summary and "1 exact" in summary
+
+
+def test_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Isolated:
+        def __init__(self, *given: object) -> None:
+            pass
+
+        def ask(self, name: str, say: object) -> comparison.Result:
+            return comparison.Result(name, "exact", "")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(sweep, "Isolated", Isolated)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(["architectures", "--only", "llama", "gpt2"]) == 0
+    said = capsys.readouterr().err
+    assert "comparing 0 of 2: llama" in said and "1 of 2, about 10 s left: gpt2" in said
 
 
 def test_a_wrong_transform_differs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fastpref.bench.experiment import MODES, Case
 from fastpref.bench.losses import OVERFLOWING
 from fastpref.bench.suites import SUITES
 from fastpref.bench.work import Shape
-from fastpref.cli import bench
+from fastpref.cli import bench, progress
 from fastpref.cli.main import main
 
 TINY = Shape(4, 16, 32, 300)
@@ -123,6 +125,79 @@ def test_memory_alone(tiny: None, tmp_path: Path) -> None:
     given[-1] = "torch.compile"  # for longer than what is quick takes
     assert bench.run(arguments(*given, "--out", str(tmp_path))) == 0
     assert json.loads((tmp_path / "bench.json").read_text())["memory"] == []
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def said_at_begins(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Without how long the rest will take."""
+    said = re.sub(", about [^:]* left", "", capsys.readouterr().err).split("\r\033[K")
+    return [
+        one for one in said if re.fullmatch(r"\d+ of \d+: [^:]*", one) and "checking" not in one
+    ]
+
+
+def test_how_far_cases_memory_and_trainings_are(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One count of all."""
+    on_a_terminal(monkeypatch)
+
+    def measure(case: Case, rounds: int, say: Any, *given: Any) -> Any:
+        say("checking fastpref")
+        raise RuntimeError("not here")
+
+    def trained(training: Any, pairs: Path) -> Any:
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench.trainings, "measure", trained)
+    monkeypatch.setattr(bench.trainings, "unavailable", lambda: None)
+    given = ["--quick", "--what", "score", "--what", "memory", "--what", "trainers"]
+    assert bench.run(arguments(*given, "--dtype", "float32")) == 0
+    said = said_at_begins(capsys)
+    assert [one.split(": ")[0] for one in said] == [f"{at} of 11" for at in range(11)]
+    assert said[0] == "0 of 11: score, float32, forward"
+    assert said[3] == "3 of 11: memory of fastpref, N=512"
+    assert said[10].startswith("10 of 11: training of ")
+
+
+def test_how_far_growth_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_terminal(monkeypatch)
+
+    def point(axis: str, size: int, rounds: int, device: str, say: Any) -> dict[str, Any]:
+        say("checking fastpref")
+        sizes = dict.fromkeys(("workspace", "rows", "logits", "seconds", "products"), 5.0)
+        return {"size": size} | sizes
+
+    monkeypatch.setattr(scaling, "point", point)
+    assert bench.run(arguments("--suite", "scaling", "--quick")) == 0
+    said = capsys.readouterr().err
+    assert "0 of 6: N=256, checking fastpref" in said and "5 of 6, about 10 s left: H=512" in said
+
+
+def test_how_far_a_run_on_a_gpu_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_terminal(monkeypatch)
+
+    class Run:
+        def __init__(self, run: drive.Drive, device: str, rounds: int, say: Any) -> None:
+            say("checking fastpref")
+
+        def parts(self) -> list[drive.Part]:
+            return []
+
+    monkeypatch.setattr(gpu, "Run", Run)
+    monkeypatch.setattr(drive, "age", lambda: 10.0)
+    monkeypatch.setattr(bench.reporting, "terminal_summary", str)
+    assert bench.run(arguments("--suite", "gpu", "--device", "cpu", "--seconds", "190")) == 0
+    assert "at most 3 minutes left: checking fastpref" in capsys.readouterr().err
 
 
 def test_what_needs_a_module_says_so(
@@ -338,7 +413,8 @@ def test_on_a_gpu_cases_run_in_a_process_of_their_own(
     monkeypatch.setattr(bench, "Worker", Worker)
     monkeypatch.setattr(bench.machine, "describe", lambda device: {})
     run = bench._Run(arguments("--device", "cuda"), "cuda")
-    run._measure([(Case(what, "forward"), True) for what in ("dpo", "kto", "orpo")])
+    wanted = [(Case(what, "forward"), True) for what in ("dpo", "kto", "orpo")]
+    run._measure(wanted, progress.Parts(3))
     assert asked == [("dpo", 15), ("kto", 15), ("orpo", 15)]
     assert run.report["cases"] == [row, row] and closed == [True]
     assert "kto, float32, forward: not measured, RuntimeError: round 1" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,18 @@ def test_a_tier_that_fails_is_named(
     assert {one.tier for one in verdict_files.read(KEY)} == {"rows"}
 
 
+def test_how_far_it_is(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All parts are counted."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(*HEAD, "--dtype", "bfloat16", "--dtype", "float16") == 0
+    said = [one for one in capsys.readouterr().err.split("\r\033[K") if " of " in one]
+    assert said[0] == f"0 of {len(said)}: plain, rows"
+    assert said[-1].startswith(f"{len(said) - 1} of {len(said)}, about 10 s left: ")
+
+
 def test_no_tier_is_left(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor what an earlier run had found."""
     assert run(*HEAD) == 0
@@ -203,9 +216,12 @@ def test_one_head_is_wanted(given: tuple[str, ...], capsys: pytest.CaptureFixtur
 
 def test_sizes_must_be_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("--hidden-size", "0", "--vocab-size", "3") == 2
-    assert "must be positive, got (0, 3)" in capsys.readouterr().err
+    assert "--hidden-size must be at least 1, got 0" in capsys.readouterr().err
+    assert run("--hidden-size", "3", "--vocab-size", str(2**31)) == 2
+    assert "--vocab-size must be at most 2147483647, got 2147483648" in capsys.readouterr().err
     assert run("--from", str(tmp_path)) == 2
-    assert "config.json cannot be read" in capsys.readouterr().err
+    said = f"tune: --from {tmp_path}: {tmp_path}/config.json cannot be read"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

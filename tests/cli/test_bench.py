@@ -110,6 +110,9 @@ def test_one_implementation(tiny: None, tmp_path: Path, name: str) -> None:
     report = json.loads((tmp_path / "bench.json").read_text())
     assert [list(case["timings"]) for case in report["cases"]] == [[LIMIT, name]]
     assert "memory" not in report
+    redrawn = tmp_path / "new" / "redrawn"
+    given = ["--report", str(tmp_path / "bench.json"), "--out", str(redrawn)]
+    assert bench.run(arguments(*given)) == 0 and (redrawn / "bench.csv").is_file()
 
 
 def test_memory_alone(tiny: None, tmp_path: Path) -> None:

@@ -32,16 +32,16 @@ def test_parts(
     on_a_terminal(monkeypatch)
     parts = progress.Parts(18, "comparing ")
     parts.begin("first")
-    clock.append(10)
+    clock.append(100)
     parts.begin("second")
     parts.detail("round 1 of 3")
-    clock.append(20)
+    clock.append(200)
     parts.begin("third")
     assert capsys.readouterr().err.split(ANEW)[1:] == [
         "comparing 0 of 18: first",
-        "comparing 1 of 18, about 3 minutes left: second",
-        "comparing 1 of 18, about 3 minutes left: second, round 1 of 3",
-        "comparing 2 of 18, about 4 minutes left: third",
+        "comparing 1 of 18, about 28 minutes left: second",
+        "comparing 1 of 18, about 28 minutes left: second, round 1 of 3",
+        "comparing 2 of 18, about 40 minutes left: third",
     ]
 
 

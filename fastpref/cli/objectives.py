@@ -94,16 +94,20 @@ def tables() -> dict[str, list[Row]]:
 
 
 def _formula_and_paper(documentation: str) -> tuple[str, str]:
-    """Of a docstring: the line ``loss = ...``, with what the lines beside it define as far as there
-    is room, and the first arXiv number."""
+    """Of a docstring: the line ``loss = ...`` with what the lines beside it define, and the first
+    arXiv number."""
     block = re.search(r"(?:^ {4}.*\n?)*^ {4}loss = .*(?:\n {4}.*)*", documentation, re.MULTILINE)
-    lines = [line.strip() for line in block[0].splitlines()] if block else []
-    formula = next((line.removeprefix("loss = ") for line in lines if "loss = " in line), "")
-    for line in lines:
-        if " = " in line and not line.startswith("loss") and len(formula) + len(line) < 130:
-            formula += "; " + line
+    formula, definitions = "", ""
+    for line in block[0].splitlines() if block else []:
+        text = " ".join(line.split())
+        if text.startswith("loss = "):
+            formula = text.removeprefix("loss = ")
+        elif not line.startswith(" " * 5):
+            definitions += f"; {text}"
+        elif not text.startswith("= "):  # or it is the same loss, written otherwise
+            definitions += f" {text}"
     paper = re.search(r"arXiv:(\d{4}\.\d{4,5})", documentation)
-    return " ".join(formula.split()), (paper[1] if paper else "")
+    return formula + definitions, (paper[1] if paper else "")
 
 
 def _authors(documentation: str) -> str:
@@ -143,11 +147,14 @@ def _plain() -> str:
         lines += [FAMILIES[family], ""]
         width = max((len(row.name) for row in rows), default=0)
         for row in rows:
-            lines.append(f"  {row.name:{width}}  {row.scope:7}  {row.loss}")
+            head = f"  {row.name:{width}}  {row.scope:7}  "
+            lines += textwrap.wrap(
+                row.loss, 120, initial_indent=head, subsequent_indent=" " * (len(head) + 2)
+            )
             about = [row.authors] if row.authors else []
             about += [f"arXiv:{row.paper}"] if row.paper else []
             about += [f"needs {row.needs}"] if row.needs else []
             if about:
-                lines.append(f"  {'':{width}}  {'':7}  {', '.join(about)}")
+                lines.append(" " * len(head) + ", ".join(about))
         lines.append("")
     return "\n".join(lines[:-1])

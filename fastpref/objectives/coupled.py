@@ -190,7 +190,8 @@ def beta_dpo(
     """DPO with a dynamic beta: larger for batches whose pairs are easier than usual.
 
         beta' = max(beta (1 + alpha (mean (x_w - x_l) - running_mean)), beta_min)
-        loss = P / kept softplus(-beta' (x_w - x_l)), 0 where not kept
+        loss = P / kept softplus(-beta' (x_w - x_l)) where keep, else 0
+        P = number of pairs,  kept = number of those with keep
 
     Wu et al. 2024, arXiv:2407.08639. The mean is over the kept pairs of the batch and beta' gets no
     gradient; ``running_mean`` is that of x_w - x_l. ``keep`` (bool, default all) leaves outliers
@@ -327,7 +328,7 @@ def relative_po(
 ) -> PairLosses:
     """Relative preference optimization: each chosen response against all rejected ones.
 
-        weight_ij = softmax_j(cos(prompt_i, prompt_j) / tau)
+        weight_ij = softmax_j(cos(prompt_embeddings_i, prompt_embeddings_j) / tau)
         loss = sum_j weight_ij softplus(-beta (x_wi - x_lj))
 
     Yin et al. 2024, arXiv:2402.10958. The pair's own rejected response is among the j. The authors'

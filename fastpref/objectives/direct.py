@@ -270,10 +270,10 @@ def gpo(
 ) -> PairLosses:
     """Generalized preference optimization: a classification loss f of the margin.
 
-        loss = f(m), by default softplus(-m)
-        f(m) = softplus(-m)       logistic: DPO        exp(-m)           exponential
-               max(0, 1 - m)      hinge: SLiC          max(0, 1 - m)^2   truncated_square
-               (m - 1)^2          square: IPO          1 / (1 + e^m)^2   savage
+        loss = f(m)
+        f(m) = softplus(-m) ("logistic", DPO), max(0, 1 - m) ("hinge", SLiC),
+               (m - 1)^2 ("square", IPO), exp(-m) ("exponential"),
+               max(0, 1 - m)^2 ("truncated_square") or 1 / (1 + e^m)^2 ("savage")
 
     Tang et al. 2024, arXiv:2402.05749. "square" is beta^2 times summed ``ipo`` at beta / 2. Above
     exponent 60 "exponential" continues along its tangent.
@@ -369,11 +369,11 @@ def rainbow_po(
 
         d = (s_w - alpha r_w) / n_w - (s_l - alpha r_l) / n_l - (1 - alpha) gamma
         c = -phi log(ref_entropy), or 1 without it
-        loss = softplus(-beta c d)  or  -log(atan(beta c d) / pi + 1/2)
+        loss = softplus(-beta c d) ("logistic") or -log(atan(beta c d) / pi + 1/2) ("cauchy")
 
-    s and r are the log-probs of policy and reference; the second form is "cauchy". Zhao et al.
-    2024, arXiv:2410.04203, and the defaults of their code. ``ref_entropy`` is the reference's mean
-    entropy over log V. An empty response counts as 0. Rewards are beta x, not divided by length.
+    s and r are the log-probs of policy and reference. Zhao et al. 2024, arXiv:2410.04203, and the
+    defaults of their code. ``ref_entropy`` is the reference's mean entropy over log V. An empty
+    response counts as 0. Rewards are beta x, not divided by length.
 
     A response without scored tokens has mean 0.
     """

@@ -91,14 +91,15 @@ def disco(
 
         J = (1/Q) sum_q [mean_+ s - tau log mean_- exp(s / tau)]
         loss = -J + (kl_weight / 2) max(0, KL - delta)^2
+        q = each prompt,  Q = number of prompts
+        s = mean_t log policy ("log_likelihood") or mean_t r ("likelihood_ratio")
+        mean_+ = mean over the responses to q of rewards 1,  mean_- = over those of rewards 0
+        KL = mean over all tokens of r - 1 - log r ("low_var") or -log r ("kl")
 
-    Li et al. 2025, arXiv:2505.12366. The score s of a response is the mean over its tokens of log
-    policy, or of policy / old ("likelihood_ratio"); + are the responses to prompt q with reward 1,
-    - those with reward 0. A prompt that lacks either adds nothing and counts in Q. KL is the mean
-    over the tokens of all ranks of r - 1 - log r ("low_var") or -log r ("kl"), r = policy / old.
-    ``tau`` None is the authors' choice, 10 or, for ratios, 1; infinity takes the plain mean of the
-    negatives (DisCO-b). The factor 1/2 is that of the gradient in the authors' code. An empty
-    response has score 0.
+    Li et al. 2025, arXiv:2505.12366; r = policy / old. A prompt that lacks right or wrong answers
+    adds nothing and counts in Q. KL is that of the tokens of all ranks. ``tau`` None is the
+    authors' choice, 10 or, for ratios, 1; infinity takes the plain mean of the negatives (DisCO-b).
+    The factor 1/2 is that of the gradient in the authors' code. An empty response has score 0.
 
     The loss of the batch is repeated; ``ratio`` is r, ``kl`` the estimate at each token, of the
     divergence from the old policy; nothing is clipped. The batch is that of all ranks of

@@ -17,14 +17,42 @@ from torch import Tensor
 
 from .signature import REQUIRED, ExtraFacts, Hyperparameter, Shape, Signature, Unit
 
+# What a formula need not define: of all families, and of groups of sampled responses.
+SYMBOLS: Mapping[str, str] = {
+    "x": "is the log-ratio of policy and reference",
+    "s, r": "are their summed log-probabilities",
+    "sbar": "is the policy's mean over tokens",
+    "w, l": "mark the chosen and the rejected response",
+    "n": "their numbers of tokens",
+    "m": "= beta (x_w - x_l)",
+    "u": "= beta x",
+    "eps": "= label_smoothing",
+    "S": "is the sigmoid",
+    "softplus(z)": "= log(1 + exp(z))",
+    "sg[]": "is a stopped gradient",
+    "nll": "is the mean negative log-likelihood of a token",
+    "i, j, k": "run over the responses of a list",
+    "K": "is how many it has",
+    "+-, -+": "have the upper sign for a desirable response",
+}
+SYMBOLS_OF_GROUPS: Mapping[str, str] = {
+    "policy, old": "are the probabilities of a token, now and when it was sampled",
+    "r": "= policy / old",
+    "A": "is its advantage",
+    "el, eh": "are epsilon_low and epsilon_high",
+    "k3": "is the estimate of the KL to the reference",
+    "mean_t, sum_t, prod_t": "run over the scored tokens of a response",
+    "B, N": "are the numbers of responses and of scored tokens in the batch",
+}
+
+
+def _sentence(symbols: Mapping[str, str]) -> str:
+    return "; ".join(f"{names} {meaning}" for names, meaning in symbols.items())
+
+
 LETTERS = (
-    "x is the log-ratio of policy and reference, s and r are their summed log-probabilities, sbar "
-    "is the policy's mean over tokens; w marks the chosen and l the rejected response, n their "
-    "numbers of tokens; m = beta (x_w - x_l), u = beta x, eps = label_smoothing; S is the sigmoid, "
-    "sg[] a stopped gradient, nll the mean negative log-likelihood of a token. Of groups of "
-    "sampled responses r is the importance ratio of a token, A its advantage, el and eh are "
-    "epsilon_low and epsilon_high, k3 the estimate of the KL to the reference. What else a formula "
-    "names it defines beside it, or is an argument."
+    f"{_sentence(SYMBOLS)}. Of groups of sampled responses: {_sentence(SYMBOLS_OF_GROUPS)}. What "
+    "else a formula names, or names otherwise, it defines beside it, or is an argument."
 )
 
 MEANINGS: Mapping[str, str] = {
@@ -173,7 +201,7 @@ OWN_MEANINGS: Mapping[str, Mapping[str, str]] = {
     "info_nca": {"alpha": _TARGET},
     "ipo": {"beta": "sets the target gap 1 / (2 beta)"},
     "irpo": {
-        "normalize": "subtract log(N - 1), as the authors' code does",
+        "normalize": "subtract log(K - 1), as the authors' code does",
         "ranks": "place of each segment in the response; None: as they come",
         "scores": "relevance of each segment",
     },

@@ -56,7 +56,9 @@ def sppo(
 ) -> PairLosses:
     """Self-play preference optimization: a regression of log-ratios onto win probabilities.
 
-        loss = sum over w, l of (x - (win_prob - 1/2) / beta)^2 / 2
+        loss = (x_w - t_w)^2 / 2 + (x_l - t_l)^2 / 2
+        t_w = (chosen_win_probs - 1/2) / beta
+        t_l = (rejected_win_probs - 1/2) / beta
 
     Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with eta = 1 / beta. A win probability is that of
     beating a response of the current policy, estimated over several; the default beta is the
@@ -158,6 +160,7 @@ def soft_label_dpo(
     """DPO on the probability q that the chosen response is preferred: the loss of DNO.
 
         loss = q softplus(-m) + (1 - q) softplus(m)
+        q = preference_probs
 
     Rosset et al. 2024 (direct Nash optimization), arXiv:2404.03715, algorithm 1, where q is
     sigmoid(r_w - r_l) of expected win rates r. DNO-Prct is plain ``dpo`` on filtered pairs.
@@ -283,6 +286,7 @@ def mcts_dpo(
     """Step-level DPO from tree search: label smoothing by how sure the search was.
 
         eps = min(1 - 1 / (1 + Q_l / max(1, Q_w)), 1/2)
+        Q_w = chosen_q_values,  Q_l = rejected_q_values
         loss = softplus(-m) + eps m  or, "ipo",  (x_w - x_l - 1 / (2 beta))^2
 
     Xie et al. 2024, arXiv:2405.00451; form and default beta are those of the authors' code, which

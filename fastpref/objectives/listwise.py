@@ -79,9 +79,10 @@ def adpo(
     """Anchored DPO: cross-entropy of the list's softmax to a target, anchored at the reference.
 
         loss = -sum_i q_i log softmax_i(x / tau)
+        q = softmax(scores / target_tau) ("boltzmann"), 1 for the best response ("one_hot")
+            or target_probs made to sum to 1
 
-        q = softmax(scores / target_tau), 1 for the best response, or target_probs made to sum to 1
-        "plackett_luce": the likelihood of the order by scores, of x / tau, in place of the sum
+    "plackett_luce" has the likelihood of the order by scores, of x / tau, in place of the sum.
 
     Wang 2025, arXiv:2510.18913 (the "adversarial" ADPO is another). Defaults are the paper's;
     rewards are x / tau. Scores are used as given: the paper standardises them in each list. DPO at
@@ -119,7 +120,7 @@ def nca(
 ) -> ListLosses:
     """Noise contrastive alignment: the rewards themselves, not only their differences.
 
-        loss = -sum_i q_i log sigmoid(u_i) - mean_i log sigmoid(-u_i)
+        loss = -sum_i q_i log S(u_i) - mean_i log S(-u_i)
         q = softmax(scores / alpha)
 
     Chen et al. 2024, arXiv:2402.05369. ``alpha`` divides, as in the authors' code, which calls
@@ -195,12 +196,14 @@ def irpo(
 ) -> ListLosses:
     """In-context ranking preference optimization: the items of one response, by their relevance.
 
-        loss = mean_i w_i softplus(z_i),  w_i = (2^scores_i - 1) / log2(1 + ranks_i)
-        z_i = log sum_{j != i} exp(u_j - u_i) - log(N - 1)
+        loss = mean_i weight_i softplus(z_i)
+        weight_i = (2^scores_i - 1) / log2(1 + ranks_i)
+        z_i = log sum_{j != i} exp(u_j - u_i) - log(K - 1)
 
     Wu et al. 2025, arXiv:2504.15477; not iterative reasoning preference optimization. A list is a
-    response, its K entries the summed log-probabilities of N segments; ``ranks`` are their places
-    in it, by default in order. log(N - 1) is the authors' code, ``normalize=False`` the paper.
+    response, its K entries the summed log-probabilities of its segments; ``ranks`` are their places
+    in it, by default in order. log(K - 1), of the segments that are there, is the authors' code,
+    ``normalize=False`` the paper.
     """
     rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)

@@ -86,9 +86,10 @@ def bnpo(
 
         loss = (B / N) sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3]
 
-    What TRL calls bnpo, on the surrogate of arXiv:2402.03300; a batch of one is GRPO's loss. There
-    is no group of ranks to it: over the tokens of all processes it is ``dapo``. Not beta
-    normalization policy optimization (arXiv:2506.02864), which is another way to make advantages.
+    What TRL calls bnpo, on the surrogate of Shao et al. 2024, arXiv:2402.03300; a batch of one is
+    GRPO's loss. There is no group of ranks to it: over the tokens of all processes it is ``dapo``.
+    Not beta normalization policy optimization (arXiv:2506.02864), which is another way to make
+    advantages.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
@@ -115,10 +116,11 @@ def dr_grpo(
     """GRPO done right: the clipped surrogate divided by a constant, which favours no length.
 
         loss = sum_t [-min(r A, clip(r, 1 - el, 1 + eh) A) + beta k3] / L
+        L = max_completion_length
 
     Liu et al. 2025, arXiv:2503.20783. Its advantages are only centred:
-    ``group_advantages(..., normalize="none")``. L is ``max_completion_length``, which has no
-    default: the longest response the sampler may return.
+    ``group_advantages(..., normalize="none")``. ``max_completion_length`` has no default: the
+    longest response the sampler may return.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, importance_sampling_level, use_bias_correction_kl)
@@ -231,7 +233,7 @@ def sapo(
 ) -> TokenLosses:
     """Soft adaptive policy optimization: a sigmoid gate where others clip.
 
-        loss = mean_t [-A (4 / tau) sigmoid(tau (r - 1)) + beta k3]
+        loss = mean_t [-A (4 / tau) S(tau (r - 1)) + beta k3]
         tau = tau_positive where A > 0, else tau_negative
 
     Gao et al. 2025, arXiv:2511.20347, whose temperatures are the defaults. Nothing is clipped.
@@ -296,12 +298,14 @@ def vespo(
 
         w = prod_t r
         loss = (B / N) sum_t [-sg[w^k exp(lambda (1 - w))] A log policy + beta k3]
+        k = k_positive where A >= 0, else k_negative
+        lambda = lambda_positive where A >= 0, else lambda_negative
 
-    arXiv:2602.10693 (2026); k and lambda are the positive ones where A >= 0, and the defaults those
-    of TRL. ``sampler_ratio`` is old / sampler of a response or of each token, where the sampler's
-    likelihoods differ from the old policy's; its product multiplies w. The result's ``ratio`` is r
-    of each token, and nothing is clipped. B and N are those of all ranks of ``dp_group``, however
-    many each holds, and the ranks' summed losses are those of one process.
+    Shen et al. 2026, arXiv:2602.10693; the defaults are those of TRL. ``sampler_ratio`` is old /
+    sampler of a response or of each token, where the sampler's likelihoods differ from the old
+    policy's; its product multiplies w. The result's ``ratio`` is r of each token, and nothing is
+    clipped. B and N are those of all ranks of ``dp_group``, however many each holds, and the ranks'
+    summed losses are those of one process.
     """
     logps = policy_token_logp, old_token_logp, ref_token_logp
     tokens = read(mask, advantages, logps, "token", use_bias_correction_kl)

@@ -34,15 +34,16 @@ def lipo(
 ) -> ListLosses:
     """Listwise preference optimization: LambdaRank on rewards, or a smooth NDCG.
 
-        loss = sum_{s_i > s_j} lambda_ij softplus(-(u_i - u_j))
-        lambda_ij = |G_i - G_j| |1 / log(1 + r_i) - 1 / log(1 + r_j)|,  G = 2^s - 1
+        loss = sum_{scores_i > scores_j} lambda_ij softplus(-(u_i - u_j))
+        lambda_ij = |G_i - G_j| |1 / log(1 + place_i) - 1 / log(1 + place_j)|
+        G = 2^scores - 1,  place = rank by u, 1 the best
 
         "approx_ndcg": loss is -sum_i G_i / log2(1 + pos_i), over that of the ideal order
         pos_i = 1 + sum_{j != i} sigmoid(-alpha (u_i - u_j))
 
-    Liu et al. 2024, arXiv:2402.01878. s are the scores, whose 2^s must be finite, and r the current
-    places of u, without gradient. Equal scores make no pair; a list without gain has loss 0. The
-    default of ``alpha`` (for "approx_ndcg") was not confirmed at the source.
+    Liu et al. 2024, arXiv:2402.01878. 2^scores must be finite; places carry no gradient. Equal
+    scores make no pair; a list without gain has loss 0. The default of ``alpha`` (for
+    "approx_ndcg") was not confirmed at the source.
     """
     rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
@@ -72,12 +73,13 @@ def rank_dpo(
 ) -> ListLosses:
     """RankDPO: DPO of all pairs, weighed by the true ranking.
 
-        loss = sum_{s_i > s_j} Delta_ij softplus(-(u_i - u_j))
-        Delta_ij = |G_i - G_j| |1 / log(1 + r_i) - 1 / log(1 + r_j)|,  G = 2^s - 1
+        loss = sum_{scores_i > scores_j} Delta_ij softplus(-(u_i - u_j))
+        Delta_ij = |G_i - G_j| |1 / log(1 + place_i) - 1 / log(1 + place_j)|
+        G = 2^scores - 1,  place = rank by scores, 1 the best
 
-    Karthik et al. 2024, arXiv:2410.18013, eq. 6. s are the scores in [0, 1] (shares of comparisons
-    won) and r their ranks: LiPO ranks by the policy instead. Equal scores make no pair. The default
-    beta was not confirmed at the source, nor was the logarithm, here the natural one.
+    Karthik et al. 2024, arXiv:2410.18013, eq. 6. Scores are in [0, 1] (shares of comparisons won):
+    LiPO ranks by the policy instead. Equal scores make no pair. The default beta was not confirmed
+    at the source, nor was the logarithm, here the natural one.
     """
     rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)
     members = lists.compared(mask, rewards)
@@ -97,12 +99,13 @@ def tpo(
 ) -> ListLosses:
     """Tree preference optimization: LambdaRank on the step-weighted rewards of a tree's branches.
 
-        loss = sum_{s_i > s_j} lambda_ij softplus(-(u_i - u_j))
-        lambda_ij = |G_i - G_j| |1 / log(1 + r_i) - 1 / log(1 + r_j)|,  G = 2^s - 1
+        loss = sum_{scores_i > scores_j} lambda_ij softplus(-(u_i - u_j))
+        lambda_ij = |G_i - G_j| |1 / log(1 + place_i) - 1 / log(1 + place_j)|
+        G = 2^scores - 1,  place = rank by u, 1 the best
 
     Liao et al. 2024, arXiv:2410.12854; not triple preference optimization. Give log-probabilities
     that are already step-weighted (``fastpref.sequences.step_weights``); beta is the authors'
-    code's. The weights are those of LiPO, r the current places of u: the paper's were not seen, and
+    code's. The weights are those of LiPO: the paper's were not seen, and
     its code leaves them out and, by a sign, drives the ranking loss up.
     """
     rewards = by_row(beta) * lists.masked(log_ratio(policy_logps, ref_logps), mask)

@@ -270,7 +270,7 @@ def amapo(
 ) -> PairLosses:
     """Adaptive-margin preference optimization: a target margin for pairs below the batch's mean.
 
-        d = sbar_w - sbar_l,  mu and sd its mean and deviation over the batch of ``dp_group``
+        d = sbar_w - sbar_l,  mu = mean of d over the batch,  sd = its deviation
         m = beta d - sg[margin],  margin = beta exp(mu (mu - d) / sd) if d < mu else 0
         loss = softplus(-m) + eps m
 
@@ -305,8 +305,9 @@ def sft(
 
         loss = chosen_nll, by default -s_w / n_w
 
-    ``chosen_nll`` carries a gradient. The loss compares nothing, so the rewards are the summed
-    log-probabilities: accuracy then says which response the policy finds likelier.
+    Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155. ``chosen_nll`` carries a gradient. The loss
+    compares nothing, so the rewards are the summed log-probabilities: accuracy then says which
+    response the policy finds likelier.
 
     A response without scored tokens has mean 0.
     """

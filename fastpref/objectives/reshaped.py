@@ -156,10 +156,8 @@ def f_dpo(
     """f-DPO: DPO for a policy that an f-divergence holds to the reference; phi(x) = f'(e^x).
 
         loss = softplus(-beta (phi(x_w) - phi(x_l)))
-        phi(x) = x                        reverse_kl: DPO
-                 -exp(-x)                 forward_kl
-                 log 2 - softplus(-x)     js
-                 -exp(-alpha x) / alpha   alpha
+        phi(x) = x ("reverse_kl", DPO), -exp(-x) ("forward_kl"), log 2 - softplus(-x) ("js")
+                 or -exp(-alpha x) / alpha ("alpha")
 
     Wang et al. 2023, arXiv:2309.16240. ``alpha`` is the paper's; TRL's f_alpha_divergence_coef is
     1 - alpha. exp(-x) is huge for responses that lost likelihood: the authors run "forward_kl" with

@@ -31,7 +31,8 @@ def kto(
 ) -> UnitLosses:
     """Kahneman-Tversky optimization: a bounded value of each response against the batch's KL.
 
-        loss = weight (1 - sigmoid(+-beta (x - kl)))
+        loss = weight (1 - S(+-beta (x - kl)))
+        weight = desirable_weight or undesirable_weight, by labels
         kl = max(0, mean of x over the batch), no gradient
 
     Ethayarajh et al. 2024, arXiv:2402.01306. The paper estimates ``kl`` on mismatched prompts and
@@ -66,11 +67,11 @@ def bco(
 ) -> UnitLosses:
     """Binary classifier optimization: is the reward above or below a shift?
 
-        loss = w softplus(-+(beta x - delta))
+        loss = sample_weights softplus(-+(beta x - delta))
         delta = mean of beta x over the batch, no gradient
 
     Jung et al. 2024, arXiv:2404.04656. There ``delta`` is a running mean of the rewards, half of it
-    from each label: pass that for the published loss. ``sample_weights`` w are the density ratios
+    from each label: pass that for the published loss. ``sample_weights`` are the density ratios
     that the paper puts on undesirable responses when the prompts of the two labels differ; here
     they multiply whatever row they are given for. The batch is that of all ranks of ``dp_group``,
     which hold any number of responses each, none too; their summed losses are those of one process.
@@ -97,7 +98,8 @@ def apo_zero_unpaired(
 ) -> UnitLosses:
     """Anchored preference optimization (zero) of single responses: KTO with its KL at 0.
 
-        loss = weight (1 - sigmoid(+-beta x))
+        loss = weight (1 - S(+-beta x))
+        weight = desirable_weight or undesirable_weight, by labels
 
     D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, whose two terms need no pair. For a policy
     that is worse than the desirable responses.
@@ -162,7 +164,7 @@ def ddo(
 ) -> UnitLosses:
     """Direct discriminative optimization: tell real responses from the reference's own.
 
-        loss = softplus(-beta x) if real, alpha softplus(beta x) if generated
+        loss = softplus(-beta x) where labels, else alpha softplus(beta x)
 
     Zheng et al. 2025, arXiv:2503.01103; ``labels`` is False where the reference generated the
     response. The paper adds the means over real and over generated responses: twice

@@ -12,7 +12,13 @@ from ..objectives.checks import no_tensor
 
 
 class MinimaxPairs(NamedTuple):
-    """int64 indices, 0-dim or (...) of batches; all -1 where there is no pair."""
+    """int64 indices, 0-dim or (...) of batches; all -1 where there is no pair.
+
+    - ``best_row``: the program that passes most tests.
+    - ``worst_row``: the one that passes fewest.
+    - ``best_col``: of the tests that the best program passes, the most widely passed.
+    - ``worst_col``: of those that the worst program fails, the least passed.
+    """
 
     best_row: Tensor
     worst_row: Tensor

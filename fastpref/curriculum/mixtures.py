@@ -13,10 +13,14 @@ from .checks import count, numbers
 
 
 class MixtureWeights(NamedTuple):
-    """Float64 on the CPU, rows summing to 1; the largest component first."""
+    """Float64 on the CPU, rows summing to 1; the largest component first.
 
-    weights: Tensor  # (N, K), of each pair the probability of each component
-    domains: Tensor  # (K, D), of each component that of each domain
+    - ``weights``: (N, K), of each pair the probability of each component.
+    - ``domains``: (K, D), of each component that of each domain.
+    """
+
+    weights: Tensor
+    domains: Tensor
 
 
 def mixture_weights(domain_posteriors: Tensor, components: int) -> MixtureWeights:

@@ -16,7 +16,12 @@ PAIRINGS = ("best_vs_rest", "all", "adjacent", "best_vs_worst")
 
 
 class RankedPairs(NamedTuple):
-    """Rows of pairs, (P,) each; widest gap first."""
+    """Pairs, the widest gap first.
+
+    - ``chosen_index``: (P,) int64, rows of the flattened lists.
+    - ``rejected_index``: (P,) int64, the same of the rejected.
+    - ``gap``: (P,), by how much the chosen one scores above.
+    """
 
     chosen_index: Tensor
     rejected_index: Tensor

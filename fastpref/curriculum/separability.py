@@ -14,13 +14,22 @@ from .ridge import linear_smoother
 
 
 class SeparabilityReport(NamedTuple):
-    """How well a linear probe tells chosen from rejected responses, unseen ones; 1/2 is chance."""
+    """How well a linear probe tells chosen from rejected responses, unseen ones; 1/2 is chance.
 
-    accuracy: float  # of single responses
-    auc: float  # a chosen one scores above a rejected one, of any pair
-    pair_accuracy: float  # the chosen one of a pair scores above its own rejected one
-    standard_error: float  # of an accuracy at chance: beyond 1/2 by several, it is none
-    chosen_scores: Tensor  # (P,) of held-out responses, about 1 for "chosen" and -1 for "rejected"
+    - ``accuracy``: of single responses.
+    - ``auc``: how often a chosen response scores above a rejected one, of any pair.
+    - ``pair_accuracy``: how often the chosen one of a pair scores above its own rejected one.
+    - ``standard_error``: of an accuracy at chance: beyond 1/2 by several, it is none.
+    - ``chosen_scores``: (P,), of held-out chosen responses; about 1 where the probe says "chosen"
+      and -1 where it says "rejected".
+    - ``rejected_scores``: (P,), the same of the rejected.
+    """
+
+    accuracy: float
+    auc: float
+    pair_accuracy: float
+    standard_error: float
+    chosen_scores: Tensor
     rejected_scores: Tensor
 
 

@@ -66,7 +66,11 @@ class StageSampler(Sampler[int]):
             yield from stage.tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order within the stages."""
+        """Another order within the stages.
+
+        Args:
+            epoch: counted from 0; equal ones have equal orders.
+        """
         self._epoch = count("epoch", epoch, 0)
 
     def last_steps(self, pairs_per_step: int) -> list[int]:

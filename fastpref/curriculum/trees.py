@@ -13,9 +13,16 @@ from .checks import integers, numbers, same_shape, tensor
 
 
 class StepPairs(NamedTuple):
-    """Nodes of pairs of steps, (S,) each, in the order of their parents."""
+    """Pairs of steps, in the order of their parents.
 
-    parent: Tensor  # the node whose text both continue
+    - ``parent``: (S,) int64, the node whose text both continue.
+    - ``chosen``: (S,) int64, the node of the better step.
+    - ``rejected``: (S,) int64, that of the worse.
+    - ``chosen_value``: (S,), the value of the chosen node.
+    - ``rejected_value``: (S,), that of the rejected.
+    """
+
+    parent: Tensor
     chosen: Tensor
     rejected: Tensor
     chosen_value: Tensor

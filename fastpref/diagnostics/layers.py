@@ -120,14 +120,28 @@ def layer_contraction(hidden: Tensor, *, tail: float = TAIL) -> Tensor:
 
 @dataclass(frozen=True)
 class SpinalTrace:
-    """From the embeddings (0) to the last layer, as the head reads it."""
+    """From the embeddings (0) to the last layer, as the head reads it.
 
-    contraction: list[float]  # of each of L + 1 layers
-    transport: list[float]  # from each to the next, L of them: means over tokens, radians
+    - ``contraction``: of each of L + 1 layers.
+    - ``transport``: from each layer to the next, L of them: means over tokens, in radians.
+    - ``tokens``: how many the means are over.
+    """
+
+    contraction: list[float]
+    transport: list[float]
     tokens: int
 
     def plot(self, path: str | Path, *, label: str = "model", others: Any = None) -> Path:
-        """A PNG of both by layer; ``others`` maps labels to further traces. Needs matplotlib."""
+        """A picture of contraction and transport by layer. Needs matplotlib.
+
+        Args:
+            path: of the PNG.
+            label: what this trace is called in it.
+            others: further traces by their labels.
+
+        Returns:
+            ``path``.
+        """
         from .pictures import draw_layers
 
         return draw_layers({label: self, **(others or {})}, Path(path))

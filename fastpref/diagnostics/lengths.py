@@ -17,13 +17,20 @@ from .checks import check_floats, wide
 
 @dataclass(frozen=True)
 class LengthBias:
-    """NaN where there is nothing to measure it on."""
+    """What the margins have to do with lengths; NaN where there is nothing to measure it on.
 
-    correlation: float  # of margins with chosen minus rejected tokens
-    slope: float  # margin a token more, by least squares
-    chosen_longer: float  # share of pairs
-    accuracy_longer: float  # share of positive margins, of pairs whose chosen response is longer
-    accuracy_shorter: float  # and of those whose chosen response is shorter
+    - ``correlation``: of margins with chosen minus rejected tokens.
+    - ``slope``: margin a token more, by least squares.
+    - ``chosen_longer``: share of pairs whose chosen response is longer.
+    - ``accuracy_longer``: share of positive margins among those.
+    - ``accuracy_shorter``: the same among pairs whose chosen response is shorter.
+    """
+
+    correlation: float
+    slope: float
+    chosen_longer: float
+    accuracy_longer: float
+    accuracy_shorter: float
 
 
 def length_bias(margins: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> LengthBias:

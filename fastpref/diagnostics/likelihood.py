@@ -13,23 +13,35 @@ from .checks import check_floats, wide
 
 
 class Likelihoods(NamedTuple):
-    """Summed log-probabilities under one model."""
+    """Summed log-probabilities under one model.
 
-    chosen: Tensor  # (P,)
-    rejected: Tensor  # (P,)
-    unseen: Tensor | None = None  # (M,), of responses that the training does not see
+    - ``chosen``: (P,).
+    - ``rejected``: (P,).
+    - ``unseen``: (M,), of responses that the training does not see, or None.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    unseen: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Displacement:
     """Of "3D-Properties" the three quantities, as means in nats; not its theory, nor its regulated
-    losses, of which ``flex_dpo`` is in the objectives."""
+    losses, of which ``flex_dpo`` is in the objectives.
 
-    chosen_drop: float  # by how much chosen responses have become less likely; negative: more
+    - ``chosen_drop``: by how much chosen responses have become less likely; negative: more.
+    - ``rejected_drop``: the same of rejected ones.
+    - ``dispersion``: by how much unseen ones have become more likely, or None without any.
+    - ``chosen_fell``: share of pairs whose chosen response has become less likely: displaced.
+    - ``both_fell``: share of pairs of which both have.
+    """
+
+    chosen_drop: float
     rejected_drop: float
-    dispersion: float | None  # by how much unseen ones have become more likely
-    chosen_fell: float  # share of pairs whose chosen response has become less likely: displaced
-    both_fell: float  # share of pairs of which both have
+    dispersion: float | None
+    chosen_fell: float
+    both_fell: float
 
 
 def displacement(

@@ -54,7 +54,8 @@ class PredictionTarget:
     """u = a x0 + b eps, of data x0 and noise eps.
 
     Attributes:
-        a, b: numbers, or tensors of one or of (B,), which may train.
+        a: a number, or a tensor of one or of (B,), which may train.
+        b: the same of the noise.
     """
 
     a: Number

@@ -58,6 +58,10 @@ class RunningMoments:
         return {"mean": self.mean.clone(), "std": self.std.clone(), "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` returned."""
+        """Go on from there.
+
+        Args:
+            state: what ``state_dict`` returned.
+        """
         self.mean, self.std = state["mean"].clone(), state["std"].clone()
         self.updates = int(state["updates"])

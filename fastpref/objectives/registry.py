@@ -77,6 +77,9 @@ class Objective:
         scope: what must be known before a loss is: "unit", "pair", "list", "batch" or "running".
         needs_reference: by default, whether ``function`` has parameters for a reference.
         settings: hyperparameters that differ from the defaults; set them with ``replace``.
+
+    Attributes:
+        signature: what it takes: log-probabilities, extras and hyperparameters.
     """
 
     function: Callable[..., Any]
@@ -188,7 +191,12 @@ class Objective:
         return self.evaluate(logps, dict(self.settings) | extras)
 
     def evaluate(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Losses:
-        """Check everything, run the formula in fp32 or fp64, and detach all but the losses."""
+        """Check everything, run the formula in fp32 or fp64, and detach all but the losses.
+
+        Args:
+            args: the family's log-probabilities, in the order of the signature.
+            keywords: extras and hyperparameters by name, and log-probabilities not in ``args``.
+        """
         args, logps = self.check(args, keywords)
         formula = self.function if self.registration is None else self.registration.formula
         result = formula(
@@ -200,8 +208,19 @@ class Objective:
     def check(
         self, args: tuple[Any, ...], keywords: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], list[Any]]:
-        """Raise unless these can be evaluated; returns ``args`` without references that have no
-        use, and all log-probabilities, in the order of the signature."""
+        """Raise unless these can be evaluated.
+
+        Args:
+            args: as in ``evaluate``.
+            keywords: as in ``evaluate``.
+
+        Returns:
+            ``args`` without references that have no use, and all log-probabilities, in the order of
+            the signature.
+
+        Raises:
+            TypeError, ValueError: naming what is wrong or missing.
+        """
         names = self.signature.logps
         while len(args) > len(names) and args[-1] is None:
             args = args[:-1]

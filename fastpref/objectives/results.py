@@ -10,34 +10,54 @@ from .signature import POLICY_LOGPS, Unit
 
 
 class PairLosses(NamedTuple):
-    """One loss a preference pair."""
+    """One loss a preference pair.
 
-    losses: Tensor  # (P,)
-    chosen_rewards: Tensor  # (P,) detached
-    rejected_rewards: Tensor  # (P,) detached
+    - ``losses``: (P,). Differentiable.
+    - ``chosen_rewards``: (P,). Detached.
+    - ``rejected_rewards``: (P,). Detached.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
 
 
 class UnitLosses(NamedTuple):
-    """One loss a response (or a segment of one)."""
+    """One loss a response (or a segment of one).
 
-    losses: Tensor  # (B,)
-    rewards: Tensor  # (B,) detached
+    - ``losses``: (B,). Differentiable.
+    - ``rewards``: (B,). Detached.
+    """
+
+    losses: Tensor
+    rewards: Tensor
 
 
 class ListLosses(NamedTuple):
-    """One loss a ranked list of K responses."""
+    """One loss a ranked list of K responses.
 
-    losses: Tensor  # (G,)
-    rewards: Tensor  # (G, K) detached
+    - ``losses``: (G,). Differentiable.
+    - ``rewards``: (G, K), 0 where a response is absent. Detached.
+    """
+
+    losses: Tensor
+    rewards: Tensor
 
 
 class TokenLosses(NamedTuple):
-    """One loss a response, made of per-token terms."""
+    """One loss a response, made of per-token terms.
 
-    losses: Tensor  # (B,)
-    ratio: Tensor  # (B, T) importance ratio, detached
-    is_clipped: Tensor  # (B, T) bool
-    kl: Tensor | None  # (B, T) detached; None without a reference
+    - ``losses``: (B,). Differentiable.
+    - ``ratio``: (B, T), the importance ratio, 0 where the mask is. Detached.
+    - ``is_clipped``: (B, T) bool, whether the clip took the token's gradient away.
+    - ``kl``: (B, T), an estimate of the divergence at each token, or None without a reference.
+      Detached.
+    """
+
+    losses: Tensor
+    ratio: Tensor
+    is_clipped: Tensor
+    kl: Tensor | None
 
 
 Losses: TypeAlias = PairLosses | UnitLosses | ListLosses | TokenLosses

@@ -91,8 +91,11 @@ class DCTAdamW(torch.optim.Optimizer):
         return WeightGradBasis(chosen, self.gradient, self._transform, self.norms)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Empty ``gradient`` and ``norms``, in place whatever is asked for: backward adds to
-        them."""
+        """Empty ``gradient`` and ``norms``, in place: backward adds to them.
+
+        Args:
+            set_to_none: as other optimizers have it; changes nothing here.
+        """
         self.gradient.zero_()
         if self.norms is not None:
             self.norms.zero_()

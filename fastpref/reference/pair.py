@@ -67,7 +67,12 @@ class AdapterPair:
         return adapter_tensors(self.model, self._name(role))
 
     def parameter_groups(self, *, fast_lr: float, slow_lr: float) -> list[dict[str, Any]]:
-        """For any torch optimizer: one group an adapter, whose ``lr`` moves with the roles."""
+        """For any torch optimizer: one group an adapter, whose ``lr`` moves with the roles.
+
+        Args:
+            fast_lr: learning rate of the adapter that is fast, >= 0.
+            slow_lr: that of the slow one, >= 0.
+        """
         for argument, value in (("fast_lr", fast_lr), ("slow_lr", slow_lr)):
             if not is_number(value):
                 raise TypeError(f"{argument} must be a number, got {type(value).__name__}")
@@ -153,7 +158,11 @@ class AdapterPair:
         return {"fast": self.fast, "slow": self.slow, "losses": losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` returned."""
+        """Go on from there.
+
+        Args:
+            state: what ``state_dict`` returned, of a pair of the same two adapters.
+        """
         if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
             got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(

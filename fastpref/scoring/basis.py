@@ -22,12 +22,18 @@ from torch import Tensor
 
 class WeightGradBasis(NamedTuple):
     """``weight_grad_basis`` of ``linear_logprob`` and ``preference_loss``; the first two as a plain
-    pair too. All are tensors on the weight's device."""
+    pair too. All are tensors on the weight's device.
 
-    columns: Tensor  # (H, r), orthonormal; read in backward
-    out: Tensor  # (V, r) float32; backward adds (dense gradient) @ columns
-    transform: Tensor | None = None  # (H, m), read in backward
-    # (m,) float32; backward adds the squared norms of the columns of (dense gradient) @ transform.
+    - ``columns``: (H, r), orthonormal; read in backward.
+    - ``out``: (V, r) float32; backward adds (dense gradient) @ columns.
+    - ``transform``: (H, m), read in backward, or None.
+    - ``norms``: (m,) float32, or None; backward adds the squared norms of the columns of (dense
+      gradient) @ transform.
+    """
+
+    columns: Tensor
+    out: Tensor
+    transform: Tensor | None = None
     norms: Tensor | None = None
 
 

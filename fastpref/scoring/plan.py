@@ -59,32 +59,56 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """All that the choice depends on."""
+    """All that the choice depends on.
 
-    scored: int  # N
-    hidden_size: int  # H, widened by a low-rank update
-    partner_size: int = 0  # that of a second model, looked at side by side
-    matrices: int = 1  # kept of a row, each as large as its logits
-    formed_again: int = 1  # models whose products are formed again where rows are not kept
-    trained_size: int  # columns of the weight gradient, H, an update's rank or a basis's columns
-    projected_size: int = 0  # of them, those of the basis itself; others are measured, not kept
-    vocab_size: int  # V, columns held by the rank that holds the most
-    dtype: torch.dtype  # of the products
+    - ``scored``: N.
+    - ``hidden_size``: H, widened by a low-rank update.
+    - ``partner_size``: that of a second model, looked at side by side; 0 without one.
+    - ``matrices``: kept of a row, each as large as its logits.
+    - ``formed_again``: models whose products are formed again where rows are not kept.
+    - ``trained_size``: columns of the weight gradient: H, an update's rank or a basis's columns.
+    - ``projected_size``: of them, those of the basis itself; others are measured, not kept.
+    - ``vocab_size``: V, columns held by the rank that holds the most.
+    - ``dtype``: of the products.
+    - ``needs_hidden``, ``needs_weight``, ``needs_bias``: whether these need a gradient.
+    - ``only_logp``: whether no output but logp can receive a gradient through its row's logits.
+    - ``copies_weight``: into the dtype of the products, or beside a low-rank update.
+    - ``backend``: the one that runs, by the name of its option.
+    - ``device_type``: "cpu" or "cuda".
+    - ``scores_in_tiles``: forms products in memory even where it keeps no exponentials.
+    - ``temporary_bytes``: of the backend, beside a tile.
+    - ``total_memory``: of the device, or the container's limit, in bytes.
+    - ``active``: share of the rows with a gradient, where the others cost nothing.
+    - ``copies_partner``: the weight of the second model.
+    - ``sharded``: over the vocabulary.
+    - ``mixes``: the logits of both models, in plain torch.
+    - ``widens``: products run in float32, block by block.
+    """
+
+    scored: int
+    hidden_size: int
+    partner_size: int = 0
+    matrices: int = 1
+    formed_again: int = 1
+    trained_size: int
+    projected_size: int = 0
+    vocab_size: int
+    dtype: torch.dtype
     needs_hidden: bool
     needs_weight: bool
     needs_bias: bool
-    only_logp: bool  # no output but logp can receive a gradient through the logits of its row
-    copies_weight: bool  # into the dtype of the products, or beside a low-rank update
+    only_logp: bool
+    copies_weight: bool
     backend: str
     device_type: str
-    scores_in_tiles: bool  # forms products in memory even where it keeps no exponentials
-    temporary_bytes: int  # of the backend, beside a tile
-    total_memory: int  # of the device, or the container's limit, bytes
-    active: float = 1.0  # share of the rows with a gradient, where the others cost nothing
-    copies_partner: bool = False  # the weight of the second model
-    sharded: bool = False  # over the vocabulary
-    mixes: bool = False  # the logits of both models, in plain torch
-    widens: bool = False  # products run in float32, block by block: see products.py
+    scores_in_tiles: bool
+    temporary_bytes: int
+    total_memory: int
+    active: float = 1.0
+    copies_partner: bool = False
+    sharded: bool = False
+    mixes: bool = False
+    widens: bool = False
 
     @property
     def models(self) -> int:
@@ -132,14 +156,22 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Problem):
-    """A schedule for a problem, with its sizes and cost. What ``explain`` returns."""
+    """A schedule for a problem, with its sizes and cost. What ``explain`` returns.
 
-    schedule: str  # score | direct | keep | keep/recompute | recompute
-    kept_rows: int  # rows whose exponentials live until backward
+    - ``schedule``: "score", "direct", "keep", "keep/recompute" or "recompute".
+    - ``kept_rows``: rows whose exponentials live until backward.
+    - ``forward_tile``: rows and columns of one product of the forward pass.
+    - ``backward_tile``: the same of backward; None where that need not recompute.
+    - ``memory_budget``: bytes for tiles and kept exponentials.
+    - ``budget_from``: where that comes from, in words.
+    """
+
+    schedule: str
+    kept_rows: int
     forward_tile: Tile
-    backward_tile: Tile | None  # None where backward need not recompute
-    memory_budget: int  # bytes for tiles and kept exponentials
-    budget_from: str = field(compare=False)  # where it comes from, in words
+    backward_tile: Tile | None
+    memory_budget: int
+    budget_from: str = field(compare=False)
 
     def of_rows(self, scored: int) -> Problem:
         """The problem with another number of rows."""

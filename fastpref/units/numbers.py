@@ -16,20 +16,32 @@ def mean(values: Tensor) -> Tensor:
 
 
 class TokenNumbers(NamedTuple):
-    """Of padded rows, for objectives of tokens; 0 where not scored."""
+    """Of padded rows, for objectives of tokens; 0 where not scored.
 
-    logp: Tensor  # (B, T), of the policy; differentiable
-    ref_logp: Tensor | None  # (B, T), of the reference
-    scored: Tensor  # (B, T) bool
+    - ``logp``: (B, T), of the policy. Differentiable.
+    - ``ref_logp``: (B, T), of the reference, or None.
+    - ``scored``: (B, T) bool.
+    """
+
+    logp: Tensor
+    ref_logp: Tensor | None
+    scored: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """Of B rows, in their order. What an objective does not take is not made."""
+    """Of B rows, in their order. What an objective does not take is not made.
 
-    logps: Tensor  # (B,), of the policy; differentiable
-    ref_logps: Tensor | None = None  # (B,), of the reference
-    lengths: Callable[[], Tensor] | None = None  # (B,) int64, scored tokens; None: no tokens
+    - ``logps``: (B,), of the policy. Differentiable.
+    - ``ref_logps``: (B,), of the reference, or None.
+    - ``lengths``: makes (B,) int64, the numbers of scored tokens; None where there are no tokens.
+    - ``tokens``: the numbers of each token, or None.
+    - ``makers``: of further extras, each by the names of what it returns, shaped as the objective
+      wants.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor | None = None
+    lengths: Callable[[], Tensor] | None = None
     tokens: TokenNumbers | None = None
-    # Makers of further extras, each by the names of what it returns, shaped as the objective wants.
     makers: dict[tuple[str, ...], Callable[[], tuple[Tensor, ...]]] = field(default_factory=dict)

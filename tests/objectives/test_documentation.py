@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pydoc
@@ -29,6 +30,8 @@ PUBLIC = (
     "fastpref.diagnostics",
 )
 
+# What they return and take; the functions beside them are for the package itself.
+CLASSES = ("fastpref.scoring", "fastpref.units")
 
 # Their fields are no arguments; tuples aside.
 RESULTS = {
@@ -89,15 +92,56 @@ def test_an_annotation_is_shown_as_what_a_caller_gives() -> None:
     assert shown == "(logps: torch.Tensor, *, beta: float = 0.1, tau: float | None = None)"
 
 
-def public() -> Iterator[tuple[str, Callable[..., Any]]]:
+def public(modules: tuple[str, ...] = PUBLIC) -> Iterator[tuple[str, Callable[..., Any]]]:
     seen = set()
-    for name in PUBLIC:
+    for name in modules:
         module = importlib.import_module(name)
         for key in module.__all__:
             value = getattr(module, key)
             if callable(value) and id(value) not in seen:
                 seen.add(id(value))
                 yield f"{name}.{key}", value
+
+
+def fields(kind: type[Any]) -> list[str]:
+    """Of a named tuple or a dataclass."""
+    if issubclass(kind, tuple):
+        return list(getattr(kind, "_fields", ()))
+    if not dataclasses.is_dataclass(kind):
+        return []
+    return [one.name for one in dataclasses.fields(kind) if one.name != "_"]
+
+
+def test_every_field_of_a_public_result_is_documented() -> None:
+    missing, seen = [], 0
+    for name, value in public(PUBLIC + CLASSES):
+        if not inspect.isclass(value):
+            continue
+        kinds = [one for one in value.__mro__ if one.__module__.startswith("fastpref")]
+        documented = "\n".join(inspect.cleandoc(one.__doc__ or "") for one in kinds)
+        for field in fields(value):
+            seen += 1
+            listed = rf"^(- .*``{field}``.*|    {field}): \S"
+            if not re.search(listed, documented, re.MULTILINE):
+                missing.append(f"{name}.{field}")
+    assert missing == []
+    assert seen > 100
+
+
+def test_every_argument_of_a_public_method_is_documented() -> None:
+    missing = []
+    for name, value in public():
+        if not inspect.isclass(value):
+            continue
+        for key, method in vars(value).items():
+            # Events of transformers' callbacks are called by its Trainer alone.
+            if key.startswith(("_", "on_")) or not inspect.isfunction(method):
+                continue
+            documented = inspect.getdoc(method) or ""
+            for parameter in list(inspect.signature(method).parameters)[1:]:
+                if not re.search(rf"\b{parameter}\b", documented):
+                    missing.append(f"{name}.{key}: {parameter}")
+    assert missing == []
 
 
 def test_every_argument_of_a_public_function_is_documented_where_it_is() -> None:

@@ -20,7 +20,7 @@ def check_floats(dims: int, shape: str, *, finite: bool = True, **tensors: Any) 
     first = next(iter(tensors))
     for name, one in tensors.items():
         if not isinstance(one, Tensor):
-            raise no_tensor(name, one, "use torch.tensor()")
+            raise no_tensor(name, one)
         if not one.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {one.dtype}; use {name}.float()")
         if one.dim() != dims or 0 in one.shape:
@@ -45,7 +45,7 @@ def check_finite(name: str, values: Tensor) -> None:
 
 def check_mask(name: str, mask: Any, shape: torch.Size) -> None:
     if not isinstance(mask, Tensor):
-        raise no_tensor(name, mask, "use torch.tensor()")
+        raise no_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, got {mask.dtype}; use {name}.bool()")
     if mask.shape != shape:

@@ -62,11 +62,19 @@ def _folded(name: str) -> str:
 
 
 def no_tensor(name: str, value: Any, remedy: str = "") -> TypeError:
-    """Of an argument that must be a tensor, and is a ``value`` that is none."""
+    """Of an argument that must be a tensor, and is a ``value`` that is none; by default the remedy
+    is to make it one."""
     if isinstance(value, torch.nn.Module):
         remedy = f"pass its .{'bias' if name.endswith('bias') else 'weight'}"
     got = f"{name} must be a torch.Tensor, got {type(value).__name__}"
-    return TypeError(f"{got}; {remedy}" if remedy else got)
+    return TypeError(f"{got}; {remedy or conversion(value)}")
+
+
+def conversion(value: Any) -> str:
+    """What makes a tensor of ``value``, for the end of a message."""
+    kind = type(value)
+    is_array = (kind.__module__, kind.__name__) == ("numpy", "ndarray")
+    return "use torch.from_numpy()" if is_array else "use torch.tensor()"
 
 
 def check_group(group: Any, name: str) -> None:

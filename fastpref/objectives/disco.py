@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .batch import rows_of
+from .checks import conversion
 from .registry import objective
 from .results import TokenLosses
 from .signature import (
@@ -158,7 +159,8 @@ def _discrimination(scores: Tensor, rewards: Tensor, group_ids: Tensor, tau: flo
 def _check_groups(rewards: Tensor, group_ids: Tensor) -> None:
     for name, value in (("rewards", rewards), ("group_ids", group_ids)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            got = type(value).__name__
+            raise TypeError(f"{name} must be a tensor, got {got}; {conversion(value)}")
     if group_ids.is_floating_point():
         raise TypeError(f"group_ids must be integers, got {group_ids.dtype}")
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:

@@ -17,7 +17,7 @@ from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .checks import as_python, closest, hint
+from .checks import as_python, closest, conversion, hint
 from .documentation import documented, readable_signature
 from .results import Losses, as_result
 from .signature import LOGPS, POLICY_LOGPS, REQUIRED, ExtraFacts, Signature, Unit
@@ -251,8 +251,12 @@ class Objective:
             if value is None and name in names[policy:]:
                 continue
             if not isinstance(value, Tensor) or not value.is_floating_point():
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{self.name}: {name} must be a floating tensor, got {got}")
+                is_tensor = isinstance(value, Tensor)
+                got = value.dtype if is_tensor else type(value).__name__
+                remedy = "use .float()" if is_tensor else conversion(value)
+                raise TypeError(
+                    f"{self.name}: {name} must be a floating tensor, got {got}; {remedy}"
+                )
             if value.shape != shape or value.dim() != dimensions:
                 raise ValueError(
                     f"{self.name}: the log-probs must all be {expected}, got {names[0]} {shape} "
@@ -266,7 +270,10 @@ class Objective:
             if value is not None:
                 facts.check(f"{self.name}: {name}", value, logps, mask)
             elif facts.required:
-                raise TypeError(f"{self.name} needs the extra {name}")
+                own = {*self.signature.logps, *self.extras, *self.signature.hyperparameters}
+                near = closest(name, [one for one in given if one not in own])
+                remedy = f"got {near[0]!r} instead" if near else f"pass {name}=... by keyword"
+                raise TypeError(f"{self.name} needs the extra {name}; {remedy}")
         known = self.signature.hyperparameters
         chosen = {name: given[name] for name in known if name in given}
         self._check_hyperparameters(chosen)

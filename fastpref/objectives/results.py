@@ -69,6 +69,8 @@ _RESULTS: Mapping[Unit, type[Any]] = {
     "token": TokenLosses,
 }
 
+_SHAPES: Mapping[Unit, str] = {"pair": "(P,)", "unit": "(B,)", "list": "(G,)", "token": "(B,)"}
+
 
 def as_result(name: str, unit: Unit, returned: Any, logps: list[Any]) -> Losses:
     """What the function called ``name`` ``returned``, as the tuple of its family, detached but for
@@ -81,11 +83,17 @@ def as_result(name: str, unit: Unit, returned: Any, logps: list[Any]) -> Losses:
     if isinstance(returned, Tensor) and unit != "token":
         returned = (returned, *_log_ratios(logps, POLICY_LOGPS[unit]))
     if not isinstance(returned, tuple) or len(returned) != len(kind._fields):
+        alone = "" if unit == "token" else f"; the losses alone, a {_SHAPES[unit]} tensor, will do"
         raise TypeError(
             f"{name} must return {kind.__name__}({', '.join(kind._fields)}), "
-            f"got {type(returned).__name__}"
+            f"got {type(returned).__name__}{alone}"
         )
     losses, *others = returned
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            f"{name} must return losses as a {_SHAPES[unit]} tensor, one a {unit}, got "
+            f"{type(losses).__name__}; leave them unreduced"
+        )
     if losses.shape != logps[0].shape[:1]:
         raise ValueError(
             f"{name} must return one loss a {unit}, shape "

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import hint, is_number
+from .checks import conversion, hint, is_number
 from .reading import readable
 
 Unit: TypeAlias = Literal["pair", "unit", "list", "token"]
@@ -33,6 +33,13 @@ Unit: TypeAlias = Literal["pair", "unit", "list", "token"]
 # Leading positional parameters of each family: of the policy, and in all.
 POLICY_LOGPS: Mapping[Unit, int] = {"pair": 2, "unit": 1, "list": 1, "token": 1}
 LOGPS: Mapping[Unit, int] = {"pair": 4, "unit": 2, "list": 2, "token": 2}
+# What a function of one's own is called with.
+CALLED_WITH: Mapping[Unit, tuple[str, ...]] = {
+    "pair": ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"),
+    "unit": ("policy", "ref"),
+    "list": ("policy", "ref"),
+    "token": ("policy", "old"),
+}
 
 REQUIRED: Any = inspect.Parameter.empty
 
@@ -74,6 +81,16 @@ class Domain:
             )
         domain = replace(self, includes=(*self.includes, 0.0)) if self.zero_per_unit else self
         domain.check_values(label, values)
+
+    def no_number(self, label: str, value: Any) -> TypeError:
+        """Of a ``value`` that is neither a number nor a tensor."""
+        expected = "a number, or a tensor of one value a unit" if self.per_unit else "a number"
+        remedy = ""
+        if isinstance(value, str):
+            remedy = "; use float()"
+        elif hasattr(value, "__len__"):
+            remedy = f"; {conversion(value)}" if self.per_unit else "; the whole batch shares it"
+        return TypeError(f"{label} must be {expected}, got {type(value).__name__}{remedy}")
 
     def check_values(self, label: str, values: Tensor) -> None:
         """Raise ValueError unless the domain holds all ``values``; on CPU only, elsewhere reading
@@ -149,7 +166,8 @@ class ExtraFacts:
         """Raise TypeError or ValueError, starting with ``label``, unless ``value`` will do beside
         ``logps``. What stands where ``mask`` is 0 may be anything."""
         if not isinstance(value, Tensor):
-            raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
+            got = type(value).__name__
+            raise TypeError(f"{label} must be a tensor, got {got}; {conversion(value)}")
         allowed = [_SHAPES[shape] for shape in self.shapes]
         if allowed and not any(shape.admits(value, logps) for shape in allowed):
             wanted = " or ".join(shape.text(logps) for shape in allowed)
@@ -188,7 +206,7 @@ class Hyperparameter:
                 self.domain.check_units(label, value)
                 return
             if not is_number(value):
-                raise TypeError(f"{label} must be a number, got {type(value).__name__}")
+                raise self.domain.no_number(label, value)
             if not self.domain.contains(value):
                 meaning = f" ({self.domain.meaning})" if self.domain.meaning else ""
                 raise ValueError(f"{label} must be {self.domain}{meaning}, got {value!r}")
@@ -257,6 +275,7 @@ class Signature:
         unannotated parameter with no default or None; the rest are hyperparameters.
         """
         hints = _hints(function)
+        _check_module(function, unit)
         logps: list[str] = []
         extras: dict[str, ExtraFacts] = {}
         hyperparameters: dict[str, Hyperparameter] = {}
@@ -285,6 +304,23 @@ class Signature:
                 f"log-probabilities, got ({', '.join(logps)})"
             )
         return cls(tuple(logps), extras, hyperparameters)
+
+
+def _check_module(function: Callable[..., Any], unit: Unit) -> None:
+    """Raise TypeError unless a module takes what it is called with: ``__call__``, the same of all,
+    does not say."""
+    if not isinstance(function, torch.nn.Module):
+        return
+    own = inspect.signature(function.forward)
+    names = CALLED_WITH[unit]
+    try:
+        own.bind(*names)
+    except TypeError as error:
+        raise TypeError(
+            f"objective is called with ({', '.join(names)}), log-probabilities, but "
+            f"{type(function).__name__} takes ({', '.join(own.parameters)}); write a function of "
+            f"these that returns one loss a {unit}"
+        ) from error
 
 
 def _hyperparameter(default: Any, alternatives: tuple[Any, ...]) -> Hyperparameter:

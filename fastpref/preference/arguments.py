@@ -20,6 +20,7 @@ from ..objectives.registry import extra_names, unset
 from ..scoring import ScoringOptions
 from ..scoring.basis import WeightGradBasis
 from ..scoring.head import Lora
+from ..scoring.validation import check_order
 from ..scoring.whole import check_whole
 from ..sequences.sums import check_boundaries
 from ..units.filling import check_extras
@@ -28,7 +29,9 @@ from ..units.loss import LossReduction, check_reduction
 from .batch import Batch
 from .metrics import check_outputs
 
+_NEEDED = ("hidden", "weight", "target")
 _TENSORS = (
+    "hidden",
     "weight",
     "target",
     "cu_seqlens",
@@ -106,8 +109,8 @@ def check_kinds(given: Arguments) -> None:
     """What can be said without the objective."""
     for name in _TENSORS:
         value = getattr(given, name)
-        if not isinstance(value, Tensor) and (value is not None or name in ("target", "weight")):
-            raise no_tensor(name, value, "use torch.tensor()")
+        if not isinstance(value, Tensor) and (value is not None or name in _NEEDED):
+            raise no_tensor(name, value)
         # Of a sharded head ``ask`` takes the parts, and checks those.
         if value is not None and name in ("weight", "ref_weight") and given.tp_group is None:
             check_whole(name, value)
@@ -141,6 +144,7 @@ def check_hyperparameters(given: Arguments) -> None:
 
 def check_rows(given: Arguments, objective: Objective) -> None:
     target, cu_seqlens, token_weights = given.target, given.cu_seqlens, given.token_weights
+    check_order(given.hidden, given.weight, target)
     wanted = 2 if cu_seqlens is None else 1
     if target.dim() != wanted:
         raise ValueError(
@@ -232,7 +236,9 @@ def _check_ref_logps(
         allowed.append((batch.rows,))
     if shape not in allowed:
         wanted = " or ".join(map(str, allowed))
-        raise ValueError(f"ref_logps must be {wanted}, got {shape}")
+        rows = {"pair": "chosen and rejected rows in their order"}.get(objective.unit, "in order")
+        remedy = f"one sum a row, {rows}" if objective.unit != "token" else "one value a token"
+        raise ValueError(f"ref_logps must be {wanted}, got {shape}; {remedy}")
     if given.token_weights is not None and given.are_sums(batch):
         raise ValueError(
             "token_weights weigh the reference's tokens too, and sums cannot be weighed: got "

@@ -71,13 +71,15 @@ def _check_tensors(
                 f"{_remedy(tensor.dtype, name == weight_name)}"
             )
     _check_target(target, hidden)
+    if not prefix:  # models that have one are given in another order
+        check_order(hidden, weight, target)
     if weight.dim() != 2:
         raise ValueError(f"{weight_name} must have shape (V, H), got {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{hidden_name} must end in the weight's hidden size: got {hidden_name} "
             f"{tuple(hidden.shape)} and {weight_name} (V, H) = {tuple(weight.shape)}; "
-            "pass the weight as nn.Linear stores it, (out, in)"
+            f"{_remedy_of_width(hidden, weight, hidden_name)}"
         )
     if weight.numel() == 0:
         raise ValueError(
@@ -105,6 +107,25 @@ def _check_tensors(
         raise ValueError(
             f"{hidden_name} must hold data, got a meta tensor; materialise the model first"
         )
+
+
+def check_order(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+    """Raise ValueError where hidden and weight have changed places."""
+    if hidden.shape[:-1] != target.shape == weight.shape[:-1]:
+        raise ValueError(
+            "hidden must be (..., H) for target (...) and weight (V, H): got hidden "
+            f"{tuple(hidden.shape)}, weight {tuple(weight.shape)} and target "
+            f"{tuple(target.shape)}; the order is hidden, weight, target"
+        )
+
+
+def _remedy_of_width(hidden: Tensor, weight: Tensor, name: str) -> str:
+    """For states of another width than the head's."""
+    vocab, width = weight.shape
+    # A head (H, V) by mistake is as wide as its states too, but no vocabulary is that small.
+    if hidden.shape[-1:] == (vocab,) and vocab > width:
+        return f"{name} looks like logits: pass the states before the head"
+    return "pass the weight as nn.Linear stores it, (out, in)"
 
 
 def _remedy(dtype: torch.dtype, is_weight: bool) -> str:

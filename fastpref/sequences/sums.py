@@ -275,7 +275,7 @@ def _check_kinds(
     }
     for name, value in {"logp": logp, **optional}.items():
         if not isinstance(value, Tensor) and (value is not None or name == "logp"):
-            raise no_tensor(name, value, "use torch.tensor()")
+            raise no_tensor(name, value)
         if value is not None and value.is_complex():
             raise TypeError(f"{name} must be real, got {value.dtype}")
     if num_sequences is not None and not is_integer(num_sequences):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from ..objectives import Objective
+from ..objectives.checks import closest, conversion
 from ..objectives.reading import readable
 from ..objectives.signature import ExtraFacts
 from .layouts import Arrangement
@@ -47,8 +48,11 @@ def filled_extras(
             extras = {name: one for name, one in made if name in filled} | extras
     for name, facts in objective.extras.items():
         if facts.required and name not in extras:
+            near = closest(name, [one for one in given if one not in objective.extras])
+            instead = f"; got {near[0]!r} instead" if near else ""
             raise ValueError(
-                f"{objective.name} needs extras={{{name!r}: ...}}, {_shape_of(facts, objective)}"
+                f"{objective.name} needs extras={{{name!r}: ...}}, "
+                f"{_shape_of(facts, objective)}{instead}"
             )
     return extras
 
@@ -104,8 +108,13 @@ def check_extras(extras: Mapping[str, Tensor] | None) -> None:
     if extras is not None and not isinstance(extras, Mapping):
         raise TypeError(f"extras must map names to tensors, got {type(extras).__name__}")
     for name, value in (extras or {}).items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
             raise TypeError(
-                "extras must map names to tensors, got "
-                f"{type(name).__name__} {name!r}: {type(value).__name__}"
+                f"extras must map names to tensors, got {type(name).__name__} {name!r}; name each "
+                "by the objective's argument"
+            )
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"extras[{name!r}] must be a tensor, got {type(value).__name__}; "
+                f"{conversion(value)}"
             )

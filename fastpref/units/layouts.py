@@ -10,6 +10,7 @@ units         every row by itself
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -115,10 +116,12 @@ def arrange(
 
 
 def _check_layout(layout: LayoutName | Tensor, group_size: int | None) -> None:
-    if not isinstance(layout, Tensor) and layout not in LAYOUTS:
+    if not isinstance(layout, Tensor | str) or (isinstance(layout, str) and layout not in LAYOUTS):
+        rows = isinstance(layout, Sequence) and not isinstance(layout, str)
+        remedy = "; pass torch.tensor([...])" if rows else hint(layout, LAYOUTS)
         raise ValueError(
             f"layout must be {', '.join(map(repr, LAYOUTS))} or a (P, 2) tensor of rows, "
-            f"got {layout!r}{hint(layout, LAYOUTS)}"
+            f"got {layout!r}{remedy}"
         )
     grouped = not isinstance(layout, Tensor) and layout == "groups"
     if grouped == (group_size is None):

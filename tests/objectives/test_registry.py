@@ -209,12 +209,22 @@ CASES = {
     ),
     "wrong type": (
         TypeError,
-        "dpo: beta must be a number, got str",
+        r"dpo: beta must be a number, or a tensor of .* a unit, got str; use float\(\)$",
         lambda: objectives.get("dpo", beta="0.1"),
+    ),
+    "numbers of one value a unit": (
+        TypeError,
+        r"dpo: beta must be a number, or .*, got list; use torch\.tensor\(\)$",
+        lambda: objectives.get("dpo", beta=[0.1, 0.2]),
+    ),
+    "numbers for one of the batch": (
+        TypeError,
+        "dr_dpo: tau must be a number, got tuple; the whole batch shares it$",
+        lambda: objectives.get("dr_dpo", tau=(0.1, 0.2)),
     ),
     "bool for a number": (
         TypeError,
-        "dpo: beta must be a number, got bool",
+        "dpo: beta must be a number, or a tensor of one value a unit, got bool$",
         lambda: objectives.get("dpo", beta=True),
     ),
     "required hyperparameter not set": (
@@ -234,8 +244,13 @@ CASES = {
     ),
     "missing extra": (
         TypeError,
-        "simpo needs the extra chosen_lengths",
+        "simpo needs the extra chosen_lengths; pass chosen_lengths=... by keyword",
         lambda: objectives.simpo(*LOGPS[:2]),
+    ),
+    "an extra misspelt": (
+        TypeError,
+        "madpo needs the extra reward_margin; got 'reward_margins' instead$",
+        lambda: objectives.madpo(*LOGPS, reward_margins=LOGPS[0]),
     ),
     "extra of another shape": (
         ValueError,
@@ -244,7 +259,7 @@ CASES = {
     ),
     "extra not a tensor": (
         TypeError,
-        "chosen_lengths must be a tensor, got list",
+        r"chosen_lengths must be a tensor, got list; use torch\.tensor\(\)$",
         lambda: objectives.simpo(*LOGPS[:2], **LENGTHS | {"chosen_lengths": [1, 1, 1]}),
     ),
     "logps of unequal shape": (
@@ -259,8 +274,19 @@ CASES = {
     ),
     "integer logps": (
         TypeError,
-        "ref_chosen_logps must be a floating tensor, got torch.int64",
+        r"ref_chosen_logps must be a floating tensor, got torch.int64; use \.float\(\)$",
         lambda: objectives.dpo(*LOGPS[:2], torch.zeros(3).long(), LOGPS[3]),
+    ),
+    "logps in lists": (
+        TypeError,
+        r"simpo: policy_chosen_logps must be a floating tensor, got list; use torch\.tensor\(\)$",
+        lambda: objectives.simpo([1.0], [2.0], **LENGTHS),
+    ),
+    "a module with other arguments": (
+        TypeError,
+        r"objective is called with \(policy, ref\), log-probabilities, but TripletMarginLoss takes "
+        r"\(anchor, positive, negative\); write a function of these that returns one loss a unit",
+        lambda: Objective(torch.nn.TripletMarginLoss(), unit="unit", scope="unit"),
     ),
     "too few logps": (
         TypeError,
@@ -284,7 +310,8 @@ CASES = {
     ),
     "wrong result": (
         TypeError,
-        r"must return PairLosses\(losses, chosen_rewards, rejected_rewards\), got dict",
+        r"must return PairLosses\(losses, chosen_rewards, rejected_rewards\), got dict; the losses "
+        r"alone, a \(P,\) tensor, will do$",
         lambda: objectives.as_objective(lambda a, b, c, d: {})(*LOGPS),
     ),
     "unknown unit": (

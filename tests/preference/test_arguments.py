@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpref import explain, preference_loss, sequence_logp
+from fastpref import explain, linear_logprob, preference_loss, sequence_logp
 from fastpref.objectives.registry import catalogue
 from tests.preference.cases import B, Data, H, T, V, configured, extras_of, run
 
@@ -85,6 +85,81 @@ CLASHES = {
         TypeError,
         "group_size must be an int, got bool",
     ),
+    "hidden and weight swapped": (
+        given(hidden=Data().weight, weight=Data().hidden),
+        ValueError,
+        r"got hidden \(41, 16\), weight \(8, 7, 16\) and .*; the order is hidden, weight, target$",
+    ),
+    "logits": (
+        given(hidden=torch.zeros(B, T, V).double()),
+        ValueError,
+        "; hidden looks like logits: pass the states before the head$",
+    ),
+    "sums of half the rows": (
+        given(ref_hidden=None, ref_weight=None, ref_logps=torch.zeros(B // 2).double()),
+        ValueError,
+        r"got \(4,\); one sum a row, chosen and rejected rows in their order$",
+    ),
+    "sums for single responses": (
+        given(
+            objective="kto",
+            ref_hidden=None,
+            ref_weight=None,
+            ref_logps=torch.zeros(1).double(),
+            extras={"labels": torch.ones(B)},
+        ),
+        ValueError,
+        r"got \(1,\); one sum a row, in order$",
+    ),
+    "sums for tokens": (
+        tokens(ref_hidden=None, ref_weight=None, ref_logps=torch.zeros(B).double()),
+        ValueError,
+        r"got \(8,\); one value a token$",
+    ),
+    "a layout of lists": (
+        given(layout=[[0, 1], [2, 3]]),
+        ValueError,
+        r"tensor of rows, got \[\[0, 1\], \[2, 3\]\]; pass torch\.tensor\(\[\.\.\.\]\)$",
+    ),
+    "an extra that is no tensor": (
+        given(objective="madpo", extras={"reward_margin": [1.0, 2.0]}),
+        TypeError,
+        r"extras\['reward_margin'\] must be a tensor, got list; use torch\.tensor\(\)$",
+    ),
+    "an extra without a name": (
+        given(extras={3: TOKENS}),
+        TypeError,
+        "extras must map names to tensors, got int 3; name each by the objective's argument",
+    ),
+    "a loss of torch": (
+        given(objective=torch.nn.MSELoss()),
+        TypeError,
+        r"objective is called with \(policy_chosen, policy_rejected, ref_chosen, ref_rejected\), .*"
+        r"but MSELoss takes \(input, target\); write a function of these that returns one loss a p",
+    ),
+    "numbers in a list": (
+        given(beta=[0.1, 0.2]),
+        TypeError,
+        r"dpo: beta must be a number, or a tensor of one value a unit, got list; use torch\.tensor",
+    ),
+}
+# Known where the objective runs.
+RUNS = {
+    "a misspelt extra": (
+        given(objective="madpo", extras={"reward_margins": torch.ones(B // 2)}),
+        ValueError,
+        r"madpo needs extras={'reward_margin': ...}, .*; got 'reward_margins' instead$",
+    ),
+    "a float": (
+        given(objective=lambda a, b, c, d: 1.0),
+        TypeError,
+        r"got float; the losses alone, a \(P,\) tensor, will do$",
+    ),
+    "floats": (
+        given(objective=lambda a, b, c, d: (1.0, a, b)),
+        TypeError,
+        r"losses as a \(P,\) tensor, one a pair, got float; leave them unreduced$",
+    ),
 }
 
 
@@ -94,6 +169,27 @@ def test_what_clashes(case, call) -> None:
     arguments, error, message = CLASHES[case]
     with pytest.raises(error, match=message):
         call(**arguments)
+
+
+@pytest.mark.parametrize("array", [np.ones((2, 3)), (1.0, 2.0), "text"], ids=type)
+@pytest.mark.parametrize("name", ["hidden", "weight", "target", "ref_logps"])
+def test_what_makes_a_tensor(name, array) -> None:
+    made = "from_numpy" if isinstance(array, np.ndarray) else "tensor"
+    message = rf"^{name} must be a torch.Tensor, got .*; use torch\.{made}\(\)$"
+    for call in (preference_loss, explain):
+        with pytest.raises(TypeError, match=message):
+            call(**given(**{name: array}))
+    if name != "ref_logps":
+        data = {one: given()[one] for one in ("hidden", "weight", "target")}
+        with pytest.raises(TypeError, match=message):
+            linear_logprob(**data | {name: array})
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_what_the_objective_cannot_use(case) -> None:
+    arguments, error, message = RUNS[case]
+    with pytest.raises(error, match=message):
+        preference_loss(**arguments)
 
 
 def test_a_hyperparameter_of_ones_own_may_be_called_anything() -> None:

@@ -103,6 +103,14 @@ TABLE = [
 ]
 
 
+def test_states_and_head_have_an_order():
+    given = good()
+    given["hidden"], given["weight"] = given["weight"], given["hidden"]
+    for call in (linear_logprob, explain):
+        with pytest.raises(ValueError, match="; the order is hidden, weight, target$"):
+            call(**given)
+
+
 @pytest.mark.parametrize("call", [linear_logprob, explain])
 @pytest.mark.parametrize("argument, value, error, message", TABLE)
 def test_arguments(call, argument, value, error, message):

@@ -42,15 +42,14 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """2 where there is no objective of that name."""
     from .. import objectives
+    from ..objectives import registry
 
     if args.name is None:
         print(markdown() if args.markdown else _plain())
         return 0
     if args.name not in objectives.names():
-        try:
-            objectives.get(args.name)
-        except ValueError as error:
-            print(f"objectives: {error}", file=sys.stderr)
+        message = registry.unknown(args.name, "`fastpref objectives` lists them")
+        print(f"objectives: {message}", file=sys.stderr)
         return 2
     function = getattr(objectives, args.name)
     print(_call(args.name, inspect.signature(function)))

@@ -426,11 +426,7 @@ def unset(objective: str | Objective | Callable[..., Any]) -> Objective:
     """As ``as_objective``, before hyperparameters are set."""
     if isinstance(objective, str):
         if objective not in _REGISTERED:
-            close = closest(objective, _REGISTERED, _called_elsewhere()) or tuple(_REGISTERED)
-            raise ValueError(
-                f"no objective is called {objective!r}; perhaps {', '.join(close)}? "
-                "objectives.names() lists them all"
-            )
+            raise ValueError(unknown(objective, "objectives.names() lists them all"))
         return registered(objective)
     if not isinstance(objective, Objective):
         if not callable(objective):
@@ -441,6 +437,19 @@ def unset(objective: str | Objective | Callable[..., Any]) -> Objective:
         found = [one for one in catalogue() if one.function is objective]
         objective = found[0] if found else Objective(objective, unit="pair", scope="batch")
     return objective
+
+
+# Public functions that make an objective of others, and what they do.
+_MODIFIERS = {"wpo": "weighs another objective", "combine": "adds objectives up"}
+
+
+def unknown(name: str, listing: str) -> str:
+    """What to say of a name that no objective has; ``listing`` says where all are."""
+    if name in _MODIFIERS:
+        return f"{name} {_MODIFIERS[name]}: help(fastpref.objectives.{name})"
+    close = closest(name, _REGISTERED, _called_elsewhere())
+    perhaps = f"perhaps {', '.join(close)}? " if close else ""
+    return f"no objective is called {name!r}; {perhaps}{listing}"
 
 
 def extra_names(objective: Objective) -> tuple[str, ...]:

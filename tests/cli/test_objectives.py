@@ -89,5 +89,20 @@ def test_one_objective(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.startswith("dpo(\n    policy_chosen_logps: Tensor,\n")
     assert "    beta: float = 0.1,\n" in printed and ") -> PairLosses" in printed
     assert "arXiv:2305.18290" in printed and "Letters: x is the log-ratio" in printed
-    assert main(["objectives", "dop"]) == 2
-    assert "no objective is called 'dop'; perhaps dpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dop", "no objective is called 'dop'; perhaps dpo"),
+        ("", "no objective is called ''; `fastpref objectives` lists them\n"),
+        ("xyz", "no objective is called 'xyz'; `fastpref objectives` lists them\n"),
+        ("wpo", "wpo weighs another objective: help(fastpref.objectives.wpo)\n"),
+        ("combine", "combine adds objectives up: help(fastpref.objectives.combine)\n"),
+    ],
+)
+def test_what_is_no_objective(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["objectives", name]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"objectives: {message}")
+    assert "names()" not in printed and len(printed) < 100

@@ -187,6 +187,16 @@ CASES = {
         r"no objective is called 'dppo'; perhaps dpo",
         lambda: objectives.get("dppo"),
     ),
+    "name of nothing near": (
+        ValueError,
+        r"^no objective is called ''; objectives\.names\(\) lists them all$",
+        lambda: objectives.get(""),
+    ),
+    "name of a function on objectives": (
+        ValueError,
+        r"^wpo weighs another objective: help\(fastpref\.objectives\.wpo\)$",
+        lambda: objectives.as_objective("wpo"),
+    ),
     "unknown hyperparameter": (
         TypeError,
         "dpo has no hyperparameter bta; it has: beta, label_smoothing",

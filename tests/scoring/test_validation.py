@@ -107,7 +107,7 @@ def test_states_and_head_have_an_order():
     given = good()
     given["hidden"], given["weight"] = given["weight"], given["hidden"]
     for call in (linear_logprob, explain):
-        with pytest.raises(ValueError, match="; the order is hidden, weight, target$"):
+        with pytest.raises(ValueError, match=r"; the order is hidden, weight, target$"):
             call(**given)
 
 

@@ -239,7 +239,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: mapo(ONE, ONE, beta=0), ValueError, "mapo: beta must be > 0, got 0"),
     (lambda: mapo(ONE, ONE, beta=-ROW[:1]), ValueError, "mapo: beta must be >= 0, got -1"),
     (lambda: mapo(ONE, ONE, snr=0.0 * ROW[:1]), ValueError, "mapo: snr must be > 0, got 0"),
-    (lambda: mapo(ONE, ONE, temperature="1"), TypeError, "temperature must be a number, got str"),
+    (
+        lambda: mapo(ONE, ONE, temperature="1"),
+        TypeError,
+        "temperature must be a number, or a tensor of one value a unit, got str",
+    ),
     (lambda: mapo(ONE, ONE, beta=ROW), ValueError, r"one value a unit, \(1,\), got \(2,\)"),
     (lambda: dspo(ONE, 1, ONE), TypeError, "ref_pred must be a torch.Tensor, got int"),
     (lambda: dspo(ONE[:1], ONE[:1], ONE[:1]), ValueError, "even number of rows.*got 1"),

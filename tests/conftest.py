@@ -90,12 +90,13 @@ def seeded():
 def nothing_kept():
     """What a test replaces must not be hidden by what calls of others left."""
     from fastpref.preference import task
-    from fastpref.scoring import api
+    from fastpref.scoring import api, divergence
 
-    for kept in (api._KEPT, task._KEPT):
+    every = api._KEPT, divergence._KEPT, task._KEPT
+    for kept in every:
         kept.forget()
     yield
-    for kept in (api._KEPT, task._KEPT):
+    for kept in every:
         kept.forget()
 
 

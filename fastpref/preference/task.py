@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..objectives import Objective
 from ..scoring.agreement import Own, agree, compare, refused_together
-from ..scoring.api import Asked, ask
+from ..scoring.api import MOST_PLANS, MOST_SIGNATURES, Asked, ask
 from ..scoring.head import Form, Head, Model
 from ..scoring.request import make_request
 from ..scoring.rules.compared import WithDivergence, WithMixture
@@ -147,7 +147,7 @@ class _Known(NamedTuple):
         return cls(
             task.objective,
             task.arrangement,
-            main._replace(models=[]),
+            main._replace(models=[], plans=main.plans or Kept(MOST_PLANS)),
             None if reference is None else reference._replace(models=[]),
             main.models[0].head.form,
         )
@@ -168,7 +168,6 @@ def _model(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> M
     return Model(hidden, Head(weight, bias, None, None, form))
 
 
-MOST_SIGNATURES = 256
 _KEPT: Kept[_Known] = Kept(MOST_SIGNATURES)
 
 

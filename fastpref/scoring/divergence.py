@@ -5,7 +5,7 @@ token."""
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ..objectives.checks import hint, is_integer, is_number
 from .agreement import Own, agree, refused_together
-from .api import Asked, run
+from .api import MOST_PLANS, MOST_SIGNATURES, Asked, run
 from .backends.divergence_formulas import DIVERGENCES
 from .backends.divergences import unavailable_reason
-from .head import Lora
+from .head import Form, Head, Lora, Model
 from .plan import Plan
 from .request import make_model, make_request
 from .rules.divergence import Divergence
 from .sharded import local_parts
+from .signature import Kept, signature_of
 from .types import ScoringOptions
 from .validation import check_two_heads, check_vocab_range
 
@@ -140,7 +141,44 @@ def explain_divergence(
     return asked.planned(target).plan
 
 
-def _ask(
+def _ask(**given: Any) -> tuple[Asked, Tensor]:
+    """What is asked, checked, and (...) SCORED or IGNORED."""
+    signature = signature_of(given)
+    if signature is None:
+        return _checked(**given)
+
+    def known() -> _Known:
+        asked, _ = _checked(**given)
+        student, teacher = (model.head.form for model in asked.models)
+        return _Known(asked._replace(models=[], plans=Kept(MOST_PLANS)), student, teacher)
+
+    asked, student, teacher = _KEPT.of(signature, known)
+    own = _model(given, "student_", student), _model(given, "teacher_", teacher).detached()
+    return asked._replace(models=list(own)), _target(given["student_hidden"], given["mask"])
+
+
+class _Known(NamedTuple):
+    """What follows from a call's signature."""
+
+    asked: Asked  # without models
+    student: Form
+    teacher: Form
+
+
+_KEPT: Kept[_Known] = Kept(MOST_SIGNATURES)
+
+
+def _model(given: dict[str, Any], side: str, form: Form) -> Model:
+    hidden, weight, bias = (given[side + name] for name in ("hidden", "weight", "bias"))
+    return Model(hidden, Head(weight, bias, None, None, form))
+
+
+def _target(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    target = hidden.new_full(hidden.shape[:-1], SCORED, dtype=torch.int64)
+    return target if mask is None else target.masked_fill(~mask, IGNORED)
+
+
+def _checked(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,
@@ -158,7 +196,6 @@ def _ask(
     options: ScoringOptions | None,
     **shared: Any,
 ) -> tuple[Asked, Tensor]:
-    """What is asked, checked, and (...) SCORED or IGNORED."""
     if divergence not in DIVERGENCES:
         raise ValueError(
             f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}"
@@ -178,10 +215,7 @@ def _ask(
     )
     vocab_range = student["vocab_range"]
     check_two_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, mask)
-    shape = student_hidden.shape[:-1]
-    target = student_hidden.new_full(shape, SCORED, dtype=torch.int64)
-    if mask is not None:
-        target = target.masked_fill(~mask, IGNORED)
+    target = _target(student_hidden, mask)
     columns, others = student_weight.shape[0], teacher_weight.shape[0]
     common = vocab_range
     if common is None and columns != others:

@@ -32,7 +32,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 PACKAGE := $(VENV)/.package
 BENCH := $(VENV)/.bench
 WHEEL := dist/.wheel-$(notdir $(VENV))
-CSRC := $(shell find csrc -type f ! -name '*.md')
+CSRC := $(shell find csrc -type f ! -name '*.md' ! -name '*.py')
 NATIVE := setup.py pyproject.toml $(CSRC)
 # A source archive has the kernels in fastpref/ alone.
 SOURCES := $(NATIVE) $(shell find fastpref/ $(wildcard kernels/) -name '*.py')

@@ -44,7 +44,7 @@ struct Normaliser {
       const int64_t stop = n - start < kPart ? n : start + kPart;
       A part = 0;
 #pragma omp simd reduction(+ : part)
-      for (int64_t i = start; i < stop; ++i) part += exp_difference<A>(logits[i], at);
+      for (int64_t i = start; i < stop; ++i) part += exp_difference(logits[i], at);
       sum += part;
     }
   }
@@ -73,14 +73,17 @@ struct Normaliser {
   }
 };
 
-template <class T, Divergence kKind>
+template <class A, Divergence kKind>
 class DivergenceRow {
-  using A = typename AccumulateType<T>::type;
-
  public:
-  DivergenceRow(T* student, const T* teacher, int64_t cols, const Map<A>& student_map, const Map<A>& teacher_map,
-                double beta)
-      : student_(student), teacher_(teacher), cols_(cols), student_map_(student_map), teacher_map_(teacher_map) {
+  DivergenceRow(void* student, const void* teacher, Element element, int64_t cols, const Map<A>& student_map,
+                const Map<A>& teacher_map, double beta)
+      : student_(student),
+        teacher_(teacher),
+        element_(element),
+        cols_(cols),
+        student_map_(student_map),
+        teacher_map_(teacher_map) {
     row_.student_weight = static_cast<A>(1 - beta);
     row_.teacher_weight = static_cast<A>(beta);
   }
@@ -103,15 +106,15 @@ class DivergenceRow {
       } else {
         differentiate<kKind>(row_, s_, t_, n);
       }
-      T* out = student_ + at;
       const A scale = student_map_.scale;
       if (student_map_.cap == 0) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) store(out[i], scale * s_[i]);
+        for (int64_t i = 0; i < n; ++i) s_[i] *= scale;
       } else {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) store(out[i], scale * slopes_[i] * s_[i]);
+        for (int64_t i = 0; i < n; ++i) s_[i] *= scale * slopes_[i];
       }
+      write_block(student_, element_, at, n, s_);
     });
   }
 
@@ -121,8 +124,8 @@ class DivergenceRow {
   void sweep(const Visit& visit) {
     for (int64_t at = 0; at < cols_; at += kBlock) {
       const int64_t n = cols_ - at < kBlock ? cols_ - at : kBlock;
-      teacher_map_.apply(teacher_, at, n, t_, slopes_);
-      student_map_.apply(student_, at, n, s_, slopes_);
+      teacher_map_.apply(teacher_, element_, at, n, t_, slopes_);
+      student_map_.apply(student_, element_, at, n, s_, slopes_);
       if constexpr (kKind == Divergence::cosine) drop_excluded(at, n);
       visit(at, n);
     }
@@ -206,8 +209,9 @@ class DivergenceRow {
     directions_.value = static_cast<A>(value);
   }
 
-  T* student_;
-  const T* teacher_;
+  void* student_;
+  const void* teacher_;
+  Element element_;
   int64_t cols_;
   const Map<A>&student_map_, &teacher_map_;
   Relation<A> row_;
@@ -217,35 +221,35 @@ class DivergenceRow {
   alignas(64) A slopes_[kBlock];
 };
 
-template <class T, Divergence kKind>
-void divergence_rows_range(const DivergenceRows& call, int64_t begin, int64_t end) {
-  using A = typename AccumulateType<T>::type;
+template <class A, Divergence kKind>
+void divergence_rows_range(Element element, const DivergenceRows& call, int64_t begin, int64_t end) {
   const Map<A> student_shared(call.student_map), teacher_shared(call.teacher_map);
   for (int64_t i = begin; i < end; ++i) {
     const Map<A> student_map = student_shared.of_row(call.student_map.factor, i);
     const Map<A> teacher_map = teacher_shared.of_row(call.teacher_map.factor, i);
-    T* student = static_cast<T*>(call.student) + i * call.student_stride;
-    const T* teacher = static_cast<const T*>(call.teacher) + i * call.teacher_stride;
-    DivergenceRow<T, kKind> row(student, teacher, call.cols, student_map, teacher_map, call.beta);
+    void* student = element_at(call.student, element, i * call.student_stride);
+    const void* teacher = element_at(call.teacher, element, i * call.teacher_stride);
+    DivergenceRow<A, kKind> row(student, teacher, element, call.cols, student_map, teacher_map, call.beta);
     static_cast<A*>(call.out)[i] = row.value();
     if (call.write) row.write();
   }
 }
 
-template <class T>
+template <Element kElement>
 void divergence_rows(const DivergenceRows& call, int64_t begin, int64_t end) {
+  using A = ArithmeticOf<kElement>;
   switch (call.kind) {
     case Divergence::forward_kl:
-      return divergence_rows_range<T, Divergence::forward_kl>(call, begin, end);
+      return divergence_rows_range<A, Divergence::forward_kl>(kElement, call, begin, end);
     case Divergence::reverse_kl:
-      return divergence_rows_range<T, Divergence::reverse_kl>(call, begin, end);
+      return divergence_rows_range<A, Divergence::reverse_kl>(kElement, call, begin, end);
     case Divergence::jsd:
-      return divergence_rows_range<T, Divergence::jsd>(call, begin, end);
+      return divergence_rows_range<A, Divergence::jsd>(kElement, call, begin, end);
     case Divergence::tv:
-      return divergence_rows_range<T, Divergence::tv>(call, begin, end);
+      return divergence_rows_range<A, Divergence::tv>(kElement, call, begin, end);
     case Divergence::bhattacharyya:
-      return divergence_rows_range<T, Divergence::bhattacharyya>(call, begin, end);
+      return divergence_rows_range<A, Divergence::bhattacharyya>(kElement, call, begin, end);
     case Divergence::cosine:
-      return divergence_rows_range<T, Divergence::cosine>(call, begin, end);
+      return divergence_rows_range<A, Divergence::cosine>(kElement, call, begin, end);
   }
 }

@@ -89,7 +89,7 @@ template <class A>
 __attribute__((always_inline)) inline Pair<A> compare(A s, A t, const Relation<A>& row) {
   const A d = subtract(s, t, row.shift);
   const bool rises = d > 0;
-  const A e = exp_difference<A>(choose(rises, s, t), choose(rises, row.student_anchor, row.teacher_anchor));
+  const A e = exp_difference(choose(rises, s, t), choose(rises, row.student_anchor, row.teacher_anchor));
   return {d, choose(rises, -d, d), e * choose(rises, row.student_inverse, row.teacher_inverse)};
 }
 
@@ -187,11 +187,11 @@ __attribute__((noinline)) void differentiate(const Relation<A>& relation, A* s, 
       // q - r as forward_kl's q - p.
       const A d = subtract(s[i], t[i], row.centred) / 2;
       const bool rises = d > 0;
-      const A q = exp_difference<A>(s[i], row.student_anchor) * row.student_inverse;
+      const A q = exp_difference(s[i], row.student_anchor) * row.student_inverse;
       const A r = exp_mean(s[i], t[i], row.mean_anchor) * row.mean_inverse;
       s[i] = choose(rises, -q, r) * decay(choose(rises, -d, d)).expm1 / 2;
     } else if constexpr (kKind == Divergence::reverse_kl) {
-      const A q = exp_difference<A>(s[i], row.student_anchor) * row.student_inverse;
+      const A q = exp_difference(s[i], row.student_anchor) * row.student_inverse;
       // Beside an infinite D, that column's own part of it remains.
       const A above = s[i] - t[i] < static_cast<A>(kInfinity) ? subtract(s[i], t[i], row.centred) : A(kInfinity);
       s[i] = q == 0 ? A(0) : q * above;

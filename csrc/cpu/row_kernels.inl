@@ -60,21 +60,15 @@ struct Map {
   }
 
   // logits[i] and, under a cap, slopes[i] = 1 - tanh^2 of columns [begin, begin + n)
-  template <class T>
-  __attribute__((noinline)) void apply(const T* row, int64_t begin, int64_t n, A* logits, A* slopes) const {
-    const T* z = row + begin;
-    if (bias == nullptr && cap == 0) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) logits[i] = load(z[i]) * scale;
-      return;
-    }
-    if (bias == nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) logits[i] = load(z[i]);
-    } else {
+  __attribute__((noinline)) void apply(const void* row, Element element, int64_t begin, int64_t n, A* logits,
+                                       A* slopes) const {
+    const bool scaled = bias == nullptr && cap == 0;
+    read_block(row, element, begin, n, scaled ? scale : A(1), logits);
+    if (scaled) return;
+    if (bias != nullptr) {
       const A* b = bias + begin;
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) logits[i] = load(z[i]) + b[i];
+      for (int64_t i = 0; i < n; ++i) logits[i] += b[i];
     }
     if (cap == 0) {
 #pragma omp simd
@@ -90,20 +84,25 @@ struct Map {
   }
 };
 
-// exp(t - anchor). Twenty nats apart, rounding the difference alone would cost a float's result its last four bits, the
-// same way in a whole row; 16-bit tiles have rounded their logits before and do not show it.
-template <class T, class A>
+// exp(t - anchor), exact but for its last bits. Twenty nats apart, rounding the difference alone would cost a float's
+// result its last four, the same way in a whole row.
+template <class A>
 inline A exp_difference(A t, A anchor) {
   const A x = t - anchor;
   const A e = exponential(x);
-  if constexpr (sizeof(T) < sizeof(float)) {
-    return e;
-  } else {
-    // What the subtraction lost, for any t and anchor (Knuth's two-sum); at t = -inf it is NaN.
-    const A back = x - t;
-    const A lost = (t - (x - back)) - (anchor + back);
-    return e > 0 ? e + e * lost : e;
-  }
+  // What the subtraction lost, for any t and anchor (Knuth's two-sum); at t = -inf it is NaN.
+  const A back = x - t;
+  const A lost = (t - (x - back)) - (anchor + back);
+  return e > 0 ? e + e * lost : e;
+}
+
+// 16-bit tiles have rounded their logits before and do not show what the difference lost.
+constexpr bool rounded_before(Element element) { return element == Element::bfloat16 || element == Element::float16; }
+
+// exp_difference, or without what the difference lost.
+template <bool kRounded, class A>
+inline A exp_about(A t, A anchor) {
+  return kRounded ? exponential(t - anchor) : exp_difference(t, anchor);
 }
 
 template <class A>
@@ -115,18 +114,16 @@ __attribute__((noinline)) A largest(const A* x, int64_t n) {
 }
 
 // One row of exp_rows.
-template <class T, bool kStatistics>
+template <class A, bool kStatistics>
 class ExpRow {
-  using A = typename AccumulateType<T>::type;
-
  public:
-  ExpRow(T* row, int64_t cols, int64_t target, A anchor, const Map<A>& map, bool write)
-      : row_(row), cols_(cols), target_(target), anchor_(anchor), map_(map), write_(write) {}
+  ExpRow(void* row, Element element, int64_t cols, int64_t target, A anchor, const Map<A>& map, bool write)
+      : row_(row), element_(element), cols_(cols), target_(target), anchor_(anchor), map_(map), write_(write) {}
 
   void run() {
     const bool here = target_ >= 0 && target_ < cols_;
     A logit = 0, slope = 1;
-    if (here) map_.apply(row_, target_, 1, &logit, &slope);
+    if (here) map_.apply(row_, element_, target_, 1, &logit, &slope);
     if (!(__builtin_fabs(anchor_) < kInfinity)) {
       anchor_ = largest_from(0);
       // Nothing but -inf here: any finite anchor below every other part's.
@@ -141,14 +138,12 @@ class ExpRow {
           best_index_ = target_;
         }
       }
-      if (write_) store(row_[target_], A(0));
+      if (write_) zero_target();
     } else {
       run_range(0, cols_);
     }
     // A half holds nothing above 65504: keep probabilities instead, their normaliser is now known.
-    if constexpr (std::is_same_v<T, Float16>) {
-      if (write_) rescale_to_probabilities(here ? logit : -static_cast<A>(kInfinity));
-    }
+    if (write_ && !writes_now()) rescale_to_probabilities(here ? logit : -static_cast<A>(kInfinity));
   }
 
   void results(A* sums, int64_t rows, int64_t row, int64_t* best_index) const {
@@ -168,12 +163,17 @@ class ExpRow {
 
  private:
   // Halves are written once, at the end.
-  bool writes_now() const { return write_ && !std::is_same_v<T, Float16>; }
+  bool writes_now() const { return write_ && element_ != Element::float16; }
 
-  void run_range(int64_t begin, int64_t end) {
+  void zero_target() {
+    const A zero = 0;
+    write_block(row_, element_, target_, 1, &zero);
+  }
+
+  __attribute__((noinline)) void run_range(int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; at += kBlock) {
       const int64_t n = end - at < kBlock ? end - at : kBlock;
-      map_.apply(row_, at, n, logits_, slopes_);
+      map_.apply(row_, element_, at, n, logits_, slopes_);
       const A block_best = largest(logits_, n);
       if (block_best - anchor_ > static_cast<A>(kGuard)) move_anchor(at, block_best);
       if (block_best > best_) {
@@ -182,11 +182,18 @@ class ExpRow {
           for (best_index_ = at; logits_[best_index_ - at] != block_best;) ++best_index_;
         }
       }
-      accumulate(at, n, block_best);
+      if (rounded_before(element_)) {
+        // Never of double.
+        if constexpr (sizeof(A) == sizeof(float)) accumulate<true>(n, block_best);
+      } else {
+        accumulate<false>(n, block_best);
+      }
+      if (writes_now()) write_exponentials(at, n);
     }
   }
 
-  __attribute__((noinline)) void accumulate(int64_t at, int64_t n, A block_best) {
+  template <bool kRounded>
+  __attribute__((noinline)) void accumulate(int64_t n, A block_best) {
     const A anchor = anchor_;
     A sum = 0, weighted = 0, squares = 0, total = 0;
     if constexpr (kStatistics) {
@@ -196,7 +203,7 @@ class ExpRow {
       }
 #pragma omp simd reduction(+ : sum, weighted, squares)
       for (int64_t i = 0; i < n; ++i) {
-        const A e = exp_difference<T>(logits_[i], anchor);
+        const A e = exp_about<kRounded>(logits_[i], anchor);
         sum += e;
         weighted += e > 0 ? e * (logits_[i] - block_best) : A(0);  // a logit of -inf has no weight
         squares += e * e;
@@ -208,30 +215,29 @@ class ExpRow {
     } else {
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) {
-        const A e = exp_difference<T>(logits_[i], anchor);
+        const A e = exp_about<kRounded>(logits_[i], anchor);
         sum += e;
         logits_[i] = e;
       }
     }
     sum_ += sum;
-    if (!writes_now()) return;
-    T* out = row_ + at;
-    if (map_.cap == 0) {
+  }
+
+  void write_exponentials(int64_t at, int64_t n) {
+    if (map_.cap != 0) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) store(out[i], logits_[i]);
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) store(out[i], logits_[i] * slopes_[i]);
+      for (int64_t i = 0; i < n; ++i) logits_[i] *= slopes_[i];
     }
+    write_block(row_, element_, at, n, logits_);
   }
 
   // The largest logit at or after column `at`, the target's left out. Works in scratch of its own.
-  A largest_from(int64_t at) const {
+  __attribute__((noinline)) A largest_from(int64_t at) const {
     A best = -static_cast<A>(kInfinity);
     A logits[kBlock], slopes[kBlock];
     for (; at < cols_; at += kBlock) {
       const int64_t n = cols_ - at < kBlock ? cols_ - at : kBlock;
-      map_.apply(row_, at, n, logits, slopes);
+      map_.apply(row_, element_, at, n, logits, slopes);
       if (target_ >= at && target_ < at + n) logits[target_ - at] = -static_cast<A>(kInfinity);
       const A block_best = largest(logits, n);
       best = block_best > best ? block_best : best;
@@ -240,17 +246,19 @@ class ExpRow {
   }
 
   // Columns before `at` are exponentials already, the rest are products still.
-  void move_anchor(int64_t at, A block_best) {
+  __attribute__((noinline)) void move_anchor(int64_t at, A block_best) {
     A anchor = largest_from(at);
     anchor = best_ > anchor ? best_ : anchor;
     anchor = block_best > anchor ? block_best : anchor;
     const A shift = anchor_ - anchor;
     const A factor = exponential(shift);
     if (writes_now()) {
-#pragma omp simd
-      for (int64_t v = 0; v < at; ++v) {
-        // The target's column may lie among them: its product is no longer needed.
-        store(row_[v], load(row_[v]) * factor);
+      // The target's column may lie among them: its product is no longer needed.
+      A exps[kBlock];
+      for (int64_t start = 0; start < at; start += kBlock) {
+        const int64_t n = at - start < kBlock ? at - start : kBlock;
+        read_block(row_, element_, start, n, factor, exps);
+        write_block(row_, element_, start, n, exps);
       }
     }
     weighted_ = sum_ > 0 ? factor * (weighted_ + shift * sum_) : 0;
@@ -266,19 +274,16 @@ class ExpRow {
     const A lse = anchor_ + offset_;
     for (int64_t at = 0; at < cols_; at += kBlock) {
       const int64_t n = cols_ - at < kBlock ? cols_ - at : kBlock;
-      map_.apply(row_, at, n, logits_, slopes_);
-      if (map_.cap == 0) {
+      map_.apply(row_, element_, at, n, logits_, slopes_);
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) store(row_[at + i], exponential(logits_[i] - lse));
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) store(row_[at + i], exponential(logits_[i] - lse) * slopes_[i]);
-      }
+      for (int64_t i = 0; i < n; ++i) logits_[i] = exponential(logits_[i] - lse);
+      write_exponentials(at, n);
     }
-    if (target_ >= 0 && target_ < cols_) store(row_[target_], A(0));
+    if (target_ >= 0 && target_ < cols_) zero_target();
   }
 
-  T* row_;
+  void* row_;
+  Element element_;
   int64_t cols_, target_;
   A anchor_;
   const Map<A>& map_;
@@ -293,33 +298,32 @@ class ExpRow {
   alignas(64) A slopes_[kBlock];
 };
 
-template <class T, bool kStatistics>
-void exp_rows_range(const ExpRows& call, int64_t begin, int64_t end) {
-  using A = typename AccumulateType<T>::type;
+template <class A, bool kStatistics>
+void exp_rows_range(Element element, const ExpRows& call, int64_t begin, int64_t end) {
   const Tile& tile = call.tile;
   const Map<A> shared(call.map);
   for (int64_t row = begin; row < end; ++row) {
     const Map<A> map = shared.of_row(call.map.factor, row);
-    T* data = static_cast<T*>(tile.data) + row * tile.row_stride;
+    void* data = element_at(tile.data, element, row * tile.row_stride);
     const A anchor = static_cast<const A*>(call.anchor)[row];
-    ExpRow<T, kStatistics> one(data, tile.cols, tile.target[row], anchor, map, call.write);
+    ExpRow<A, kStatistics> one(data, element, tile.cols, tile.target[row], anchor, map, call.write);
     one.run();
     one.results(static_cast<A*>(call.sums), tile.rows, row, call.best_index);
   }
 }
 
-template <class T>
+template <Element kElement>
 void exp_rows(const ExpRows& call, int64_t begin, int64_t end) {
   if (call.best_index == nullptr) {
-    exp_rows_range<T, false>(call, begin, end);
+    exp_rows_range<ArithmeticOf<kElement>, false>(kElement, call, begin, end);
   } else {
-    exp_rows_range<T, true>(call, begin, end);
+    exp_rows_range<ArithmeticOf<kElement>, true>(kElement, call, begin, end);
   }
 }
 
-template <class T>
-void logit_grad_row(T* row, const LogitGrad& call, const Map<typename AccumulateType<T>::type>& map, int64_t i) {
-  using A = typename AccumulateType<T>::type;
+template <class A, bool kRounded>
+__attribute__((noinline, noclone)) void logit_grad_row(void* row, Element element, const LogitGrad& call,
+                                                       const Map<A>& map, int64_t i) {
   const auto at_row = [i](const void* values) { return values == nullptr ? A(0) : static_cast<const A*>(values)[i]; };
   const A anchor = at_row(call.anchor), norm = at_row(call.norm), logp = at_row(call.logp);
   const A g = at_row(call.grad_logp), h = at_row(call.grad_lse);
@@ -331,7 +335,7 @@ void logit_grad_row(T* row, const LogitGrad& call, const Map<typename Accumulate
   A target_slope = 1;
   for (int64_t at = 0; at < call.tile.cols; at += kBlock) {
     const int64_t n = call.tile.cols - at < kBlock ? call.tile.cols - at : kBlock;
-    map.apply(row, at, n, logits, slopes);
+    map.apply(row, element, at, n, logits, slopes);
     if (map.cap == 0) {
       for (int64_t j = 0; j < n; ++j) slopes[j] = 1;
     }
@@ -339,37 +343,41 @@ void logit_grad_row(T* row, const LogitGrad& call, const Map<typename Accumulate
     if (k == 0) {
       const A weight = map.scale * (h - g) * inverse;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) store(row[at + j], weight * slopes[j] * exp_difference<T>(logits[j], anchor));
+      for (int64_t j = 0; j < n; ++j) logits[j] = weight * slopes[j] * exp_about<kRounded>(logits[j], anchor);
     } else {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const A shifted = logits[j] - anchor;
-        const A p = exp_difference<T>(logits[j], anchor) * inverse;
+        const A p = exp_about<kRounded>(logits[j], anchor) * inverse;
         const A value = p * ((h - g) - k * (shifted - log_norm + entropy));
-        store(row[at + j], p > 0 || p != p ? map.scale * slopes[j] * value : A(0));
+        logits[j] = p > 0 || p != p ? map.scale * slopes[j] * value : A(0);
       }
     }
+    write_block(row, element, at, n, logits);
   }
   if (target >= 0 && target < call.tile.cols) {
     const A p = exponential(logp);
     A value = g * static_cast<A>(-__builtin_expm1(logp)) + p * h;
     if (k != 0 && p > 0) value -= k * p * (logp + entropy);
-    store(row[target], map.scale * target_slope * value);
+    value *= map.scale * target_slope;
+    write_block(row, element, target, 1, &value);
   }
 }
 
-template <class T>
+template <Element kElement>
 void logit_grad(const LogitGrad& call, int64_t begin, int64_t end) {
-  const Map<typename AccumulateType<T>::type> shared(call.map);
+  using A = ArithmeticOf<kElement>;
+  const Map<A> shared(call.map);
   for (int64_t row = begin; row < end; ++row) {
-    const auto map = shared.of_row(call.map.factor, row);
-    logit_grad_row(static_cast<T*>(call.tile.data) + row * call.tile.row_stride, call, map, row);
+    const Map<A> map = shared.of_row(call.map.factor, row);
+    void* data = element_at(call.tile.data, kElement, row * call.tile.row_stride);
+    logit_grad_row<A, rounded_before(kElement)>(data, kElement, call, map, row);
   }
 }
 
 template <class T>
 void target_logits(const TargetLogits& call, int64_t begin, int64_t end) {
-  using A = typename AccumulateType<T>::type;
+  using A = decltype(load(T()));
   const A* bias = static_cast<const A*>(call.map.bias);
   const Map<A> map(LogitMap{nullptr, call.map.scale, call.map.cap});
   for (int64_t row = begin; row < end; ++row) {
@@ -386,13 +394,13 @@ void target_logits(const TargetLogits& call, int64_t begin, int64_t end) {
     }
     call.column[row] = here ? y : -1;
     static_cast<A*>(call.raw)[row] = raw;
-    map.apply(&raw, 0, 1, static_cast<A*>(call.logit) + row, &slope);
+    map.apply(&raw, ElementOf<A>::value, 0, 1, static_cast<A*>(call.logit) + row, &slope);
   }
 }
 
-template <class T>
+template <Element kElement>
 void settle_rows(const SettleRows& call, int64_t begin, int64_t end) {
-  using A = typename AccumulateType<T>::type;
+  using A = ArithmeticOf<kElement>;
   const Map<double> map(call.map);
   const auto at = [](const void* values, int64_t row) {
     return static_cast<double>(static_cast<const A*>(values)[row]);
@@ -414,15 +422,16 @@ void settle_rows(const SettleRows& call, int64_t begin, int64_t end) {
     if (call.exps == nullptr || call.column[row] < 0) continue;
     const double raw = at(call.raw, row);
     double logit, slope = 1;
-    map.apply(&raw, 0, 1, &logit, &slope);
-    T* exps = static_cast<T*>(call.exps) + row * call.exps_stride;
-    store(exps[call.column[row]], static_cast<A>(__builtin_expm1(logp) / scale * slope));
+    map.apply(&raw, Element::float64, 0, 1, &logit, &slope);
+    void* exps = element_at(call.exps, kElement, row * call.exps_stride);
+    const A value = static_cast<A>(__builtin_expm1(logp) / scale * slope);
+    write_block(exps, kElement, call.column[row], 1, &value);
   }
 }
 
 template <class T>
 void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
-  using A = typename AccumulateType<T>::type;
+  using A = decltype(load(T()));
   for (int64_t row = begin; row < end; ++row) {
     const T* in = static_cast<const T*>(call.in) + row * call.in_stride;
     T* out = static_cast<T*>(call.out) + row * call.out_stride;
@@ -439,12 +448,15 @@ void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
 
 extern const RowKernels FASTPREF_ROW_KERNELS;
 const RowKernels FASTPREF_ROW_KERNELS = {
-    {exp_rows<double>, exp_rows<float>, exp_rows<BFloat16>, exp_rows<Float16>},
-    {logit_grad<double>, logit_grad<float>, logit_grad<BFloat16>, logit_grad<Float16>},
+    {exp_rows<Element::float64>, exp_rows<Element::float32>, exp_rows<Element::bfloat16>, exp_rows<Element::float16>},
+    {logit_grad<Element::float64>, logit_grad<Element::float32>, logit_grad<Element::bfloat16>,
+     logit_grad<Element::float16>},
     {target_logits<double>, target_logits<float>, target_logits<BFloat16>, target_logits<Float16>},
-    {settle_rows<double>, settle_rows<float>, settle_rows<BFloat16>, settle_rows<Float16>},
+    {settle_rows<Element::float64>, settle_rows<Element::float32>, settle_rows<Element::bfloat16>,
+     settle_rows<Element::float16>},
     {scale_rows<double>, scale_rows<float>, scale_rows<BFloat16>, scale_rows<Float16>},
-    {divergence_rows<double>, divergence_rows<float>, divergence_rows<BFloat16>, divergence_rows<Float16>},
+    {divergence_rows<Element::float64>, divergence_rows<Element::float32>, divergence_rows<Element::bfloat16>,
+     divergence_rows<Element::float16>},
     {squared_errors<double>, squared_errors<float>},
     {error_gradient<double>, error_gradient<float>},
 };

@@ -3,48 +3,16 @@
 // a buffer first, so that tensors of any types meet in one loop. Sums of a block are of A, those of a part double.
 // Included by row_kernels.inl, once per instruction set.
 
-template <class A>
-struct ElementOf;
-template <>
-struct ElementOf<double> {
-  static constexpr Element value = Element::float64;
-};
-template <>
-struct ElementOf<float> {
-  static constexpr Element value = Element::float32;
-};
-
-template <class T, class A>
-inline void convert(const void* from, int64_t n, A* to) {
-  const T* x = static_cast<const T*>(from);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(load(x[i]));
-}
-
-template <class T>
-inline const void* element_at(const Pieces& tensor, int64_t sample, int64_t piece, int64_t i) {
-  return static_cast<const T*>(tensor.data) + sample * tensor.sample_stride + piece * tensor.piece_stride + i;
+inline int64_t place_in(const Pieces& tensor, int64_t sample, int64_t piece, int64_t i) {
+  return sample * tensor.sample_stride + piece * tensor.piece_stride + i;
 }
 
 // n elements of a piece from `i` on, in A; in `buffer` where they are of another type.
 template <class A>
 const A* block_of(const Pieces& tensor, int64_t sample, int64_t piece, int64_t i, int64_t n, A* buffer) {
-  if (tensor.element == ElementOf<A>::value) {
-    return static_cast<const A*>(element_at<A>(tensor, sample, piece, i));
-  }
-  switch (tensor.element) {
-    case Element::float64:  // A is double then, and that was above
-      break;
-    case Element::float32:
-      convert<float>(element_at<float>(tensor, sample, piece, i), n, buffer);
-      break;
-    case Element::bfloat16:
-      convert<BFloat16>(element_at<BFloat16>(tensor, sample, piece, i), n, buffer);
-      break;
-    case Element::float16:
-      convert<Float16>(element_at<Float16>(tensor, sample, piece, i), n, buffer);
-      break;
-  }
+  const int64_t at = place_in(tensor, sample, piece, i);
+  if (tensor.element == ElementOf<A>::value) return static_cast<const A*>(tensor.data) + at;
+  read_block(tensor.data, tensor.element, at, n, A(1), buffer);
   return buffer;
 }
 
@@ -133,13 +101,6 @@ void squared_errors(const SquaredErrors& call, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, class A>
-inline void store_block(const Pieces& out, int64_t sample, int64_t piece, int64_t i, int64_t n, const A* values) {
-  T* to = static_cast<T*>(out.data) + sample * out.sample_stride + piece * out.piece_stride + i;
-#pragma omp simd
-  for (int64_t k = 0; k < n; ++k) store(to[k], static_cast<typename AccumulateType<T>::type>(values[k]));
-}
-
 template <class A>
 void error_gradient(const ErrorGradient& call, int64_t begin, int64_t end) {
   alignas(64) A buffers[2][kBlock];
@@ -160,16 +121,7 @@ void error_gradient(const ErrorGradient& call, int64_t begin, int64_t end) {
 #pragma omp simd
         for (int64_t k = 0; k < n; ++k) values[k] = kept.each[k] ? factor * (p[k] - t[k]) : A(0);
       }
-      switch (call.out.element) {
-        case Element::float64:
-          return store_block<double>(call.out, b, piece, i, n, values);
-        case Element::float32:
-          return store_block<float>(call.out, b, piece, i, n, values);
-        case Element::bfloat16:
-          return store_block<BFloat16>(call.out, b, piece, i, n, values);
-        case Element::float16:
-          return store_block<Float16>(call.out, b, piece, i, n, values);
-      }
+      write_block(call.out.data, call.out.element, place_in(call.out, b, piece, i), n, values);
     });
   }
 }

@@ -32,7 +32,7 @@ void run(void (*kernel)(const Call&, int64_t, int64_t), const Call& call, int64_
 
 std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, std::optional<Tensor> bias, double scale,
                                     double cap, std::optional<Tensor> factor, bool write, bool statistics) {
-  const auto kernel = row_kernels().exp_rows[static_cast<int>(fastpref::element_of(tile, "tile"))];
+  const auto kernel = row_kernels(fastpref::element_of(tile, "tile")).exp_rows;
   auto call = fastpref::exp_rows_call(tile, target, anchor, bias, scale, cap, factor, write);
   auto outputs = fastpref::exp_rows_outputs(call, target, anchor, statistics);
   run(kernel, call, call.tile.rows, call.tile.cols);
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> exp_rows(Tensor tile, Tensor target, Tensor anchor, s
 void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor logp, Tensor grad_logp,
                 std::optional<Tensor> grad_lse, std::optional<Tensor> grad_entropy, std::optional<Tensor> entropy,
                 std::optional<Tensor> bias, double scale, double cap, std::optional<Tensor> factor) {
-  const auto kernel = row_kernels().logit_grad[static_cast<int>(fastpref::element_of(tile, "tile"))];
+  const auto kernel = row_kernels(fastpref::element_of(tile, "tile")).logit_grad;
   const auto call = fastpref::logit_grad_call(tile, target, anchor, norm, logp, grad_logp, grad_lse, grad_entropy,
                                               entropy, bias, scale, cap, factor);
   run(kernel, call, call.tile.rows, call.tile.cols);
@@ -50,7 +50,7 @@ void logit_grad(Tensor tile, Tensor target, Tensor anchor, Tensor norm, Tensor l
 
 std::tuple<Tensor, Tensor, Tensor> target_logits(Tensor hidden, Tensor weight, Tensor target,
                                                  std::optional<Tensor> bias, double scale, double cap) {
-  const auto kernel = row_kernels().target_logits[static_cast<int>(fastpref::element_of(hidden, "hidden"))];
+  const auto kernel = row_kernels(fastpref::element_of(hidden, "hidden")).target_logits;
   const auto [call, column, raw, logit] = fastpref::target_logits_call(hidden, weight, target, bias, scale, cap);
   run(kernel, call, hidden.size(0), call.width);
   return {column, raw, logit};
@@ -64,7 +64,7 @@ Tensor settle_rows(std::optional<Tensor> exps, Tensor anchor, Tensor sum, Tensor
   const auto element = exps.has_value() ? fastpref::element_of(*exps, "exps") : fastpref::element_of(anchor, "anchor");
   const auto [call, scores] =
       fastpref::settle_rows_call(exps, anchor, sum, offset, best, column, raw, logit, scale, cap);
-  run(row_kernels().settle_rows[static_cast<int>(element)], call, call.rows, kSettleWidth);
+  run(row_kernels(element).settle_rows, call, call.rows, kSettleWidth);
   return scores;
 }
 
@@ -75,13 +75,12 @@ std::tuple<Tensor, Tensor> score_rows(Tensor tile, Tensor hidden, Tensor weight,
                                       bool statistics) {
   fastpref::ScoreRows calls = fastpref::score_rows_call(tile, hidden, weight, target, bias, scale, cap, write);
   auto outputs = fastpref::score_rows_outputs(calls, tile, target, statistics);
-  const auto element = static_cast<int>(fastpref::element_of(tile, "tile"));
-  const auto& kernels = row_kernels();
+  const auto& kernels = row_kernels(fastpref::element_of(tile, "tile"));
   const int64_t rows = calls.exp.tile.rows, cols = calls.exp.tile.cols;
   torch::stable::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
-    kernels.target_logits[element](calls.target, begin, end);
-    kernels.exp_rows[element](calls.exp, begin, end);
-    kernels.settle_rows[element](calls.settle, begin, end);
+    kernels.target_logits(calls.target, begin, end);
+    kernels.exp_rows(calls.exp, begin, end);
+    kernels.settle_rows(calls.settle, begin, end);
   });
   return outputs;
 }
@@ -206,7 +205,7 @@ std::tuple<Tensor, int64_t> gradient_factors(Tensor gradient, Tensor scale, doub
 }
 
 void scale_rows(Tensor out, Tensor input, Tensor factor) {
-  const auto kernel = row_kernels().scale_rows[static_cast<int>(fastpref::element_of(input, "input"))];
+  const auto kernel = row_kernels(fastpref::element_of(input, "input")).scale_rows;
   const auto call = fastpref::scale_rows_call(out, input, factor);
   run(kernel, call, input.size(0), call.width);
 }
@@ -214,7 +213,7 @@ void scale_rows(Tensor out, Tensor input, Tensor factor) {
 Tensor divergence_rows(Tensor student, Tensor teacher, std::optional<Tensor> student_bias,
                        std::optional<Tensor> teacher_bias, double scale, double cap, std::optional<Tensor> factor,
                        int64_t kind, double beta, bool write) {
-  const auto kernel = row_kernels().divergence_rows[static_cast<int>(fastpref::element_of(student, "student"))];
+  const auto kernel = row_kernels(fastpref::element_of(student, "student")).divergence_rows;
   const auto [call, out] = fastpref::divergence_rows_call(student, teacher, student_bias, teacher_bias, scale, cap,
                                                           factor, kind, beta, write);
   run(kernel, call, call.rows, call.cols);

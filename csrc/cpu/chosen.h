@@ -7,18 +7,19 @@
 
 namespace fastpref::cpu {
 
-inline const RowKernels& row_kernels() {
+inline const RowKernels& row_kernels(Element element) {
+  const int index = static_cast<int>(element);
 #if defined(__x86_64__)
   switch (cpu_capability()) {
     case CpuCapability::avx512:
-      return row_kernels_avx512;
+      return element == Element::float64 ? row_kernels_avx2[index] : row_kernels_avx512[index];
     case CpuCapability::avx2:
-      return row_kernels_avx2;
+      return row_kernels_avx2[index];
     case CpuCapability::baseline:
       break;
   }
 #endif
-  return row_kernels_baseline;
+  return row_kernels_baseline[index];
 }
 
 }  // namespace fastpref::cpu

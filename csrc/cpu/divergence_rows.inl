@@ -30,23 +30,29 @@ __attribute__((noinline)) A largest_sum(const A* s, const A* t, int64_t n) {
   return best;
 }
 
-// The sum of a row's exponentials about its largest logit, block after block; 0 and -inf before the first number. What
-// it is off by is measured as sum (q - p).
+// The sum of a row's exponentials, block after block, each about the largest number so far, of those that `sum` and
+// `anchor` are of: 0 and -inf before the first. What the sum is off by is measured as sum (q - p).
 template <class A>
 struct Normaliser {
   A anchor = -static_cast<A>(kInfinity);
   double sum = 0;
 
-  __attribute__((noinline)) void add(const A* logits, int64_t n) {
-    if (!raise(largest(logits, n), 1.0)) return;
-    const A at = anchor;
+  // Of exp(logits - anchor), which go to `exps`; returns the anchor.
+  __attribute__((noinline)) A add(const A* logits, int64_t n, A* exps) {
+    const bool some = raise(largest(logits, n), 1.0);
+    const A at = some ? anchor : A(0);
     for (int64_t start = 0; start < n; start += kPart) {
       const int64_t stop = n - start < kPart ? n : start + kPart;
       A part = 0;
 #pragma omp simd reduction(+ : part)
-      for (int64_t i = start; i < stop; ++i) part += exp_difference(logits[i], at);
-      sum += part;
+      for (int64_t i = start; i < stop; ++i) {
+        const A e = exp_difference(logits[i], at);
+        exps[i] = e;
+        part += e;
+      }
+      if (some) sum += part;
     }
+    return anchor;
   }
 
   // Of exp((s + t - anchor) / 2) about the largest s + t.
@@ -62,6 +68,12 @@ struct Normaliser {
     }
   }
 
+  // What exponentials about `earlier` are multiplied with to be probabilities.
+  A scale(A earlier) const {
+    const double below = static_cast<double>(earlier) - anchor;
+    return static_cast<A>((below == 0 ? 1.0 : __builtin_exp(below)) / sum);
+  }
+
  private:
   // Whether there is a number yet.
   bool raise(A block_best, double share) {
@@ -73,17 +85,38 @@ struct Normaliser {
   }
 };
 
+// Exponentials of a student's and a teacher's row, and each block's anchors.
+template <class A>
+class Exponentials {
+ public:
+  explicit Exponentials(int64_t cols)
+      : blocks_((cols + kBlock - 1) / kBlock), values_(new A[blocks_ * 2 * (kBlock + 1)]) {}
+  ~Exponentials() { delete[] values_; }
+  Exponentials(const Exponentials&) = delete;
+  Exponentials& operator=(const Exponentials&) = delete;
+
+  A* student(int64_t at) { return values_ + 2 * at; }
+  A* teacher(int64_t at) { return student(at) + kBlock; }
+  A& student_anchor(int64_t at) { return values_[blocks_ * 2 * kBlock + 2 * (at / kBlock)]; }
+  A& teacher_anchor(int64_t at) { return (&student_anchor(at))[1]; }
+
+ private:
+  int64_t blocks_;
+  A* values_;
+};
+
 template <class A, Divergence kKind>
 class DivergenceRow {
  public:
   DivergenceRow(void* student, const void* teacher, Element element, int64_t cols, const Map<A>& student_map,
-                const Map<A>& teacher_map, double beta)
+                const Map<A>& teacher_map, double beta, Exponentials<A>& exps)
       : student_(student),
         teacher_(teacher),
         element_(element),
         cols_(cols),
         student_map_(student_map),
-        teacher_map_(teacher_map) {
+        teacher_map_(teacher_map),
+        exps_(exps) {
     row_.student_weight = static_cast<A>(1 - beta);
     row_.teacher_weight = static_cast<A>(beta);
   }
@@ -104,7 +137,7 @@ class DivergenceRow {
       if constexpr (kKind == Divergence::cosine) {
         differentiate_cosine(directions_, s_, t_, n);
       } else {
-        differentiate<kKind>(row_, s_, t_, n);
+        differentiate<kKind>(row_, block(at, n));
       }
       const A scale = student_map_.scale;
       if (student_map_.cap == 0) {
@@ -131,6 +164,16 @@ class DivergenceRow {
     }
   }
 
+  Block<A> block(int64_t at, int64_t n) {
+    return {s_,
+            t_,
+            exps_.student(at),
+            exps_.teacher(at),
+            student_sum_.scale(exps_.student_anchor(at)),
+            teacher_sum_.scale(exps_.teacher_anchor(at)),
+            n};
+  }
+
   // Under a cap -inf is an ordinary logit.
   void drop_excluded(int64_t at, int64_t n) {
     if (student_map_.bias == nullptr || teacher_map_.bias == nullptr || student_map_.cap != 0) return;
@@ -145,22 +188,18 @@ class DivergenceRow {
   }
 
   void compare_distributions() {
-    Normaliser<A> student, teacher, mean;
-    sweep([&](int64_t, int64_t n) {
-      student.add(s_, n);
-      teacher.add(t_, n);
+    Normaliser<A>&student = student_sum_, &teacher = teacher_sum_, mean;
+    sweep([&](int64_t at, int64_t n) {
+      exps_.student_anchor(at) = student.add(s_, n, exps_.student(at));
+      exps_.teacher_anchor(at) = teacher.add(t_, n, exps_.teacher(at));
       if constexpr (kKind == Divergence::bhattacharyya) mean.add_means(s_, t_, n);
     });
-    row_.student_anchor = student.anchor;
-    row_.student_inverse = static_cast<A>(1 / student.sum);
-    row_.teacher_anchor = teacher.anchor;
-    row_.teacher_inverse = static_cast<A>(1 / teacher.sum);
     const double relative = __builtin_log(student.sum / teacher.sum);
     const double shift = static_cast<double>(student.anchor) - teacher.anchor + relative;
     row_.shift = Shift<A>(shift);
 
     DivergenceSums sums;
-    sweep([&](int64_t, int64_t n) { add_terms<kKind>(row_, s_, t_, n, sums); });
+    sweep([&](int64_t at, int64_t n) { add_terms<kKind>(row_, block(at, n), sums); });
     double value = sums.value;
     double centre = shift + sums.excess;
     if constexpr (kKind == Divergence::forward_kl || kKind == Divergence::reverse_kl) {
@@ -171,7 +210,8 @@ class DivergenceRow {
     if constexpr (kKind == Divergence::reverse_kl) centre = shift + sums.part / sums.weight;
     if constexpr (kKind == Divergence::jsd) row_.centre = Shift<A>(sums.part / sums.weight);
     if constexpr (kKind == Divergence::tv) {
-      const double above = sums.part / sums.weight;
+      // Where one row is no distribution, q alone does not show it.
+      const double above = value == value ? sums.part / sums.weight : value;
       value -= sums.excess * (2 * above - 1) / 2;
       row_.above = static_cast<A>(above);
       row_.below = static_cast<A>(1 - above);
@@ -214,6 +254,8 @@ class DivergenceRow {
   Element element_;
   int64_t cols_;
   const Map<A>&student_map_, &teacher_map_;
+  Exponentials<A>& exps_;
+  Normaliser<A> student_sum_, teacher_sum_;
   Relation<A> row_;
   Directions<A> directions_;
   alignas(64) A s_[kBlock];
@@ -224,12 +266,13 @@ class DivergenceRow {
 template <class A, Divergence kKind>
 void divergence_rows_range(Element element, const DivergenceRows& call, int64_t begin, int64_t end) {
   const Map<A> student_shared(call.student_map), teacher_shared(call.teacher_map);
+  Exponentials<A> exps(kKind == Divergence::cosine ? 0 : call.cols);
   for (int64_t i = begin; i < end; ++i) {
     const Map<A> student_map = student_shared.of_row(call.student_map.factor, i);
     const Map<A> teacher_map = teacher_shared.of_row(call.teacher_map.factor, i);
     void* student = element_at(call.student, element, i * call.student_stride);
     const void* teacher = element_at(call.teacher, element, i * call.teacher_stride);
-    DivergenceRow<A, kKind> row(student, teacher, element, call.cols, student_map, teacher_map, call.beta);
+    DivergenceRow<A, kKind> row(student, teacher, element, call.cols, student_map, teacher_map, call.beta, exps);
     static_cast<A*>(call.out)[i] = row.value();
     if (call.write) row.write();
   }

@@ -63,6 +63,25 @@ struct ElementOf<float> {
   static constexpr Element value = Element::float32;
 };
 
+template <Element kElement>
+struct TypeOf;
+template <>
+struct TypeOf<Element::float64> {
+  using type = double;
+};
+template <>
+struct TypeOf<Element::float32> {
+  using type = float;
+};
+template <>
+struct TypeOf<Element::bfloat16> {
+  using type = BFloat16;
+};
+template <>
+struct TypeOf<Element::float16> {
+  using type = Float16;
+};
+
 // What a row of such elements is worked on in.
 template <Element kElement>
 using ArithmeticOf = std::conditional_t<kElement == Element::float64, double, float>;
@@ -118,10 +137,17 @@ __attribute__((noinline)) void read_block(const void* row, Element element, int6
   }
 }
 
+// Where results for the elements from the i-th on may be formed for ``write_block``: there, or else in `buffer`.
+template <class A>
+inline A* room_for(void* row, Element element, int64_t i, A* buffer) {
+  return element == ElementOf<A>::value ? static_cast<A*>(row) + i : buffer;
+}
+
 // Rounded once.
 template <class A>
 __attribute__((noinline)) void write_block(void* row, Element element, int64_t i, int64_t n, const A* from) {
   void* to = element_at(row, element, i);
+  if (to == from) return;
   switch (element) {
     case Element::float64:
       if constexpr (sizeof(A) == sizeof(double)) write_elements<double>(to, n, from);

@@ -57,6 +57,10 @@ int64_t grain(const Tensor& model) {
          2 * fastpref::cpu::kErrorPart / (1 + (size < fastpref::cpu::kErrorPart ? size : fastpref::cpu::kErrorPart));
 }
 
+const fastpref::cpu::RowKernels& kernels_in(bool exact) {
+  return fastpref::cpu::row_kernels(exact ? fastpref::cpu::Element::float64 : fastpref::cpu::Element::float32);
+}
+
 template <class T>
 void add_parts(const std::vector<double>& sums, int64_t parts, double divisor, int k, Tensor& out) {
   auto* to = static_cast<T*>(out.mutable_data_ptr());
@@ -82,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> squared_errors(Tensor model, std::optional<Te
   call.sums = sums.data();
   const auto wide = [](const Tensor& one) { return one.scalar_type() == ScalarType::Double; };
   const bool exact = wide(model) || wide(target) || (reference.has_value() && wide(*reference));
-  const auto kernel = fastpref::cpu::row_kernels().squared_errors[exact ? 0 : 1];
+  const auto kernel = kernels_in(exact).squared_errors;
   torch::stable::parallel_for(0, units, grain(model), [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
   const auto result = [&](int k, bool there) {
     Tensor out = torch::stable::new_empty(model, {there ? samples : 0}, exact ? ScalarType::Double : ScalarType::Float);
@@ -113,7 +117,7 @@ void error_gradient(Tensor out, Tensor model, Tensor target, std::optional<Tenso
                   "factor must be contiguous, of shape (", model.size(0), ",), got ", factor.dim(), " dimensions and ",
                   factor.numel(), " elements");
   call.factor = factor.const_data_ptr();
-  const auto kernel = fastpref::cpu::row_kernels().error_gradient[exact ? 0 : 1];
+  const auto kernel = kernels_in(exact).error_gradient;
   torch::stable::parallel_for(0, model.size(0) * call.parts, grain(model),
                               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }

@@ -61,6 +61,15 @@ struct Exponent<double> {
   static constexpr int kShift = 52;
 };
 
+// One of two numbers, in bit arithmetic: several conditional expressions on one condition become a branch, and the loop
+// is not vectorised.
+template <class T>
+inline T choose(bool condition, T yes, T no) {
+  using Bits = typename Exponent<T>::Unsigned;
+  const Bits mask = -static_cast<Bits>(condition);
+  return bit_cast<T>((bit_cast<Bits>(yes) & mask) | (bit_cast<Bits>(no) & ~mask));
+}
+
 template <class T>
 struct Reduced {
   T power;   // 2^k
@@ -98,14 +107,14 @@ struct Tangent {
 };
 
 template <class T>
-inline Tangent<T> hyperbolic_tangent(T x) {
+__attribute__((always_inline)) inline Tangent<T> hyperbolic_tangent(T x) {
   using E = Exponent<T>;
-  const T magnitude = x < 0 ? -x : x;
-  const T bounded = magnitude > E::kTanhOne ? E::kTanhOne : magnitude;
+  const T magnitude = choose(x < 0, -x, x);
+  const T bounded = choose(magnitude > E::kTanhOne, E::kTanhOne, magnitude);
   const Reduced<T> e = reduce_exp(-2 * bounded);
   const T exp = e.power + e.power * e.rest;
   const T expm1 = e.power * e.rest + (e.power - 1);
   const T tanh = -expm1 / (2 + expm1);
   const T slope = 4 * exp / ((2 + expm1) * (2 + expm1));
-  return {x < 0 ? -tanh : tanh, magnitude > E::kTanhOne ? T(0) : slope};
+  return {choose(x < 0, -tanh, tanh), choose(magnitude > E::kTanhOne, T(0), slope)};
 }

@@ -7,15 +7,6 @@
 //
 // float: up to z^8, truncation 2e-9; double: up to z^20, truncation 6e-19.
 
-// One of two numbers, in bit arithmetic: several conditional expressions on one condition become a branch, and the loop
-// is not vectorised.
-template <class T>
-inline T choose(bool condition, T yes, T no) {
-  using Bits = typename Exponent<T>::Unsigned;
-  const Bits mask = -static_cast<Bits>(condition);
-  return bit_cast<T>((bit_cast<Bits>(yes) & mask) | (bit_cast<Bits>(no) & ~mask));
-}
-
 inline float atanh_reduced(float square) {
   float p = 1.0f / 9.0f;
   p = p * square + 1.0f / 7.0f;

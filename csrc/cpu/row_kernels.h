@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the row kernels take, and the table of them that each instruction set fills in.
+// What the row kernels take, and the tables of them that the instruction sets fill in.
 //
 // A tile is (rows, cols) of raw products z = hidden . weight, one contiguous row at a time. The logit of a product is
 //     t = scale * (z + bias),  or with a cap  t = cap * tanh(scale * (z + bias) / cap),
@@ -141,22 +141,23 @@ struct ErrorGradient {
   const void* factor;  // (samples,), of the arithmetic's type
 };
 
+// Of one type of elements: rows, or units of work, [begin, end).
 struct RowKernels {
-  void (*exp_rows[kElements])(const ExpRows&, int64_t begin, int64_t end);
-  void (*logit_grad[kElements])(const LogitGrad&, int64_t begin, int64_t end);
-  void (*target_logits[kElements])(const TargetLogits&, int64_t begin, int64_t end);
-  void (*settle_rows[kElements])(const SettleRows&, int64_t begin, int64_t end);
-  void (*scale_rows[kElements])(const ScaleRows&, int64_t begin, int64_t end);
-  void (*divergence_rows[kElements])(const DivergenceRows&, int64_t begin, int64_t end);
-  // Of parts, all samples' one after the other; in double where a tensor is, otherwise in float.
-  void (*squared_errors[2])(const SquaredErrors&, int64_t begin, int64_t end);
-  void (*error_gradient[2])(const ErrorGradient&, int64_t begin, int64_t end);
+  void (*exp_rows)(const ExpRows&, int64_t begin, int64_t end);
+  void (*logit_grad)(const LogitGrad&, int64_t begin, int64_t end);
+  void (*target_logits)(const TargetLogits&, int64_t begin, int64_t end);
+  void (*settle_rows)(const SettleRows&, int64_t begin, int64_t end);
+  void (*scale_rows)(const ScaleRows&, int64_t begin, int64_t end);
+  void (*divergence_rows)(const DivergenceRows&, int64_t begin, int64_t end);
+  // Of parts, all samples' one after the other, whatever their elements: in double where a tensor is, else in float.
+  void (*squared_errors)(const SquaredErrors&, int64_t begin, int64_t end);
+  void (*error_gradient)(const ErrorGradient&, int64_t begin, int64_t end);
 };
 
-extern const RowKernels row_kernels_baseline;
+extern const RowKernels row_kernels_baseline[kElements];
 #if defined(__x86_64__)
-extern const RowKernels row_kernels_avx2;
-extern const RowKernels row_kernels_avx512;
+extern const RowKernels row_kernels_avx2[kElements];
+extern const RowKernels row_kernels_avx512[kElements];  // of float64 none
 #endif
 
 }  // namespace fastpref::cpu

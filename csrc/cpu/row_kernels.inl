@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The row kernels, written once and compiled once per instruction set: the including file chooses the instructions with
-// a target pragma before its first include and names the table in FASTPREF_ROW_KERNELS. Everything here has internal
-// linkage and the C library is called through builtins: an inline function of a standard header would be emitted in
-// several instruction sets under one name, and the linker would keep any one of them.
+// a target pragma before its first include and fills its table from kernels_of. Everything here has internal linkage
+// and the C library is called through builtins: an inline function of a standard header would be emitted in several
+// instruction sets under one name, and the linker would keep any one of them.
 //
 // exp_rows, per row, with anchor a and all columns v but the target's:
 //     e_v = exp(t_v - a),   sum = S = sum_v e_v
@@ -75,10 +75,12 @@ struct Map {
       for (int64_t i = 0; i < n; ++i) logits[i] *= scale;
       return;
     }
+    // Read through `this`, they would keep the loop from being vectorised.
+    const A inside = inner, outside = cap;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const Tangent<A> t = hyperbolic_tangent(logits[i] * inner);
-      logits[i] = cap * t.tanh;
+      const Tangent<A> t = hyperbolic_tangent(logits[i] * inside);
+      logits[i] = outside * t.tanh;
       slopes[i] = t.slope;
     }
   }
@@ -182,18 +184,19 @@ class ExpRow {
           for (best_index_ = at; logits_[best_index_ - at] != block_best;) ++best_index_;
         }
       }
+      A* const out = writes_now() ? room_for(row_, element_, at, logits_) : logits_;
       if (rounded_before(element_)) {
         // Never of double.
-        if constexpr (sizeof(A) == sizeof(float)) accumulate<true>(n, block_best);
+        if constexpr (sizeof(A) == sizeof(float)) accumulate<true>(n, block_best, out);
       } else {
-        accumulate<false>(n, block_best);
+        accumulate<false>(n, block_best, out);
       }
-      if (writes_now()) write_exponentials(at, n);
+      if (writes_now()) write_exponentials(at, n, out);
     }
   }
 
   template <bool kRounded>
-  __attribute__((noinline)) void accumulate(int64_t n, A block_best) {
+  __attribute__((noinline)) void accumulate(int64_t n, A block_best, A* exps) {
     const A anchor = anchor_;
     A sum = 0, weighted = 0, squares = 0, total = 0;
     if constexpr (kStatistics) {
@@ -207,7 +210,7 @@ class ExpRow {
         sum += e;
         weighted += e > 0 ? e * (logits_[i] - block_best) : A(0);  // a logit of -inf has no weight
         squares += e * e;
-        logits_[i] = e;
+        exps[i] = e;
       }
       if (sum > 0) weighted_ += weighted + (static_cast<double>(block_best) - anchor) * sum;
       squares_ += squares;
@@ -217,18 +220,18 @@ class ExpRow {
       for (int64_t i = 0; i < n; ++i) {
         const A e = exp_about<kRounded>(logits_[i], anchor);
         sum += e;
-        logits_[i] = e;
+        exps[i] = e;
       }
     }
     sum_ += sum;
   }
 
-  void write_exponentials(int64_t at, int64_t n) {
+  void write_exponentials(int64_t at, int64_t n, A* exps) {
     if (map_.cap != 0) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) logits_[i] *= slopes_[i];
+      for (int64_t i = 0; i < n; ++i) exps[i] *= slopes_[i];
     }
-    write_block(row_, element_, at, n, logits_);
+    write_block(row_, element_, at, n, exps);
   }
 
   // The largest logit at or after column `at`, the target's left out. Works in scratch of its own.
@@ -277,7 +280,7 @@ class ExpRow {
       map_.apply(row_, element_, at, n, logits_, slopes_);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) logits_[i] = exponential(logits_[i] - lse);
-      write_exponentials(at, n);
+      write_exponentials(at, n, logits_);
     }
     if (target_ >= 0 && target_ < cols_) zero_target();
   }
@@ -337,23 +340,25 @@ __attribute__((noinline, noclone)) void logit_grad_row(void* row, Element elemen
     const int64_t n = call.tile.cols - at < kBlock ? call.tile.cols - at : kBlock;
     map.apply(row, element, at, n, logits, slopes);
     if (map.cap == 0) {
+#pragma omp simd
       for (int64_t j = 0; j < n; ++j) slopes[j] = 1;
     }
     if (target >= at && target < at + n) target_slope = slopes[target - at];
+    A* const out = room_for(row, element, at, logits);
     if (k == 0) {
       const A weight = map.scale * (h - g) * inverse;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) logits[j] = weight * slopes[j] * exp_about<kRounded>(logits[j], anchor);
+      for (int64_t j = 0; j < n; ++j) out[j] = weight * slopes[j] * exp_about<kRounded>(logits[j], anchor);
     } else {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const A shifted = logits[j] - anchor;
         const A p = exp_about<kRounded>(logits[j], anchor) * inverse;
         const A value = p * ((h - g) - k * (shifted - log_norm + entropy));
-        logits[j] = p > 0 || p != p ? map.scale * slopes[j] * value : A(0);
+        out[j] = p > 0 || p != p ? map.scale * slopes[j] * value : A(0);
       }
     }
-    write_block(row, element, at, n, logits);
+    write_block(row, element, at, n, out);
   }
   if (target >= 0 && target < call.tile.cols) {
     const A p = exponential(logp);
@@ -375,9 +380,10 @@ void logit_grad(const LogitGrad& call, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
+template <Element kElement>
 void target_logits(const TargetLogits& call, int64_t begin, int64_t end) {
-  using A = decltype(load(T()));
+  using T = typename TypeOf<kElement>::type;
+  using A = ArithmeticOf<kElement>;
   const A* bias = static_cast<const A*>(call.map.bias);
   const Map<A> map(LogitMap{nullptr, call.map.scale, call.map.cap});
   for (int64_t row = begin; row < end; ++row) {
@@ -429,36 +435,32 @@ void settle_rows(const SettleRows& call, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
+template <Element kElement>
 void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
-  using A = decltype(load(T()));
+  using A = ArithmeticOf<kElement>;
+  A buffer[kBlock];
   for (int64_t row = begin; row < end; ++row) {
-    const T* in = static_cast<const T*>(call.in) + row * call.in_stride;
-    T* out = static_cast<T*>(call.out) + row * call.out_stride;
+    const void* in = element_at(call.in, kElement, row * call.in_stride);
+    void* out = element_at(call.out, kElement, row * call.out_stride);
     const A factor = static_cast<const A*>(call.factor)[row];
-#pragma omp simd
-    for (int64_t i = 0; i < call.width; ++i) store(out[i], load(in[i]) * factor);
+    for (int64_t at = 0; at < call.width; at += kBlock) {
+      const int64_t n = call.width - at < kBlock ? call.width - at : kBlock;
+      A* const products = room_for(out, kElement, at, buffer);
+      read_block(in, kElement, at, n, factor, products);
+      write_block(out, kElement, at, n, products);
+    }
   }
 }
 
 #include "divergence_rows.inl"
 #include "squared_errors.inl"
 
+template <Element kElement>
+constexpr RowKernels kernels_of() {
+  using A = ArithmeticOf<kElement>;
+  return {exp_rows<kElement>,   logit_grad<kElement>,      target_logits<kElement>, settle_rows<kElement>,
+          scale_rows<kElement>, divergence_rows<kElement>, squared_errors<A>,       error_gradient<A>};
+}
+
 }  // namespace
-
-extern const RowKernels FASTPREF_ROW_KERNELS;
-const RowKernels FASTPREF_ROW_KERNELS = {
-    {exp_rows<Element::float64>, exp_rows<Element::float32>, exp_rows<Element::bfloat16>, exp_rows<Element::float16>},
-    {logit_grad<Element::float64>, logit_grad<Element::float32>, logit_grad<Element::bfloat16>,
-     logit_grad<Element::float16>},
-    {target_logits<double>, target_logits<float>, target_logits<BFloat16>, target_logits<Float16>},
-    {settle_rows<Element::float64>, settle_rows<Element::float32>, settle_rows<Element::bfloat16>,
-     settle_rows<Element::float16>},
-    {scale_rows<double>, scale_rows<float>, scale_rows<BFloat16>, scale_rows<Float16>},
-    {divergence_rows<Element::float64>, divergence_rows<Element::float32>, divergence_rows<Element::bfloat16>,
-     divergence_rows<Element::float16>},
-    {squared_errors<double>, squared_errors<float>},
-    {error_gradient<double>, error_gradient<float>},
-};
-
 }  // namespace fastpref::cpu

@@ -2,6 +2,16 @@
 // Row kernels for x86-64 processors with AVX2 and FMA.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma")
-#define FASTPREF_ROW_KERNELS row_kernels_avx2
 #include "row_kernels.inl"
+
+namespace fastpref::cpu {
+
+const RowKernels row_kernels_avx2[kElements] = {
+    kernels_of<Element::float64>(),
+    kernels_of<Element::float32>(),
+    kernels_of<Element::bfloat16>(),
+    kernels_of<Element::float16>(),
+};
+
+}  // namespace fastpref::cpu
 #endif

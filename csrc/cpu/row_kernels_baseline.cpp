@@ -1,4 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Row kernels for any processor of the target architecture.
-#define FASTPREF_ROW_KERNELS row_kernels_baseline
 #include "row_kernels.inl"
+
+namespace fastpref::cpu {
+
+const RowKernels row_kernels_baseline[kElements] = {
+    kernels_of<Element::float64>(),
+    kernels_of<Element::float32>(),
+    kernels_of<Element::bfloat16>(),
+    kernels_of<Element::float16>(),
+};
+
+}  // namespace fastpref::cpu

@@ -36,16 +36,18 @@ def temporary_bytes(
 ) -> int:
     """Most memory that a pass over two (rows, cols) tiles takes beside them; ``in_torch`` where
     more is made of their logits than a divergence, ``sharded`` over the vocabulary."""
-    if not sharded and not in_torch and _in_registers(backend, dtype):
-        return 0
+    exact = formula_dtype(dtype).itemsize
+    if not sharded and not in_torch and _row_by_row(backend, dtype):
+        # In C++ each thread holds the exponentials of a row of both.
+        return 2 * cols * exact * min(rows, torch.get_num_threads()) if backend == "cpp" else 0
     block = max(cols, min(rows * cols, block_elements(device_type)))
     if sharded:
         block = rows * cols
-    return TEMPORARIES * block * formula_dtype(dtype).itemsize
+    return TEMPORARIES * block * exact
 
 
-def _in_registers(backend: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel keeps what lies between tile and result."""
+def _row_by_row(backend: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel forms what lies between tile and result row by row."""
     return backend == "cpp" or (backend in ("triton", "rows") and dtype != torch.float64)
 
 
@@ -60,7 +62,7 @@ def divergence_rows(
 ) -> Tensor:
     """(rows,) in the statistics' dtype; with ``write`` the student's tile becomes dD / d(raw
     product). Of sharded heads plain torch does it, which has collectives on its way."""
-    if columns.group is None and _in_registers(backend, student.tile.dtype):
+    if columns.group is None and _row_by_row(backend, student.tile.dtype):
         kind = DIVERGENCES.index(divergence)
         if backend == "cpp":
             tiles = student.tile, teacher.tile, student.bias, teacher.bias

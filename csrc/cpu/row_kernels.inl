@@ -90,12 +90,13 @@ struct Map {
 // result its last four, the same way in a whole row.
 template <class A>
 inline A exp_difference(A t, A anchor) {
-  const A x = t - anchor;
-  const A e = exponential(x);
+  const A lowest = Exponent<A>::kLowest, x = t - anchor;
   // What the subtraction lost, for any t and anchor (Knuth's two-sum); at t = -inf it is NaN.
   const A back = x - t;
   const A lost = (t - (x - back)) - (anchor + back);
-  return e > 0 ? e + e * lost : e;
+  const bool below = x < lowest;
+  const Reduced<A> e = reduce_exp(choose(below, lowest, x), choose(below, A(0), lost));
+  return choose(below, A(0), e.power + e.power * e.rest);
 }
 
 // 16-bit tiles have rounded their logits before and do not show what the difference lost.

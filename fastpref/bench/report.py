@@ -3,9 +3,9 @@
 
 A report is what ``python -m fastpref bench --out`` writes as JSON: ``machine``, and of ``cases``
 (cases.measure), ``memory`` (memory.measure), ``trainings`` (trainers.runs.measure) and ``curves``
-(rows of scaling.point by axis) those that were measured. Of ``--suite gpu`` also ``checks``
-(checks.check, properties.observe), ``tests`` (pytests.run), ``unavailable`` (reasons by backend)
-and ``failed`` (reasons by item).
+(rows of scaling.point by axis) those that were measured. Of ``--quick`` also ``left_out`` (reasons
+by dtype). Of ``--suite gpu`` also ``checks`` (checks.check, properties.observe), ``tests``
+(pytests.run), ``unavailable`` (reasons by backend) and ``failed`` (reasons by item).
 """
 
 from __future__ import annotations
@@ -162,6 +162,13 @@ def terminal_tests(row: dict[str, Any]) -> str:
     )
 
 
+def terminal_left_out(reasons: dict[str, str]) -> str:
+    return "\n".join(
+        f"{dtype} left out of --quick: {why}; --dtype {dtype} measures it"
+        for dtype, why in reasons.items()
+    )
+
+
 def terminal_summary(report: dict[str, Any]) -> str:
     """Of ``--suite gpu``: a line for each way to serve the device."""
     lines = []
@@ -189,6 +196,7 @@ def by_lane(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def terminal(report: dict[str, Any]) -> str:
     parts = [headline(report["machine"])]
+    parts += [terminal_left_out(report["left_out"])] if report.get("left_out") else []
     parts += ["\n".join(map(terminal_check, report["checks"]))] if report.get("checks") else []
     parts += [terminal_case(case) for case in report.get("cases", ())]
     if report.get("memory"):

@@ -27,11 +27,13 @@ from ..bench.worker import Worker
 from ..demo import DemoError
 from ..demo.data import load
 from ..objectives.checks import hint
+from ..scoring.products import slow_reason
 from .checks import whole, writable
 from .progress import Parts, duration, say
 from .progress import clear as _clear
 
 DTYPES = ("float32", "bfloat16", "float16")
+USUAL_DTYPES = DTYPES[:2]
 MEMORY = "memory"
 TRAINERS = "trainers"
 IMAGES = "images"
@@ -82,8 +84,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a small shape, whatever --model and --length, and nothing that compiles; "
-        "under a minute",
+        help="a small shape, whatever --model and --length, nothing that compiles and no dtype "
+        "that the processor multiplies slowly; under a minute",
     )
     parser.add_argument(
         "--suite",
@@ -107,7 +109,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME",
         help='as a table names it, such as "plain torch"; default: all',
     )
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: the first two")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        action="append",
+        help="default: the first two, with --quick less what it leaves out",
+    )
     parser.add_argument(
         "--mode",
         choices=tuple(MODES),
@@ -306,6 +313,10 @@ class _Run:
     def cases(self) -> None:
         what, compiling = _what(self.args), not self.args.quick
         cases = [(case, compiling) for case in _chosen(self.args)]
+        slow = _slow(self.args) if cases else {}
+        if slow:
+            self.report["left_out"] = slow
+            print("\n" + reporting.terminal_left_out(slow), flush=True)
         of_memory = list(self._memory_parts()) if MEMORY in what else []
         to_train = self._to_train() if TRAINERS in what else []
         parts = Parts(len(cases) + len(of_memory) + len(to_train))
@@ -455,10 +466,24 @@ def _what(args: argparse.Namespace) -> Sequence[str]:
     return [what for what in USUAL if what != TRAINERS or not args.quick]
 
 
+def _dtypes(args: argparse.Namespace) -> list[str]:
+    slow = _slow(args)
+    return args.dtype or [name for name in USUAL_DTYPES if name not in slow]
+
+
+def _slow(args: argparse.Namespace) -> dict[str, str]:
+    """The usual dtypes whose products alone would make --quick long, and why."""
+    if not args.quick or args.dtype:
+        return {}
+    device = torch.device(_device(args))
+    reasons = {name: slow_reason(getattr(torch, name), device) for name in USUAL_DTYPES}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def _chosen(args: argparse.Namespace) -> Iterator[Case]:
     shape = _shape(args)
     suites = [what for what in _what(args) if what in SUITES]
-    for what, dtype in itertools.product(suites, args.dtype or DTYPES[:2]):
+    for what, dtype in itertools.product(suites, _dtypes(args)):
         for mode in args.mode or MODES:
             if mode in SUITES[what].modes:
                 yield Case(what, mode, dtype, shape, args.logits, _device(args))
@@ -471,9 +496,7 @@ def _of_images(args: argparse.Namespace) -> Iterator[Case]:
     rows = Shape(8, args.length, IMAGE_WIDTH, masked=0.0)
     if args.quick:
         rows = replace(rows, sequences=4, length=QUICK_IMAGE_LENGTH, hidden_size=QUICK_IMAGE_WIDTH)
-    for vocabulary, dtype in itertools.product(
-        IMAGE_VOCABULARIES.values(), args.dtype or DTYPES[:2]
-    ):
+    for vocabulary, dtype in itertools.product(IMAGE_VOCABULARIES.values(), _dtypes(args)):
         shape = replace(rows, vocab_size=vocabulary)
         for mode in args.mode or MODES:
             yield Case("ddo", mode, dtype, shape, args.logits, _device(args))

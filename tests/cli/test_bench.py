@@ -115,11 +115,61 @@ def test_one_implementation(tiny: None, tmp_path: Path, name: str) -> None:
     assert bench.run(arguments(*given)) == 0 and (redrawn / "bench.csv").is_file()
 
 
-def test_memory_alone(tiny: None, tmp_path: Path) -> None:
+SLOW = "this processor has no bfloat16 instructions"
+
+
+def slow_at(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """A processor that multiplies these dtypes slowly."""
+    slow = [getattr(torch, name) for name in names]
+    monkeypatch.setattr(bench, "slow_reason", lambda dtype, device: SLOW if dtype in slow else None)
+
+
+@pytest.mark.parametrize("slow", [("bfloat16", "float16"), ()])
+def test_quick_leaves_out_what_the_processor_multiplies_slowly(
+    tiny: None,
+    slow: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And says so, and how it is measured all the same."""
+    slow_at(monkeypatch, *slow)
+    given = ["--quick", "--rounds", "1", "--what", "score", "--mode", "forward"]
+    given += ["--implementation", "plain torch", "--out", str(tmp_path)]
+    assert bench.run(arguments(*given)) == 0
+    said = capsys.readouterr().out
+    line = f"bfloat16 left out of --quick: {SLOW}; --dtype bfloat16 measures it\n"
+    report = json.loads((tmp_path / "bench.json").read_text())
+    dtypes = ["float32"] if slow else ["float32", "bfloat16"]
+    assert [case["dtype"] for case in report["cases"]] == dtypes
+    assert report.get("left_out", {}) == ({"bfloat16": SLOW} if slow else {})
+    assert (line in said) == bool(slow) == ("left out" in said)
+    assert bench.run(arguments("--report", str(tmp_path / "bench.json"))) == 0
+    assert capsys.readouterr().out.strip() in said
+
+
+@pytest.mark.parametrize(
+    "given, dtypes",
+    [
+        (("--quick",), {"float32"}),
+        (("--quick", "--what", "images"), {"float32"}),
+        (("--quick", "--dtype", "float16", "--dtype", "bfloat16"), {"float16", "bfloat16"}),
+        ((), {"float32", "bfloat16"}),
+    ],
+)
+def test_what_is_asked_for_is_measured_however_slow(
+    given: tuple[str, ...], dtypes: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_at(monkeypatch, "bfloat16", "float16")
+    assert {case.dtype for case in bench._chosen(arguments(*given))} == dtypes
+
+
+def test_memory_alone(tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slow_at(monkeypatch, "bfloat16")
     given = ["--quick", "--what", "memory", "--implementation", "plain torch"]
     assert bench.run(arguments(*given, "--out", str(tmp_path))) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert report["cases"] == []
+    assert report["cases"] == [] and "left_out" not in report
     assert [(row["implementation"], row["scored"]) for row in report["memory"]] == [
         ("plain torch", bench.MEMORY_TOKENS[0])
     ]

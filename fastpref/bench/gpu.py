@@ -171,7 +171,7 @@ class Run:
             if reason is not None:
                 raise RuntimeError(reason)
             seconds = until - self.drive.clock()
-            row = trainings.measure(training, trainings.DEFAULT_PAIRS, seconds)
+            row = trainings.measure(training, seconds=seconds)
             self.drive.add("trainings", row, "\n" + reporting.terminal_trainings([row]))
 
         items = [

@@ -151,7 +151,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--pairs",
         type=Path,
-        default=trainings.DEFAULT_PAIRS,
+        default=None,
         metavar="FILE.jsonl",
         help='of --what trainers: "prompt", "chosen" and "rejected" a line (default: arithmetic)',
     )
@@ -439,7 +439,7 @@ class _Run:
             name = f"training of {training.name}"
             parts.begin(name)
             try:
-                rows.append(trainings.measure(training, self.args.pairs.resolve()))
+                rows.append(trainings.measure(training, self.args.pairs))
             except RuntimeError as error:
                 _clear()
                 print(f"{name}: not measured, {error}")

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..demo import DemoError, quiet, require_libraries, stay_offline
-from ..demo.arithmetic import SHIPPED
 from ..demo.console import Console
-from ..demo.data import MIN_EXAMPLES, Example, Preferences, load, split
+from ..demo.data import MIN_EXAMPLES, Example, Preferences, load, named, split
 from ..demo.recipe import MAX_LENGTH, Recipe, plan
 from ..objectives import Objective
 from .checks import SEEDS, whole, writable
@@ -138,7 +137,7 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
         else:
             found = _train_each(args, chosen, prepared, console)
     results = {
-        "data": str(args.data or SHIPPED.name),
+        "data": named(args.data),
         "model": args.model and str(args.model),
         "device": str(settings.device()),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
@@ -177,7 +176,7 @@ def _checked(args: argparse.Namespace) -> tuple[list[Objective], Preferences]:
     from ..demo.objective import columns, find
 
     chosen = [find(name) for name in _names(args)]
-    preferences = load(args.data or SHIPPED, columns(*chosen))
+    preferences = load(args.data, columns(*chosen))
     lists = any(objective.unit == "list" for objective in chosen)
     return chosen, preferences if lists else preferences.pairs()
 
@@ -221,8 +220,8 @@ def _prepare(args: argparse.Namespace, preferences: Preferences, console: Consol
     kind = "lists" if any(len(example.completions) > 2 for example in examples) else "pairs"
     if len(fitting) < MIN_EXAMPLES:
         raise DemoError(
-            f"{args.data}: only {len(fitting)} of {len(examples)} {kind} have at most {MAX_LENGTH} "
-            f"tokens, expected at least {MIN_EXAMPLES}"
+            f"{named(args.data)}: only {len(fitting)} of {len(examples)} {kind} have at most "
+            f"{MAX_LENGTH} tokens, expected at least {MIN_EXAMPLES}"
         )
     train, held_out = split([example for example, _ in fitting], args.seed)
     recipe = plan(
@@ -234,7 +233,7 @@ def _prepare(args: argparse.Namespace, preferences: Preferences, console: Consol
     }
     console.say(
         "data",
-        f"{args.data or SHIPPED.name}: {len(train)} {kind} to train on, {len(held_out)} held out"
+        f"{named(args.data)}: {len(train)} {kind} to train on, {len(held_out)} held out"
         + "".join(f", {count} {what} left out" for what, count in left_out.items() if count),
     )
     console.say(

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from ..objectives.signature import Domain
-from . import DemoError
+from . import DemoError, arithmetic
 
 MIN_EXAMPLES = 10
 _EXPECTED = (
@@ -61,7 +61,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """The examples of a file."""
+    """The examples of a file, or those of `arithmetic`."""
 
     examples: list[Example]
     undecided: int  # lists that are left out because all their rewards are equal
@@ -73,14 +73,14 @@ class Preferences:
 
 
 def load(
-    path: Path, columns: Mapping[str, Domain] | None = None, least: int = MIN_EXAMPLES
+    path: Path | None, columns: Mapping[str, Domain] | None = None, least: int = MIN_EXAMPLES
 ) -> Preferences:
     """What a file with one JSON object a line prefers; blank lines are passed over.
 
     Args:
-        path: a file in UTF-8. Every object has the texts "prompt", "chosen" and "rejected"; or
-            "prompt", a list "completions" and a list "rewards". No text is blank, and there may be
-            other fields.
+        path: a file in UTF-8; None: the pairs of `arithmetic`. Every object has the texts "prompt",
+            "chosen" and "rejected"; or "prompt", a list "completions" and a list "rewards". No text
+            is blank, and there may be other fields.
         columns: names of further fields that must be there, and the numbers allowed in them. Where
             there is no "reward_margin" it is the difference of "score_chosen" and "score_rejected",
             which for a list are its largest and its smallest reward.
@@ -89,17 +89,18 @@ def load(
     Raises:
         DemoError: naming the file, the line and what was expected there.
     """
+    source = named(path)
     try:
-        lines = path.read_bytes().splitlines()
+        lines = _contents(path).splitlines()
     except OSError as error:
-        raise DemoError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DemoError(f"{source}: cannot be read: {error.strerror}") from None
     examples, undecided = [], 0
     for at, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 example = _parse(line, columns or {})
             except ValueError as error:
-                raise DemoError(f"{path}, line {at}: {error}") from None
+                raise DemoError(f"{source}, line {at}: {error}") from None
             if example is None:
                 undecided += 1
             else:
@@ -107,9 +108,20 @@ def load(
     if len(examples) < least:
         without = f", without {undecided} lists of equal rewards" if undecided else ""
         raise DemoError(
-            f"{path}: {len(examples)} examples{without}, expected at least {least}, one a line"
+            f"{source}: {len(examples)} examples{without}, expected at least {least}, one a line"
         )
     return Preferences(examples, undecided)
+
+
+def named(path: Path | None) -> str:
+    """What messages and results call what `load` reads."""
+    return arithmetic.NAME if path is None else str(path)
+
+
+def _contents(path: Path | None) -> bytes:
+    if path is not None:
+        return path.read_bytes()
+    return arithmetic.to_jsonl(arithmetic.make_pairs()).encode()
 
 
 def _parse(line: bytes, columns: Mapping[str, Domain]) -> Example | None:

@@ -17,7 +17,7 @@ TINY = {**runs.QUICK, "steps": 3, "hidden": 32, "layers": 1, "max_length": 48}
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_pairs.jsonl"
 
 
-def measured(method, adapters=False, pairs=runs.DEFAULT_PAIRS, **changes):
+def measured(method, adapters=False, pairs=None, **changes):
     training = runs.Training(method=method, adapters=adapters, **{**TINY, **changes})
     row = runs.measure(training, pairs)
     assert json.loads(json.dumps(row)) == row
@@ -37,6 +37,7 @@ def check(row):
 def test_a_training_is_the_same_on_both_sides():
     row = measured("dpo", adapters=True)
     check(row)
+    assert row["pairs"] == "arithmetic"
     text = report.terminal_trainings([row])
     assert "dpo, LoRA: losses within" in text
     assert f"{row['stock']['step'] / row['fastpref']['step']:.2f}x" in text
@@ -69,7 +70,7 @@ def test_one_side_is_on_fastpref(tmp_path, method, name):
         return vars(integration.trl_utils())["_ChunkedLogProbFunction"]
 
     integration.unpatch()
-    own, examples = found(), load(runs.DEFAULT_PAIRS).examples[:20]
+    own, examples = found(), load(None).examples[:20]
     training = runs.Training(method=method, adapters=True, **TINY)
     try:
         stock = make_trainer(training, examples, False, tmp_path)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped pairs: made again byte for byte, and checked by a solver that reads the questions."""
+"""The pairs: the same everywhere, and checked by a solver that reads the questions."""
 
-import json
+import hashlib
 import math
 import re
 
@@ -9,8 +9,7 @@ import pytest
 
 from fastpref.demo.arithmetic import (
     MISTAKES,
-    SHIPPED,
-    SHIPPED_PAIRS,
+    PAIRS,
     Step,
     make_pairs,
     to_jsonl,
@@ -32,7 +31,7 @@ ASKED = {
     "coins does": lambda a, b, c: a - b * c,
 }
 EQUATION = re.compile(r"(\d+) ([-+x/]) (\d+) = (\d+)")
-SHIPPED_LINES = [json.loads(line) for line in SHIPPED.read_text().splitlines()]
+MADE = make_pairs()
 
 
 def solve(prompt: str) -> float:
@@ -52,45 +51,51 @@ def holds(left: str, operation: str, right: str, result: str) -> bool:
     return {"+": a + b == c, "-": a - b == c, "x": a * b == c, "/": a == b * c}[operation]
 
 
-def test_shipped_file_is_what_the_generator_makes():
-    same = SHIPPED.read_text() == to_jsonl(make_pairs(SHIPPED_PAIRS))
-    assert same  # what differs is long, and pytest takes minutes to show it
-    assert SHIPPED.stat().st_size < 310_000
+def test_bytes_are_the_same_everywhere():
+    """In every Python and on every machine: results of the demo can be compared."""
+    found = hashlib.sha256(to_jsonl(MADE).encode()).hexdigest()
+    assert found == "380c46adcb3bf4bcc0411bf2c59c482b9380e2c53caa2de43fda7a85f8d1d1ea"
+
+
+def test_rounded_margins_are_far_from_a_tie():
+    """log1p of a platform may be off in its last bits, and the fourth decimal be the same."""
+    apart = {abs(stated(pair["chosen"]) - stated(pair["rejected"])) for pair in MADE}
+    assert min(abs(math.log1p(one) * 1e4 % 1 - 0.5) for one in apart) > 1e-4
 
 
 def test_every_chosen_answer_is_right():
-    for pair in SHIPPED_LINES:
+    for pair in MADE:
         equations = EQUATION.findall(pair["chosen"])
         assert equations and all(holds(*equation) for equation in equations), pair
         assert int(equations[-1][3]) == stated(pair["chosen"]) == solve(pair["prompt"]), pair
 
 
 def test_every_rejected_answer_is_wrong():
-    for pair in SHIPPED_LINES:
+    for pair in MADE:
         assert stated(pair["rejected"]) != solve(pair["prompt"]), pair
 
 
 def test_reward_margin_says_how_far_off_the_wrong_answer_is():
-    for pair in SHIPPED_LINES:
+    for pair in MADE:
         apart = abs(stated(pair["chosen"]) - stated(pair["rejected"]))
         assert pair["reward_margin"] > 0
         assert pair["reward_margin"] == pytest.approx(math.log(1 + apart), abs=6e-5), pair
 
 
 def test_both_answers_are_worded_alike():
-    for pair in SHIPPED_LINES:
+    for pair in MADE:
         opening, noun = pair["chosen"].split(" ")[0], pair["chosen"].split(" ")[-1]
         assert pair["rejected"].split(" ")[0] == opening
         assert pair["rejected"].split(" ")[-1] == noun
 
 
 def test_prompts_differ_and_every_kind_occurs_often():
-    assert len({pair["prompt"] for pair in SHIPPED_LINES}) == len(SHIPPED_LINES) == SHIPPED_PAIRS
+    assert len({pair["prompt"] for pair in MADE}) == len(MADE) == PAIRS
     counts = [
-        sum(re.search(rf"(?<!al){phrase}", pair["prompt"]) is not None for pair in SHIPPED_LINES)
+        sum(re.search(rf"(?<!al){phrase}", pair["prompt"]) is not None for pair in MADE)
         for phrase in ASKED
     ]
-    assert min(counts) > SHIPPED_PAIRS / len(MISTAKES) / 2
+    assert min(counts) > PAIRS / len(MISTAKES) / 2
     assert set(MISTAKES) == set(WORDINGS)
 
 

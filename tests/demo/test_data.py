@@ -6,8 +6,8 @@ import json
 import pytest
 
 from fastpref import objectives
-from fastpref.demo import DemoError
-from fastpref.demo.data import MIN_EXAMPLES, Example, load, split
+from fastpref.demo import DemoError, arithmetic
+from fastpref.demo.data import MIN_EXAMPLES, Example, load, named, split
 from fastpref.demo.objective import columns
 from fastpref.objectives.signature import Domain
 
@@ -118,6 +118,13 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}\n')
     with pytest.raises(DemoError, match=r"line 2: not UTF-8"):
         load(path)
+
+
+def test_without_a_file_it_is_arithmetic(tmp_path):
+    lines = arithmetic.to_jsonl(arithmetic.make_pairs()).splitlines()
+    assert load(None) == load(write(tmp_path / "d.jsonl", lines)) and named(None) == "arithmetic"
+    with pytest.raises(DemoError, match='arithmetic, line 1: the field "score" is missing'):
+        load(None, {"score": Domain()})
 
 
 def test_too_few_pairs_and_unreadable_files(tmp_path):

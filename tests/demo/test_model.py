@@ -4,7 +4,6 @@
 import pytest
 
 from fastpref.demo import DemoError
-from fastpref.demo.arithmetic import SHIPPED
 from fastpref.demo.data import load
 
 pytest.importorskip("trl")
@@ -13,7 +12,7 @@ from fastpref.demo.model import VOCABULARY, load_model, save, train_tokenizer
 
 
 def test_tokenizer_fills_the_vocabulary_and_loses_nothing():
-    pairs = load(SHIPPED).examples
+    pairs = load(None).examples
     tokenizer = train_tokenizer(pairs, VOCABULARY)
     assert len(tokenizer) == VOCABULARY
     text = pairs[0].prompt + pairs[0].chosen + " é 3.5\n\n"

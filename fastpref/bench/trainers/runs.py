@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from ... import demo
+from ...demo import arithmetic
 from ..experiment import missing
 
 # The first steps make buffers and compile what is compiled.
 WARM = 2
 MIB = 1 << 20
-DEFAULT_PAIRS = Path(demo.__file__).with_name("arithmetic.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +65,15 @@ def unavailable() -> str | None:
     return f"{', '.join(lacking)} not installed" if lacking else None
 
 
-def measure(training: Training, pairs: Path, seconds: float | None = None) -> dict[str, Any]:
+def measure(
+    training: Training, pairs: Path | None = None, seconds: float | None = None
+) -> dict[str, Any]:
     """A row of the report: of stock TRL and of fastpref seconds a step and in the head (medians),
     and MiB at the peak above what was held before; the largest difference between the losses of a
     step. The two take their steps in turn, so that what else runs here slows down both.
+
+    Args:
+        pairs: a file; None: arithmetic.
 
     Raises:
         RuntimeError: with the end of its output, where a process fails; where a loss is no number.
@@ -89,7 +93,7 @@ def measure(training: Training, pairs: Path, seconds: float | None = None) -> di
         raise RuntimeError(f"losses are no numbers: {losses}")
     return {
         **dataclasses.asdict(training),
-        "pairs": pairs.name,
+        "pairs": arithmetic.NAME if pairs is None else pairs.name,
         "difference": max(abs(one - other) for one, other in losses),
         "first_loss": sides["stock"]["losses"][0],
         "last_loss": sides["stock"]["losses"][-1],
@@ -105,12 +109,14 @@ def _summary(side: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _start(training: Training, pairs: Path, side: str, folder: Path) -> subprocess.Popen[str]:
+def _start(
+    training: Training, pairs: Path | None, side: str, folder: Path
+) -> subprocess.Popen[str]:
     """The process of one side; its output goes to files of ``folder``."""
     turn = folder / "turn"
     turn.touch()
     sizes, threads = dataclasses.asdict(training), torch.get_num_threads()
-    job = json.dumps([sizes, str(pairs), side == "fastpref", str(turn), threads])
+    job = json.dumps([sizes, pairs and str(pairs), side == "fastpref", str(turn), threads])
     command = [sys.executable, "-m", "fastpref.bench.trainers.worker", job]
     with (folder / f"{side}.out").open("w") as out, (folder / f"{side}.err").open("w") as err:
         return subprocess.Popen(command, stdout=out, stderr=err, text=True)

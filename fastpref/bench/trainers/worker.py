@@ -36,7 +36,7 @@ class Turn:
         fcntl.flock(self.file, fcntl.LOCK_UN)
 
 
-def train(training: Training, pairs: Path, on_fastpref: bool, turn: Path) -> dict[str, Any]:
+def train(training: Training, pairs: Path | None, on_fastpref: bool, turn: Path) -> dict[str, Any]:
     """What ``demo.measure.measured`` returns."""
     examples = load(pairs).pairs().examples
     with tempfile.TemporaryDirectory(prefix="fastpref-bench-") as directory:
@@ -48,7 +48,7 @@ def main(job: str) -> None:
     quiet()
     training, pairs, on_fastpref, turn, threads = json.loads(job)
     torch.set_num_threads(threads)
-    print(json.dumps(train(Training(**training), Path(pairs), on_fastpref, Path(turn))))
+    print(json.dumps(train(Training(**training), pairs and Path(pairs), on_fastpref, Path(turn))))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,11 @@ SHARED = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall"]
 # Of the row kernels, whose loops all ask to be vectorised: -O3 made them larger by a half, and no
 # faster.
 KERNELS = ["-O2", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *SHARED]
-# What the operators around them and the module do takes no time: small.
+# What the operators around them and the module do takes no time: small, the module without
+# pybind11's checks of itself.
 SMALL = ["-Os", *SHARED]
+MODULE = ["-DNDEBUG", *SMALL]
+WHOLE = ["-flto=auto"]  # smaller still, where compiler and linker can
 NVCC = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Machine code for Ampere (and Ada), Hopper and Blackwell; PTX of the newest for what comes after.
 CUDA_ARCHITECTURES = ("8.0", "9.0a", "10.0")
@@ -288,9 +291,11 @@ def plan_ops(ninja: Ninja, output: str) -> dict[str, str]:
 
 def plan_module(ninja: Ninja, output: str) -> dict[str, str]:
     """Add the pybind11 module to the ninja file."""
-    flags = [*SMALL, *words("CXXFLAGS"), *(f"-isystem{path}" for path in module_includes())]
+    whole = WHOLE if complaint([*compiler(), *MODULE, *WHOLE], "int x;\n", ".cpp") is None else []
+    own = [*MODULE, *whole, *words("CXXFLAGS")]
+    flags = [*own, *(f"-isystem{path}" for path in module_includes())]
     objects = [ninja.compile(CSRC / "module.cpp", compiler(), flags)]
-    ninja.add("link", output, objects, compiler(), link_flags([]))
+    ninja.add("link", output, objects, compiler(), [*whole, *link_flags([])])
     return {"python": platform.python_version()}
 
 

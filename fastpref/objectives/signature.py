@@ -222,7 +222,6 @@ FilledWithGrad: TypeAlias = Annotated[
     Tensor, ExtraFacts(shapes=("logps",), filled=True, differentiable=True)
 ]
 State: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("number",))]
-PerResponse: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("unit",))]
 PerResponseOrToken: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("unit", "logps"))]
 Embeddings: TypeAlias = Annotated[Tensor, ExtraFacts(shapes=("rows",))]
 Probabilities: TypeAlias = Annotated[

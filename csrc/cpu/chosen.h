@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The row kernels of the instructions that this processor has.
+// The row kernels of the instructions that this processor has; of float64 those of any.
 #pragma once
 
 #include "../cpu_features.h"
@@ -10,9 +10,9 @@ namespace fastpref::cpu {
 inline const RowKernels& row_kernels(Element element) {
   const int index = static_cast<int>(element);
 #if defined(__x86_64__)
-  switch (cpu_capability()) {
+  switch (element == Element::float64 ? CpuCapability::baseline : cpu_capability()) {
     case CpuCapability::avx512:
-      return element == Element::float64 ? row_kernels_avx2[index] : row_kernels_avx512[index];
+      return row_kernels_avx512[index];
     case CpuCapability::avx2:
       return row_kernels_avx2[index];
     case CpuCapability::baseline:

@@ -156,8 +156,9 @@ struct RowKernels {
 
 extern const RowKernels row_kernels_baseline[kElements];
 #if defined(__x86_64__)
+// Not of float64, which is there to check the others and would be half of the code.
 extern const RowKernels row_kernels_avx2[kElements];
-extern const RowKernels row_kernels_avx512[kElements];  // of float64 none
+extern const RowKernels row_kernels_avx512[kElements];
 #endif
 
 }  // namespace fastpref::cpu

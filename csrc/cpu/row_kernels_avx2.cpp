@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row kernels for x86-64 processors with AVX2 and FMA.
+// Row kernels for x86-64 processors with AVX2 and FMA, float64 aside.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma")
 #include "row_kernels.inl"
@@ -7,7 +7,7 @@
 namespace fastpref::cpu {
 
 const RowKernels row_kernels_avx2[kElements] = {
-    kernels_of<Element::float64>(),
+    {},
     kernels_of<Element::float32>(),
     kernels_of<Element::bfloat16>(),
     kernels_of<Element::float16>(),

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row kernels for x86-64 processors with AVX-512 (F, BW, DQ, VL). Of float64, which is there to check the others, AVX2
-// serves: it would be a quarter of the code.
+// Row kernels for x86-64 processors with AVX-512 (F, BW, DQ, VL), float64 aside.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #include "row_kernels.inl"

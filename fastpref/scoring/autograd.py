@@ -30,7 +30,7 @@ Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 def run(call: Call, models: Sequence[Model]) -> Outputs:
     """The outputs of ``call.rule``."""
     if not call.request.needs_grad and forward_ad._current_level < 0:
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
             return run_forward(call, models).outputs
     tensors = inputs_of(models, call)
     outputs: Outputs = Engine.apply(call, *tensors)  # type: ignore[no-untyped-call]

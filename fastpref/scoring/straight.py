@@ -53,12 +53,14 @@ def forward(call: Call, model: Model) -> tuple[tuple[Tensor | None, ...], Kept]:
         map.cap,
         plan.needs_grad,
     )
+    if not plan.needs_grad:
+        return (logp, *OTHERS), Kept(target, ())
     numbers = found[LOGP], found[ANCHOR], found[NORM], found[SCALE], None
     own = packing.gather(target.view(-1))
     if plan.schedule == "direct":
         kept = Kept(own, numbers, direct=(torch.mm(tile, weight),))
     else:
-        kept = Kept(own, numbers, (tile,) if plan.needs_grad else ())
+        kept = Kept(own, numbers, (tile,))
     return (logp, *OTHERS), kept
 
 

@@ -128,6 +128,10 @@ class Modifier(Composite):
         """That of the first part, whose rewards are shown."""
         return self.objectives[0].reduction
 
+    @property
+    def fixed_direction(self) -> bool:
+        return False
+
     def replace(self, **hyperparameters: Any) -> "Modifier":
         parts = []
         for part in self.objectives:
@@ -158,6 +162,10 @@ class _Weighted(Modifier):
     @property
     def __name__(self) -> str:
         return f"wpo({self.objectives[0].name})"
+
+    @property
+    def fixed_direction(self) -> bool:
+        return self.objectives[0].fixed_direction
 
     def own_extras(self) -> Mapping[str, ExtraFacts]:
         return _WEIGHTS

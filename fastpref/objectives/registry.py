@@ -51,6 +51,11 @@ class Composite(ABC):
     def reduction(self) -> Reduction:
         """As that of an ``Objective``."""
 
+    @property
+    @abstractmethod
+    def fixed_direction(self) -> bool:
+        """As that of an ``Objective``."""
+
     @abstractmethod
     def __call__(self, *logps: Tensor | None, **extras: Any) -> Losses:
         """As an ``Objective`` is called."""
@@ -156,6 +161,14 @@ class Objective:
             return "sum"
         chosen = self.hyperparameters.get("normalize", "mean")  # as ipo lets its user
         return "mean" if self.registration.reduction == chosen == "mean" else "sum"
+
+    @property
+    def fixed_direction(self) -> bool:
+        """Whether the gradient of a unit's loss at what is scored keeps its direction whatever the
+        scores are, so that only its length depends on them; False where nobody says so."""
+        if isinstance(self.function, Composite):
+            return self.function.fixed_direction
+        return self.registration is not None and self.registration.fixed_direction
 
     @property
     def extras(self) -> Mapping[str, ExtraFacts]:
@@ -326,6 +339,11 @@ class Registration:
         trains_rejected: whether the rejected responses of a pair have a gradient.
         loss_type: what TRL's trainer of its unit (DPO, KTO or GRPO) calls it, and Liger-Kernel
             where it has it; None where TRL has it not.
+        fixed_direction: whether the gradient of a unit's loss at what is scored keeps its direction
+            whatever the scores are: the loss is a function of one number that is linear in them.
+            ``preference_loss`` may then read the direction off where all scores, those of the
+            reference too, are 0 (the gradient must not vanish there unless it does everywhere), and
+            multiply by the length later. Of one that has no fixed direction gradients are wrong.
     """
 
     objective: Objective
@@ -335,6 +353,7 @@ class Registration:
     loss_per_unit: bool
     trains_rejected: bool
     loss_type: str | None
+    fixed_direction: bool
 
 
 _REGISTERED: dict[str, Registration] = {}  # by name, in the order of the catalogue
@@ -350,6 +369,7 @@ def objective(
     loss_per_unit: bool = True,
     trains_rejected: bool = True,
     loss_type: str | None = None,
+    fixed_direction: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register an objective of this package: a ``Registration``, whose signature is the
     function's own."""
@@ -363,7 +383,14 @@ def objective(
         function.__doc__ = documented(formula, plain.signature, unit, needs_reference)
         cast(Any, function).__signature__ = readable_signature(formula)
         _REGISTERED[plain.name] = Registration(
-            plain, formula, reduction, condition, loss_per_unit, trains_rejected, loss_type
+            plain,
+            formula,
+            reduction,
+            condition,
+            loss_per_unit,
+            trains_rejected,
+            loss_type,
+            fixed_direction,
         )
         return function
 

@@ -312,7 +312,7 @@ def cal_dpo(
     return PairLosses(losses, beta * chosen, beta * rejected)
 
 
-@objective(unit="pair", scope="pair", needs_reference=True)
+@objective(unit="pair", scope="pair", needs_reference=True, fixed_direction=True)
 def tdpo(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,

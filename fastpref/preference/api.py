@@ -73,8 +73,9 @@ def preference_loss(
         weight: (V, H), the head, as ``nn.Linear`` stores it.
         target: (B, T), or packed (N,) or (1, N); int64, already shifted.
         objective: the name of one, an ``Objective``, or a pairwise function. It may be called
-            several times for one loss: once a batch of one pass, and where memory runs out there
-            again in two passes, with the random state of before.
+            several times for one loss: once a batch of one pass, before that at scores of 0 where
+            its gradient's direction is fixed, and where memory runs out there again in two passes,
+            with the random state of before.
         layout: which rows are compared. "halves": rows 0 to P - 1 are chosen, row P + p is rejected
             against row p, as TRL has them; "interleaved": row 2 p is chosen, row 2 p + 1 rejected;
             an index tensor (P, 2): the rows of each pair, chosen first; "groups": each

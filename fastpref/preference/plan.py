@@ -22,6 +22,7 @@ from ..scoring.batches import BatchedPlan, choose_for_groups
 from ..scoring.packing import Packing
 from ..scoring.plan import MEBIBYTE, Plan
 from ..scoring.request import Call, pack_for
+from ..scoring.rules.compared import WithDivergence
 from ..units.layouts import Arrangement, Indexed
 from .batch import Batch
 from .result import result_of
@@ -87,7 +88,8 @@ def plan_task(task: Task) -> PreferenceCall:
     main = _planned(task.main, target, packing, _active(task))
     reference = None if task.reference is None else _planned(task.reference, target, packing)
     sizes = groups if isinstance(groups, str) else groups.sizes
-    plan = choose_for_groups(main.plan, request.options, sizes)
+    directed = isinstance(groups, Groups) and _directed(task)
+    plan = choose_for_groups(main.plan, request.options, sizes, directed)
     if isinstance(plan, BatchedPlan) and _trains_more(task):
         reason = "the objective has parameters that need a gradient"
         plan = choose_for_groups(main.plan, request.options, reason)
@@ -188,6 +190,19 @@ def _why_no_groups(task: Task) -> str | None:
     given = {**task.extras, **given}
     trained = [n for n, one in given.items() if isinstance(one, Tensor) and one.requires_grad]
     return f"{', '.join(trained)} need a gradient too" if trained else None
+
+
+def _directed(task: Task) -> bool:
+    """Whether each group's gradient at the scores of both models has a direction that is known
+    before them."""
+    if not isinstance(task.main.rule, WithDivergence) or not task.objective.fixed_direction:
+        return False
+    arrangement = task.arrangement
+    if not isinstance(arrangement, Indexed):
+        return True
+    # Several pairs of one row make several directions.
+    rows = arrangement.pairs.flatten()
+    return len(rows.unique()) == len(rows)
 
 
 def _trains_more(task: Task) -> bool:

@@ -6,6 +6,11 @@ The rows come in batches of whole groups. While a batch's exponentials are in me
 evaluated on all scores known so far and its gradient, right for every group that is complete, goes
 through the products of the batch. Three products where keeping would need too much memory and
 recomputing would take four; in return d weight is added to once a batch.
+
+Of directed rows (plan.py) the slopes of the loss at scores of 0 already have the right direction,
+and only their length is to come. A group that the budget does not hold is then cut into pieces: the
+gradient along that direction goes through the products of each while it is in memory, into sums of
+the group's own, which are multiplied by the length once all of the group is scored.
 """
 
 from __future__ import annotations
@@ -30,16 +35,35 @@ from .autograd import (
 from .backward import Gradients, backward
 from .forward import Run, forward
 from .head import TENSORS, Model
-from .plan import MEBIBYTE, Plan, choose, in_float32, less, rows_to_keep, tile_budget
+from .plan import (
+    LEAST_ROWS,
+    MEBIBYTE,
+    Plan,
+    Problem,
+    choose,
+    in_float32,
+    less,
+    rows_to_keep,
+    tile_budget,
+)
+from .products import split
 from .request import Call
 from .retry import nothing_less, random_state, with_less
-from .rules import Heads
+from .rules import Rule
+from .rules.compared import AlongDirection, WithDivergence
 from .transforms import Differentiable, for_each
 from .types import ScoringOptions, statistics_dtype
 
 # Rows of a product that take as long as adding a product onto (V, H) float32 totals: measured on
 # two cores; by bandwidth and peak of an H200.
 ACCUMULATION_ROWS = {"cpu": 100, "cuda": 700}
+
+
+def accumulation_rows(problem: Problem) -> float:
+    """Rows of a product that take as long as adding a gradient of the weight up."""
+    rows = ACCUMULATION_ROWS.get(problem.device_type, 0) if problem.needs_weight else 0
+    return rows * problem.trained_size / problem.hidden_size
+
 
 LossOfOutputs = Callable[[Outputs], Tensor]
 # The loss, all outputs of the rule, the gradient at the rows of the positions, at the head's
@@ -51,8 +75,18 @@ Outcome = tuple[Tensor, Outputs, Tensor | None, tuple[Tensor | None, ...], Tenso
 class BatchedPlan:
     """Batches of whole groups, with their cost. What ``explain`` returns where they run."""
 
-    plans: tuple[Plan, ...]  # of each batch
+    batches: tuple[tuple[Plan, ...], ...]  # one plan each, or those of the pieces of one group
     schedule: str = "batches"
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """One after the other."""
+        return tuple(plan for pieces in self.batches for plan in pieces)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a group is."""
+        return any(len(pieces) > 1 for pieces in self.batches)
 
     @property
     def largest(self) -> Plan:
@@ -74,37 +108,40 @@ class BatchedPlan:
 
     @property
     def accumulation_units(self) -> float:
-        """What it takes as long as to add the weight's gradient up once a batch."""
+        """What it takes as long as to add the weight's gradient up: once a batch, and of a group in
+        pieces once each and once more."""
         plan = self.plans[0]
-        if not plan.needs_weight or len(self.plans) == 1:
+        if len(self.plans) == 1:
             return 0.0
-        share = plan.trained_size / plan.hidden_size
-        rows = ACCUMULATION_ROWS.get(plan.device_type, 0) * len(self.plans) * share
-        return rows / max(1, self.scored)
+        times = sum(len(pieces) + (len(pieces) > 1) for pieces in self.batches)
+        return times * accumulation_rows(plan) / max(1, self.scored)
 
     @property
     def saved_bytes(self) -> int:
         """Held from forward to backward, beside the arguments: the gradients, that of the weight in
         the statistics' dtype."""
         plan = self.plans[0]
-        exact = statistics_dtype(plan.dtype).itemsize
-        held = self.scored * (plan.hidden_size * plan.itemsize + 8)
-        if plan.needs_weight:
-            held += plan.vocab_size * plan.trained_size * exact
-        if plan.needs_bias:
-            held += plan.vocab_size * 8
-        return held
+        return self.scored * (plan.hidden_size * plan.itemsize + 8) + self._head_bytes
 
     @property
     def workspace_bytes(self) -> int:
         """Working memory at its peak, ``saved_bytes`` included, results and gradients not."""
-        return self.saved_bytes + self.largest.workspace_bytes
+        group = self._head_bytes if self.in_pieces else 0
+        return self.saved_bytes + group + self.largest.workspace_bytes
+
+    @property
+    def _head_bytes(self) -> int:
+        """Of sums of the head's gradients."""
+        plan = self.plans[0]
+        exact = statistics_dtype(plan.dtype).itemsize
+        weight = plan.vocab_size * plan.trained_size * exact if plan.needs_weight else 0
+        return weight + (plan.vocab_size * 8 if plan.needs_bias else 0)
 
     def __str__(self) -> str:
         plan = self.largest
         return (
-            f"batches on {plan.backend}: {self.units:.2f}u in {len(self.plans)} batches of whole "
-            f"groups, at most {plan.scored} of {self.scored} rows each ({plan.schedule}), "
+            f"batches on {plan.backend}: {self.units:.2f}u in {len(self.batches)} batches of whole "
+            f"groups, at most {plan.scored} of {self.scored} rows at a time ({plan.schedule}), "
             f"workspace {self.workspace_bytes / MEBIBYTE:.1f} MiB "
             f"(budget {plan.memory_budget / MEBIBYTE:.1f} MiB, {plan.budget_from})"
             f"{in_float32(plan)}"
@@ -112,13 +149,17 @@ class BatchedPlan:
 
 
 def choose_for_groups(
-    plan: Plan, options: ScoringOptions, groups: Callable[[], Sequence[int]] | str
+    plan: Plan,
+    options: ScoringOptions,
+    groups: Callable[[], Sequence[int]] | str,
+    directed: bool = False,
 ) -> Plan | BatchedPlan:
     """Batches where they cost less than ``plan``, the best for two passes.
 
     Args:
         groups: scored rows of each group, in the order of the batches, asked for only where batches
             may be better; or why there are none.
+        directed: whether the rows of batches are, each group with a length of its own.
 
     Raises:
         ValueError: batches were asked for and cannot be.
@@ -135,22 +176,45 @@ def choose_for_groups(
     best = plan.kept_rows == plan.scored or (plan.schedule == "direct" and plan.matrices == 1)
     if not forced and (options.schedule != "auto" or best):
         return plan
-    batched = BatchedPlan(plans=tuple(_plans(plan, options, groups())))
+    whole = replace(plan, matrices=1, directed=True) if directed else plan
+    batched = BatchedPlan(batches=tuple(_batches(whole, options, groups())))
     return batched if forced or batched.units < plan.units else plan
 
 
-def _plans(whole: Plan, options: ScoringOptions, groups: Sequence[int]) -> Iterator[Plan]:
+def _batches(
+    whole: Plan, options: ScoringOptions, groups: Sequence[int]
+) -> Iterator[tuple[Plan, ...]]:
     options = replace(options, schedule="keep")
-    capacity = max(1, rows_to_keep(whole, tile_budget(whole, whole.memory_budget)))
+    capacity = _capacity(whole)
     even = whole.scored / math.ceil(whole.scored / capacity)
+
+    def of_rows(rows: int) -> tuple[Plan, ...]:
+        pieces = math.ceil(rows / capacity) if whole.directed else 1
+        cut = split(0, rows, math.ceil(rows / pieces))
+        return tuple(choose(whole.of_rows(at.stop - at.start), options) for at in cut)
+
     rows = 0
     for group in groups:
         if rows and (rows >= even or rows + group > capacity):
-            yield choose(whole.of_rows(rows), options)
+            yield of_rows(rows)
             rows = 0
         rows += group
     if rows:
-        yield choose(whole.of_rows(rows), options)
+        yield of_rows(rows)
+
+
+def _capacity(whole: Plan) -> int:
+    """Rows of a batch, or of a piece."""
+    if whole.directed and not (whole.needs_weight or whole.needs_bias):
+        return whole.scored  # multiplied with the weight at once, none is kept
+    budget = tile_budget(whole, whole.memory_budget)
+    rows = rows_to_keep(whole, budget)
+    if whole.directed:
+        # Two of the least tiles lie beside them. What two pieces add up, three times, takes no
+        # longer than one product.
+        least = max(LEAST_ROWS, math.ceil(3 * accumulation_rows(whole)))
+        rows = max(least, min(rows, budget // whole.row_bytes - 2 * LEAST_ROWS))
+    return max(1, rows)
 
 
 def score_with_loss(
@@ -166,7 +230,8 @@ def score_with_loss(
         positions: (N,) scored positions of the target, those of a group together, in the order of
             the plan's batches.
         loss: of the outputs to a 0-dim tensor; the gradient at those of a group must not depend on
-            other groups, nor must it be NaN while those hold 0. Called once a batch.
+            other groups, nor must it be NaN while those hold 0. Called once a batch, and of
+            directed rows once before.
 
     A gradient at an output is answered by scoring again, by ``call``'s own plan. Where
     memory runs out two passes recompute, without totals of the gradients from forward to backward,
@@ -205,8 +270,8 @@ class BatchedLoss(Differentiable):
         ctx.set_materialize_grads(False)
         models = [model.detached() for model in models_of(tensors, call)]
         with products_of(models[0].hidden):
-            one_pass = _OnePass(call, plan, positions, loss)
-            value, outputs, d_rows, gradients, projected = one_pass.run(models)
+            one_pass = _OnePass(call, plan, positions, loss, models)
+            value, outputs, d_rows, gradients, projected = one_pass.run()
         ctx.call, ctx.plan = call, plan
         ctx.save_for_backward(*tensors, positions, d_rows, projected, *gradients)
         names, differentiable = call.rule.output_names, call.rule.differentiable
@@ -256,55 +321,98 @@ class BatchedLoss(Differentiable):
         return (None, None, None, None, *once, *[None] * (count - TENSORS))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
+class _Sums:
+    """Of gradients at the head, in the statistics' dtype (bias: float64)."""
+
+    head: Gradients  # hidden's is none of them
+    lora_a: Tensor | None = None
+
+    def take(self, other: _Sums, length: Tensor) -> None:
+        """``other`` times ``length``, and leave it empty."""
+        for own, part in zip(self.head, other.head, strict=True):
+            if own is not None and part is not None:
+                own.addcmul_(part, length.to(part.dtype))
+                part.zero_()
+        if other.lora_a is not None:
+            self.lora_a = _added(self.lora_a, other.lora_a * length)
+            other.lora_a = None
+
+
 class _OnePass:
-    call: Call
-    plan: BatchedPlan
-    positions: Tensor
-    loss: LossOfOutputs
-
-    def run(self, models: Sequence[Model]) -> Outcome:
-        call, (hidden, head) = self.call, models[0]
-        heads, outputs = call.heads(models), self._nothing_yet()
-        totals, d_a, d_rows = self._totals(heads), None, None
+    def __init__(
+        self,
+        call: Call,
+        plan: BatchedPlan,
+        positions: Tensor,
+        loss: LossOfOutputs,
+        models: Sequence[Model],
+    ) -> None:
+        self.call, self.plan, self.positions, self.loss = call, plan, positions, loss
+        self.models, self.heads = models, call.heads(models)
+        self.rule, self.directed = _rule_of(call.rule, plan), plan.largest.directed
+        # Of the rows that are scored so far.
+        self.outputs, self.value = self._nothing_yet(), call.target.new_zeros(())
+        self.sums = _Sums(self._no_gradients())
+        self.of_group = _Sums(self._no_gradients()) if plan.in_pieces else None
+        self.d_rows: Tensor | None = None
         if call.request.needs_hidden:
-            shape = len(self.positions), hidden.shape[-1]
-            d_rows = hidden.new_empty(shape, dtype=call.plan.dtype)
-        value, start = call.target.new_zeros(()), 0
-        for plan in self.plan.plans:
-            at = self.positions[start : start + plan.scored]
-            rows = [_rows_at(one, at, plan) for one in models]
-            run = Run(call.rule, heads, plan)
-            value, gradients = self._batch(run, rows, at, outputs, totals)
-            if d_rows is not None and gradients.hidden is not None:
-                d_rows[start : start + plan.scored], d_a_part = row_gradients(
-                    call, gradients.hidden, rows[0], models[0]
-                )
-                d_a = _added(d_a, None if d_a_part is None else d_a_part.to(value.dtype))
-            start += plan.scored
-        projected = None if head.form.basis is None else totals.weight
-        d_head = head.by_tensor(totals.weight, totals.bias, d_a)
-        return value, outputs, d_rows, d_head, projected
+            shape = len(positions), models[0].hidden.shape[-1]
+            self.d_rows = models[0].hidden.new_empty(shape, dtype=call.plan.dtype)
+        self.foreseen: Outputs = self._slopes() if self.directed else ()
 
-    def _batch(
-        self, run: Run, rows: list[Tensor], at: Tensor, outputs: Outputs, totals: Gradients
-    ) -> tuple[Tensor, Gradients]:
-        """The loss of all outputs so far and the gradient at ``rows``; theirs go into ``outputs``.
+    def run(self) -> Outcome:
+        head, start = self.models[0].head, 0
+        for pieces in self.plan.batches:
+            rows = slice(start, start + sum(one.scored for one in pieces))
+            if self.of_group is None or len(pieces) == 1:
+                self._score(pieces[0], rows, self.sums, self._slopes)
+            else:
+                self._in_pieces(pieces, rows, self.of_group)
+            start = rows.stop
+        d_weight, d_bias = self.sums.head.weight, self.sums.head.bias
+        projected = None if head.form.basis is None else d_weight
+        d_head = head.by_tensor(d_weight, d_bias, self.sums.lora_a)
+        return self.value, self.outputs, self.d_rows, d_head, projected
+
+    def _in_pieces(self, pieces: Sequence[Plan], rows: slice, own: _Sums) -> None:
+        """As ``_score``, of one group of directed rows, whose gradients have one length."""
+        start = rows.start
+        for plan in pieces:
+            piece = slice(start, start + plan.scored)
+            self._score(plan, piece, own, lambda: self.foreseen)
+            start = piece.stop
+        at = self.positions[rows]
+        length = _length(_at(self._slopes(), at), _at(self.foreseen, at))
+        self.sums.take(own, length)
+        if self.d_rows is not None:
+            self.d_rows[rows] *= length
+
+    def _score(self, plan: Plan, rows: slice, onto: _Sums, slopes: Callable[[], Outputs]) -> None:
+        """Score ``rows`` and take their gradient for the ``slopes`` at all outputs, asked for after
+        that.
 
         A function of its own, so that what is kept is gone before that of the next batch.
         """
-        own, factor = self.call.target.view(-1).index_select(0, at), self.call.factor
+        at, call = self.positions[rows], self.call
+        own, factor = call.target.view(-1).index_select(0, at), call.factor
         if factor is not None:
             factor = factor.view(-1).index_select(0, at)
-        found, kept = forward(run, rows, own, factor)
-        if self.call.tuned:
-            canary.watch(self.call, run.heads, rows[0], own, found)
-        for total, part in zip(outputs, found, strict=True):
+        run = Run(self.rule, self.heads, plan)
+        states = [_rows_at(one, at, plan) for one in self.models]
+        direction = AlongDirection.direction(_at(self.foreseen, at)) if self.directed else None
+        found, kept = forward(run, states, own, factor, direction)
+        if call.tuned:
+            canary.watch(call, run.heads, states[0], own, found)
+        for total, part in zip(self.outputs, found, strict=True):
             if total is not None and part is not None:
                 total.view(-1).index_copy_(0, at, part)
-        value, slopes = self._loss_and_slopes(outputs)
-        upstream = [None if one is None else one.reshape(-1).index_select(0, at) for one in slopes]
-        return value, backward(run, rows, kept, upstream, totals)
+        gradients = backward(run, states, kept, _at(slopes(), at), onto.head)
+        if self.d_rows is not None and gradients.hidden is not None:
+            self.d_rows[rows], of_a = row_gradients(
+                call, gradients.hidden, states[0], self.models[0]
+            )
+            onto.lora_a = _added(onto.lora_a, None if of_a is None else of_a.to(self.value.dtype))
 
     def _nothing_yet(self) -> Outputs:
         rule, target = self.call.rule, self.call.target
@@ -316,8 +424,8 @@ class _OnePass:
             for name in rule.output_names
         )
 
-    def _totals(self, heads: Heads) -> Gradients:
-        request, head = self.call.request, heads.projectors[0]
+    def _no_gradients(self) -> Gradients:
+        request, head = self.call.request, self.heads.projectors[0]
         d_weight = d_bias = None
         if request.needs_weight:
             shape = head.weight.shape[0], head.trained_size
@@ -326,19 +434,47 @@ class _OnePass:
             d_bias = head.weight.new_zeros(head.weight.shape[0], dtype=torch.float64)
         return Gradients(None, d_weight, d_bias)
 
-    def _loss_and_slopes(self, outputs: Outputs) -> tuple[Tensor, Outputs]:
-        """The loss, and its gradients at the outputs that are differentiable."""
+    def _slopes(self) -> Outputs:
+        """Gradients of the loss, which is kept, at the differentiable outputs as they are now."""
         names, differentiable = self.call.rule.output_names, self.call.rule.differentiable
         with torch.enable_grad():
             given = [
                 None if one is None else one.detach().requires_grad_(name in differentiable)
-                for name, one in zip(names, outputs, strict=True)
+                for name, one in zip(names, self.outputs, strict=True)
             ]
             value = self.loss(tuple(given))
             leaves = [one for one in given if one is not None and one.requires_grad]
             slopes = iter(torch.autograd.grad(value, leaves, allow_unused=True))
-        found = (next(slopes) if one is not None and one.requires_grad else None for one in given)
-        return value.detach(), tuple(found)
+        self.value = value.detach()
+        return tuple(
+            next(slopes) if one is not None and one.requires_grad else None for one in given
+        )
+
+
+def _rule_of(rule: Rule, plan: BatchedPlan) -> Rule:
+    """That of the batches, for a call of ``rule``."""
+    if plan.largest.directed and isinstance(rule, WithDivergence):
+        return AlongDirection(rule.policy, rule.reference, rule.epsilon)
+    return rule
+
+
+def _at(slopes: Outputs, positions: Tensor) -> Outputs:
+    """(N,) each, of all positions."""
+    return tuple(
+        None if one is None else one.reshape(-1).index_select(0, positions) for one in slopes
+    )
+
+
+def _length(slopes: Outputs, foreseen: Outputs) -> Tensor:
+    """What ``foreseen``, of the same direction, is multiplied by to be ``slopes``; 0 where it is
+    0."""
+    products, squares = [], []
+    for one, other in zip(slopes, foreseen, strict=True):
+        if one is not None and other is not None:
+            products.append((one.double() * other.double()).sum())
+            squares.append(other.double().square().sum())
+    square = torch.stack(squares).sum()
+    return torch.where(square == 0, 0, torch.stack(products).sum() / square)
 
 
 def _rows_at(model: Model, positions: Tensor, plan: Plan) -> Tensor:

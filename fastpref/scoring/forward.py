@@ -48,10 +48,15 @@ class Kept(NamedTuple):
 
 
 def forward(
-    run: Run, rows: Sequence[Tensor], target: Tensor, factor: Tensor | None
+    run: Run,
+    rows: Sequence[Tensor],
+    target: Tensor,
+    factor: Tensor | None,
+    direction: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[Tensor | None, ...], Kept]:
     """The rule's outputs, (N,) each, of ``rows`` (N, H) of each model in the products' dtype, and
-    what backward needs; ``factor`` (N,) is that of the logit maps."""
+    what backward needs; ``factor`` (N,) is that of the logit maps, ``direction`` that of ``Part``.
+    """
     rule, heads, plan = run.rule, run.heads.with_factor(factor), run.plan
     hidden = rows[0]
     workspace.begin_pass()
@@ -70,7 +75,8 @@ def forward(
             tiles = [cut(one, chunk) for one in kept]
         write = bool(tiles or direct)
         tiles += [one[: chunk.stop - chunk.start] for one in room[len(tiles) :] if one is not None]
-        part = Part([cut(one, chunk) for one in rows], cut(target, chunk))
+        along = None if direction is None else (cut(direction[0], chunk), cut(direction[1], chunk))
+        part = Part([cut(one, chunk) for one in rows], cut(target, chunk), along)
         parts.append(rule.forward(heads.of_rows(chunk), part, tiles, write))
         for matrix, out in zip(tiles, direct, strict=False):
             multiply(matrix, heads.projectors[0].weight, out[chunk], heads.room)

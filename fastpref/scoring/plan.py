@@ -83,6 +83,8 @@ class Problem:
     - ``sharded``: over the vocabulary.
     - ``mixes``: the logits of both models, in plain torch.
     - ``widens``: products run in float32, block by block.
+    - ``directed``: the direction of each row's gradient is known before its scores: all that two
+      models make of a row is added up at once, and none is formed again.
     """
 
     scored: int
@@ -109,6 +111,7 @@ class Problem:
     sharded: bool = False
     mixes: bool = False
     widens: bool = False
+    directed: bool = False
 
     @property
     def models(self) -> int:
@@ -373,7 +376,9 @@ def choose(problem: Problem, options: ScoringOptions) -> Plan:
             problem.backend,
             problem.mixes,
             problem.sharded,
-        ) + (scaled.temporary_bytes(problem.dtype) if problem.matrices > 1 else 0)
+        )
+        if problem.matrices > 1 or problem.directed:
+            given["temporary_bytes"] += scaled.temporary_bytes(problem.dtype)
     return Plan(
         **given,
         schedule=schedule,
@@ -441,8 +446,8 @@ def _choice_of_two(
     tile = Tile(min(wanted, max(LEAST_ROWS, share // (2 * problem.row_bytes))), problem.vocab_size)
     if not keeps:
         return "direct" if problem.needs_grad else "score", 0, tile, None
-    kept = 0
-    if options.schedule != "recompute":
+    kept = problem.scored if problem.directed else 0
+    if not problem.directed and options.schedule != "recompute":
         left = budget - 2 * tile.nbytes(problem.itemsize)
         kept = min(problem.scored, max(0, left) // problem.kept_row_bytes)
     if kept >= problem.scored:

@@ -252,6 +252,42 @@ def test_numbers_of_any_dtype_are_taken_in_that_of_the_log_probs(declared):
     assert expected.losses.dtype == torch.float32
 
 
+def slopes_of_pairs(objective, seed):
+    """At what ``preference_loss`` scores, (scores, P), with all scores drawn or for no seed 0."""
+    extras = plain_extras(objective, torch.float64)
+    scored = [name for name in extras if objective.extras[name].differentiable]
+    generator = torch.Generator().manual_seed(seed or 0)
+    logps = plain_logps(objective, dtype=torch.float64)
+    for one in (*logps, *(extras[name] for name in scored)):
+        one.normal_(generator=generator).mul_(0 if seed is None else 30).requires_grad_()
+    wanted = [*logps[: POLICY_LOGPS[objective.unit]], *(extras[name] for name in scored)]
+    losses = objective(*logps, **extras).losses
+    return torch.stack(torch.autograd.grad(losses.sum(), wanted, materialize_grads=True))
+
+
+def same_direction(objective):
+    first = slopes_of_pairs(objective, None)
+    for seed in range(4):
+        other = slopes_of_pairs(objective, seed)
+        across = first[:, None] * other - first * other[:, None]
+        if not torch.allclose(across, torch.zeros_like(across), atol=1e-12):
+            return False
+    return bool(first.any(0).all())
+
+
+@those(lambda one: one.fixed_direction)
+def test_a_fixed_direction_is_one(declared):
+    for version in (1, 2):
+        assert same_direction(ready(declared).replace(version=version))
+    assert objectives.wpo(declared).fixed_direction
+    assert not objectives.combine([declared, "dpo"], [1.0, 1.0]).fixed_direction
+
+
+def test_not_every_direction_is_fixed():
+    assert not registry.registered("dpop").fixed_direction
+    assert not same_direction(registry.registered("dpop"))
+
+
 @those(lambda one: "labels" in one.extras)
 def test_labels_are_two(declared):
     objective, logps = ready(declared), plain_logps(declared)

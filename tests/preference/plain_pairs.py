@@ -25,16 +25,24 @@ def batch(dtype: torch.dtype) -> dict[str, Tensor]:
 def plain(given: dict[str, Tensor], objective: str) -> tuple[Tensor, Tensor]:
     target = given["target"]
 
-    def sums(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = hidden @ weight.t()
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        picked = logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
-        return torch.where(target < 0, 0, picked).sum(1)
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
-    policy = sums(given["hidden"], given["weight"])
-    reference = sums(given["ref_hidden"], given["ref_weight"]).detach()
-    function = objectives.get(objective)
-    return function(*policy.chunk(2), *reference.chunk(2)).losses.mean(), policy
+    def sums(values: Tensor) -> Tensor:
+        return torch.where(target < 0, 0, values).sum(1)
+
+    def picked(logps: Tensor) -> Tensor:
+        return sums(logps.gather(-1, target.clamp(min=0)[..., None])[..., 0])
+
+    log_q = log_softmax(given["hidden"], given["weight"])
+    log_p = log_softmax(given["ref_hidden"], given["ref_weight"]).detach()
+    policy, function, extras = picked(log_q), objectives.get(objective), {}
+    if objective == "tdpo":
+        kl = sums((log_p.exp() * (log_p - log_q)).sum(-1))
+        extras = dict(zip(("chosen_kl", "rejected_kl"), kl.chunk(2), strict=True))
+    losses = function(*policy.chunk(2), *picked(log_p).chunk(2), **extras).losses
+    return losses.mean(), policy
 
 
 def found(loss: Tensor, logps: Tensor, given: dict[str, Tensor], upstream: float):

@@ -29,7 +29,9 @@ COMPARING = ("tdpo", "epsilon_dpo")
 class Call:
     """A call of ``preference_loss`` whose every token is scored and has a gradient."""
 
-    def __init__(self, declared: Objective, head: str, reference: str, seed: int = 3) -> None:
+    def __init__(
+        self, declared: Objective, head: str, reference: str, seed: int = 3, length: int = T
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -37,8 +39,8 @@ class Call:
 
         self.objective = configured(declared)
         # Responses alike: none is so good or bad that an objective leaves it alone.
-        self.hidden, self.weight = draw(B, T, H), 0.01 * draw(V, H)
-        self.target = torch.randint(V, (B, T), generator=generator)
+        self.hidden, self.weight = draw(B, length, H), 0.01 * draw(V, H)
+        self.target = torch.randint(V, (B, length), generator=generator)
         self.hidden.requires_grad_()
         self.weight.requires_grad_(head == "trained")
         self.given: dict[str, Any] = {}
@@ -52,7 +54,8 @@ class Call:
         if declared.name == "mallows_po" and reference != "live":
             extras["ref_entropy"] = torch.linspace(0.2, 0.8, B // 2, dtype=torch.float32)
         if reference == "live":
-            self.given |= {"ref_hidden": draw(B, T, REF_H), "ref_weight": 0.01 * draw(V, REF_H)}
+            ref_hidden, ref_weight = draw(B, length, REF_H), 0.01 * draw(V, REF_H)
+            self.given |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
             for name in ("chosen_kl", "rejected_kl", "margin_plus", "margin_minus"):
                 extras.pop(name, None)
         elif reference == "log-probs":
@@ -127,6 +130,39 @@ def test_both_models_are_projected_once(name: str) -> None:
         call = Call(declared, "trained", "live")
         found = call.flop(schedule="recompute") / (2 * B * T * H * V)
         assert found == pytest.approx(4 + REF_H / H, rel=0.02)
+
+
+@pytest.mark.parametrize("budget", [1, 100, 250, 400, 600, 1000, 3000, 9000])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_known_direction_needs_no_product_again(head: str, budget: int) -> None:
+    """Whatever the budget, of rows of logits; to add up what pieces give takes less than one."""
+    for length in (101, 151):
+        check_known_direction(head, budget, length)
+
+
+def check_known_direction(head: str, budget: int, length: int) -> None:
+    call = Call(registry.registered("tdpo"), head, "live", length=length)
+    options = {"memory_budget": budget * ROW}
+    plan, inner = call.plan(**options), H + (RANK if head == "updated" else 0)
+    found = call.flop(**options) / (2 * B * length * inner * V)
+    trained = {"trained": 1.0, "frozen": 0.0, "updated": RANK / inner}[head]
+    assert found == pytest.approx(1 + REF_H / inner + 1 + trained, rel=0.02)
+    assert plan.units - accumulated(plan) == pytest.approx(found, rel=0.02)
+    assert accumulated(plan) <= 1
+    if head == "trained" and budget == 1:
+        # Four groups, in two pieces each and once more where they have more than 300 rows.
+        times = 3 if length == 151 else 1
+        assert accumulated(plan) == 4 * times * 100 / (B * length)
+
+
+@pytest.mark.parametrize("length", [70, 145, 155, 700])
+@pytest.mark.parametrize("budget", [430, 500, 560, 1200])
+def test_pieces_and_tiles_stay_within_the_budget(budget: int, length: int) -> None:
+    call = Call(registry.registered("tdpo"), "trained", "live", length=length)
+    policy = call.plan(memory_budget=budget * ROW, schedule="batches").policy
+    for one in policy.plans:
+        assert one.scored + 2 * one.forward_tile.rows <= budget
+    assert policy.in_pieces == (2 * length > budget - 128)
 
 
 @pytest.mark.parametrize("budget", [None, 3 * 4 * V])

@@ -3,53 +3,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastpref import ScoringOptions, objectives, preference_loss
 from tests.preference.cases import Data, T, V, compare, halves, run, run_packed, token_logp
-
-MAPS = {"plain": {}, "capped": {"softcap": 4.0, "temperature": 1.3, "logit_scale": 0.7}}
-
-
-def logits(data: Data, policy: bool, map) -> Tensor:
-    hidden, weight, bias = (
-        (data.hidden, data.weight, data.bias)
-        if policy
-        else (data.ref_hidden, data.ref_weight, data.ref_bias)
-    )
-    z = torch.where(data.scored[..., None], hidden, 0) @ weight.t() + bias
-    z = z * map.get("logit_scale", 1)
-    if map:
-        z = map["softcap"] * torch.tanh(z / map["softcap"]) / map["temperature"]
-    return z
-
-
-def gathered(values: Tensor, data: Data) -> Tensor:
-    own = values.log_softmax(-1).gather(-1, data.target.clamp(min=0)[..., None])[..., 0]
-    return torch.where(data.scored, own, 0)
-
-
-def sums(values: Tensor, data: Data, weighted: bool) -> Tensor:
-    return (values * data.token_weights if weighted else values).sum(1)
-
-
-def reference_losses(objective, data: Data, map, weighted: bool) -> Tensor:
-    policy, reference = logits(data, True, map), logits(data, False, map)
-    rows = [sums(gathered(one, data), data, weighted) for one in (policy, reference)]
-    if objective.name == "tdpo":
-        log_q, log_p = policy.log_softmax(-1), reference.log_softmax(-1)
-        kl = torch.where(data.scored, (log_p.exp() * (log_p - log_q)).sum(-1), 0)
-        chosen, rejected = halves(sums(kl, data, weighted))
-        extras = {"chosen_kl": chosen, "rejected_kl": rejected}
-    else:
-        epsilon = objective.hyperparameters["epsilon"]
-        extras = {}
-        for name, sign in (("margin_plus", 1), ("margin_minus", -1)):
-            mixed = policy + sign * epsilon * (policy - reference)
-            chosen, rejected = halves(sums(gathered(mixed, data), data, weighted))
-            extras[name] = chosen - rejected
-    return objective(*(side for row in rows for side in halves(row)), **extras).losses
-
+from tests.preference.two_models import MAPS, reference_losses
 
 CONFIGURATIONS = [
     ("tdpo", {"version": 1}),

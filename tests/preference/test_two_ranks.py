@@ -2,6 +2,7 @@
 """preference_loss on two ranks, over which tokens, vocabulary or pairs are spread, against one
 process."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import ScoringOptions, explain, preference_loss
+from tests.preference.two_models import pieces_of
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.heavy
 
 B, T, H, V, RANK = 8, 8, 5, 22, 2
 BATCHES = ScoringOptions(schedule="batches", memory_budget=V * 8 * T * 2)
+LEAST = ScoringOptions(schedule="batches", memory_budget=1)
 TEMPERATURE = torch.linspace(0.4, 1.8, B * T, dtype=torch.float64).view(B, T)
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tokens": ("seq_group", "dpo", {}),
@@ -28,6 +31,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vocabulary, updated head": ("tp_group", "dpo", {"updated": True}),
     "vocabulary, divergence": ("tp_group", "tdpo", {}),
     "vocabulary, divergence, batches": ("tp_group", "tdpo", {"options": BATCHES}),
+    "vocabulary, divergence, pieces": ("tp_group", "tdpo", {"options": LEAST, "rows": 3}),
     "vocabulary, divergence, recomputed": (
         "tp_group",
         "tdpo",
@@ -94,7 +98,9 @@ def loss_and_gradients(given: dict[str, Tensor], name: str, **changes: Any) -> d
         given = {key: value for key, value in given.items() if not key.startswith("ref_")}
     if updated:
         settings["lora"] = (a, b, 0.7)
-    output = preference_loss(**given, objective=objective, **settings, **changes)
+    rows = settings.pop("rows", None)
+    with contextlib.nullcontext() if rows is None else pieces_of(rows):
+        output = preference_loss(**given, objective=objective, **settings, **changes)
     found = dict(zip(wanted, torch.autograd.grad(output.loss, leaves), strict=True))
     return {"losses": output.losses, "logps": output.logps.detach()} | found
 

@@ -20,7 +20,6 @@ from fastpref import (
 from fastpref.optim import DCTAdamW
 from fastpref.scoring import workspace
 
-LENGTH = 32  # of a row of a preference batch
 RESET_PEAK = Path("/proc/self/clear_refs")  # 5: VmHWM is VmRSS again
 
 
@@ -59,7 +58,7 @@ def score(call, rows, columns):
 def prefer(call, rows, columns):
     """Pairs, with a live reference."""
     hidden, weight = leaves(call, rows, columns)
-    pairs = max(1, rows // (2 * LENGTH))
+    pairs = max(1, rows // (2 * call["length"]))
     length = rows // (2 * pairs)
     states = hidden[: 2 * pairs * length].view(2 * pairs, length, -1)
     target = torch.randint(0, columns, (2 * pairs, length))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,11 +13,15 @@ from torch import Tensor
 from fastpref import ScoringOptions
 from fastpref.scoring import autograd
 from fastpref.scoring.api import ask
+from fastpref.scoring.backward import backward
+from fastpref.scoring.forward import Run, forward
 from fastpref.scoring.head import Model
 from fastpref.scoring.operators import WITH_DIVERGENCE, WITH_MIXTURE
+from fastpref.scoring.plan import choose
 from fastpref.scoring.request import Call, make_request, plan_target
-from fastpref.scoring.rules.compared import WithDivergence, WithMixture
+from fastpref.scoring.rules.compared import AlongDirection, WithDivergence, WithMixture
 from fastpref.scoring.rules.scores import Scores
+from fastpref.scoring.statistics import OUTPUTS
 from tests.scoring.cases import BACKENDS, Case, check_contract, make_case
 from tests.scoring.operations import Operations
 
@@ -222,6 +226,53 @@ def test_backward_twice() -> None:
     once = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
     again = torch.autograd.grad(loss, list(leaves.values()))
     assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("schedule", ["keep", "direct", "recompute"])
+def test_along_a_direction(schedule: str, dtype: torch.dtype, backend: str) -> None:
+    """One matrix of a row has the gradient of both, by a factor that comes later."""
+    needs = NEEDS["frozen" if schedule == "direct" else "both"]
+    both = Both(dtype, needs, {"uneven": True, "softcap": 9.0})
+    leaves, rule = both.leaves(both.policy), RULES["divergence"]
+    directed = AlongDirection(rule.policy, rule.reference)
+    models = [one.detached() for one in both.asked(leaves)]
+    call = both.call(rule, both.asked(leaves), schedule=schedule, backend=backend)
+    heads, rows = call.heads(models), [call.rows(one) for one in models]
+    upstream: list[Tensor | None] = [None] * len(rule.output_names)
+    g = call.packing.gather(both.upstream.t()).t().to(call.row_factor().dtype)  # type: ignore[union-attr]
+    upstream[0], upstream[2 * len(OUTPUTS)] = g[0].contiguous(), g[1].contiguous()
+    length = torch.linspace(-3, 2, g.shape[1], dtype=g.dtype)
+    longer = [None if one is None else one * length for one in upstream]
+    target, factor = call.packing.gather(both.policy.target), call.row_factor()
+    found = []
+    for own, direction in ((rule, None), (directed, AlongDirection.direction(upstream))):
+        plan = call.plan
+        if own is directed and schedule != "recompute":
+            plan = choose(replace(plan, matrices=1, directed=True), call.request.options)
+        run = Run(own, heads, plan)
+        outputs, kept = forward(run, rows, target, factor, direction)
+        gradients = backward(run, rows, kept, longer, dtype)
+        found.append([*outputs, *gradients])
+    digits = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=digits, atol=digits)
+
+
+def test_directions() -> None:
+    upstream: list[Tensor | None] = [None] * len(WithDivergence.output_names)
+    upstream[0] = torch.tensor([0.0, 2.0, -2.0, 1e-30, 0.0])
+    upstream[2 * len(OUTPUTS)] = torch.tensor([0.0, 0.0, 1.0, -1.0, 3.0])
+    logp, kl = AlongDirection.direction(upstream)
+    assert logp.tolist() == [1, 1, 1, torch.tensor(-1e-30).item(), 0]
+    assert kl.tolist() == [0, 0, -0.5, 1, 1]
+    (factor,) = AlongDirection(RULES["divergence"].policy, RULES["divergence"].reference).factors(
+        None,
+        [logp],
+        upstream,  # type: ignore[arg-type]
+    )
+    assert factor.tolist() == [0, 2, -2, -1, 3]
 
 
 @pytest.mark.heavy

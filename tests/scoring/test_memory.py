@@ -33,6 +33,8 @@ def call(
     rows=N,
     objective="dpo",
     dtype="float32",
+    hidden=H,
+    length=32,
     **options,
 ):
     return {
@@ -40,7 +42,8 @@ def call(
         "objective": objective,
         "dtype": dtype,
         "rows": rows,
-        "hidden": H,
+        "length": length,
+        "hidden": hidden,
         "vocab": V,
         "needs": needs,
         "outputs": outputs,
@@ -142,6 +145,15 @@ TWO_MODELS = {
         "what": "preference",
         "objective": "tdpo",
         "memory_budget": LOGITS,
+        "schedule": "batches",
+    },
+    "compared, batches in pieces": {
+        "what": "preference",
+        "objective": "tdpo",
+        "rows": 2 * N,
+        "hidden": 16 * H,  # so that the sums of a group weigh more than temporaries
+        "length": N // 2,
+        "memory_budget": LOGITS // 2,
         "schedule": "batches",
     },
     "compared, kept in part": {

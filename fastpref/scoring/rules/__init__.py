@@ -66,6 +66,7 @@ class Part(NamedTuple):
 
     rows: Sequence[Tensor]  # of each model, (n, H)
     target: Tensor  # (n,)
+    direction: tuple[Tensor, Tensor] | None = None  # (n,) each, where known before (compared.py)
 
 
 class Found(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends.divergence_formulas import logit_blocks
 from ..backends.divergences import divergence_rows
 from ..products import split
-from ..scaled import add_scaled
+from ..scaled import add_scaled, scaled
 from ..slab import Projection
 from ..statistics import OUTPUTS, TokenScores
 from ..types import statistics_dtype
@@ -145,6 +145,63 @@ class WithDivergence(_Compared):
             return own
 
         return Again(tile, None)
+
+
+@dataclass(frozen=True, slots=True)
+class AlongDirection(WithDivergence):
+    """The same for gradients at logp and kl of which each row's direction is known before it is
+    scored: only D is kept, for a gradient of that direction whose larger number is 1."""
+
+    matrices: ClassVar[int] = 1
+    number_names: ClassVar[tuple[str, ...]] = (*Scores.number_names, "along_logp")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return *self.policy.numbers, "along_logp"
+
+    @classmethod
+    def direction(cls, slopes: Upstream) -> tuple[Tensor, Tensor]:
+        """Gradients at logp and kl, (rows,) each, of which the larger is made 1; 1 and 0 where both
+        are 0."""
+        logp, kl = cls._along(slopes)
+        larger = torch.where(kl.abs() > logp.abs(), kl, logp)
+        none = larger == 0
+        larger = larger.masked_fill(none, 1)
+        return (logp / larger).masked_fill(none, 1), kl / larger
+
+    def forward(self, heads: Heads, part: Part, tiles: Sequence[Tensor], write: bool) -> Found:
+        # No super(): a dataclass with slots is another class than the one it finds.
+        found = WithDivergence.forward(self, heads, part, tiles, write)
+        if part.direction is None:
+            raise RuntimeError("no direction of these rows")
+        along_logp, along_kl = part.direction
+        if write:
+            matrix, other = tiles
+            factors = self.policy.factors(heads, found.numbers, TokenScores(logp=along_logp))
+            if factors is None:
+                raise RuntimeError("no numbers of these rows")
+            scaled(matrix, factors[0], matrix)
+            add_scaled(matrix, other, along_kl)
+        return found._replace(numbers=(*found.numbers, along_logp))
+
+    def factors(self, heads: Heads, numbers: Numbers, upstream: Upstream) -> tuple[Tensor, ...]:
+        along_logp = numbers[-1]
+        if along_logp is None:
+            raise RuntimeError("no numbers of these rows")
+        return (torch.where(along_logp == 1, *self._along(upstream)),)
+
+    def again(self, heads: Heads, part: Part, numbers: Numbers, upstream: Upstream) -> Again:
+        return WithDivergence.again(self, heads, part, numbers[:-1], upstream)
+
+    @staticmethod
+    def _along(upstream: Upstream) -> tuple[Tensor, Tensor]:
+        """Gradients at logp and kl."""
+        logp, kl = upstream[OUTPUTS.index("logp")], upstream[2 * len(OUTPUTS)]
+        some = kl if logp is None else logp
+        if some is None:
+            raise RuntimeError("no gradient arrived")
+        nothing = torch.zeros_like(some)
+        return nothing if logp is None else logp, nothing if kl is None else kl
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ def _scored(
     """Of some rows, one slab of the vocabulary after the other. With ``write``, ``tile`` (rows, V)
     ends as E; without a tile, the backend works in none."""
     head, backend = heads.projectors[0], heads.backend
-    (hidden, *_), target = part
+    hidden, target = part.rows[0], part.target
     vocab = head.weight.shape[0]
     cols = vocab if tile is None else tile.shape[1]
     if heads.group is None and cols == vocab:

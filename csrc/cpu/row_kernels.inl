@@ -30,7 +30,7 @@
 namespace fastpref::cpu {
 namespace {
 
-#include "elements.inl"
+#include "blocks.inl"
 #include "exponential.inl"
 
 constexpr int64_t kBlock = 1024;

@@ -3,6 +3,7 @@
 
 import functools
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,38 @@ def test_temporaries_of_divergences(dtype, kind):
     call = functools.partial(divergences.divergence_rows, *tiles.products, *rest)
     promised = divergences.temporary_bytes(ROWS, COLS, "cpu", dtype, "torch")
     assert peak_bytes(call) <= promised + ROW_BYTES * ROWS
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_exponentials_of_divergences(dtype, one_thread):
+    """In C++ a thread holds those of a row of both, in memory that torch does not see."""
+    peak, cols = Path("/proc/self/clear_refs"), 1 << 21
+    tiles = random_tiles(2, cols).to(dtype)
+    rest = ("forward_kl", 0.5, True, "cpp")
+    call = functools.partial(divergences.divergence_rows, *tiles.products, *rest)
+    call()
+    try:
+        peak.write_text("5")  # from now on
+    except OSError as error:
+        pytest.skip(f"no peak of the resident memory: {error}")
+    before = resident("VmRSS")
+    call()
+    promised = divergences.temporary_bytes(2, cols, "cpu", dtype, "cpp")
+    assert resident("VmHWM") - before <= promised + (1 << 20)
+
+
+def resident(which):
+    """Bytes, by the name that /proc gives them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(which))
 
 
 def test_what_is_counted():

@@ -259,6 +259,10 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
       "Tensor? ref_rejected_logps, Tensor? chosen_lengths, Tensor? rejected_lengths, int link, float scale, "
       "float shift, float flipped, float reward_scale, bool rewards_per_token) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "pair_rows(Tensor logp, Tensor target, int ignore_index, Tensor? ref_logps, bool interleaved, bool per_token, "
+      "float divisor, int link, float scale, float shift, float flipped, float reward_scale, bool rewards_per_token) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "squared_errors(Tensor model, Tensor? reference, Tensor target, Tensor? mask, float divisor) -> (Tensor, Tensor, "
       "Tensor)");
   m.def("error_gradient_(Tensor(a!) out, Tensor model, Tensor target, Tensor? mask, Tensor factor) -> ()");

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of compiled operators that serve a CPU alone: rows and batches scored at once, places,
-factors of gradients, the pair head, and squared errors."""
+factors of gradients, pairs, and squared errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -82,6 +82,21 @@ def pairs(dtype: torch.dtype, count: int, lengths: bool) -> Launch:
     return Launch(f"pair_head-{dtype}-{count}-{'lengths' if lengths else 'sums'}", run)
 
 
+def rows_of_pairs(dtype: torch.dtype, count: int, lengths: bool) -> Launch:
+    def run(_: Any, place: Place) -> list[Tensor]:
+        shape, found = (2 * count, 3), []
+        logp = place(-torch.rand(shape, dtype=dtype))
+        target = place(torch.where(torch.rand(shape) < 0.3, -100, 1))
+        reference = place(-torch.rand(4 * count, dtype=dtype)[::2])
+        link = 0, 0.1, 0.0, 0.0, 0.1, lengths
+        for interleaved in (False, True):
+            given = logp, target, -100, reference, interleaved, lengths, float(count), *link
+            found += torch.ops.fastpref.pair_rows(*given)
+        return found
+
+    return Launch(f"pair_rows-{dtype}-{count}-{'lengths' if lengths else 'sums'}", run)
+
+
 def errors(dtype: torch.dtype, length: int, alone: bool) -> Launch:
     """Of three samples in two pieces."""
 
@@ -115,6 +130,7 @@ def of_vectors(size: int) -> Iterator[Launch]:
         yield factors(dtype, size)
         for lengths in (False, True):
             yield pairs(dtype, size, lengths)
+            yield rows_of_pairs(dtype, size, lengths)
 
 
 def of_errors(dtype: torch.dtype, length: int) -> Iterator[Launch]:

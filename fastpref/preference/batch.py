@@ -26,12 +26,26 @@ class Batch:
 
     # Not functools.cached_property: torch.compile cannot trace its lock.
     def __post_init__(self) -> None:
-        self.scored = self.target != self.ignore_index  # like target
-        weights = self.token_weights
-        # Scored, and not taken out by a weight of 0.
-        self.weighed = self.scored if weights is None else self.scored & (weights != 0)
+        self._scored: Tensor | None = None
+        self._weighed: Tensor | None = None
         self._lengths: Tensor | None = None
         self._counts: Tensor | None = None
+
+    @property
+    def scored(self) -> Tensor:
+        """Like target, bool."""
+        if self._scored is None:
+            self._scored = self.target != self.ignore_index
+        return self._scored
+
+    @property
+    def weighed(self) -> Tensor:
+        """Like target, bool: scored, and not taken out by a weight of 0."""
+        if self.token_weights is None:
+            return self.scored
+        if self._weighed is None:
+            self._weighed = self.scored & (self.token_weights != 0)
+        return self._weighed
 
     def lengths(self) -> Tensor:
         """(B,) int64, the number of scored tokens of each row, whatever their weights."""

@@ -18,6 +18,7 @@ from ..scoring.rules.compared import WithDivergence, WithMixture
 from ..units import Numbers, PreferenceOutput, TokenNumbers, unit_loss
 from ..units.filling import to_be_filled
 from .metrics import further_metrics
+from .pairs import pair_output, serves
 from .task import ENTROPY, KL, MARGINS, WEIGHTS, Task
 
 
@@ -43,6 +44,21 @@ def result_of(
             ref_scores = TokenScores(logp=ref_sums)
     if ref_scores is not None:
         ref_sums = task.batch.weighted_sums(_present(ref_scores.logp))
+    target = given.target
+    if task.pairs is not None and serves(logp, target, ref_sums):
+        output = pair_output(task.pairs, logp, target, given.ignore_index, ref_sums)
+    else:
+        output = _unit_output(task, scored._replace(reference=ref_scores), ref_sums)
+    metrics = further_metrics(given.outputs, policy, task.batch, task.arrangement)
+    if loss is None and not metrics:
+        return output
+    return output._replace(
+        loss=output.loss if loss is None else loss, metrics=output.metrics | metrics
+    )
+
+
+def _unit_output(task: Task, scored: _Scored, ref_sums: Tensor | None) -> PreferenceOutput:
+    given, logp, ref_scores = task.given, _present(scored.policy.logp), scored.reference
     tokens, extras = None, task.extras
     if task.objective.unit == "token":
         ref_logp = None if ref_scores is None else ref_scores.logp
@@ -56,17 +72,13 @@ def result_of(
         tokens=tokens,
         makers=_of_distributions(task, scored),
     )
-    output = unit_loss(
+    return unit_loss(
         task.objective,
         numbers,
         task.arrangement,
         extras=extras,
         reduction=given.reduction,
         denominator=given.denominator,
-    )
-    metrics = further_metrics(given.outputs, policy, task.batch, task.arrangement)
-    return output._replace(
-        loss=output.loss if loss is None else loss, metrics=output.metrics | metrics
     )
 
 

@@ -32,6 +32,7 @@ from .arguments import (
 )
 from .batch import Batch
 from .metrics import SCORES
+from .pairs import PairCall, pair_call_of
 
 # Extras that take more than log-probs.
 WEIGHTS = ("chosen_weights", "rejected_weights")
@@ -49,6 +50,7 @@ class Task:
     main: Asked  # of the policy, or of both models where they are looked at side by side
     reference: Asked | None  # to be scored before
     extras_of_tokens: tuple[str, ...]  # by name, those whose rows lie on the ranks of seq_group
+    pairs: PairCall | None = None  # where one operator may take scores to the loss
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
@@ -120,6 +122,13 @@ def _signature(given: Arguments) -> tuple[Any, ...] | None:
     hyperparameters = arguments.pop("hyperparameters")
     if any(isinstance(arguments[name], Tensor) for name in _READ):
         return None
+    if isinstance(objective, Objective):
+        if objective.registration is None:
+            return None
+        # By what is in it: a function of one's own would be kept with all that it holds.
+        arguments["family"] = objective.unit, objective.scope, objective.needs_reference
+        hyperparameters = dict(objective.settings) | hyperparameters
+        objective = objective.name
     for name, value in hyperparameters.items():
         if isinstance(value, Tensor):
             return None
@@ -140,6 +149,7 @@ class _Known(NamedTuple):
     main: Asked
     reference: Asked | None
     form: Form  # of both heads
+    pairs: PairCall | None
 
     @classmethod
     def of(cls, task: Task) -> _Known:
@@ -150,6 +160,7 @@ class _Known(NamedTuple):
             main._replace(models=[], plans=main.plans or Kept(MOST_PLANS)),
             None if reference is None else reference._replace(models=[]),
             main.models[0].head.form,
+            pair_call_of(task.given, task.objective, task.arrangement),
         )
 
     def task(self, given: Arguments) -> Task:
@@ -161,7 +172,8 @@ class _Known(NamedTuple):
             else:
                 reference = self.reference._replace(models=[theirs])
         asked = self.main._replace(models=main)
-        return Task(given, self.objective, _batch(given), self.arrangement, asked, reference, ())
+        batch, arrangement = _batch(given), self.arrangement
+        return Task(given, self.objective, batch, arrangement, asked, reference, (), self.pairs)
 
 
 def _model(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Model:

@@ -53,9 +53,9 @@ def forward(call: Call, model: Model) -> tuple[tuple[Tensor | None, ...], Kept]:
         map.cap,
         plan.needs_grad,
     )
-    numbers = found[LOGP], found[ANCHOR], found[NORM], found[SCALE], None
     if not plan.needs_grad:
-        return (logp, *OTHERS), Kept(target, numbers)
+        return (logp, *OTHERS), Kept(target, ())
+    numbers = found[LOGP], found[ANCHOR], found[NORM], found[SCALE], None
     own = packing.gather(target.view(-1))
     if plan.schedule == "direct":
         kept = Kept(own, numbers, direct=(torch.mm(tile, weight),))

@@ -168,15 +168,18 @@ def test_a_weight_that_has_lost_its_memory():
     assert "weight" in error_of({**arguments, "weight": freed})
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [objectives.get("dpo"), lambda chosen, rejected: -(chosen - rejected)],
-    ids=["Objective", "function"],
-)
-def test_of_what_the_caller_made_nothing_is_kept(objective):
-    ref_logps = given()["ref_logps"] if isinstance(objective, Objective) else None
-    preference_loss(**given(objective=objective, ref_logps=ref_logps))
+def test_of_what_the_caller_made_nothing_is_kept():
+    """But what is set in an objective of the package."""
+    own = Objective(lambda chosen, rejected: -(chosen - rejected), unit="pair", scope="pair")
+    for objective in (own, own.function):
+        preference_loss(**given(objective=objective, ref_logps=None))
+    beta = objectives.get("dpo", beta=torch.full((B // 2,), 0.1))
+    preference_loss(**given(objective=beta))
     assert not task._KEPT._found
+    objective = objectives.get("dpo", beta=0.3)
+    preference_loss(**given(objective=objective))
+    (known,) = task._KEPT._found.values()
+    assert known.objective == objective and known.objective is not objective
 
 
 def test_what_is_given_is_not_made_and_what_is_not_is():

@@ -74,7 +74,7 @@ def places(total: int) -> Launch:
 
 def pairs(dtype: torch.dtype, count: int, lengths: bool) -> Launch:
     def run(_: Any, place: Place) -> list[Tensor]:
-        logps = [place(-torch.rand(2 * count, dtype=dtype)[::2]) for _ in range(4)]
+        logps = [place(torch.randn(2 * count, dtype=dtype)[::2]) for _ in range(4)]
         sizes = [place(torch.randint(9, (count,))) for _ in range(2)]
         given = sizes if lengths else (None, None)
         return list(torch.ops.fastpref.pair_head(*logps, *given, 0, 0.1, 0.0, 0.0, 0.1, lengths))
@@ -87,7 +87,7 @@ def rows_of_pairs(dtype: torch.dtype, count: int, lengths: bool) -> Launch:
         shape, found = (2 * count, 3), []
         logp = place(-torch.rand(shape, dtype=dtype))
         target = place(torch.where(torch.rand(shape) < 0.3, -100, 1))
-        reference = place(-torch.rand(4 * count, dtype=dtype)[::2])
+        reference = place(torch.randn(4 * count, dtype=dtype)[::2])
         link = 0, 0.1, 0.0, 0.0, 0.1, lengths
         for interleaved in (False, True):
             given = logp, target, -100, reference, interleaved, lengths, float(count), *link

@@ -11,13 +11,16 @@ from itertools import chain
 import pytest
 
 MANY = 12  # cases that one test may have before some of them are a sweep's
+MANY_HEAVY = 3  # of one whose every case is heavy
 
 
 def sweep(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
     """What ``make test`` leaves to ``make test-slow``: of tests of many cases, drawn from two
     parameters or more, those beyond ``each_value``."""
     for cases in _by_test(item for item in items if item.get_closest_marker("slow") is None):
-        if len(cases) > MANY and len(values_of(cases[0])) > 1:
+        heavy = all(case.get_closest_marker("heavy") is not None for case in cases)
+        many = MANY_HEAVY if heavy else MANY
+        if len(cases) > many and len(values_of(cases[0])) > 1:
             kept = {id(case) for case in each_value(cases)}
             yield from (case for case in cases if id(case) not in kept)
 

@@ -71,7 +71,7 @@ def results(objective, dtype, of_loss, of_logps, **arguments):
     hidden.requires_grad_(), weight.requires_grad_()
     output = preference_loss(hidden, weight, target, objective, **arguments)
     upstream = torch.arange(1.0, B + 1).to(output.logps.dtype)
-    total = of_loss * output.loss
+    total = of_loss * output.loss if of_loss else 0
     if of_logps:
         total = total + (output.logps * upstream).sum()
     gradients = torch.autograd.grad(total, (hidden, weight))
@@ -225,6 +225,19 @@ def test_batches_of_gradients_and_second_derivatives(settled):
     assert len(settled) == 1
 
 
+def test_another_index_may_be_ignored(settled):
+    hidden, weight, target = batch()
+    other = torch.where(target == -100, 0, target + 1)
+    weight = torch.cat([torch.zeros(1, H).double(), weight])
+    bias = torch.zeros(V + 1).double()
+    bias[0] = -torch.inf
+    given = {"ref_logps": torch.zeros(B).double()}
+    expected = preference_loss(hidden, weight[1:], target, "ipo", **given)
+    found = preference_loss(hidden, weight, other, "ipo", bias=bias, ignore_index=0, **given)
+    torch.testing.assert_close(found.losses, expected.losses, **EXACT)
+    assert len(settled) == 2
+
+
 def test_a_target_that_is_none_spoils_its_pair_alone(settled):
     hidden, weight, target = batch()
     target[1, 2] = V + 3
@@ -254,7 +267,8 @@ def test_tokens_that_are_not_scored_are_not_read(dtype):
 
 def test_a_reference_that_lies_with_gaps():
     logp, target = -torch.rand(B, T), torch.zeros(B, T, dtype=torch.int64)
-    reference = -torch.rand(2 * B)[::2]
+    reference = torch.randn(2 * B)[::2]
+    assert not reference.is_contiguous()
     for interleaved in (False, True):
         found = call(logp, target, reference, interleaved)
         expected = call(logp, target, reference.contiguous(), interleaved)

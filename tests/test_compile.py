@@ -133,7 +133,15 @@ def but(ordinary: str, names: Iterable[str]) -> list[Any]:
     return [one if one == ordinary else pytest.param(one, marks=pytest.mark.slow) for one in names]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name.startswith(("linear_logprob", "pref"))
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in FUNCTIONS
+    ],
+)
 @pytest.mark.parametrize(
     "needs",
     [
@@ -173,7 +181,10 @@ def test_nothing_scored() -> None:
     compare(score, [batch, empty])
 
 
-@pytest.mark.parametrize("layout", ["interleaved", torch.tensor([[0, 1], [2, 3]])])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("interleaved", marks=pytest.mark.slow), torch.tensor([[0, 1], [2, 3]])],
+)
 def test_the_output_knows_its_layout(layout) -> None:
     """Inside what is traced and outside, also where a field was replaced."""
 
@@ -235,7 +246,7 @@ def test_user_functions(name: str) -> None:
     )
 
 
-REPRESENTATIVES = ("ipo", "kto", "plackett_luce", "epsilon_dpo", "cispo")
+REPRESENTATIVES = ("ipo", "epsilon_dpo", "cispo")
 
 
 def compare_objective(name: str) -> None:
@@ -279,7 +290,8 @@ COMPOSITES = {
 }
 
 
-@pytest.mark.parametrize("name", but("combine", COMPOSITES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPOSITES)
 def test_composites(name: str) -> None:
     objective = COMPOSITES[name]()
     compare(lambda batch: prefer(batch, objective), [Batch(*shape) for shape in SHAPES[:2]])
@@ -303,6 +315,7 @@ def test_modules(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_settings_of_a_module_may_change_later() -> None:
     module = nn.FusedLinearDPOLoss(use_ref_model=False)
     expected = nn.FusedLinearDPOLoss(use_ref_model=False, beta=0.3, compute_nll_loss=True)

@@ -140,6 +140,7 @@ SWEPT = list(FAULTS)[:-1]
     "fault",
     [pytest.param(one, marks=pytest.mark.slow) if one in SWEPT else one for one in FAULTS],
 )
+@pytest.mark.slow
 def test_a_race_is_found(tmp_path: Path, sanitizer: list[str], fault: str) -> None:
     (library, prefix), change = FAULTS[fault]
     build(tmp_path, (library,), True, NARROW, change)

@@ -136,6 +136,7 @@ def test_wheel_declares_ranges_and_not_the_build_pin(built_wheel: Path) -> None:
     assert "Requires-Python: >=3.10" in lines
 
 
+@pytest.mark.slow
 def test_without_the_compiled_library_the_wheel_is_pure_and_works(
     source_tree: Path, tmp_path: Path
 ) -> None:

@@ -61,8 +61,8 @@ def test_each_returns_its_own_from_one_pair_of_processes(ranks: Ranks) -> None:
     ("fault", "said"),
     [
         ("raises", r"(?s)rank 1: Traceback.*in on_the_second.*KeyError: 'planted'"),
-        ("dies", "rank 1: ended with status 3"),
-        ("hangs", "rank 1: no answer"),
+        pytest.param("dies", "rank 1: ended with status 3", marks=pytest.mark.slow),
+        pytest.param("hangs", "rank 1: no answer", marks=pytest.mark.slow),
     ],
 )
 def test_a_failure_is_reported_and_the_next_call_gets_a_fresh_pair(

@@ -40,10 +40,10 @@ def cases() -> list[object]:
         found.append(pytest.param(block, id=f"README {place}"))
     for name in ALONE:
         for place, block in enumerate(blocks(ROOT / "fastpref" / name / "README.md")):
-            found.append(pytest.param(block, id=f"{name} {place}"))
+            found.append(pytest.param(block, id=f"{name} {place}", marks=pytest.mark.slow))
     for name in TOGETHER:
         together = "\n".join(blocks(ROOT / "fastpref" / name / "README.md"))
-        found.append(pytest.param(together, id=name))
+        found.append(pytest.param(together, id=name, marks=pytest.mark.slow))
     return found
 
 

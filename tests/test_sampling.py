@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.sampling import MANY, each_value, sample, sweep
+from tests.sampling import MANY, MANY_HEAVY, each_value, sample, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,6 +60,10 @@ def test_what_is_beyond_the_sample_of_many_is_a_sweep() -> None:
     rest = list(sweep(many))
     assert len(rest) + len(each_value(many)) == len(many)
     assert not {id(one) for one in rest} & {id(one) for one in each_value(many)}
+    heavy = [case for case in product("heavy") if case.callspec.params["sizes"] == (1, 2)]
+    assert len(heavy) == 8 and len(list(sweep(heavy))) == 4
+    assert not list(sweep(heavy[:MANY_HEAVY]))
+    assert not list(sweep([*heavy, a_case("test", dtype="light")]))
     one_parameter = [a_case("one", number=number) for number in range(100)]
     assert not list(sweep(one_parameter))
     assert not list(sweep(product("slow")))

@@ -34,6 +34,7 @@ def check(row):
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_a_training_is_the_same_on_both_sides():
     row = measured("dpo", adapters=True)
     check(row)

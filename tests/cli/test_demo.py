@@ -247,7 +247,7 @@ def test_demo_trains_on_lists_with_both_heads(tmp_path, tiny, capsys):
     assert_heads_agree(results["comparison"], "dpo", "sigmoid")
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_objectives_are_compared_from_the_same_model(tmp_path, tiny, capsys):
     results = results_of(
         "--data", lists_file(tmp_path), "--model", tiny, "--compare", "dpo, madpo,kto,adpo"

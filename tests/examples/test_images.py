@@ -26,6 +26,7 @@ def reds(text: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
+@pytest.mark.slow
 def test_flow_dpo(capsys: pytest.CaptureFixture[str]) -> None:
     load("flow_dpo").main()
     text = capsys.readouterr().out

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import JITFunction
@@ -214,31 +213,30 @@ def all_flags(rows: int, dtype: torch.dtype) -> Iterator[None]:
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
+    capability, element = int(sys.argv[1]), sys.argv[2]
+    dtype = DTYPES[element]
     recorder = Recorder(capability)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"triton": triton.__version__}
-    for element, dtype in DTYPES.items():
-        compiled = {key_of_variant(one) for one in variants.variants(capability, element)}
-        of_case: dict[str, Any] = {}
-        for name, case in CASES.items():
-            forms: dict[str, set[Launch]] = {}
-            for rows in range(1, 65):
-                case(rows, dtype)
-                for launch in recorder.take():
-                    forms.setdefault(launch[0], set()).add(launch)
-            of_case[name] = {kernel: sorted(some) for kernel, some in forms.items()}
-        for tf32 in (False, True) if element == "fp32" else (False,):
-            torch.backends.cuda.matmul.allow_tf32 = tf32
-            for _ in all_flags(48, dtype):
-                pass
-        launched = set(recorder.take())
-        launched |= {one for forms in of_case.values() for some in forms.values() for one in some}
-        found[element] = {
-            "forms": of_case,
-            "launched": len(launched),
-            "not compiled": sorted(launched - compiled),
-        }
+    compiled = {key_of_variant(one) for one in variants.variants(capability, element)}
+    of_case: dict[str, Any] = {}
+    for name, case in CASES.items():
+        forms: dict[str, set[Launch]] = {}
+        for rows in range(1, 65):
+            case(rows, dtype)
+            for launch in recorder.take():
+                forms.setdefault(launch[0], set()).add(launch)
+        of_case[name] = {kernel: sorted(some) for kernel, some in forms.items()}
+    for tf32 in (False, True) if element == "fp32" else (False,):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        for _ in all_flags(48, dtype):
+            pass
+    launched = set(recorder.take())
+    launched |= {one for forms in of_case.values() for some in forms.values() for one in some}
+    found = {
+        "forms": of_case,
+        "launched": len(launched),
+        "not compiled": sorted(launched - compiled),
+    }
     json.dump(found, sys.stdout)
 
 

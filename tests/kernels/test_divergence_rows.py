@@ -67,7 +67,9 @@ def test_each_row_its_own_map(dtype):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "tv"])
+@pytest.mark.parametrize(
+    "kind", ["reverse_kl", *(pytest.param(one, marks=pytest.mark.slow) for one in ("jsd", "tv"))]
+)
 def test_rows_with_one_probability_of_nearly_1(kind):
     """The gradient there is what remains of one number beside the mean of all."""
     for seed in range(20):

@@ -161,7 +161,11 @@ def weights_with_much_in_common(vocab: int) -> Case:
     return replace(case, hidden=hidden, weight=weight)
 
 
-@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids="+".join)
+@pytest.mark.parametrize(
+    "needs",
+    [pytest.param(("hidden",), marks=pytest.mark.slow), ("hidden", "weight")],
+    ids="+".join,
+)
 def test_sums_over_the_vocabulary_must_not_be_rounded_in_parts(needs):
     """As a library's split products do where reductions of reduced precision are allowed."""
     vocab = 1031

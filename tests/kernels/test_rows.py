@@ -23,7 +23,9 @@ from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_
 
 pytestmark = pytest.mark.skipif(not rows.INTERPRETED, reason="a GPU is here: see pytest -m gpu")
 dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=dtype_name,
 )
 # Two steps of 16-bit rows, three of float32 ones, the last not filled.
 SIZES = {"rows": 20, "hidden": 37, "vocab": 163}

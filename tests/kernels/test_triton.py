@@ -19,7 +19,9 @@ from tests.scoring.test_numbers import FEATURES, SCHEDULES, dtype_name, options_
 
 pytestmark = pytest.mark.skipif(not triton_backend.INTERPRETED, reason="on a GPU: pytest -m gpu")
 dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=dtype_name,
 )
 # Three row tiles and five column tiles, none of them full; H takes a second, shorter step.
 SIZES = {"rows": 70, "hidden": 40, "vocab": 315}

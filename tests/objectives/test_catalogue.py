@@ -78,7 +78,7 @@ def plain_logps(objective, **keywords):
 @every
 @given(data=st.data())
 @settings(
-    max_examples=60,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("how", ["raises", "killed", pytest.param("nan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["raises", *(pytest.param(one, marks=pytest.mark.slow) for one in ("killed", "nan"))]
+)
 def test_its_peer_raises(how: str, tmp_path: Path) -> None:
     """Within a minute of the step's beginning: its own process group notices, none of fastpref's
     collectives does."""

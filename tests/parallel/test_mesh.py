@@ -101,6 +101,7 @@ def within_fsdp2(rank: int) -> None:
         assert refusals(model) == ()
 
 
+@pytest.mark.slow
 def test_tensor_parallel_under_ddp(four_ranks: Ranks) -> None:
     four_ranks(under_ddp)
 

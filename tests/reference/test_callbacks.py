@@ -68,7 +68,7 @@ def same(one, other):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("restored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_resumed_to_the_bit(restored, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     given = {"decay": 0.7, "every": 3, "restored": restored}

@@ -208,7 +208,7 @@ def test_twice_the_pairs_take_no_larger_workspace(two_models):
     assert two["grown"] - one["grown"] <= more_rows + SLACK
 
 
-@pytest.mark.parametrize("schedule", ["keep", "recompute"])
+@pytest.mark.parametrize("schedule", ["keep", pytest.param("recompute", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_projected_gradient_and_its_step_never_take_the_dense_one(schedule, dtype):
     """Measured and chosen columns, moments and the weight's update included."""

@@ -40,7 +40,13 @@ def test_right_tiers_pass(name: str, tier: str, dtype: str) -> None:
 @pytest.mark.skipif(
     unavailable_reason("triton", "cpu") is not None, reason="Triton's interpreter is off"
 )
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if place % 3 == 0 else pytest.mark.slow)
+        for place, name in enumerate(CHECKS)
+    ],
+)
 def test_the_fused_kernels_pass_in_the_interpreter(name: str) -> None:
     found = checks.check(Setting("cpu", "float16", 32, 300), name, "triton")
     assert found.fine and found.error > 0, str(found)

@@ -26,7 +26,7 @@ pytestmark = [
     [
         ({"objective": "dpo"}, {"loss_type": ["sigmoid"]}),
         pytest.param({"objective": "ipo"}, {"loss_type": ["ipo"]}, marks=pytest.mark.slow),
-        pytest.param({}, {"loss_type": ["apo_zero", "sft"]}, marks=pytest.mark.heavy),
+        pytest.param({}, {"loss_type": ["apo_zero", "sft"]}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

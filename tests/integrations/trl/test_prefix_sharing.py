@@ -121,8 +121,8 @@ def test_any_rows(prompts: Any, lengths: Any, side: str, width: int) -> None:
     ("arguments", "of_trl"),
     [
         ({"objective": "dpo"}, {"loss_type": ["sigmoid"]}),
-        pytest.param({}, {"loss_type": ["apo_zero", "sft"]}, marks=pytest.mark.heavy),
-        pytest.param({}, {"precompute_ref_log_probs": True}, marks=pytest.mark.heavy),
+        pytest.param({}, {"loss_type": ["apo_zero", "sft"]}, marks=pytest.mark.slow),
+        pytest.param({}, {"precompute_ref_log_probs": True}, marks=pytest.mark.slow),
         pytest.param({}, {"ld_alpha": 0.5, "use_weighting": True}, marks=pytest.mark.heavy),
     ],
     ids=str,

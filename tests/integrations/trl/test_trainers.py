@@ -19,7 +19,15 @@ DPO_LOSSES = (*loss_types("pair"), "sft")
 
 
 @pytest.mark.parametrize(
-    "loss", [DPO_LOSSES[0], *(pytest.param(one, marks=pytest.mark.heavy) for one in DPO_LOSSES[1:])]
+    "loss",
+    [
+        DPO_LOSSES[0],
+        # Next to three seconds each.
+        *(
+            pytest.param(one, marks=pytest.mark.heavy if place % 4 == 0 else pytest.mark.slow)
+            for place, one in enumerate(DPO_LOSSES[1:])
+        ),
+    ],
 )
 def test_dpo_loss(loss: str, make_dpo: Any, compare: Any) -> None:
     smoothing = 0.1 if loss in ("exo_pair", "robust", "aot") else 0.0

@@ -44,10 +44,20 @@ inline const void* checked_vector(const Tensor& tile, const Tensor& vector, cons
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == length, name, " must have shape (", length, ",), got ",
                   vector.dim(), " dimensions and ", vector.numel(), " elements");
   STD_TORCH_CHECK(vector.scalar_type() == dtype, name, " must have the statistics' dtype of the tile ",
-                  "(float64 for a float64 tile, float32 otherwise; int64 for target)");
+                  "(float64 for a float64 tile, float32 otherwise; int64 for column and places)");
   STD_TORCH_CHECK(vector.is_contiguous(), name, " must be contiguous; call .contiguous() first");
   STD_TORCH_CHECK(vector.device() == tile.device(), name, " must be on the device of the tile; move it there first");
   return vector.const_data_ptr();
+}
+
+// One of each row, however shaped: a batch's own need no view.
+inline const int64_t* checked_target(const Tensor& tile, const Tensor& target, int64_t rows) {
+  STD_TORCH_CHECK(target.numel() == rows, "target must have shape (", rows, ",), got ", target.dim(),
+                  " dimensions and ", target.numel(), " elements");
+  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64; cast it first");
+  STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous; call .contiguous() first");
+  STD_TORCH_CHECK(target.device() == tile.device(), "target must be on the device of the tile; move it there first");
+  return static_cast<const int64_t*>(target.const_data_ptr());
 }
 
 inline const void* checked_per_row(const Tensor& tile, const std::optional<Tensor>& vector, const char* name) {
@@ -65,8 +75,8 @@ inline cpu::Tile checked_tile(const Tensor& tile, const Tensor& target) {
   STD_TORCH_CHECK(tile.dim() == 2, "tile must have shape (rows, cols), got ", tile.dim(), " dimensions");
   STD_TORCH_CHECK(tile.size(1) <= 1 || tile.stride(1) == 1, "tile must have contiguous rows, got a stride of ",
                   tile.stride(1), " between columns");
-  const void* columns = checked_vector(tile, target, "target", tile.size(0), ScalarType::Long);
-  return {tile.mutable_data_ptr(), tile.size(0), tile.size(1), tile.stride(0), static_cast<const int64_t*>(columns)};
+  const int64_t rows = tile.size(0);
+  return {tile.mutable_data_ptr(), rows, tile.size(1), tile.stride(0), checked_target(tile, target, rows)};
 }
 
 // The call but for its outputs.
@@ -141,7 +151,7 @@ inline std::tuple<cpu::TargetLogits, Tensor, Tensor, Tensor> target_logits_call(
   call.width = hidden.size(1);
   call.vocab = weight.size(0);
   call.map = {bias.has_value() ? checked_vector(hidden, *bias, "bias", call.vocab, type) : nullptr, scale, cap};
-  call.target = static_cast<const int64_t*>(checked_vector(hidden, target, "target", rows, ScalarType::Long));
+  call.target = checked_target(hidden, target, rows);
   Tensor column = torch::stable::new_empty(target, {rows});
   Tensor raw = torch::stable::new_empty(hidden, {rows}, type);
   Tensor logit = torch::stable::new_empty(hidden, {rows}, type);

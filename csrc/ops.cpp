@@ -95,7 +95,7 @@ template <class T>
 Tensor values_at(const Tensor& values, const std::optional<Tensor>& places) {
   if (!places.has_value()) return values;
   fastpref::checked_vector(values, *places, "places", places->numel(), fastpref::ScalarType::Long);
-  const int64_t rows = places->size(0), total = values.size(0);
+  const int64_t rows = places->size(0), total = values.numel();
   Tensor out = torch::stable::new_empty(values, {rows});
   const auto* place = static_cast<const int64_t*>(places->const_data_ptr());
   const auto* from = static_cast<const T*>(values.const_data_ptr());
@@ -129,13 +129,12 @@ std::tuple<Tensor, Tensor> score_batch(Tensor tile, Tensor hidden, Tensor weight
                                        double cap, bool write) {
   STD_TORCH_CHECK(target.scalar_type() == fastpref::ScalarType::Long, "target must be int64; cast it first");
   STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous; call .contiguous() first");
-  const Tensor flat = target.dim() == 1 ? target : torch::stable::reshape(target, {target.numel()});
-  const Tensor own = values_at<int64_t>(flat, places);
+  const Tensor own = values_at<int64_t>(target, places);
   auto [numbers, none] = score_rows(tile, hidden, weight, own, bias, scale, cap, write, false);
   const auto type = fastpref::statistics_type(tile);
   Tensor logp = torch::stable::new_empty(target, target.sizes(), type);
   const bool wide = type == fastpref::ScalarType::Double;
-  const int64_t at = fastpref::kLogpRow * own.size(0);
+  const int64_t at = fastpref::kLogpRow * own.numel();
   if (wide) {
     spread<double>(static_cast<const double*>(numbers.const_data_ptr()) + at, places, logp);
   } else {
@@ -148,7 +147,7 @@ std::tuple<Tensor, Tensor> score_batch(Tensor tile, Tensor hidden, Tensor weight
 template <class T>
 std::tuple<Tensor, int64_t> places_other_than(T from, const Tensor& values) {
   const auto* data = static_cast<const T*>(values.const_data_ptr());
-  const int64_t total = values.size(0);
+  const int64_t total = values.numel();
   int64_t count = 0;
   for (int64_t i = 0; i < total; ++i) count += data[i] != from;
   Tensor places = torch::stable::new_empty(values, {count == total ? 0 : count}, fastpref::ScalarType::Long);
@@ -162,8 +161,7 @@ std::tuple<Tensor, int64_t> places_other_than(T from, const Tensor& values) {
 }
 
 std::tuple<Tensor, int64_t> scored_places(Tensor target, int64_t ignore_index) {
-  check_vector(target, "target");
-  STD_TORCH_CHECK(target.scalar_type() == fastpref::ScalarType::Long, "target must be int64; cast it first");
+  fastpref::checked_target(target, target, target.numel());
   return places_other_than<int64_t>(ignore_index, target);
 }
 

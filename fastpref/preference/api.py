@@ -160,8 +160,7 @@ def _run(task: Task) -> PreferenceOutput:
     call = plan_task(task)
     reference = None
     if task.reference is not None and call.reference is not None:
-        with torch.no_grad():
-            reference = autograd.run(call.reference, task.reference.models)
+        reference = autograd.run(call.reference, task.reference.models)
     models = task.main.models
     if call.batches is None or call.positions is None:
         return result_of(task, autograd.run(call.main, models), reference)

@@ -30,11 +30,18 @@ Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 def run(call: Call, models: Sequence[Model]) -> Outputs:
     """The outputs of ``call.rule``."""
     if not call.request.needs_grad and forward_ad._current_level < 0:
-        with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
+        # Entered only where something would be recorded: it takes as long as a small product.
+        with torch.no_grad() if _recorded(models) else AS_IT_IS:
             return run_forward(call, models).outputs
     tensors = inputs_of(models, call)
     outputs: Outputs = Engine.apply(call, *tensors)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def _recorded(models: Sequence[Model]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(one is not None and one.requires_grad for model in models for one in model.tensors)
 
 
 def inputs_of(models: Sequence[Model], call: Call) -> list[Tensor | None]:
@@ -128,12 +135,15 @@ def _under(plan: Plan, call: Call) -> Call:
 
 def run_forward(call: Call, models: Sequence[Model]) -> Finished:
     """Outputs, and what backward needs; with less than planned where memory runs out."""
-    hidden = models[0].hidden
+    hidden, failed = models[0].hidden, None
+    if straight.serves(call, models[0]):
+        try:
+            return Finished(*straight.forward(call, models[0]), None, call.plan)
+        except torch.OutOfMemoryError as error:
+            failed = error
 
     def attempt(plan: Plan) -> Finished:
         own = _under(plan, call)
-        if straight.serves(own, models[0]):
-            return Finished(*straight.forward(own, models[0]), None, plan)
         heads = own.heads(models)
         rows = [own.rows(model) for model in models]
         target = call.packing.gather(call.target.reshape(-1))
@@ -144,7 +154,7 @@ def run_forward(call: Call, models: Sequence[Model]) -> Finished:
         return Finished(spread, kept, heads, plan)
 
     with products_of(hidden):
-        return with_less(attempt, call.plan, less, hidden.device, call.group)
+        return with_less(attempt, call.plan, less, hidden.device, call.group, failed)
 
 
 def run_backward(
@@ -160,15 +170,18 @@ def run_backward(
 
     ``upstream`` are gradients at the outputs of the rule.
     """
-    model, held = models[0], kept
+    model, held, failed = models[0], kept, None
+    if straight.serves(call, model):
+        try:
+            short = straight.backward(call, model, kept, upstream)
+            if short is not None:
+                return short
+        except torch.OutOfMemoryError as error:
+            failed = error
     basis = model.head.form.basis
 
-    def attempt(plan: Plan) -> tuple[tuple[Tensor | None, ...], Gradients | None]:
+    def attempt(plan: Plan) -> tuple[tuple[Tensor | None, ...], Gradients]:
         own = _under(plan, call)
-        if straight.serves(own, model):
-            found = straight.backward(own, model, held, upstream)
-            if found is not None:
-                return found, None
         rows = [own.rows(one) for one in models]
         run = Run(
             call.rule, own.heads(models, held.mean) if heads is None else own.fitted(heads), plan
@@ -189,8 +202,8 @@ def run_backward(
 
     with _opened(models), products_of(model.hidden):
         device = model.hidden.device
-        found, gradients = with_less(attempt, call.plan, recomputing, device, call.group)
-        if basis is not None and gradients is not None:
+        found, gradients = with_less(attempt, call.plan, recomputing, device, call.group, failed)
+        if basis is not None:
             # Once, whatever ran out of memory before.
             basis.add(gradients.weight)
             basis.add_norms(gradients.norms)

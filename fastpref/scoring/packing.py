@@ -68,9 +68,9 @@ def pack(
 ) -> Packing:
     """How to pack the scored rows of ``target`` (...); ``count`` is their number where the host
     knows it, ``bounded`` forbids to ask a GPU for it."""
-    flat = target.reshape(-1)
     if not target.is_cuda:
-        return _exact(flat, ignore_index, max_scored)
+        return _exact(target, ignore_index, max_scored)
+    flat = target.reshape(-1)
     scored, total = flat != ignore_index, flat.shape[0]
     bound = total if max_scored is None else min(max_scored, total)
     packed_already = bounded or target.dim() == 1
@@ -92,13 +92,13 @@ def pack_whole(target: Tensor, ignore_index: int) -> Packing:
     return Packing(total, total, None, scored, None)
 
 
-def _exact(flat: Tensor, ignore_index: int, max_scored: int | None) -> Packing:
-    total = flat.shape[0]
-    if flat.device.type == "cpu" and ops_unavailable_reason() is None:
-        own = in_dtype(flat, torch.int64).contiguous()
+def _exact(target: Tensor, ignore_index: int, max_scored: int | None) -> Packing:
+    total = target.numel()
+    if target.is_cpu and ops_unavailable_reason() is None:
+        own = in_dtype(target, torch.int64).contiguous()
         index, count = torch.ops.fastpref.scored_places(own, ignore_index)
     else:
-        index = (flat != ignore_index).nonzero()[:, 0]
+        index = (target.reshape(-1) != ignore_index).nonzero()[:, 0]
         count = index.shape[0]
     if max_scored is not None and count > max_scored:
         raise ValueError(

@@ -53,6 +53,25 @@ def test_places(which, rows):
         assert torch.equal(values, before)
 
 
+@pytest.mark.parametrize("shape", [(), (12,), (3, 4), (2, 3, 2), (0, 4)])
+def test_targets_of_any_shape_are_those_of_their_rows(shape):
+    """Those of a batch need no view."""
+    target = torch.randint(0, 3, shape)
+    places, count = ops.scored_places(target, 1)
+    expected = (target.flatten() != 1).nonzero()[:, 0]
+    assert count == len(expected)
+    assert torch.equal(places, expected if count < target.numel() else expected[:0])
+    rows, cols = target.numel(), 5
+    tile, weight = torch.randn(rows, cols), torch.randn(cols, 2)
+    hidden = torch.randn(rows, 2)
+    given = hidden, weight, target, None, 1.0, 0.0, False, True
+    flat = hidden, weight, target.flatten(), None, 1.0, 0.0, False, True
+    for found, want in zip(
+        ops.score_rows_(tile, *given), ops.score_rows_(tile, *flat), strict=True
+    ):
+        same_bits(found, want)
+
+
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_what_counts_as_a_gradient(dtype):
     """All that is not equal to 0: the smallest number and NaN, but no zero of either sign."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -191,24 +192,27 @@ def ask(
     Raises:
         ValueError, TypeError: naming the argument, what came, what was expected, and the remedy.
     """
-    with refused_together(head.get("tp_group")):
-        return _asked(
-            *local_parts(hidden, weight, head),
-            target,
-            ignore_index=ignore_index,
-            outputs=outputs,
-            differentiable=differentiable,
-            options=options,
-            temperature=temperature,
-        )
+    asked = functools.partial(
+        _asked,
+        target=target,
+        ignore_index=ignore_index,
+        outputs=outputs,
+        differentiable=differentiable,
+        options=options,
+        temperature=temperature,
+    )
+    if head.get("tp_group") is None:
+        return asked(hidden, weight, head)
+    with refused_together(head["tp_group"]):
+        return asked(*local_parts(hidden, weight, head))
 
 
 def _asked(
     hidden: Tensor,
     weight: Tensor,
     head: dict[str, Any],
-    target: Tensor,
     *,
+    target: Tensor,
     ignore_index: int,
     outputs: tuple[str, ...],
     differentiable: tuple[str, ...],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autograd node of the engine: models in, a rule's outputs out, any upstream gradient back to
+"""The autograd nodes of the engine: models in, a rule's outputs out, any upstream gradient back to
 the first model."""
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.autograd import forward_ad
 from . import canary, straight, vocab_parallel
 from .backward import Gradients, backward
 from .forward import Kept, Run, forward
-from .head import TENSORS, Model
+from .head import TENSORS, Head, Model
 from .plan import Plan, less
 from .reductions import full_precision_reductions
 from .request import Call
 from .retry import with_less
 from .rules import Heads, Upstream
-from .transforms import SECOND_DERIVATIVE, Differentiable, for_each
+from .transforms import SECOND_DERIVATIVE, Differentiable, for_each, plain
 from .types import AS_IT_IS, in_dtype, statistics_dtype
 
 Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
@@ -29,13 +29,28 @@ Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 
 def run(call: Call, models: Sequence[Model]) -> Outputs:
     """The outputs of ``call.rule``."""
-    if not call.request.needs_grad and forward_ad._current_level < 0:
-        # Entered only where something would be recorded: it takes as long as a small product.
-        with torch.no_grad() if _recorded(models) else AS_IT_IS:
-            return run_forward(call, models).outputs
+    failed: torch.OutOfMemoryError | None = None
+    no_node = not call.request.needs_grad and forward_ad._current_level < 0
+    # Entered only where something would be recorded: it takes as long as a small product.
+    with torch.no_grad() if no_node and _recorded(models) else AS_IT_IS:
+        if straight.serves(call, models[0]):
+            try:
+                return _straight(call, models[0], no_node), *straight.OTHERS
+            except torch.OutOfMemoryError as error:
+                failed = error  # The engine can do with less.
+        if no_node:
+            return run_forward(call, models, failed).outputs
     tensors = inputs_of(models, call)
-    outputs: Outputs = Engine.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    outputs: Outputs = Engine.apply(call, failed, *tensors)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def _straight(call: Call, model: Model, no_node: bool) -> Tensor:
+    if no_node:
+        return straight.forward(call, model)[0]
+    hidden, head = model
+    logp: Tensor = StraightEngine.apply(call, hidden, head.weight, head.bias)  # type: ignore[no-untyped-call]
+    return logp
 
 
 def _recorded(models: Sequence[Model]) -> bool:
@@ -54,13 +69,50 @@ def inputs_of(models: Sequence[Model], call: Call) -> list[Tensor | None]:
     return tensors
 
 
+class StraightEngine(Differentiable):
+    """``Engine``, of calls that straight.py serves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        model = Model(hidden, Head(weight, bias, None, None, call.forms[0]))
+        logp, ctx.numbers, matrix = straight.forward(call, model)
+        ctx.save_for_backward(hidden, weight, bias, matrix)
+        ctx.call = call
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, d_logp: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_logp is None:
+            return None, None, None, None
+        call: Call = ctx.call
+        hidden, weight, bias, matrix = ctx.saved_tensors
+        model = Model(hidden, Head(weight, bias, None, None, call.forms[0]))
+        found: tuple[Tensor | None, ...] | None = None
+        failed: torch.OutOfMemoryError | None = None
+        if not torch.is_grad_enabled() and plain(d_logp):
+            try:
+                found = straight.backward(call, model, ctx.numbers, matrix, d_logp)
+            except torch.OutOfMemoryError as error:
+                failed = error
+        if found is None:
+            kept = straight.kept(call, ctx.numbers, matrix)
+            upstream = d_logp, *straight.OTHERS
+            found = differentiate(call, [model], kept, upstream, failed=failed)[:2]
+        return None, *found, None
+
+
 class Engine(Differentiable):
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Outputs:
+    def forward(
+        ctx: Any, call: Call, failed: torch.OutOfMemoryError | None, *tensors: Tensor | None
+    ) -> Outputs:
         # An output nobody differentiates must not cost a gradient of zeros.
         ctx.set_materialize_grads(False)
         models = models_of(tensors, call)
-        outputs, kept, heads, plan = run_forward(call, models)
+        outputs, kept, heads, plan = run_forward(call, models, failed)
         if call.request.needs_grad:
             ctx.models = 1 if kept.direct else call.rule.formed_again
             # A saved tensor goes with the graph; an attribute would stay as long as the outputs.
@@ -87,13 +139,13 @@ class Engine(Differentiable):
         saved = ctx.saved_tensors
         every, count = TENSORS * call.rule.models, TENSORS * ctx.models
         if all(one is None for one in upstream):
-            return (None,) * (1 + every)
+            return (None,) * (2 + every)
         tensors, held = saved[:count], saved[count:]
         # The matrices are without rows where an earlier backward has given them back.
         matrices, direct = held[: ctx.matrices], held[ctx.matrices :]
         kept = ctx.kept._replace(matrices=matrices, direct=direct)
         once = differentiate(call, models_of(tensors, call), kept, upstream, ctx.heads)
-        return (None, *once, *[None] * (every - TENSORS))
+        return (None, None, *once, *[None] * (every - TENSORS))
 
 
 def differentiate(
@@ -102,11 +154,12 @@ def differentiate(
     kept: Kept,
     upstream: Upstream,
     heads: Heads | None = None,
+    failed: torch.OutOfMemoryError | None = None,
 ) -> tuple[Tensor | None, ...]:
     """``run_backward``, of batches of upstream gradients too, whose own derivatives raise."""
 
     def of_upstream(*upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        return run_backward(call, models, kept, upstream, heads)
+        return run_backward(call, models, kept, upstream, heads, failed)
 
     with torch.no_grad() if torch.is_grad_enabled() else AS_IT_IS:
         gradients = for_each(of_upstream, *upstream)
@@ -130,17 +183,15 @@ def models_of(tensors: Sequence[Tensor | None], call: Call) -> list[Model]:
 
 def _under(plan: Plan, call: Call) -> Call:
     """``call``, run by ``plan``."""
-    return call if plan is call.plan else call._replace(plan=plan, straight=False)
+    return call if plan is call.plan else call._replace(plan=plan)
 
 
-def run_forward(call: Call, models: Sequence[Model]) -> Finished:
-    """Outputs, and what backward needs; with less than planned where memory runs out."""
-    hidden, failed = models[0].hidden, None
-    if straight.serves(call, models[0]):
-        try:
-            return Finished(*straight.forward(call, models[0]), None, call.plan)
-        except torch.OutOfMemoryError as error:
-            failed = error
+def run_forward(
+    call: Call, models: Sequence[Model], failed: torch.OutOfMemoryError | None = None
+) -> Finished:
+    """Outputs, and what backward needs; with less than planned where memory runs out, as it has in
+    ``failed`` for what straight.py does in the call's place."""
+    hidden = models[0].hidden
 
     def attempt(plan: Plan) -> Finished:
         own = _under(plan, call)
@@ -163,21 +214,15 @@ def run_backward(
     kept: Kept,
     upstream: Upstream,
     heads: Heads | None = None,
+    failed: torch.OutOfMemoryError | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients at each tensor of the first model; None where none is needed. What is projected on
     a basis is added to where that says. Where memory runs out the matrices in ``kept`` are given
     back and formed again, of ``models``: those that the rule needs for it.
 
-    ``upstream`` are gradients at the outputs of the rule.
+    ``upstream`` are gradients at the outputs of the rule, ``failed`` is that of ``run_forward``.
     """
-    model, held, failed = models[0], kept, None
-    if straight.serves(call, model):
-        try:
-            short = straight.backward(call, model, kept, upstream)
-            if short is not None:
-                return short
-        except torch.OutOfMemoryError as error:
-            failed = error
+    model, held = models[0], kept
     basis = model.head.form.basis
 
     def attempt(plan: Plan) -> tuple[tuple[Tensor | None, ...], Gradients]:

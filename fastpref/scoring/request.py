@@ -244,8 +244,6 @@ def plan_target(
     if request.needs_grad and own is target:
         own = target.clone()
     forms, shards, plan, straight = found
-    # An operator returns what backward needs, whether or not there is one.
-    straight = straight and not (traced and not request.needs_grad)
     return Call(request, rule, forms, shards, own, packing, plan, factor, straight)
 
 

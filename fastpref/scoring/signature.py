@@ -38,7 +38,7 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...] | None:
         elif kind in PLAIN and not one.is_meta and is_whole(one):
             device = one.device
             found += name, kind, one.shape, one.dtype, device, one.layout, one.requires_grad
-        elif kind is tuple and all(type(part) in _VALUES for part in one):
+        elif kind is tuple and _VALUES.issuperset(map(type, one)):
             found += name, *map(type, one), one
         else:
             return None

@@ -17,7 +17,6 @@ from .forward import Kept
 from .head import Model
 from .packing import Packing
 from .request import Call
-from .rules import Upstream
 from .statistics import OUTPUTS
 from .types import in_dtype, statistics_dtype
 from .workspace import lease
@@ -32,9 +31,10 @@ def serves(call: Call, model: Model) -> bool:
     return call.straight and model.hidden.is_contiguous() and model.head.weight.is_contiguous()
 
 
-def forward(call: Call, model: Model) -> tuple[tuple[Tensor | None, ...], Kept]:
-    """The rule's outputs, like the target, and what backward needs."""
-    packing, plan, target, map = call.packing, call.plan, call.target, call.forms[0].map
+def forward(call: Call, model: Model) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs like the target, the numbers of the rows, and their exponentials, with the schedule
+    "direct" times the weight."""
+    packing, plan, map = call.packing, call.plan, call.forms[0].map
     weight, bias, *_ = model.head
     workspace.begin_pass()
     rows = _rows(packing, model.hidden)
@@ -42,58 +42,56 @@ def forward(call: Call, model: Model) -> tuple[tuple[Tensor | None, ...], Kept]:
     torch.mm(rows, weight.t(), out=tile)
     if bias is not None:
         bias = in_dtype(bias, statistics_dtype(plan.dtype)).contiguous()
-    logp, found = torch.ops.fastpref.score_batch_(
+    logp, numbers = torch.ops.fastpref.score_batch_(
         tile,
         rows,
         weight,
-        target,
+        call.target,
         packing.positions,
         bias,
         map.scale,
         map.cap,
         plan.needs_grad,
     )
-    if not plan.needs_grad:
-        return (logp, *OTHERS), Kept(target, ())
-    numbers = found[LOGP], found[ANCHOR], found[NORM], found[SCALE], None
-    own = packing.gather(target.view(-1))
-    if plan.schedule == "direct":
-        kept = Kept(own, numbers, direct=(torch.mm(tile, weight),))
-    else:
-        kept = Kept(own, numbers, (tile,))
-    return (logp, *OTHERS), kept
+    return logp, numbers, torch.mm(tile, weight) if plan.schedule == "direct" else tile
+
+
+def kept(call: Call, numbers: Tensor, matrix: Tensor) -> Kept:
+    """The same as the engine's backward takes it."""
+    own = call.packing.gather(call.target.view(-1))
+    found = numbers[LOGP], numbers[ANCHOR], numbers[NORM], numbers[SCALE], None
+    direct = call.plan.schedule == "direct"
+    return Kept(own, found, () if direct else (matrix,), (matrix,) if direct else ())
 
 
 def backward(
-    call: Call, model: Model, kept: Kept, upstream: Upstream
-) -> tuple[Tensor | None, ...] | None:
-    """Gradients at each tensor of the model; None where rows are without a gradient, or what was
-    kept is given back."""
+    call: Call, model: Model, numbers: Tensor, matrix: Tensor, d_logp: Tensor
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """Gradients at hidden and weight; None where rows are without a gradient, or what was kept is
+    given back."""
     packing, plan, scale = call.packing, call.plan, call.forms[0].map.scale
-    hidden, weight, numbers = model.hidden, model.head.weight, kept.numbers[3]
-    given, ours = upstream[0], torch.ops.fastpref
-    held = kept.direct or kept.matrices
-    if given is None or numbers is None or not held or held[0].shape[0] != plan.scored:
+    hidden, weight, ours = model.hidden, model.head.weight, torch.ops.fastpref
+    if matrix.shape[0] != plan.scored:
         return None
-    given = in_dtype(given.reshape(-1), numbers.dtype).contiguous()
-    factor, active = ours.gradient_factors(given, numbers, scale, packing.positions)
+    d_logp = in_dtype(d_logp.reshape(-1), numbers.dtype).contiguous()
+    factor, active = ours.gradient_factors(d_logp, numbers[SCALE], scale, packing.positions)
     if active != plan.scored:
         return None
     d_weight = None
-    if kept.direct:
-        d_rows = torch.empty_like(held[0])
-        ours.scale_rows_(d_rows, held[0], factor)
+    if plan.schedule == "direct":
+        d_rows = torch.empty_like(matrix)
+        ours.scale_rows_(d_rows, matrix, factor)
     else:
         d_rows, rows = None, _rows(packing, hidden)
         scaled = torch.empty_like(rows)
         if plan.needs_weight:
             ours.scale_rows_(scaled, rows, factor)
-            d_weight = torch.mm(held[0].t(), scaled)
+            d_weight = torch.mm(matrix.t(), scaled)
         if plan.needs_hidden:
-            d_rows = torch.mm(held[0], weight, out=scaled)
+            d_rows = torch.mm(matrix, weight, out=scaled)
             ours.scale_rows_(d_rows, d_rows, factor)
     d_hidden = None if d_rows is None else packing.spread(d_rows).view(hidden.shape)
-    return d_hidden, d_weight, None, None, None
+    return d_hidden, d_weight
 
 
 def _rows(packing: Packing, hidden: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def is_whole(tensor: Tensor) -> bool:
     """Of one whose type is among ``PLAIN``: whether it has memory, which FSDP frees under the views
     of a flat parameter, and is not ``full_tensor()`` of a sharded one, in whose backward every rank
     keeps its rows of its own gradient."""
-    return not (_is_freed(tensor) or _is_gathered(tensor))
+    return not _is_freed(tensor) and (tensor.grad_fn is None or not _is_gathered(tensor))
 
 
 def _is_freed(tensor: Tensor) -> bool:

@@ -29,10 +29,10 @@ Outputs = tuple[Tensor | None, ...]  # of a rule, like the target
 
 def run(call: Call, models: Sequence[Model]) -> Outputs:
     """The outputs of ``call.rule``."""
-    failed: torch.OutOfMemoryError | None = None
-    no_node = not call.request.needs_grad and forward_ad._current_level < 0
     # Entered only where something would be recorded: it takes as long as a small product.
-    with torch.no_grad() if no_node and _recorded(models) else AS_IT_IS:
+    with torch.no_grad() if _must_not_record(call, models) else AS_IT_IS:
+        failed: torch.OutOfMemoryError | None = None
+        no_node = not call.request.needs_grad and forward_ad._current_level < 0
         if straight.serves(call, models[0]):
             try:
                 return _straight(call, models[0], no_node), *straight.OTHERS
@@ -40,9 +40,15 @@ def run(call: Call, models: Sequence[Model]) -> Outputs:
                 failed = error  # The engine can do with less.
         if no_node:
             return run_forward(call, models, failed).outputs
-    tensors = inputs_of(models, call)
-    outputs: Outputs = Engine.apply(call, failed, *tensors)  # type: ignore[no-untyped-call]
-    return outputs
+        tensors = inputs_of(models, call)
+        outputs: Outputs = Engine.apply(call, failed, *tensors)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+def _must_not_record(call: Call, models: Sequence[Model]) -> bool:
+    if call.request.needs_grad or not torch.is_grad_enabled():
+        return False
+    return any(one is not None and one.requires_grad for model in models for one in model.tensors)
 
 
 def _straight(call: Call, model: Model, no_node: bool) -> Tensor:
@@ -51,12 +57,6 @@ def _straight(call: Call, model: Model, no_node: bool) -> Tensor:
     hidden, head = model
     logp: Tensor = StraightEngine.apply(call, hidden, head.weight, head.bias)  # type: ignore[no-untyped-call]
     return logp
-
-
-def _recorded(models: Sequence[Model]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(one is not None and one.requires_grad for model in models for one in model.tensors)
 
 
 def inputs_of(models: Sequence[Model], call: Call) -> list[Tensor | None]:

@@ -2,6 +2,7 @@
 """Pairs that one operator takes from the scores of their tokens to the loss: as step by step, and
 what it does not serve."""
 
+import contextlib
 import math
 
 import pytest
@@ -206,6 +207,21 @@ def test_objectives_as_values_are_kept_too(settled):
     beta.fill_(0.1)  # which is read at every call
     found = preference_loss(hidden, weight, target, per_unit, **given).loss
     torch.testing.assert_close(found, losses[0])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_reference_that_is_trained_elsewhere_gets_no_gradient(settled, trained):
+    hidden, weight, target = batch()
+    reference, ref_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    hidden.requires_grad_(trained)
+    given = {"ref_hidden": reference, "ref_weight": ref_weight}
+    for level in (contextlib.nullcontext, torch.autograd.forward_ad.dual_level):
+        with level():
+            output = preference_loss(hidden, weight, target, "dpo", **given)
+        assert not output.ref_logps.requires_grad and output.loss.requires_grad == trained
+        if trained:
+            output.loss.backward()
+    assert reference.grad is None and ref_weight.grad is None and len(settled) == 2
 
 
 def test_batches_of_gradients_and_second_derivatives(settled):

@@ -243,7 +243,7 @@ def score_with_loss(
     def attempt(plan: BatchedPlan | Plan) -> tuple[Tensor, Outputs]:
         as_before()
         if isinstance(plan, Plan):
-            found = autograd.run(call._replace(plan=plan), models)
+            found = autograd.run(call._replace(plan=plan, straight=False), models)
             return loss(found), found
         tensors = inputs_of(models, call)
         value, *outputs = BatchedLoss.apply(call, plan, positions, loss, *tensors)  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref import ScoringOptions, explain, linear_logprob, preference_loss
 from fastpref._extension import ops_unavailable_reason
-from fastpref.scoring import autograd, retry, straight
+from fastpref.scoring import autograd, batches, retry, straight
 from tests.scoring import refusing
 
 pytestmark = pytest.mark.skipif(
@@ -242,3 +242,22 @@ def test_products_are_seen_and_counted(calls, schedule):
     assert "engine" not in calls
     scored = int((target != -100).sum())
     assert counter.get_total_flops() == plan.units * 2 * scored * H * V
+
+
+def test_two_passes_after_batches_that_found_no_memory(calls, monkeypatch):
+    """Take less than was planned for one tile."""
+
+    def refused(*arguments):
+        raise torch.OutOfMemoryError("refused")
+
+    given, target, _ = inputs(torch.float32, ("hidden", "weight"), True)
+    target[2, 20] = 1
+    arguments = {"ref_logps": torch.zeros(2), "options": ScoringOptions(schedule="batches")}
+    hidden, target = given["hidden"][:2], target[:2]
+    expected = preference_loss(hidden, given["weight"], target, "dpo", **arguments).loss
+    calls.clear()
+    monkeypatch.setattr(batches.BatchedLoss, "apply", refused)
+    found = preference_loss(hidden, given["weight"], target, "dpo", **arguments).loss
+    found.backward()
+    assert calls == ["engine", "engine's gradient"]
+    torch.testing.assert_close(found, expected)

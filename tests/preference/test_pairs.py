@@ -295,9 +295,10 @@ def test_a_reference_that_lies_with_gaps():
 WRONG = {
     "logp must have shape": {"logp": torch.zeros(3, T)},
     "logp must be float64 or float32": {"logp": torch.zeros(B, T).half()},
-    "target must have the shape of logp": {"target": torch.zeros(B, T + 1, dtype=torch.int64)},
+    "target must have shape": {"target": torch.zeros(B, T + 1, dtype=torch.int64)},
     "target must be int64": {"target": torch.zeros(B, T, dtype=torch.int32)},
-    "logp and target must be contiguous": {"logp": torch.zeros(T, B).t()},
+    "logp must be contiguous": {"logp": torch.zeros(T, B).t()},
+    "target must be contiguous": {"target": torch.zeros(T, B, dtype=torch.int64).t()},
     "ref_logps must have shape": {"ref_logps": torch.zeros(B - 1)},
     "ref_logps must have the dtype": {"ref_logps": torch.zeros(B).double()},
     "link must be": {"link": 3},

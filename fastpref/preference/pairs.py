@@ -82,12 +82,7 @@ def _settled(
         isinstance(arrangement, Interleaved),
         link.gap_per_token,
         divisor,
-        link.kind,
-        link.scale,
-        link.shift,
-        link.flipped,
-        link.reward_scale,
-        link.rewards_per_token,
+        *link.arguments,
     )
     return found
 

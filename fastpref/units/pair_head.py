@@ -51,6 +51,12 @@ class Link(NamedTuple):
     gap_per_token: bool = False  # log-ratios divided by the responses' lengths
     rewards_per_token: bool = False
 
+    @property
+    def arguments(self) -> tuple[int, float, float, float, float, bool]:
+        """The last ones of the operators."""
+        own = self.kind, self.scale, self.shift, self.flipped
+        return *own, self.reward_scale, self.rewards_per_token
+
 
 def _dpo(*, beta: float, label_smoothing: float) -> Link:
     return Link(LOGISTIC, beta, beta, flipped=label_smoothing)
@@ -206,15 +212,7 @@ class _PairHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         logps = (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
         arguments = (*logps, chosen_lengths, rejected_lengths)
-        losses, rewards, slopes, means = torch.ops.fastpref.pair_head(
-            *arguments,
-            link.kind,
-            link.scale,
-            link.shift,
-            link.flipped,
-            link.reward_scale,
-            link.rewards_per_token,
-        )
+        losses, rewards, slopes, means = torch.ops.fastpref.pair_head(*arguments, *link.arguments)
         ctx.save_for_backward(slopes, *arguments)
         ctx.objective = objective
         ctx.mark_non_differentiable(rewards, means)

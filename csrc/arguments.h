@@ -2,11 +2,13 @@
 // Checks the operators' arguments and makes the calls of the row kernels from them, for tensors of any device.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -18,6 +20,26 @@ namespace fastpref {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// A new tensor on the device of `like`. torch::stable::new_empty asks the dispatcher for the operator's name, which
+// takes as long as what small operators do here.
+inline Tensor uninitialised(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, device_type, device_index, &made));
+  return Tensor(made);
+}
+
+inline Tensor uninitialised(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return uninitialised(like, sizes, like.scalar_type());
+}
 
 inline cpu::Element element_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -96,8 +118,8 @@ inline std::tuple<Tensor, Tensor> exp_rows_outputs(cpu::ExpRows& call, const Ten
                                                    bool statistics) {
   const int64_t rows = call.tile.rows;
   const int kinds = !statistics ? cpu::kSums : call.map.cap == 0 ? cpu::kTotal : cpu::kAllSums;
-  Tensor sums = torch::stable::new_empty(anchor, {kinds, rows});
-  Tensor best_index = torch::stable::new_empty(target, {statistics ? rows : 0});
+  Tensor sums = uninitialised(anchor, {kinds, rows});
+  Tensor best_index = uninitialised(target, {statistics ? rows : 0});
   call.sums = sums.mutable_data_ptr();
   call.best_index = statistics ? static_cast<int64_t*>(best_index.mutable_data_ptr()) : nullptr;
   return {sums, best_index};
@@ -152,9 +174,9 @@ inline std::tuple<cpu::TargetLogits, Tensor, Tensor, Tensor> target_logits_call(
   call.vocab = weight.size(0);
   call.map = {bias.has_value() ? checked_vector(hidden, *bias, "bias", call.vocab, type) : nullptr, scale, cap};
   call.target = checked_target(hidden, target, rows);
-  Tensor column = torch::stable::new_empty(target, {rows});
-  Tensor raw = torch::stable::new_empty(hidden, {rows}, type);
-  Tensor logit = torch::stable::new_empty(hidden, {rows}, type);
+  Tensor column = uninitialised(target, {rows});
+  Tensor raw = uninitialised(hidden, {rows}, type);
+  Tensor logit = uninitialised(hidden, {rows}, type);
   call.column = static_cast<int64_t*>(column.mutable_data_ptr());
   call.raw = raw.mutable_data_ptr();
   call.logit = logit.mutable_data_ptr();
@@ -190,7 +212,7 @@ inline std::tuple<cpu::SettleRows, Tensor> settle_rows_call(const std::optional<
     call.exps = exps->mutable_data_ptr();
     call.exps_stride = exps->stride(0);
   }
-  Tensor scores = torch::stable::new_empty(anchor, {cpu::kRowScores, rows});
+  Tensor scores = uninitialised(anchor, {cpu::kRowScores, rows});
   call.scores = scores.mutable_data_ptr();
   return {call, scores};
 }
@@ -235,14 +257,16 @@ inline ScoreRows score_rows_call(const Tensor& tile, const Tensor& hidden, const
 
 // Of the numbers without statistics: the target's product and logit, the sums, the scores, of which logp is the first.
 constexpr int64_t kLogpRow = 2 + cpu::kSums;
+constexpr int64_t kNumbers = kLogpRow + cpu::kRowScores;
+constexpr int64_t kScaleRow = kNumbers - 1;
 
 // (numbers, best_index), new and uninitialised, for `calls` to fill.
 inline std::tuple<Tensor, Tensor> score_rows_outputs(ScoreRows& calls, const Tensor& tile, const Tensor& target,
                                                      bool statistics) {
   const int64_t rows = calls.exp.tile.rows;
   const int64_t kinds = !statistics ? cpu::kSums : calls.exp.map.cap == 0 ? cpu::kTotal : cpu::kAllSums;
-  Tensor numbers = torch::stable::new_empty(tile, {2 + kinds + cpu::kRowScores, rows}, statistics_type(tile));
-  Tensor best_index = torch::stable::new_empty(target, {statistics ? rows : 0});
+  Tensor numbers = uninitialised(tile, {2 + kinds + cpu::kRowScores, rows}, statistics_type(tile));
+  Tensor best_index = uninitialised(target, {statistics ? rows : 0});
   const int64_t row_bytes = rows * (statistics_type(tile) == ScalarType::Double ? 8 : 4);
   char* data = static_cast<char*>(numbers.mutable_data_ptr());
   const auto of = [&](int64_t row) { return static_cast<void*>(data + row * row_bytes); };
@@ -306,7 +330,7 @@ inline std::tuple<cpu::DivergenceRows, Tensor> divergence_rows_call(const Tensor
   call.teacher_map = checked_map(teacher, teacher_bias, scale, cap, factor, "teacher_bias");
   call.beta = beta;
   call.write = write;
-  Tensor out = torch::stable::new_empty(student, {call.rows}, statistics_type(student));
+  Tensor out = uninitialised(student, {call.rows}, statistics_type(student));
   call.out = out.mutable_data_ptr();
   return {call, out};
 }

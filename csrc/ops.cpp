@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -85,25 +86,30 @@ std::tuple<Tensor, Tensor> score_rows(Tensor tile, Tensor hidden, Tensor weight,
   return outputs;
 }
 
+const int64_t* checked_places(const Tensor& like, const Tensor& places) {
+  const void* data = fastpref::checked_vector(like, places, "places", places.numel(), fastpref::ScalarType::Long);
+  return static_cast<const int64_t*>(data);
+}
+
+int64_t checked_place(int64_t place, int64_t total) {
+  STD_TORCH_CHECK(place >= 0 && place < total, "places must be in [0, ", total, "), got ", place);
+  return place;
+}
+
 void check_vector(const Tensor& values, const char* name) {
   STD_TORCH_CHECK(values.dim() == 1, name, " must have shape (rows,), got ", values.dim(), " dimensions");
   fastpref::checked_vector(values, values, name, values.size(0), values.scalar_type());
 }
 
-// The values at `places`, or all.
-template <class T>
-Tensor values_at(const Tensor& values, const std::optional<Tensor>& places) {
-  if (!places.has_value()) return values;
-  fastpref::checked_vector(values, *places, "places", places->numel(), fastpref::ScalarType::Long);
-  const int64_t rows = places->size(0), total = values.numel();
-  Tensor out = torch::stable::new_empty(values, {rows});
-  const auto* place = static_cast<const int64_t*>(places->const_data_ptr());
-  const auto* from = static_cast<const T*>(values.const_data_ptr());
-  auto* to = static_cast<T*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < rows; ++i) {
-    STD_TORCH_CHECK(place[i] >= 0 && place[i] < total, "places must be in [0, ", total, "), got ", place[i]);
-    to[i] = from[place[i]];
-  }
+// The targets at `places`, or all.
+Tensor targets_at(const Tensor& target, const std::optional<Tensor>& places) {
+  if (!places.has_value()) return target;
+  const int64_t* place = checked_places(target, *places);
+  const int64_t rows = places->size(0), total = target.numel();
+  Tensor out = fastpref::uninitialised(target, {rows});
+  const auto* from = static_cast<const int64_t*>(target.const_data_ptr());
+  auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < rows; ++i) to[i] = from[checked_place(place[i], total)];
   return out;
 }
 
@@ -129,10 +135,10 @@ std::tuple<Tensor, Tensor> score_batch(Tensor tile, Tensor hidden, Tensor weight
                                        double cap, bool write) {
   STD_TORCH_CHECK(target.scalar_type() == fastpref::ScalarType::Long, "target must be int64; cast it first");
   STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous; call .contiguous() first");
-  const Tensor own = values_at<int64_t>(target, places);
+  const Tensor own = targets_at(target, places);
   auto [numbers, none] = score_rows(tile, hidden, weight, own, bias, scale, cap, write, false);
   const auto type = fastpref::statistics_type(tile);
-  Tensor logp = torch::stable::new_empty(target, target.sizes(), type);
+  Tensor logp = fastpref::uninitialised(target, target.sizes(), type);
   const bool wide = type == fastpref::ScalarType::Double;
   const int64_t at = fastpref::kLogpRow * own.numel();
   if (wide) {
@@ -143,6 +149,13 @@ std::tuple<Tensor, Tensor> score_batch(Tensor tile, Tensor hidden, Tensor weight
   return {logp, numbers};
 }
 
+bool is_wide(const Tensor& gradient) {
+  const auto type = gradient.scalar_type();
+  STD_TORCH_CHECK(type == fastpref::ScalarType::Float || type == fastpref::ScalarType::Double,
+                  "gradient must be float32 or float64, got another dtype; cast it first");
+  return type == fastpref::ScalarType::Double;
+}
+
 // The places of values other than `from`, and how many there are; no places where all values are.
 template <class T>
 std::tuple<Tensor, int64_t> places_other_than(T from, const Tensor& values) {
@@ -150,7 +163,7 @@ std::tuple<Tensor, int64_t> places_other_than(T from, const Tensor& values) {
   const int64_t total = values.numel();
   int64_t count = 0;
   for (int64_t i = 0; i < total; ++i) count += data[i] != from;
-  Tensor places = torch::stable::new_empty(values, {count == total ? 0 : count}, fastpref::ScalarType::Long);
+  Tensor places = fastpref::uninitialised(values, {count == total ? 0 : count}, fastpref::ScalarType::Long);
   if (count < total) {
     auto* next = static_cast<int64_t*>(places.mutable_data_ptr());
     for (int64_t i = 0; i < total; ++i) {
@@ -167,39 +180,105 @@ std::tuple<Tensor, int64_t> scored_places(Tensor target, int64_t ignore_index) {
 
 std::tuple<Tensor, int64_t> nonzero_places(Tensor gradient) {
   check_vector(gradient, "gradient");
-  const auto type = gradient.scalar_type();
-  STD_TORCH_CHECK(type == fastpref::ScalarType::Float || type == fastpref::ScalarType::Double,
-                  "gradient must be float32 or float64, got another dtype; cast it first");
-  const bool wide = type == fastpref::ScalarType::Double;
+  const bool wide = is_wide(gradient);
   return wide ? places_other_than<double>(0, gradient) : places_other_than<float>(0, gradient);
 }
 
+// A row without upstream gradient gets none, whatever it holds.
 template <class T>
-int64_t fill_gradient_factors(const Tensor& gradient, const Tensor& scale, double rate, Tensor& out) {
+T gradient_factor(T gradient, T scale, double rate) {
+  return gradient == 0 ? T(0) : static_cast<T>(-rate) * gradient * scale;
+}
+
+template <class T>
+void fill_gradient_factors(const Tensor& gradient, const Tensor& scale, double rate, Tensor& out) {
   const T* g = static_cast<const T*>(gradient.const_data_ptr());
   const T* s = static_cast<const T*>(scale.const_data_ptr());
   T* factor = static_cast<T*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < gradient.size(0); ++i) factor[i] = gradient_factor(g[i], s[i], rate);
+}
+
+// -rate gradient[i] scale[i], 0 where the gradient is 0.
+Tensor gradient_factors(Tensor gradient, Tensor scale, double rate) {
+  check_vector(gradient, "gradient");
+  const bool wide = is_wide(gradient);
+  fastpref::checked_vector(gradient, scale, "scale", gradient.size(0), gradient.scalar_type());
+  Tensor out = fastpref::uninitialised(gradient, {gradient.size(0)});
+  (wide ? fill_gradient_factors<double> : fill_gradient_factors<float>)(gradient, scale, rate, out);
+  return out;
+}
+
+// The same of values that lie anyhow, such as a sum's gradient, and how many of them are not 0.
+template <class T>
+int64_t fill_factors_at(const Tensor& gradient, const int64_t* place, const Tensor& numbers, double rate, Tensor& out) {
+  const T* scale = static_cast<const T*>(numbers.const_data_ptr()) + fastpref::kScaleRow * out.size(0);
+  const T* g = static_cast<const T*>(gradient.const_data_ptr());
+  T* factor = static_cast<T*>(out.mutable_data_ptr());
+  const auto sizes = gradient.sizes(), strides = gradient.strides();
+  const bool contiguous = gradient.is_contiguous();
+  const int64_t total = gradient.numel(), rows = out.size(0);
   int64_t active = 0;
-  for (int64_t i = 0; i < gradient.size(0); ++i) {
-    // A row without upstream gradient gets none, whatever it holds.
-    factor[i] = g[i] == 0 ? T(0) : static_cast<T>(-rate) * g[i] * s[i];
-    active += g[i] != 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t rest = place == nullptr ? i : checked_place(place[i], total);
+    int64_t offset = contiguous ? rest : 0;
+    for (size_t d = contiguous ? 0 : sizes.size(); d-- > 0; rest /= sizes[d]) offset += rest % sizes[d] * strides[d];
+    factor[i] = gradient_factor(g[offset], scale[i], rate);
+    active += g[offset] != 0;
   }
   return active;
 }
 
-// -rate gradient[i] scale[i] of the rows at `places` of a batch, 0 where the gradient is 0, and how many are not.
-std::tuple<Tensor, int64_t> gradient_factors(Tensor gradient, Tensor scale, double rate, std::optional<Tensor> places) {
-  check_vector(gradient, "gradient");
-  const auto type = gradient.scalar_type();
-  STD_TORCH_CHECK(type == fastpref::ScalarType::Float || type == fastpref::ScalarType::Double,
-                  "gradient must be float32 or float64, got another dtype; cast it first");
+// Of the rows at `places` of a batch, or all: their gradient_factors by the `numbers` of score_batch_, these times
+// `rows`, and how many gradients are not 0. The rows are the batch's, or those at the places alone.
+std::tuple<Tensor, Tensor, int64_t> gradient_rows(Tensor gradient, Tensor numbers, Tensor rows,
+                                                  std::optional<Tensor> places, double rate) {
+  const auto kernel = row_kernels(fastpref::element_of(rows, "rows")).scale_rows;
+  const auto type = fastpref::statistics_type(rows);
+  STD_TORCH_CHECK(gradient.scalar_type() == type, "gradient must have the statistics' dtype of rows; cast it first");
+  STD_TORCH_CHECK(rows.dim() > 0 && rows.is_contiguous(), "rows must have shape (..., H) and be contiguous");
+  const int64_t total = gradient.numel(), count = places.has_value() ? places->numel() : total;
+  const int64_t width = rows.size(rows.dim() - 1), given = rows.numel() / std::max<int64_t>(width, 1);
+  STD_TORCH_CHECK(width == 0 || given == count || given == total, "rows must be the ", total, " of gradient or the ",
+                  count, " at places, got ", given);
+  STD_TORCH_CHECK(numbers.dim() == 2 && numbers.size(0) == fastpref::kNumbers && numbers.size(1) == count,
+                  "numbers must have shape (", fastpref::kNumbers, ", ", count, "), got ", numbers.numel(),
+                  " elements");
+  STD_TORCH_CHECK(numbers.scalar_type() == type && numbers.is_contiguous(),
+                  "numbers must have the dtype of gradient and be contiguous");
+  const int64_t* place = places.has_value() ? checked_places(gradient, *places) : nullptr;
+  Tensor factor = fastpref::uninitialised(gradient, {count});
+  Tensor scaled = fastpref::uninitialised(rows, {count, width});
   const bool wide = type == fastpref::ScalarType::Double;
-  const Tensor own = (wide ? values_at<double> : values_at<float>)(gradient, places);
-  fastpref::checked_vector(own, scale, "scale", own.size(0), type);
-  Tensor out = torch::stable::new_empty(own, {own.size(0)});
-  const int64_t active = (wide ? fill_gradient_factors<double> : fill_gradient_factors<float>)(own, scale, rate, out);
-  return {out, active};
+  const int64_t active =
+      (wide ? fill_factors_at<double> : fill_factors_at<float>)(gradient, place, numbers, rate, factor);
+  fastpref::cpu::ScaleRows call{rows.const_data_ptr(),  scaled.mutable_data_ptr(), width, width, width,
+                                factor.const_data_ptr()};
+  if (given == total) call.from = place;
+  run(kernel, call, count, width);
+  return {factor, scaled, active};
+}
+
+// `factor` times `rows` at `places` of `out` (..., H), 0 elsewhere.
+void spread_rows(Tensor out, Tensor rows, Tensor factor, Tensor places) {
+  const auto element = fastpref::element_of(rows, "rows");
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous(), "rows must have shape (rows, H) and be contiguous");
+  STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == rows.scalar_type(),
+                  "out must have the dtype of rows and be contiguous");
+  const int64_t count = rows.size(0), width = rows.size(1), total = out.numel() / std::max<int64_t>(width, 1);
+  STD_TORCH_CHECK(out.numel() == total * width, "out must have shape (..., ", width, "), got ", out.numel(),
+                  " elements");
+  const int64_t* place = checked_places(rows, places);
+  STD_TORCH_CHECK(places.size(0) == count, "places must be ", count, ", got ", places.size(0));
+  for (int64_t i = 0; i < count; ++i) checked_place(place[i], total);
+  fastpref::cpu::ScaleRows call{rows.const_data_ptr(),
+                                out.mutable_data_ptr(),
+                                width,
+                                width,
+                                width,
+                                fastpref::checked_per_row(rows, factor, "factor")};
+  call.to = place;
+  std::memset(call.out, 0, out.numel() * out.element_size());
+  run(row_kernels(element).scale_rows, call, count, width);
 }
 
 void scale_rows(Tensor out, Tensor input, Tensor factor) {
@@ -242,7 +321,11 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
   m.def(
       "score_batch_(Tensor(a!) tile, Tensor hidden, Tensor weight, Tensor target, Tensor? places, Tensor? bias, float "
       "scale, float cap, bool write) -> (Tensor, Tensor)");
-  m.def("gradient_factors(Tensor gradient, Tensor scale, float rate, Tensor? places) -> (Tensor, int)");
+  m.def("gradient_factors(Tensor gradient, Tensor scale, float rate) -> Tensor");
+  m.def(
+      "gradient_rows(Tensor gradient, Tensor numbers, Tensor rows, Tensor? places, float rate) -> (Tensor, Tensor, "
+      "int)");
+  m.def("spread_rows_(Tensor(a!) out, Tensor rows, Tensor factor, Tensor places) -> ()");
   m.def("scored_places(Tensor target, int ignore_index) -> (Tensor, int)");
   m.def("nonzero_places(Tensor gradient) -> (Tensor, int)");
   m.def("scale_rows_(Tensor(a!) out, Tensor input, Tensor factor) -> ()");
@@ -275,6 +358,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastpref, CPU, m) {
   m.impl("score_rows_", TORCH_BOX(&score_rows));
   m.impl("score_batch_", TORCH_BOX(&score_batch));
   m.impl("gradient_factors", TORCH_BOX(&gradient_factors));
+  m.impl("gradient_rows", TORCH_BOX(&gradient_rows));
+  m.impl("spread_rows_", TORCH_BOX(&spread_rows));
   m.impl("scored_places", TORCH_BOX(&scored_places));
   m.impl("nonzero_places", TORCH_BOX(&nonzero_places));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows));

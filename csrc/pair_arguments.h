@@ -58,10 +58,10 @@ inline std::tuple<PairHead, Tensor, Tensor, Tensor, Tensor> linked_call(const Te
   call.reward_scale = reward_scale;
   call.rewards_per_token = rewards_per_token;
   call.pairs = pairs;
-  Tensor losses = torch::stable::new_empty(like, {pairs});
-  Tensor rewards = torch::stable::new_empty(like, both);
-  Tensor slopes = torch::stable::new_empty(like, both);
-  Tensor means = torch::stable::new_empty(like, {kMeans});
+  Tensor losses = uninitialised(like, {pairs});
+  Tensor rewards = uninitialised(like, both);
+  Tensor slopes = uninitialised(like, both);
+  Tensor means = uninitialised(like, {kMeans});
   call.losses = losses.mutable_data_ptr();
   call.rewards = rewards.mutable_data_ptr();
   call.slopes = slopes.mutable_data_ptr();

@@ -78,10 +78,13 @@ def operators_serve(*tensors: Tensor | None) -> bool:
     transforms them, and they are on the CPU, or on GPUs that run the kernels."""
     if not untransformed(*tensors):
         return False
-    given = [one for one in tensors if one is not None]
-    if all(one.is_cpu for one in given):
+    on_cpu = on_cuda = True
+    for one in tensors:
+        if one is not None:
+            on_cpu, on_cuda = on_cpu and one.is_cpu, on_cuda and one.is_cuda
+    if on_cpu:
         return ops_unavailable_reason() is None
-    return all(one.is_cuda and _kernels_serve(one.device) for one in given)
+    return on_cuda and all(one is None or _kernels_serve(one.device) for one in tensors)
 
 
 def untransformed(*tensors: Tensor | None) -> bool:
@@ -91,7 +94,10 @@ def untransformed(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active():
         return False
     # Neither fake and distributed tensors nor tangents know operators of one's own.
-    return all(one is None or (type(one) in _PLAIN and not has_tangent(one)) for one in tensors)
+    for one in tensors:
+        if one is not None and (type(one) not in _PLAIN or has_tangent(one)):
+            return False
+    return True
 
 
 def has_tangent(tensor: Tensor) -> bool:

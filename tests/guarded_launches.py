@@ -100,6 +100,7 @@ def cpu(launches: str, directory: str) -> Iterator[Launch]:
         yield from operator_launches.of_vectors(cols)
         for dtype in ELEMENTS:
             yield from operator_launches.of_errors(dtype, cols)
+            yield operator_launches.under_gradient(dtype, cols)
     yield from divergences(compiled_divergence_rows, ELEMENTS, extent)
 
 

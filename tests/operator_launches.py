@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of compiled operators that serve a CPU alone: rows and batches scored at once, places,
-factors of gradients, pairs, and squared errors."""
+factors of gradients and rows under them, pairs, and squared errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -48,16 +48,26 @@ def scored(
 
 def factors(dtype: torch.dtype, total: int) -> Launch:
     def run(_: Any, place: Place) -> list[Tensor]:
-        gradient = place(torch.randn(total, dtype=dtype))
-        places = place(torch.arange(total - 1, -1, -2).flip(0))
-        found = []
-        for at in (None, places):
-            count = total if at is None else len(at)
-            scale = place(torch.randn(count, dtype=dtype))
-            found.append(torch.ops.fastpref.gradient_factors(gradient, scale, 0.7, at)[0])
-        return found
+        gradient, scale = place(torch.randn(total, dtype=dtype)), torch.randn(total, dtype=dtype)
+        return [torch.ops.fastpref.gradient_factors(gradient, place(scale), 0.7)]
 
     return Launch(f"gradient_factors-{dtype}-{total}", run)
+
+
+def under_gradient(dtype: torch.dtype, width: int) -> Launch:
+    def run(_: Any, place: Place) -> list[Tensor]:
+        ops, exact, found = torch.ops.fastpref, statistics_dtype(dtype), []
+        gradient = place(torch.randn(TOTAL, 1, dtype=exact)).expand(TOTAL, 2)
+        every, places = 2 * TOTAL, place(torch.arange(2 * TOTAL - 1, 2, -2).flip(0))
+        for at, total in ((None, every), (places, every), (places, len(places))):
+            count = every if at is None else len(at)
+            numbers, rows = torch.randn(10, count, dtype=exact), torch.randn(total, width)
+            found += ops.gradient_rows(gradient, place(numbers), place(rows.to(dtype)), at, 0.7)[:2]
+        out, factor = place(torch.randn(every, width).to(dtype)), found[-2]
+        ops.spread_rows_(out, place(found[-1].clone()), place(factor.clone()), places)
+        return [*found, out]
+
+    return Launch(f"gradient_rows-{dtype}-{width}", run)
 
 
 def places(total: int) -> Launch:

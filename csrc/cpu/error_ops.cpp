@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> squared_errors(Tensor model, std::optional<Te
   const auto kernel = kernels_in(exact).squared_errors;
   torch::stable::parallel_for(0, units, grain(model), [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
   const auto result = [&](int k, bool there) {
-    Tensor out = torch::stable::new_empty(model, {there ? samples : 0}, exact ? ScalarType::Double : ScalarType::Float);
+    Tensor out = fastpref::uninitialised(model, {there ? samples : 0}, exact ? ScalarType::Double : ScalarType::Float);
     (exact ? add_parts<double> : add_parts<float>)(sums, call.parts, divisor, k, out);
     return out;
   };

@@ -71,9 +71,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_rows(Tensor logp
   const int64_t rows = logp.size(0), tokens = logp.size(1), pairs = rows / 2;
   auto [call, losses, rewards, slopes, means] =
       fastpref::linked_call(logp, "logp", pairs, {rows}, link, scale, shift, flipped, reward_scale, rewards_per_token);
-  Tensor logps = torch::stable::new_empty(logp, {rows});
+  Tensor logps = fastpref::uninitialised(logp, {rows});
   if (ref_logps.has_value()) fastpref::check_column(logps, *ref_logps, "ref_logps", logp.scalar_type());
-  Tensor loss = torch::stable::new_empty(logp, {});
+  Tensor loss = fastpref::uninitialised(logp, {});
   const bool wide = logp.scalar_type() == fastpref::ScalarType::Double;
 
   // Of all chosen sides and then the rejected ones.

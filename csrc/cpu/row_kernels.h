@@ -82,12 +82,14 @@ struct SettleRows {
   void* scores;  // (kRowScores, rows)
 };
 
-// out[i, :] = factor[i] in[i, :], rounded once
+// out[to[i], :] = factor[i] in[from[i], :], rounded once
 struct ScaleRows {
   const void* in;
   void* out;
   int64_t in_stride, out_stride, width;
-  const void* factor;  // (rows,), the statistics' type
+  const void* factor;             // (rows,), the statistics' type
+  const int64_t* from = nullptr;  // (rows,) or null: i; on CPU alone
+  const int64_t* to = nullptr;    // the same
 };
 
 // The numbers are the operator's.

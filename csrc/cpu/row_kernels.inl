@@ -441,8 +441,9 @@ void scale_rows(const ScaleRows& call, int64_t begin, int64_t end) {
   using A = ArithmeticOf<kElement>;
   A buffer[kBlock];
   for (int64_t row = begin; row < end; ++row) {
-    const void* in = element_at(call.in, kElement, row * call.in_stride);
-    void* out = element_at(call.out, kElement, row * call.out_stride);
+    const int64_t from = call.from == nullptr ? row : call.from[row], to = call.to == nullptr ? row : call.to[row];
+    const void* in = element_at(call.in, kElement, from * call.in_stride);
+    void* out = element_at(call.out, kElement, to * call.out_stride);
     const A factor = static_cast<const A*>(call.factor)[row];
     for (int64_t at = 0; at < call.width; at += kBlock) {
       const int64_t n = call.width - at < kBlock ? call.width - at : kBlock;

@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor> sequence_sums(Tensor logp, std::optional<Tensor> toke
     STD_TORCH_CHECK(boundaries->numel() > 0, "boundaries must be (B + 1,), got no elements");
   }
   const int64_t sequences = packed ? boundaries->numel() - 1 : logp.size(0);
-  Tensor sums = torch::stable::new_empty(logp, {sequences}, fastpref::statistics_type(logp));
-  Tensor counts = torch::stable::new_empty(logp, {sequences}, ScalarType::Long);
+  Tensor sums = fastpref::uninitialised(logp, {sequences}, fastpref::statistics_type(logp));
+  Tensor counts = fastpref::uninitialised(logp, {sequences}, ScalarType::Long);
   call.sums = sums.mutable_data_ptr();
   call.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
   fastpref::cuda::on_device_of(sums, [&](cudaStream_t stream) {

@@ -74,7 +74,7 @@ def _settled(
     logp: Tensor, target: Tensor, ignore_index: int, ref_logps: Tensor | None, pairs: PairCall
 ) -> tuple[Tensor, ...]:
     arrangement, divisor, link = pairs
-    found: tuple[Tensor, ...] = torch.ops.fastpref.pair_rows(
+    found: tuple[Tensor, ...] = torch.ops.fastpref.pair_rows.default(
         logp,
         target,
         ignore_index,

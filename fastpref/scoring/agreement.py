@@ -153,8 +153,9 @@ def refused_together(group: Any, name: str = "tp_group") -> contextlib.AbstractC
     """What is raised within before the first call of ``group`` has agreed is raised on its other
     ranks too, which are told in the collective that they wait in. Later calls make none where
     nothing is new, so that a rank that raises there must end."""
-    alone = not isinstance(group, dist.ProcessGroup) or torch.compiler.is_compiling()
-    return AS_IT_IS if alone else _refused_together(group, name)
+    if group is None or not isinstance(group, dist.ProcessGroup) or torch.compiler.is_compiling():
+        return AS_IT_IS
+    return _refused_together(group, name)
 
 
 @contextlib.contextmanager

@@ -52,10 +52,10 @@ def _must_not_record(call: Call, models: Sequence[Model]) -> bool:
 
 
 def _straight(call: Call, model: Model, no_node: bool) -> Tensor:
+    hidden, (weight, bias, *_) = model
     if no_node:
-        return straight.forward(call, model)[0]
-    hidden, head = model
-    logp: Tensor = StraightEngine.apply(call, hidden, head.weight, head.bias)  # type: ignore[no-untyped-call]
+        return straight.forward(call, hidden, weight, bias)[0]
+    logp: Tensor = StraightEngine.apply(call, hidden, weight, bias)  # type: ignore[no-untyped-call]
     return logp
 
 
@@ -77,8 +77,7 @@ class StraightEngine(Differentiable):
         ctx: Any, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        model = Model(hidden, Head(weight, bias, None, None, call.forms[0]))
-        logp, ctx.numbers, matrix = straight.forward(call, model)
+        logp, ctx.numbers, matrix = straight.forward(call, hidden, weight, bias)
         ctx.save_for_backward(hidden, weight, bias, matrix)
         ctx.call = call
         return logp
@@ -89,15 +88,15 @@ class StraightEngine(Differentiable):
             return None, None, None, None
         call: Call = ctx.call
         hidden, weight, bias, matrix = ctx.saved_tensors
-        model = Model(hidden, Head(weight, bias, None, None, call.forms[0]))
         found: tuple[Tensor | None, ...] | None = None
         failed: torch.OutOfMemoryError | None = None
         if not torch.is_grad_enabled() and plain(d_logp):
             try:
-                found = straight.backward(call, model, ctx.numbers, matrix, d_logp)
+                found = straight.backward(call, hidden, weight, ctx.numbers, matrix, d_logp)
             except torch.OutOfMemoryError as error:
                 failed = error
         if found is None:
+            model = Model(hidden, Head(weight, bias, None, None, call.forms[0]))
             kept = straight.kept(call, ctx.numbers, matrix)
             upstream = d_logp, *straight.OTHERS
             found = differentiate(call, [model], kept, upstream, failed=failed)[:2]

@@ -96,7 +96,7 @@ def _exact(target: Tensor, ignore_index: int, max_scored: int | None) -> Packing
     total = target.numel()
     if target.is_cpu and ops_unavailable_reason() is None:
         own = in_dtype(target, torch.int64).contiguous()
-        index, count = torch.ops.fastpref.scored_places(own, ignore_index)
+        index, count = torch.ops.fastpref.scored_places.default(own, ignore_index)
     else:
         index = (target.reshape(-1) != ignore_index).nonzero()[:, 0]
         count = index.shape[0]

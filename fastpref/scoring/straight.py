@@ -15,7 +15,6 @@ from torch import Tensor
 from . import workspace
 from .forward import Kept
 from .head import Model
-from .packing import Packing
 from .request import Call
 from .statistics import OUTPUTS
 from .types import in_dtype, statistics_dtype
@@ -31,18 +30,19 @@ def serves(call: Call, model: Model) -> bool:
     return call.straight and model.hidden.is_contiguous() and model.head.weight.is_contiguous()
 
 
-def forward(call: Call, model: Model) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs like the target, the numbers of the rows, and their exponentials, with the schedule
     "direct" times the weight."""
     packing, plan, map = call.packing, call.plan, call.forms[0].map
-    weight, bias, *_ = model.head
     workspace.begin_pass()
-    rows = _rows(packing, model.hidden)
+    rows = packing.gather(hidden.view(-1, hidden.shape[-1]))
     tile = lease((rows.shape[0], weight.shape[0]), plan.dtype, weight.device)
     torch.mm(rows, weight.t(), out=tile)
     if bias is not None:
         bias = in_dtype(bias, statistics_dtype(plan.dtype)).contiguous()
-    logp, numbers = torch.ops.fastpref.score_batch_(
+    logp, numbers = torch.ops.fastpref.score_batch_.default(
         tile,
         rows,
         weight,
@@ -65,34 +65,31 @@ def kept(call: Call, numbers: Tensor, matrix: Tensor) -> Kept:
 
 
 def backward(
-    call: Call, model: Model, numbers: Tensor, matrix: Tensor, d_logp: Tensor
+    call: Call, hidden: Tensor, weight: Tensor, numbers: Tensor, matrix: Tensor, d_logp: Tensor
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Gradients at hidden and weight; None where rows are without a gradient, or what was kept is
     given back."""
     packing, plan, scale = call.packing, call.plan, call.forms[0].map.scale
-    hidden, weight, ours = model.hidden, model.head.weight, torch.ops.fastpref
+    places, ours = packing.positions, torch.ops.fastpref
     if matrix.shape[0] != plan.scored:
         return None
-    d_logp = in_dtype(d_logp.reshape(-1), numbers.dtype).contiguous()
-    factor, active = ours.gradient_factors(d_logp, numbers[SCALE], scale, packing.positions)
+    direct = plan.schedule == "direct"
+    factor, scaled, active = ours.gradient_rows.default(
+        in_dtype(d_logp, numbers.dtype), numbers, matrix if direct else hidden, places, scale
+    )
     if active != plan.scored:
         return None
-    d_weight = None
-    if plan.schedule == "direct":
-        d_rows = torch.empty_like(matrix)
-        ours.scale_rows_(d_rows, matrix, factor)
-    else:
-        d_rows, rows = None, _rows(packing, hidden)
-        scaled = torch.empty_like(rows)
-        if plan.needs_weight:
-            ours.scale_rows_(scaled, rows, factor)
-            d_weight = torch.mm(matrix.t(), scaled)
-        if plan.needs_hidden:
-            d_rows = torch.mm(matrix, weight, out=scaled)
-            ours.scale_rows_(d_rows, d_rows, factor)
-    d_hidden = None if d_rows is None else packing.spread(d_rows).view(hidden.shape)
+    if direct:
+        return packing.spread(scaled).view(hidden.shape), None
+    d_hidden = d_weight = None
+    if plan.needs_weight:
+        d_weight = torch.mm(matrix.t(), scaled)
+    if plan.needs_hidden:
+        d_rows = torch.mm(matrix, weight, out=scaled)
+        if places is None:
+            ours.scale_rows_.default(d_rows, d_rows, factor)
+            d_hidden = d_rows.view(hidden.shape)
+        else:
+            d_hidden = torch.empty_like(hidden)
+            ours.spread_rows_.default(d_hidden, d_rows, factor, places)
     return d_hidden, d_weight
-
-
-def _rows(packing: Packing, hidden: Tensor) -> Tensor:
-    return packing.gather(hidden.view(-1, hidden.shape[-1]))

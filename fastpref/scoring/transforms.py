@@ -134,8 +134,12 @@ class _Applied(Differentiable):
 def plain(*tensors: Tensor | None) -> bool:
     """Whether none is a batch in which torch.func.vmap or ``is_grads_batched`` hands gradients
     over, and nothing transforms what is made of them."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    return not active() and not any(one is not None and batched(one) for one in tensors)
+    if active():
+        return False
+    for one in tensors:
+        if one is not None and torch._C._functorch.is_legacy_batchedtensor(one):
+            return False
+    return True
 
 
 def for_each(function: Callable[..., Tensors], *tensors: Tensor | None) -> Tensors:

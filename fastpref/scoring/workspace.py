@@ -23,6 +23,8 @@ from torch import Tensor
 from .types import AS_IT_IS
 
 RECENT_PASSES = 32
+# The allocator of the C library keeps smaller ones at hand itself.
+LEAST = 1 << 16
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +71,7 @@ def lease(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         # No view: its base would hold the memory when ``give_back`` empties it.
         return torch.empty((*rows, stride), dtype=dtype, device=device)[..., :cols].data
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
+    if nbytes < LEAST:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     # A tensor made in inference mode could not be written to outside it.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else AS_IT_IS, _lock:

@@ -3,6 +3,7 @@
 
 import torch
 
+NUMBERS = 10  # that score_batch_ returns of a row, the last its scale
 EXACT = (torch.float32, torch.float64)
 INF = float("inf")
 BAD_VECTORS = [
@@ -17,7 +18,7 @@ PLACES = [
     (torch.zeros(5, 1).long(), "places.*shape"),
     (torch.zeros(5).int(), "places.*int64"),
     (torch.zeros(10).long()[::2], "places.*contiguous"),
-    (torch.arange(4), r"\(4,\)|target.*\(5,\)|scale.*\(4,\)"),
+    (torch.arange(4), r"\(4,\)|target.*\(5,\)|numbers.*\(10, 4\)|places.*5, got 4"),
 ]
 SETTLED = {
     "exps": torch.zeros(3, 4),
@@ -98,6 +99,29 @@ def outputs_and_tile(operator, arguments):
 
 def places_of(total, rows):
     return torch.randperm(total)[:rows].sort().values
+
+
+def gradient_rows_arguments(dtype=torch.float32, total=9, count=5, width=6, **changes):
+    """Of a batch whose rows are ``total``, of which ``count`` have a gradient."""
+    exact = exact_of(dtype)
+    arguments = {
+        "gradient": torch.randn(total, dtype=exact),
+        "numbers": torch.randn(NUMBERS, count, dtype=exact),
+        "rows": torch.randn(total, width).to(dtype),
+        "places": places_of(total, count) if count < total else None,
+        "rate": 0.7,
+    }
+    return {**arguments, **changes}
+
+
+def spread_rows_arguments(dtype=torch.float32, total=9, count=5, width=6, **changes):
+    arguments = {
+        "out": torch.randn(total, width).to(dtype),
+        "rows": torch.randn(count, width).to(dtype),
+        "factor": torch.randn(count, dtype=exact_of(dtype)),
+        "places": places_of(total, count),
+    }
+    return {**arguments, **changes}
 
 
 def patterns(rows):

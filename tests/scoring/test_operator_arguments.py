@@ -10,8 +10,10 @@ from tests.scoring.operator_calls import (
     PLACES,
     SETTLED,
     exp_rows_arguments,
+    gradient_rows_arguments,
     logit_grad_arguments,
     score_rows_arguments,
+    spread_rows_arguments,
 )
 
 pytestmark = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are not built")
@@ -104,14 +106,49 @@ def test_arguments_of_score_batch(name, value, message):
         ops.score_batch_(**{**arguments, name: value})
 
 
-VECTOR = {"gradient": torch.zeros(3), "scale": torch.zeros(3), "rate": 1.0, "places": None}
-
-
-@pytest.mark.parametrize("value, message", PLACES)
-def test_places_of_gradient_factors(value, message):
-    arguments = {**VECTOR, "gradient": torch.zeros(9), "scale": torch.zeros(5), "places": value}
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("gradient", torch.zeros(9).double(), "gradient.*dtype of rows"),
+        ("gradient", torch.zeros(9).half(), "gradient.*dtype of rows"),
+        ("rows", torch.zeros(9, 6).int(), "rows.*float64.*float16"),
+        ("rows", torch.zeros(6, 9).t(), r"rows.*\(\.\.\., H\).*contiguous"),
+        ("rows", torch.tensor(1.0), r"rows.*\(\.\.\., H\).*contiguous"),
+        ("rows", torch.zeros(8, 6), "rows.*9 of gradient or the 5 at places, got 8"),
+        ("rows", torch.zeros(9, 6).double(), "gradient.*dtype of rows"),
+        ("numbers", torch.zeros(9, 5), r"numbers.*\(10, 5\), got 45"),
+        ("numbers", torch.zeros(10, 9), r"numbers.*\(10, 5\), got 90"),
+        ("numbers", torch.zeros(10), r"numbers.*\(10, 5\), got 10"),
+        ("numbers", torch.zeros(10, 5).double(), "numbers.*dtype of gradient"),
+        ("numbers", torch.zeros(5, 10).t(), "numbers.*contiguous"),
+        *(("places", value, message) for value, message in PLACES),
+    ],
+)
+def test_arguments_of_gradient_rows(name, value, message):
     with pytest.raises(RuntimeError, match=message):
-        ops.gradient_factors(**arguments)
+        ops.gradient_rows(**gradient_rows_arguments(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("rows", torch.zeros(5, 6).int(), "rows.*float64.*float16"),
+        ("rows", torch.zeros(5), r"rows.*\(rows, H\)"),
+        ("rows", torch.zeros(6, 5).t(), r"rows.*contiguous"),
+        ("out", torch.zeros(9, 6).double(), "out.*dtype of rows"),
+        ("out", torch.zeros(6, 9).t(), "out.*contiguous"),
+        ("out", torch.zeros(9, 5), r"out.*\(\.\.\., 6\), got 45"),
+        ("factor", torch.zeros(5).double(), "factor.*dtype"),
+        ("factor", torch.zeros(4), r"factor.*\(5,\)"),
+        *(("places", value, message) for value, message in PLACES),
+    ],
+)
+def test_arguments_of_spread_rows(name, value, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.spread_rows_(**spread_rows_arguments(**{name: value}))
+
+
+VECTOR = {"gradient": torch.zeros(3), "scale": torch.zeros(3), "rate": 1.0}
 
 
 @pytest.mark.parametrize(

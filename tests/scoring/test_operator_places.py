@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled operators on vectors of rows: their gradient's factors, and places."""
+"""The compiled operators on vectors of rows: their gradient's factors, places, and what becomes
+of rows by them."""
 
 import pytest
 import torch
 
 from fastpref.scoring.backends import torch as torch_backend
-from tests.scoring.cases import BACKENDS
-from tests.scoring.operator_calls import EXACT, INF, patterns, places_of, same_bits
+from tests.scoring.cases import BACKENDS, DTYPES
+from tests.scoring.operator_calls import (
+    EXACT,
+    INF,
+    gradient_rows_arguments,
+    patterns,
+    same_bits,
+    spread_rows_arguments,
+)
 
 pytestmark = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are not built")
 ops = torch.ops.fastpref
@@ -22,16 +30,71 @@ def test_gradient_factors(dtype, rate):
     special = torch.tensor([torch.nan, INF, -INF, 0.0, -0.0, 1e-38, 3e38], dtype=dtype)
     scale[:7] = special
     gradient[100:107], gradient[200:207] = special, special.flip(0)
-    found, active = ops.gradient_factors(gradient, scale, rate, None)
+    found = ops.gradient_factors(gradient, scale, rate)
     same_bits(found, torch_backend.gradient_factors(gradient, scale, rate))
     assert (found[gradient == 0] == 0).all()
-    assert active == int((gradient != 0).sum())
-    places = places_of(300, 40)
-    some, active = ops.gradient_factors(gradient, scale[places], rate, places)
-    same_bits(some, found[places])
-    assert active == int((gradient[places] != 0).sum())
-    none, active = ops.gradient_factors(gradient[:0], scale[:0], rate, None)
-    assert none.shape == (0,) and active == 0
+    assert ops.gradient_factors(gradient[:0], scale[:0], rate).shape == (0,)
+
+
+LAID = {
+    "one after the other": lambda gradient: gradient,
+    "of a sum": lambda gradient: gradient[:1, :1, :1].expand(gradient.shape),
+    "of sums of rows": lambda gradient: gradient[:, :, :1].expand(gradient.shape),
+    "turned": lambda gradient: gradient.transpose(0, 2).contiguous().transpose(0, 2),
+    "every other": lambda gradient: gradient.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("laid", LAID)
+@pytest.mark.parametrize("count", [0, 1, 40, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_under_a_gradient(dtype, count, laid):
+    """Factors as of the operator above and rows as of scale_rows_, to the last bit, whether rows
+    are the batch's or those at places, and however the gradient lies."""
+    given = gradient_rows_arguments(dtype, 300, count, 6)
+    gradient, rows, places = given["gradient"], given["rows"], given["places"]
+    gradient[::3], gradient[5] = 0.0, torch.nan
+    gradient = LAID[laid](gradient.view(5, 6, 10))
+    chosen = torch.arange(300) if places is None else places
+    own, scale = gradient.reshape(-1)[chosen], given["numbers"][-1].contiguous()
+    want = ops.gradient_factors(own, scale, 0.7)
+    scaled = torch.empty(count, 6, dtype=dtype)
+    ops.scale_rows_(scaled, rows[chosen], want)
+    for shaped in (rows, rows.view(5, 60, 6), rows[chosen]):
+        before = shaped.clone()
+        found = ops.gradient_rows(**{**given, "gradient": gradient, "rows": shaped})
+        same_bits(found[0], want)
+        same_bits(found[1], scaled)
+        assert found[2] == int((own != 0).sum())
+        assert torch.equal(shaped, before)
+
+
+@pytest.mark.parametrize("count", [0, 1, 40, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_spread(dtype, count):
+    given = spread_rows_arguments(dtype, 300, count, 6)
+    want = torch.zeros(300, 6, dtype=dtype)
+    scaled = torch.empty(count, 6, dtype=dtype)
+    ops.scale_rows_(scaled, given["rows"], given["factor"])
+    want[given["places"]] = scaled
+    out = torch.full((5, 60, 6), torch.nan, dtype=dtype)
+    ops.spread_rows_(**{**given, "out": out})
+    same_bits(out.view(300, 6), want)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_rows_are_shared_by_threads(threads):
+    given = gradient_rows_arguments(total=5000, count=4000, width=64)
+    spread, before = torch.empty(5000, 64), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        factor, scaled, _ = ops.gradient_rows(**given)
+        ops.spread_rows_(spread, scaled, factor, given["places"])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(scaled, factor[:, None] * given["rows"][given["places"]])
+    want = torch.zeros(5000, 64).index_copy(0, given["places"], factor[:, None] * scaled)
+    assert torch.equal(spread, want)
 
 
 @pytest.mark.parametrize("which", patterns(1))

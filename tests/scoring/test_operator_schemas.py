@@ -10,9 +10,11 @@ from tests.scoring.operator_calls import (
     SETTLED,
     exact_of,
     exp_rows_arguments,
+    gradient_rows_arguments,
     logit_grad_arguments,
     patterns,
     score_rows_arguments,
+    spread_rows_arguments,
 )
 
 pytestmark = pytest.mark.skipif("cpp" not in BACKENDS, reason="the operators are not built")
@@ -85,14 +87,22 @@ def test_opcheck_score_batch(dtype, write):
         torch.library.opcheck(ops.score_batch_.default, (), given, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_rows_under_a_gradient(dtype):
+    for count in (5, 9):
+        given = gradient_rows_arguments(dtype=dtype, count=count)
+        torch.library.opcheck(ops.gradient_rows.default, (), given, test_utils=CHECKS[:2])
+    given = spread_rows_arguments(dtype=dtype)
+    torch.library.opcheck(ops.spread_rows_.default, (), given, test_utils=CHECKS)
+
+
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_opcheck_vectors(dtype):
     gradient, scale = torch.randn(2, 9, dtype=dtype)
     # Their count is an int, which no fake of a tracer can stand for.
     without_fakes = CHECKS[:2]
-    for places in (None, torch.arange(9)):
-        given = gradient, scale, 0.7, places
-        torch.library.opcheck(ops.gradient_factors.default, given, test_utils=without_fakes)
+    given = gradient, scale, 0.7
+    torch.library.opcheck(ops.gradient_factors.default, given, test_utils=CHECKS)
     for there in patterns(9).values():
         given = (torch.where(there, gradient, 0.0),)
         torch.library.opcheck(ops.nonzero_places.default, given, test_utils=without_fakes)

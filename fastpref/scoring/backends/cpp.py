@@ -75,8 +75,7 @@ def score_rows(projection: Projection, write: bool, statistics: bool) -> Scored:
 
 
 def gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
-    factors: Tensor
-    factors, _ = torch.ops.fastpref.gradient_factors(gradient, scale, rate, None)
+    factors: Tensor = torch.ops.fastpref.gradient_factors(gradient, scale, rate)
     return factors
 
 

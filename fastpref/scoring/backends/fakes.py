@@ -108,6 +108,16 @@ def _score_batch(
     return logp, tile.new_empty((kinds, tile.shape[0]), dtype=exact)
 
 
+@fake_of("fastpref::gradient_factors")
+def _gradient_factors(gradient: Tensor, scale: Tensor, rate: float) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+@fake_of("fastpref::spread_rows_")
+def _spread_rows(out: Tensor, rows: Tensor, factor: Tensor, places: Tensor) -> None:
+    return None
+
+
 @fake_of("fastpref::scale_rows_")
 def _scale_rows(out: Tensor, input: Tensor, factor: Tensor) -> None:
     return None

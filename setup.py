@@ -46,7 +46,7 @@ KERNELS = ["-O2", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *SHA
 # pybind11's checks of itself.
 SMALL = ["-Os", *SHARED]
 MODULE = ["-DNDEBUG", *SMALL]
-WHOLE = ["-flto=auto"]  # smaller still, where compiler and linker can
+WHOLE = ["-flto=auto"]  # smaller still
 NVCC = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Machine code for Ampere (and Ada), Hopper and Blackwell; PTX of the newest for what comes after.
 CUDA_ARCHITECTURES = ("8.0", "9.0a", "10.0")
@@ -253,17 +253,32 @@ class Ninja:
             )
 
 
+def whole_program(flags: list[str]) -> list[str]:
+    """``WHOLE``, where compiler and linker can."""
+    return WHOLE if complaint([*compiler(), *flags, *WHOLE], "int x;\n", ".cpp") is None else []
+
+
 def plan_ops(ninja: Ninja, output: str) -> dict[str, str]:
     """Add the operator library to the ninja file. Returns the facts of its build."""
     torch = torch_directory()
     includes = ["-isystem", str(torch / "include"), f"-I{CSRC}", *STABLE_ABI]
     own = words("CXXFLAGS")
     link = link_flags([f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"])
+    try:
+        nvcc = find_nvcc()
+        architectures = cuda_architectures(nvcc)
+        without = None
+    except Unavailable as reason:
+        if os.environ.get("FASTPREF_BUILD_CUDA") == "1":
+            raise SystemExit(f"FASTPREF_BUILD_CUDA=1 cannot be followed: {reason}.") from None
+        without = str(reason)
+    # Where nvcc links, it is not told of the compiler's own way.
+    operators = SMALL if without is None else [*SMALL, *whole_program(SMALL)]
     objects = [
         ninja.compile(source, compiler(), [*flags, *own, *includes])
         for source, flags in [
-            (CSRC / "ops.cpp", SMALL),
-            *((path, SMALL) for path in sorted(CSRC.glob("cpu/*_ops.cpp"))),
+            (CSRC / "ops.cpp", operators),
+            *((path, operators) for path in sorted(CSRC.glob("cpu/*_ops.cpp"))),
             *((path, KERNELS) for path in sorted(CSRC.glob("cpu/row_kernels_*.cpp"))),
         ]
     ]
@@ -272,14 +287,9 @@ def plan_ops(ninja: Ninja, output: str) -> dict[str, str]:
         "compiler": output_of([*compiler(), "--version"])[0],
         "flags": shlex.join([*KERNELS, *own]),
     }
-    try:
-        nvcc = find_nvcc()
-        architectures = cuda_architectures(nvcc)
-    except Unavailable as reason:
-        if os.environ.get("FASTPREF_BUILD_CUDA") == "1":
-            raise SystemExit(f"FASTPREF_BUILD_CUDA=1 cannot be followed: {reason}.") from None
-        ninja.add("link", output, objects, compiler(), link)
-        return facts | {"cuda": f"not built: {reason}"}
+    if without is not None:
+        ninja.add("link", output, objects, compiler(), [*operators, *link])
+        return facts | {"cuda": f"not built: {without}"}
     cuda_flags = [*NVCC, *gencode(architectures), *includes]
     objects += [ninja.compile(source, [nvcc], cuda_flags) for source in cuda_sources()]
     # nvcc links, because it knows where its static runtime is.
@@ -291,7 +301,7 @@ def plan_ops(ninja: Ninja, output: str) -> dict[str, str]:
 
 def plan_module(ninja: Ninja, output: str) -> dict[str, str]:
     """Add the pybind11 module to the ninja file."""
-    whole = WHOLE if complaint([*compiler(), *MODULE, *WHOLE], "int x;\n", ".cpp") is None else []
+    whole = whole_program(MODULE)
     own = [*MODULE, *whole, *words("CXXFLAGS")]
     flags = [*own, *(f"-isystem{path}" for path in module_includes())]
     objects = [ninja.compile(CSRC / "module.cpp", compiler(), flags)]

@@ -228,8 +228,16 @@ int64_t fill_factors_at(const Tensor& gradient, const int64_t* place, const Tens
   return active;
 }
 
+// The size of `matrix` (..., H) before its last dimension.
+int64_t rows_of(const Tensor& matrix) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < matrix.dim(); ++d) rows *= matrix.size(d);
+  return rows;
+}
+
 // Of the rows at `places` of a batch, or all: their gradient_factors by the `numbers` of score_batch_, these times
-// `rows`, and how many gradients are not 0. The rows are the batch's, or those at the places alone.
+// `rows`, and how many gradients are not 0; where some are, no rows, which the caller will choose. They are the
+// batch's, or where the places are fewer those at the places alone.
 std::tuple<Tensor, Tensor, int64_t> gradient_rows(Tensor gradient, Tensor numbers, Tensor rows,
                                                   std::optional<Tensor> places, double rate) {
   const auto kernel = row_kernels(fastpref::element_of(rows, "rows")).scale_rows;
@@ -237,20 +245,21 @@ std::tuple<Tensor, Tensor, int64_t> gradient_rows(Tensor gradient, Tensor number
   STD_TORCH_CHECK(gradient.scalar_type() == type, "gradient must have the statistics' dtype of rows; cast it first");
   STD_TORCH_CHECK(rows.dim() > 0 && rows.is_contiguous(), "rows must have shape (..., H) and be contiguous");
   const int64_t total = gradient.numel(), count = places.has_value() ? places->numel() : total;
-  const int64_t width = rows.size(rows.dim() - 1), given = rows.numel() / std::max<int64_t>(width, 1);
-  STD_TORCH_CHECK(width == 0 || given == count || given == total, "rows must be the ", total, " of gradient or the ",
-                  count, " at places, got ", given);
+  const int64_t width = rows.size(rows.dim() - 1), given = rows_of(rows);
+  STD_TORCH_CHECK(given == count || given == total, "rows must be the ", total, " of gradient or the ", count,
+                  " at places, got ", given);
   STD_TORCH_CHECK(numbers.dim() == 2 && numbers.size(0) == fastpref::kNumbers && numbers.size(1) == count,
-                  "numbers must have shape (", fastpref::kNumbers, ", ", count, "), got ", numbers.numel(),
-                  " elements");
+                  "numbers must have shape (", fastpref::kNumbers, ", ", count, "), got ", numbers.dim(),
+                  " dimensions and ", numbers.numel(), " elements");
   STD_TORCH_CHECK(numbers.scalar_type() == type && numbers.is_contiguous(),
                   "numbers must have the dtype of gradient and be contiguous");
   const int64_t* place = places.has_value() ? checked_places(gradient, *places) : nullptr;
   Tensor factor = fastpref::uninitialised(gradient, {count});
-  Tensor scaled = fastpref::uninitialised(rows, {count, width});
   const bool wide = type == fastpref::ScalarType::Double;
   const int64_t active =
       (wide ? fill_factors_at<double> : fill_factors_at<float>)(gradient, place, numbers, rate, factor);
+  if (active != count) return {factor, fastpref::uninitialised(rows, {0, width}), active};
+  Tensor scaled = fastpref::uninitialised(rows, {count, width});
   fastpref::cpu::ScaleRows call{rows.const_data_ptr(),  scaled.mutable_data_ptr(), width, width, width,
                                 factor.const_data_ptr()};
   if (given == total) call.from = place;
@@ -258,15 +267,16 @@ std::tuple<Tensor, Tensor, int64_t> gradient_rows(Tensor gradient, Tensor number
   return {factor, scaled, active};
 }
 
-// `factor` times `rows` at `places` of `out` (..., H), 0 elsewhere.
+// `factor` times `rows` at `places` of `out` (..., H), which are not its own, 0 elsewhere; no place comes twice.
 void spread_rows(Tensor out, Tensor rows, Tensor factor, Tensor places) {
   const auto element = fastpref::element_of(rows, "rows");
   STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous(), "rows must have shape (rows, H) and be contiguous");
   STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == rows.scalar_type(),
                   "out must have the dtype of rows and be contiguous");
-  const int64_t count = rows.size(0), width = rows.size(1), total = out.numel() / std::max<int64_t>(width, 1);
-  STD_TORCH_CHECK(out.numel() == total * width, "out must have shape (..., ", width, "), got ", out.numel(),
-                  " elements");
+  const int64_t count = rows.size(0), width = rows.size(1), total = rows_of(out);
+  STD_TORCH_CHECK(out.dim() > 0 && out.size(out.dim() - 1) == width, "out must have shape (..., ", width, "), got ",
+                  out.dim(), " dimensions and ", out.numel(), " elements");
+  STD_TORCH_CHECK(rows.numel() == 0 || out.const_data_ptr() != rows.const_data_ptr(), "out must not be rows");
   const int64_t* place = checked_places(rows, places);
   STD_TORCH_CHECK(places.size(0) == count, "places must be ", count, ", got ", places.size(0));
   for (int64_t i = 0; i < count; ++i) checked_place(place[i], total);

@@ -306,7 +306,8 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("name", but("simpo", MODULES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
 def test_modules(name: str) -> None:
     module = MODULES[name]
     compare(

@@ -90,7 +90,9 @@ class StraightEngine(Differentiable):
         hidden, weight, bias, matrix = ctx.saved_tensors
         found: tuple[Tensor | None, ...] | None = None
         failed: torch.OutOfMemoryError | None = None
-        if not torch.is_grad_enabled() and plain(d_logp):
+        # Backward may run under autocast where forward did not.
+        recast = torch.is_autocast_enabled(hidden.device.type)
+        if not torch.is_grad_enabled() and not recast and plain(d_logp):
             try:
                 found = straight.backward(call, hidden, weight, ctx.numbers, matrix, d_logp)
             except torch.OutOfMemoryError as error:

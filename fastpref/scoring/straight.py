@@ -67,11 +67,13 @@ def kept(call: Call, numbers: Tensor, matrix: Tensor) -> Kept:
 def backward(
     call: Call, hidden: Tensor, weight: Tensor, numbers: Tensor, matrix: Tensor, d_logp: Tensor
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    """Gradients at hidden and weight; None where rows are without a gradient, or what was kept is
-    given back."""
+    """Gradients at hidden and weight; None where rows are without a gradient, what was kept is
+    given back, or something does not lie as the operators read it."""
     packing, plan, scale = call.packing, call.plan, call.forms[0].map.scale
     places, ours = packing.positions, torch.ops.fastpref
-    if matrix.shape[0] != plan.scored:
+    # What was saved may come back otherwise, through hooks of the caller's.
+    as_it_was = hidden.is_contiguous() and matrix.is_contiguous()
+    if matrix.shape[0] != plan.scored or not as_it_was:
         return None
     direct = plan.schedule == "direct"
     factor, scaled, active = ours.gradient_rows.default(

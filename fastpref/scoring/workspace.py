@@ -6,8 +6,8 @@ A leased tensor has its buffer until the last tensor on its storage goes, that o
 included; then it is idle. Idle buffers are there as long as one of the last passes needed at least
 half of them: what one large step took is given back soon after, and steps that alternate with a few
 of another kind find theirs again. All buffers together are never more than what was lent at one
-time. On other devices torch's caching allocator already does this, and a leased tensor is an
-ordinary one.
+time. On other devices torch's caching allocator already does this, as that of the C library does
+for little ones: there a leased tensor is an ordinary one.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def test_prompt_that_merges_into_the_completion_is_continued(tiny):
     [
         ("gsm8k_pairs.jsonl", "dpo", 0.6931),
         ("gsm8k_lists.jsonl", "softmax_dpo", 1.6094),  # log 5
-        ("gsm8k_lists.jsonl", "dpo", 0.6931),
+        pytest.param("gsm8k_lists.jsonl", "dpo", 0.6931, marks=pytest.mark.slow),
     ],
 )
 def test_real_preferences_train(tmp_path, name, objective, first_loss):

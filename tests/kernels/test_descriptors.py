@@ -33,7 +33,11 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)],
+    ids=dtype_name,
+)
 @pytest.mark.parametrize("vocab", [520, 515])
 @pytest.mark.parametrize("schedule", ["keep", "recompute"])
 def test_the_same_bits(dtype, vocab, schedule, described, monkeypatch):

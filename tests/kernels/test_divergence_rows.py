@@ -47,7 +47,7 @@ def check(tiles, kind, dtype):
 @kinds
 @dtypes
 def test_values_and_gradients(kind, dtype):
-    for cols in (7, 2500):
+    for cols in (7, 1300):
         plain = random_tiles(3, cols)
         check(plain, kind, dtype)
         check(random_tiles(3, cols, spread=15.0), kind, dtype)
@@ -72,7 +72,7 @@ def test_each_row_its_own_map(dtype):
 )
 def test_rows_with_one_probability_of_nearly_1(kind):
     """The gradient there is what remains of one number beside the mean of all."""
-    for seed in range(20):
+    for seed in range(8):
         torch.manual_seed(seed)
         tiles = random_tiles(6, 7, spread=20.0).to(torch.float32)
         exact, eager = (
@@ -155,9 +155,9 @@ def test_what_is_no_distribution_is_nan_in_its_row(kind, what):
 @kinds
 @pytest.mark.parametrize("write", [False, True])
 def test_where_the_tiles_lie(kind, write):
-    wide = random_tiles(3, 2520).to(torch.float32)
+    wide = random_tiles(3, 1220).to(torch.float32)
     before = wide.student.clone()
-    inside = Tiles(wide.student[:, 7:2507], wide.teacher[:, 9:2509])
+    inside = Tiles(wide.student[:, 7:1207], wide.teacher[:, 9:1209])
     expected = run(Tiles(*(one.contiguous() for one in inside[:2])), kind, write=write)
     value = divergence_launch.divergence_rows(
         *inside.products, DIVERGENCES.index(kind), BETA, write
@@ -165,7 +165,7 @@ def test_where_the_tiles_lie(kind, write):
     assert torch.equal(value, expected["value"])
     assert torch.equal(inside.student, expected["gradient"])
     assert torch.equal(wide.student[:, :7], before[:, :7])
-    assert torch.equal(wide.student[:, 2507:], before[:, 2507:])
+    assert torch.equal(wide.student[:, 1207:], before[:, 1207:])
     if not write:
         assert torch.equal(wide.student, before)
 

@@ -163,7 +163,7 @@ def weights_with_much_in_common(vocab: int) -> Case:
 
 @pytest.mark.parametrize(
     "needs",
-    [pytest.param(("hidden",), marks=pytest.mark.slow), ("hidden", "weight")],
+    [("hidden",), pytest.param(("hidden", "weight"), marks=pytest.mark.slow)],
     ids="+".join,
 )
 def test_sums_over_the_vocabulary_must_not_be_rounded_in_parts(needs):

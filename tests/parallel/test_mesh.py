@@ -101,11 +101,11 @@ def within_fsdp2(rank: int) -> None:
         assert refusals(model) == ()
 
 
-@pytest.mark.slow
 def test_tensor_parallel_under_ddp(four_ranks: Ranks) -> None:
     four_ranks(under_ddp)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_within_fsdp2(four_ranks: Ranks) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     four_ranks(within_fsdp2)

@@ -116,9 +116,10 @@ def test_arguments_of_score_batch(name, value, message):
         ("rows", torch.tensor(1.0), r"rows.*\(\.\.\., H\).*contiguous"),
         ("rows", torch.zeros(8, 6), "rows.*9 of gradient or the 5 at places, got 8"),
         ("rows", torch.zeros(9, 6).double(), "gradient.*dtype of rows"),
-        ("numbers", torch.zeros(9, 5), r"numbers.*\(10, 5\), got 45"),
-        ("numbers", torch.zeros(10, 9), r"numbers.*\(10, 5\), got 90"),
-        ("numbers", torch.zeros(10), r"numbers.*\(10, 5\), got 10"),
+        ("numbers", torch.zeros(9, 5), r"numbers.*\(10, 5\), got 2 dim.* 45 el"),
+        ("numbers", torch.zeros(10, 9), r"numbers.*\(10, 5\), got 2 dim.* 90 el"),
+        ("numbers", torch.zeros(10), r"numbers.*\(10, 5\), got 1 dim"),
+        ("rows", torch.zeros(8, 0), "rows.*9 of gradient or the 5 at places, got 8"),
         ("numbers", torch.zeros(10, 5).double(), "numbers.*dtype of gradient"),
         ("numbers", torch.zeros(5, 10).t(), "numbers.*contiguous"),
         *(("places", value, message) for value, message in PLACES),
@@ -137,7 +138,9 @@ def test_arguments_of_gradient_rows(name, value, message):
         ("rows", torch.zeros(6, 5).t(), r"rows.*contiguous"),
         ("out", torch.zeros(9, 6).double(), "out.*dtype of rows"),
         ("out", torch.zeros(6, 9).t(), "out.*contiguous"),
-        ("out", torch.zeros(9, 5), r"out.*\(\.\.\., 6\), got 45"),
+        ("out", torch.zeros(9, 5), r"out.*\(\.\.\., 6\), got 2 dim.* 45 el"),
+        ("out", torch.zeros(18, 3), r"out.*\(\.\.\., 6\), got 2 dim.* 54 el"),
+        ("out", torch.tensor(1.0), r"out.*\(\.\.\., 6\), got 0 dim"),
         ("factor", torch.zeros(5).double(), "factor.*dtype"),
         ("factor", torch.zeros(4), r"factor.*\(5,\)"),
         *(("places", value, message) for value, message in PLACES),
@@ -146,6 +149,14 @@ def test_arguments_of_gradient_rows(name, value, message):
 def test_arguments_of_spread_rows(name, value, message):
     with pytest.raises(RuntimeError, match=message):
         ops.spread_rows_(**spread_rows_arguments(**{name: value}))
+
+
+def test_rows_are_not_spread_over_themselves():
+    given = spread_rows_arguments(total=5, count=5)
+    with pytest.raises(RuntimeError, match="out must not be rows"):
+        ops.spread_rows_(**{**given, "out": given["rows"]})
+    none = ops.spread_rows_(torch.ones(9, 0), torch.ones(5, 0), given["factor"], torch.arange(5))
+    assert none is None
 
 
 VECTOR = {"gradient": torch.zeros(3), "scale": torch.zeros(3), "rate": 1.0}

@@ -53,7 +53,7 @@ def test_rows_under_a_gradient(dtype, count, laid):
     are the batch's or those at places, and however the gradient lies."""
     given = gradient_rows_arguments(dtype, 300, count, 6)
     gradient, rows, places = given["gradient"], given["rows"], given["places"]
-    gradient[::3], gradient[5] = 0.0, torch.nan
+    gradient[5] = torch.nan
     gradient = LAID[laid](gradient.view(5, 6, 10))
     chosen = torch.arange(300) if places is None else places
     own, scale = gradient.reshape(-1)[chosen], given["numbers"][-1].contiguous()
@@ -65,8 +65,21 @@ def test_rows_under_a_gradient(dtype, count, laid):
         found = ops.gradient_rows(**{**given, "gradient": gradient, "rows": shaped})
         same_bits(found[0], want)
         same_bits(found[1], scaled)
-        assert found[2] == int((own != 0).sum())
+        assert found[2] == count
         assert torch.equal(shaped, before)
+
+
+@pytest.mark.parametrize("count", [40, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_a_gradient_leave_all_to_the_caller(dtype, count):
+    given = gradient_rows_arguments(dtype, 300, count, 6)
+    gradient, places = given["gradient"], given["places"]
+    gradient[::3] = torch.tensor([0.0, -0.0], dtype=gradient.dtype).repeat(50)
+    own = gradient if places is None else gradient[places]
+    factor, scaled, active = ops.gradient_rows(**given)
+    same_bits(factor, ops.gradient_factors(own, given["numbers"][-1].contiguous(), 0.7))
+    assert scaled.shape == (0, 6) and scaled.dtype == dtype
+    assert active == int((own != 0).sum()) < count
 
 
 @pytest.mark.parametrize("count", [0, 1, 40, 300])

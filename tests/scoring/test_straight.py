@@ -4,6 +4,7 @@ do not serve."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref import ScoringOptions, explain, linear_logprob, preference_loss
@@ -261,3 +262,58 @@ def test_two_passes_after_batches_that_found_no_memory(calls, monkeypatch):
     found.backward()
     assert calls == ["engine", "engine's gradient"]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "score"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_saved_tensors_that_come_back_with_longer_rows_are_the_engines(calls, schedule, ignored):
+    needs, name = SCHEDULES[schedule]
+    given, target, upstream = inputs(torch.float32, needs, ignored)
+    options = ScoringOptions(schedule=name)
+    expected = results(given, target, upstream, options=options)
+    calls.clear()
+
+    def unpacked(tensor):
+        wide = torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
+        return wide if tensor.dim() > 1 else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpacked):
+        found = results(given, target, upstream, options=options)
+    assert calls == ["straight", "straight gradient", "engine's gradient"]
+    for label, one in found.items():
+        torch.testing.assert_close(one, expected[label], equal_nan=True)
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "score"])
+def test_autocast_around_backward_alone_rounds_nothing(calls, schedule):
+    needs, name = SCHEDULES[schedule]
+    given, target, upstream = inputs(torch.float32, needs, True)
+    leaves = [given[one] for one in needs]
+    options = ScoringOptions(schedule=name)
+    logp = linear_logprob(given["hidden"], given["weight"], target, options=options).logp
+    expected = torch.autograd.grad(logp, leaves, upstream, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(logp, leaves, upstream)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def test_rows_are_scaled_only_where_all_have_a_gradient():
+    """What the engine scales again takes neither memory nor time before."""
+    given, target, upstream = inputs(torch.float32, ("weight",), False)
+    options = ScoringOptions(schedule="keep")
+    logp = linear_logprob(given["hidden"], given["weight"], target, options=options).logp
+    upstream[:2] = 0
+    scaled = []
+    operator = torch.ops.fastpref.gradient_rows.default
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if function is operator:
+                scaled.append(found[1].nbytes)
+            return found
+
+    with Watched():
+        torch.autograd.grad(logp, [given["weight"]], upstream)
+    assert scaled == [0]

@@ -15,7 +15,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def empty_pool():
+def empty_pool(monkeypatch):
+    """Which small buffers go through too."""
+    monkeypatch.setattr(workspace, "LEAST", 1)
     gc.collect()
     workspace.release_workspace()
     yield
@@ -239,3 +241,12 @@ def test_a_lease_may_be_collected_while_the_pool_is_in_use(monkeypatch):
         context.setattr(workspace, "_lock", threading.RLock() if reentrant else threading.Lock())
         threading.Thread(target=work, daemon=True).start()
         assert finished.wait(5), "deadlock"
+
+
+def test_small_buffers_are_left_to_the_allocator(monkeypatch):
+    monkeypatch.setattr(workspace, "LEAST", 1 << 16)
+    small, large = lease((1 << 14,), torch.float16, CPU), lease((1 << 15,), torch.float16, CPU)
+    held = {one.memory.data_ptr() for one in workspace._buffers}
+    assert address(small) not in held and address(large) in held
+    with torch.inference_mode():
+        lease((3, 4), torch.float32, CPU).fill_(1)

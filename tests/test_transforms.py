@@ -17,9 +17,11 @@ from fastpref import (
     ScoringOptions,
     explain,
     linear_divergence,
+    linear_logits,
     linear_logprob,
     preference_loss,
     sequence_logp,
+    sparse_divergence,
 )
 from fastpref.scoring import batches
 
@@ -202,6 +204,30 @@ WAYS = (
 def test_as_plain_torch(name: str, way: Callable[[Function], Any]) -> None:
     own, plain = CASES[name]
     torch.testing.assert_close(way(own), way(plain), rtol=1e-9, atol=1e-11)
+
+
+IDS = torch.cat([TARGET.clamp(min=0)[..., None], torch.full((B, T, 1), 7)], -1)
+STORED = torch.tensor([-1.5, -2.5]).expand(B, T, 2)
+LORA = torch.full((2, H), 0.3), torch.full((V, 2), 0.2), 0.5
+IN_SINGLE: dict[str, Function] = {
+    **{name: own for name, (own, _) in CASES.items() if name != "linear_divergence"},
+    "linear_logprob, an update": lambda h, w: linear_logprob(h, w.detach(), TARGET, lora=LORA).logp,
+    "linear_logprob, restricted": lambda h, w: linear_logprob(h, w, TARGET, restrict_to=IDS).logp,
+    "linear_divergence": lambda h, w: linear_divergence(h, w, HIDDEN.float(), TEACHER.float()),
+    "linear_logits": lambda h, w: linear_logits(h, w, IDS),
+    "sparse_divergence": lambda h, w: sparse_divergence(h, w, IDS, STORED, SCORED, tail="bucket"),
+}
+
+
+@pytest.mark.parametrize("name", IN_SINGLE)
+def test_backward_alone_under_autocast_rounds_nothing(name: str) -> None:
+    leaves = [one.float().requires_grad_() for one in (HIDDEN, WEIGHT)]
+    value = IN_SINGLE[name](*leaves)
+    given = {"grad_outputs": torch.ones_like(value), "allow_unused": True}
+    expected = torch.autograd.grad(value, leaves, retain_graph=True, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(value, leaves, **given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_batches_did_run() -> None:

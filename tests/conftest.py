@@ -2,6 +2,7 @@
 """What all tests share: uninitialised memory holds NaN, two threads, a fixed seed, and the
 repository root on the path, for helper modules beside the tests."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -36,6 +37,17 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     del os.environ["TRITON_INTERPRET"]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+# The garbage collector goes through all that is imported and collected again and again: twenty
+# thousand cases, most of which are left out, and what takes a second where a test asks for it.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser):

@@ -63,7 +63,13 @@ def spoil(launch, numbers):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("broken", ["raises", "wrong number"])
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("exp_rows", "settle") else name
+        for name in LAUNCHES
+    ],
+)
 def test_a_broken_kernel_does_not_serve(monkeypatch, caplog, name, broken):
     module, tier, numbers = LAUNCHES[name]
     right = getattr(module, name)

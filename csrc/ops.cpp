@@ -184,35 +184,12 @@ std::tuple<Tensor, int64_t> nonzero_places(Tensor gradient) {
   return wide ? places_other_than<double>(0, gradient) : places_other_than<float>(0, gradient);
 }
 
-// A row without upstream gradient gets none, whatever it holds.
+// Of each row of `out`: -rate gradient scale, of the gradient at its place, which lies anyhow, such as that of a sum.
+// Returns how many of these gradients are not 0.
 template <class T>
-T gradient_factor(T gradient, T scale, double rate) {
-  return gradient == 0 ? T(0) : static_cast<T>(-rate) * gradient * scale;
-}
-
-template <class T>
-void fill_gradient_factors(const Tensor& gradient, const Tensor& scale, double rate, Tensor& out) {
+int64_t fill_factors(const Tensor& gradient, const int64_t* place, const void* scale, double rate, Tensor& out) {
   const T* g = static_cast<const T*>(gradient.const_data_ptr());
-  const T* s = static_cast<const T*>(scale.const_data_ptr());
-  T* factor = static_cast<T*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < gradient.size(0); ++i) factor[i] = gradient_factor(g[i], s[i], rate);
-}
-
-// -rate gradient[i] scale[i], 0 where the gradient is 0.
-Tensor gradient_factors(Tensor gradient, Tensor scale, double rate) {
-  check_vector(gradient, "gradient");
-  const bool wide = is_wide(gradient);
-  fastpref::checked_vector(gradient, scale, "scale", gradient.size(0), gradient.scalar_type());
-  Tensor out = fastpref::uninitialised(gradient, {gradient.size(0)});
-  (wide ? fill_gradient_factors<double> : fill_gradient_factors<float>)(gradient, scale, rate, out);
-  return out;
-}
-
-// The same of values that lie anyhow, such as a sum's gradient, and how many of them are not 0.
-template <class T>
-int64_t fill_factors_at(const Tensor& gradient, const int64_t* place, const Tensor& numbers, double rate, Tensor& out) {
-  const T* scale = static_cast<const T*>(numbers.const_data_ptr()) + fastpref::kScaleRow * out.size(0);
-  const T* g = static_cast<const T*>(gradient.const_data_ptr());
+  const T* s = static_cast<const T*>(scale);
   T* factor = static_cast<T*>(out.mutable_data_ptr());
   const auto sizes = gradient.sizes(), strides = gradient.strides();
   const bool contiguous = gradient.is_contiguous();
@@ -222,10 +199,21 @@ int64_t fill_factors_at(const Tensor& gradient, const int64_t* place, const Tens
     int64_t rest = place == nullptr ? i : checked_place(place[i], total);
     int64_t offset = contiguous ? rest : 0;
     for (size_t d = contiguous ? 0 : sizes.size(); d-- > 0; rest /= sizes[d]) offset += rest % sizes[d] * strides[d];
-    factor[i] = gradient_factor(g[offset], scale[i], rate);
+    // A row without upstream gradient gets none, whatever it holds.
+    factor[i] = g[offset] == 0 ? T(0) : static_cast<T>(-rate) * g[offset] * s[i];
     active += g[offset] != 0;
   }
   return active;
+}
+
+Tensor gradient_factors(Tensor gradient, Tensor scale, double rate) {
+  check_vector(gradient, "gradient");
+  const bool wide = is_wide(gradient);
+  const int64_t rows = gradient.size(0);
+  const void* scales = fastpref::checked_vector(gradient, scale, "scale", rows, gradient.scalar_type());
+  Tensor out = fastpref::uninitialised(gradient, {rows});
+  (wide ? fill_factors<double> : fill_factors<float>)(gradient, nullptr, scales, rate, out);
+  return out;
 }
 
 // The size of `matrix` (..., H) before its last dimension.
@@ -256,8 +244,9 @@ std::tuple<Tensor, Tensor, int64_t> gradient_rows(Tensor gradient, Tensor number
   const int64_t* place = places.has_value() ? checked_places(gradient, *places) : nullptr;
   Tensor factor = fastpref::uninitialised(gradient, {count});
   const bool wide = type == fastpref::ScalarType::Double;
-  const int64_t active =
-      (wide ? fill_factors_at<double> : fill_factors_at<float>)(gradient, place, numbers, rate, factor);
+  const char* scales =
+      static_cast<const char*>(numbers.const_data_ptr()) + fastpref::kScaleRow * count * (wide ? 8 : 4);
+  const int64_t active = (wide ? fill_factors<double> : fill_factors<float>)(gradient, place, scales, rate, factor);
   if (active != count) return {factor, fastpref::uninitialised(rows, {0, width}), active};
   Tensor scaled = fastpref::uninitialised(rows, {count, width});
   fastpref::cpu::ScaleRows call{rows.const_data_ptr(),  scaled.mutable_data_ptr(), width, width, width,
